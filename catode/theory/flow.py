@@ -1,0 +1,305 @@
+"""Integration of the projected ODE, with its faces treated exactly.
+
+The projected field jumps where theta meets 0 or 1, so a solver that steps across loses its order. Here a trajectory is
+cut into stages on which everything is smooth: theta monotone inside the interval, or frozen on a face while the rest of
+the state moves. A stage ends at an event (theta reaches a face, its speed changes sign), located to rounding error.
+
+Source: THEORY section 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+from catode._validate import check_interval, check_positive, check_real, check_shape, fail
+
+__all__ = ["STATUSES", "Flow", "Trajectory", "integrate", "trace_separatrix"]
+
+STATUSES = ("pruned", "kept", "horizon", "failed")
+"""How a trajectory can end; see `Trajectory`."""
+
+# scipy.integrate and scipy.optimize take most of a second to import, so the functions that need them import them.
+_REFINE = 4  # points returned per solver step
+_MAX_STAGES = 1000
+
+
+class Flow(Protocol):
+    """What `integrate` needs of a system: states of shape (..., d) whose last coordinate is theta."""
+
+    def field(self, state: Any) -> np.ndarray:
+        """Raw velocity, shape (..., d)."""
+
+    def jacobian(self, state: Any) -> np.ndarray:
+        """Derivative of the raw velocity, shape (..., d, d)."""
+
+    def project(self, state: Any) -> np.ndarray:
+        """Nearest admissible state, shape (..., d)."""
+
+    def rest(self, state: Any) -> np.ndarray:
+        """Limit of the other coordinates while theta is frozen, monotone on the way, shape (..., d - 1) or (...)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A solution of the projected ODE.
+
+    Args:
+        times: Increasing times from 0, shape (n,).
+        states: States at those times, theta last, shape (n, d); theta lies in [0, 1].
+        status: "pruned" (theta is 0 with the benefit below the price), "kept" (theta is 1 and stays there), "horizon"
+            (neither, when the time was up) or "failed" (numerical failure; the states up to it are valid).
+        message: One sentence that says the same, with numbers.
+    """
+
+    times: np.ndarray
+    states: np.ndarray
+    status: str
+    message: str
+
+    @property
+    def end(self) -> np.ndarray:
+        """Last state, shape (d,)."""
+        return self.states[-1]
+
+    @property
+    def keep_prob(self) -> np.ndarray:
+        """Keep probability along the trajectory, shape (n,)."""
+        return self.states[:, -1]
+
+
+def integrate(
+    system: Flow,
+    start: Any,
+    horizon: float,
+    *,
+    events: bool = True,
+    rtol: float = 1e-8,
+    atol: float = 1e-10,
+) -> Trajectory:
+    """Solve the projected ODE from one state.
+
+    Source: THEORY section 3.
+
+    Args:
+        system: One of the systems of `catode.theory.systems`, or anything with the same four methods.
+        start: Initial state, theta last and in [0, 1], shape (d,); a negative benefit counts as 0.
+        horizon: Time at which to stop, in ODE time.
+        events: Stop at the first decisive event: theta at 0 and pushed down (the trainer removes the structure
+            there), or theta at 1 for ever. Otherwise follow the faces up to the horizon and judge the last state, for
+            which "pruned" then means at 0 for ever.
+        rtol: Relative tolerance of the solver.
+        atol: Absolute tolerance of the solver.
+
+    Returns:
+        The trajectory. A numerical failure is a status, never an exception.
+
+    Raises:
+        ValueError: if `start` is not a finite state with theta in [0, 1], or a number is out of range.
+    """
+    start = check_real("start", start, array=True)
+    check_shape("start", start, "(d,) with d >= 2", start.ndim == 1 and start.size >= 2)
+    if not 0.0 <= start[-1] <= 1.0:
+        fail("start", "have a keep probability in [0, 1]", float(start[-1]), index=(start.size - 1,))
+    horizon = check_positive("horizon", horizon)
+    rtol = check_interval("rtol", rtol, 0.0, 0.1, True)
+    atol = check_positive("atol", atol)
+    y = np.array(system.project(start), dtype=np.float64)
+    run = _Run(system, horizon, rtol, atol, y)
+    with np.errstate(all="ignore"):
+        return run.solve(events)
+
+
+class _Run:
+    """State of one integration: time, state, direction of theta, and the pieces collected so far."""
+
+    def __init__(self, system: Flow, horizon: float, rtol: float, atol: float, start: np.ndarray) -> None:
+        self.system = system
+        self.horizon = horizon
+        self.options = {"method": "DOP853", "rtol": rtol, "atol": atol, "dense_output": True}
+        self.t = 0.0
+        self.y = start
+        self.times = [np.zeros(1)]
+        self.states = [start[None].copy()]
+        self.turned = False
+
+    def solve(self, events: bool) -> Trajectory:
+        direction = self._direction()
+        if direction == 0:
+            return self._finish("horizon", "The state is an equilibrium.", still=True)
+        for _ in range(_MAX_STAGES):
+            face = 0.0 if direction < 0 else 1.0
+            on_face = self.y[-1] == face
+            if on_face and events:
+                if face == 0.0:
+                    return self._finish("pruned", f"theta reached 0 at time {self.t:.6g}.")
+                if face == 1.0 and self._stays(face):
+                    return self._finish("kept", f"theta reached 1 at time {self.t:.6g} and stays there.")
+            if self.t >= self.horizon:
+                return self._judge()
+            failure = self._slide(direction) if on_face else self._move(direction, face)
+            if failure:
+                return self._finish("failed", failure)
+            if self.turned:
+                direction = -direction
+        return self._finish("failed", f"theta changed direction {_MAX_STAGES} times before time {self.t:.6g}.")
+
+    def _speed(self) -> float:
+        return float(self.system.field(self.y)[-1])
+
+    def _direction(self) -> int:
+        """Sign of the first derivative of theta that is not zero; 0 at an equilibrium."""
+        velocity = np.asarray(self.system.field(self.y))
+        if velocity[-1] != 0.0:
+            return int(np.sign(velocity[-1]))
+        return int(np.sign(np.asarray(self.system.jacobian(self.y))[-1] @ velocity))
+
+    def _stays(self, face: float) -> bool:
+        """Whether theta's speed points out of the face now and, with theta frozen there, for ever."""
+        sign = 1.0 if face == 1.0 else -1.0
+        limit = np.append(np.atleast_1d(self.system.rest(self.y)), face)
+        return sign * self._speed() > 0.0 and sign * float(self.system.field(limit)[-1]) >= 0.0
+
+    def _move(self, direction: int, face: float) -> str | None:
+        """Integrate inside the interval until theta reaches `face`, its speed changes sign, or time is up."""
+
+        def field(t: float, y: np.ndarray) -> np.ndarray:
+            return self.system.field(y)
+
+        def arrive(t: float, y: np.ndarray) -> float:
+            return y[-1] - face
+
+        def turn(t: float, y: np.ndarray) -> float:
+            return self.system.field(y)[-1]
+
+        arrive.terminal = turn.terminal = True
+        arrive.direction, turn.direction = direction, -direction
+        solution = solve_ivp(field, (self.t, self.horizon), self.y, events=(arrive, turn), **self.options)
+        arrived, self.turned = solution.t_events[0].size > 0, solution.t_events[1].size > 0
+        end, theta = solution.t[-1], solution.y[-1, -1]
+        if not arrived and direction * (theta - face) >= 0.0 and end > self.t:
+            # Out of the interval and back within one step: theta is monotone up to the turn, so it crossed once.
+            arrived, self.turned = True, False
+            if direction * (solution.sol(self.t)[-1] - face) < 0.0 < direction * (theta - face):
+                end = brentq(lambda t: solution.sol(t)[-1] - face, self.t, end, xtol=1e-15, rtol=1e-14)
+        elif arrived:
+            self.turned = False
+        self._append(solution, end, (), face if arrived else None)
+        return self._failure(solution)
+
+    def _slide(self, direction: int) -> str | None:
+        """Integrate the other coordinates with theta frozen, until its speed points inwards or time is up."""
+        theta = self.y[-1]
+
+        def field(t: float, x: np.ndarray) -> np.ndarray:
+            return self.system.field(np.append(x, theta))[:-1]
+
+        def turn(t: float, x: np.ndarray) -> float:
+            return self.system.field(np.append(x, theta))[-1]
+
+        turn.terminal, turn.direction = True, -direction
+        solution = solve_ivp(field, (self.t, self.horizon), self.y[:-1], events=turn, **self.options)
+        self.turned = solution.t_events[0].size > 0
+        self._append(solution, solution.t[-1], (theta,), None)
+        return self._failure(solution)
+
+    def _append(self, solution: Any, end: float, suffix: tuple[float, ...], face: float | None) -> None:
+        """Collect the stage up to time `end`, with theta exactly on `face` at its end where it arrived there."""
+        grid = solution.t[solution.t < end]
+        grid = np.append(grid, end)
+        fractions = np.arange(1, _REFINE + 1) / _REFINE
+        times = (grid[:-1, None] + np.diff(grid)[:, None] * fractions).ravel()
+        if not times.size:
+            times = np.array([end])
+        times[-1] = end
+        states = solution.sol(times).T
+        if end == solution.t[-1]:
+            states[-1] = solution.y[:, -1]
+        if suffix:
+            states = np.column_stack([states, np.broadcast_to(suffix, (len(states), len(suffix)))])
+        else:
+            states[:, -1] = np.clip(states[:, -1], 0.0, 1.0)
+        if face is not None:
+            states[-1, -1] = face
+        fresh = times > self.t
+        self.t, self.y = float(end), states[-1].copy()
+        if fresh.any():
+            self.times.append(times[fresh])
+            self.states.append(states[fresh])
+        else:  # an event at the very start of the stage
+            self.states[-1][-1] = self.y
+
+    def _failure(self, solution: Any) -> str | None:
+        if solution.status < 0 or not np.all(np.isfinite(self.y)):
+            return f"The solver stopped at time {self.t:.6g}: {solution.message}"
+        return None
+
+    def _judge(self) -> Trajectory:
+        """Status of the state at the horizon."""
+        for face, status in ((0.0, "pruned"), (1.0, "kept")):
+            if self.y[-1] == face and self._stays(face):
+                return self._finish(status, f"theta is {face:.0f} at the horizon {self.t:.6g} and stays there.")
+        return self._finish("horizon", f"Undecided at the horizon {self.t:.6g}: theta is {self.y[-1]:.6g}.")
+
+    def _finish(self, status: str, message: str, *, still: bool = False) -> Trajectory:
+        if still:
+            self.times.append(np.array([self.horizon]))
+            self.states.append(self.y[None])
+        return Trajectory(np.concatenate(self.times), np.concatenate(self.states), status, message)
+
+
+def trace_separatrix(
+    system: Any,
+    *,
+    low: float = 0.01,
+    high: float = 3.0,
+    rtol: float = 1e-10,
+    atol: float = 1e-12,
+) -> np.ndarray:
+    """Follow the stable manifold of the saddle backwards in time, along the raw field.
+
+    It needs no closed form: the start lies on the stable eigenvector, a distance of 1e-6 from the saddle, and backward
+    integration contracts the error towards the manifold.
+
+    Args:
+        system: A system with a `saddle`, a `field` and a `jacobian`.
+        low: Where to stop on the left, as a multiple of the saddle's first coordinate.
+        high: Where to stop on the right, likewise.
+        rtol: Relative tolerance of the solver.
+        atol: Absolute tolerance of the solver.
+
+    Returns:
+        Points (size, theta) with increasing size, the saddle among them, shape (n, 2); theta may leave [0, 1].
+
+    Raises:
+        ValueError: if `low` or `high` lies on the wrong side of 1, or the equilibrium is not a saddle.
+    """
+    low = check_interval("low", low, 0.0, 1.0, False, True)
+    high = check_interval("high", high, 1.0, np.inf, True, True)
+    saddle = np.asarray(system.saddle)
+    values, vectors = np.linalg.eig(system.jacobian(saddle))
+    if np.iscomplexobj(values) or not values.min() < 0.0 < values.max():
+        fail("system", "have a saddle with one stable direction", tuple(values.tolist()))
+    rate, stable = -values.min(), vectors[:, values.argmin()]
+    stable = stable / stable[0] * saddle[0]
+    branches = []
+    for sign, limit in ((-1.0, low), (1.0, high)):
+        bound = limit * saddle[0]
+
+        def reach(t: float, y: np.ndarray, bound: float = bound) -> float:
+            return y[0] - bound
+
+        reach.terminal = True
+        solution = solve_ivp(
+            lambda t, y: -system.field(y),
+            (0.0, 1e3 / rate),
+            saddle + sign * 1e-6 * stable,
+            method="DOP853",
+            rtol=rtol,
+            atol=atol * min(1.0, saddle[0]),
+            events=reach,
+        )
+        branches.append(solution.y.T)
+    return np.concatenate([branches[0][::-1], saddle[None], branches[1]])

@@ -1,0 +1,210 @@
+"""Pictures of the theory: results in, matplotlib Axes out.
+
+Every function draws on the Axes that it is given and returns it. Nothing here touches pyplot or any other global
+state, so the functions work alike in notebooks, in scripts and inside a training run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from catode.theory.systems import BenefitSystem
+
+PALETTE = {
+    "black": "#000000",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "green": "#009E73",
+    "yellow": "#F0E442",
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+    "grey": "#7F7F7F",
+}
+"""The colour-blind-safe colours of Okabe and Ito, and a grey for what is in the background."""
+
+STYLE: dict[str, Any] = {
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
+    "figure.facecolor": "white",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.7,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+"""The house style, as matplotlib rc settings; `new_figure` and `house_style` apply it."""
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Apply `STYLE` inside a `with` block and restore the settings afterwards."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure with the Agg canvas, outside pyplot.
+
+    Create its Axes inside `with house_style():`, since matplotlib reads the style when an Axes is made.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Returns:
+        A figure with constrained layout; save it with `figure.savefig(path)`.
+    """
+    with house_style():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+    return figure
+
+
+def phase_portrait(
+    ax: Axes,
+    system: BenefitSystem,
+    *,
+    paths: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    path_colors: Sequence[str] | None = None,
+    benefit_min: float = 0.0,
+    benefit_max: float | None = None,
+    nullclines: bool = False,
+    legend: bool = True,
+    density: float = 0.9,
+    resolution: int = 400,
+) -> Axes:
+    """Draw the projected flow of one structure in the plane of its benefit and its keep probability.
+
+    Shown are streamlines, the certified domain of attraction D of the removed state (shaded, with the separatrix as its
+    upper edge), the mirror domain in which keeping is certain, the price, and the saddle where it lies in the window.
+
+    Source: THEORY sections 4.3 and 4.4, derived there.
+
+    Args:
+        ax: Where to draw.
+        system: The comparison system of the structure.
+        paths: Measured trajectories to draw on top, each as the pair (benefit, keep probability) of arrays of shape (n,),
+            in the system's units. A dot marks the end of each.
+        path_colors: One colour a path.
+        benefit_min: Left edge of the window, nats.
+        benefit_max: Right edge of the window, nats; three times the price when not given.
+        nullclines: Whether to draw the line where the benefit stands still. (That of the keep probability is the price line.)
+        legend: Whether to put a legend below the Axes.
+        density: Density of the streamlines, as in `Axes.streamplot`.
+        resolution: Points along each side of the grid on which the domains are evaluated.
+
+    Returns:
+        `ax`.
+
+    Raises:
+        ValueError: if the window is empty or `path_colors` does not match `paths`.
+    """
+    price = float(system.price)
+    if benefit_max is None:
+        benefit_max = 3.0 * price
+    if not benefit_min < benefit_max:
+        raise ValueError(
+            f"`benefit_max` must exceed `benefit_min`; got benefit_max={benefit_max}, benefit_min={benefit_min}"
+        )
+    if path_colors is None:
+        path_colors = [PALETTE["black"]] * len(paths)
+    if len(path_colors) != len(paths):
+        raise ValueError(f"`path_colors` must have one colour a path; got {len(path_colors)} for {len(paths)} paths")
+
+    _domains(ax, system, benefit_min, benefit_max, resolution)
+    _streamlines(ax, system, benefit_min, benefit_max, density)
+
+    ax.axvline(price, color=PALETTE["grey"], linestyle="--", linewidth=1.3, zorder=2.5, label="price")
+    if nullclines:
+        benefit = np.array([benefit_min, benefit_max])
+        still = (float(system.decay) * benefit - float(system.drift)) / float(system.gain)
+        ax.plot(
+            benefit, still, color=PALETTE["grey"], linestyle=":", linewidth=1.3, zorder=2.5, label="benefit at rest"
+        )
+    saddle = np.asarray(system.saddle, dtype=float)
+    if benefit_min <= saddle[0] <= benefit_max and 0.0 <= saddle[1] <= 1.0:
+        ax.plot(
+            *saddle,
+            marker="o",
+            markersize=7,
+            markerfacecolor="white",
+            markeredgecolor=PALETTE["black"],
+            linestyle="none",
+            zorder=5,
+            clip_on=False,
+            label="saddle",
+        )
+    for (benefit, theta), color in zip(paths, path_colors, strict=True):
+        benefit, theta = np.asarray(benefit, dtype=float), np.asarray(theta, dtype=float)
+        ax.plot(benefit, theta, color=color, linewidth=1.1, alpha=0.8, zorder=4)
+        ax.plot(benefit[-1:], theta[-1:], color=color, marker="o", markersize=3.5, linestyle="none", zorder=4.5)
+
+    margin = 0.02
+    ax.set_xlim(benefit_min, benefit_max)
+    ax.set_ylim(-margin, 1.0 + margin)
+    ax.grid(visible=False)
+    ax.set_xlabel("benefit (nats)")
+    ax.set_ylabel("keep probability θ")
+    if legend:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    return ax
+
+
+def _domains(ax: Axes, system: BenefitSystem, benefit_min: float, benefit_max: float, resolution: int) -> None:
+    """Shade D below the separatrix and the mirror domain above its own boundary."""
+    benefit = np.linspace(benefit_min, benefit_max, resolution)
+    separatrix = np.asarray(system.separatrix(benefit), dtype=float)
+    inside = np.clip(separatrix, 0.0, 1.0)
+    shade = to_rgba(PALETTE["vermillion"], 0.17)
+    ax.fill_between(benefit, 0.0, inside, color=shade, linewidth=0, zorder=0.5, label="certain to be removed (D)")
+    visible = np.where((separatrix >= 0.0) & (separatrix <= 1.0), separatrix, np.nan)
+    ax.plot(benefit, visible, color=PALETTE["vermillion"], linewidth=2.0, zorder=3, label="separatrix")
+
+    theta = np.linspace(0.0, 1.0, resolution)
+    grid = np.stack(np.meshgrid(benefit, theta), axis=-1)
+    mirror = np.asarray(system.in_mirror(grid), dtype=float)
+    if mirror.any():
+        shade = to_rgba(PALETTE["blue"], 0.15)
+        ax.contourf(benefit, theta, mirror, levels=[0.5, 1.5], colors=[shade], zorder=0.5)
+        ax.fill_between([], [], color=shade, linewidth=0, label="certain to be kept (mirror domain)")
+
+
+def _streamlines(ax: Axes, system: BenefitSystem, benefit_min: float, benefit_max: float, density: float) -> None:
+    """Draw streamlines of the projected field."""
+    benefit = np.linspace(benefit_min, benefit_max, 80)
+    theta = np.linspace(0.0, 1.0, 80)
+    field = np.asarray(system.field(np.stack(np.meshgrid(benefit, theta), axis=-1)), dtype=float)
+    ax.streamplot(
+        benefit,
+        theta,
+        field[..., 0],
+        field[..., 1],
+        density=density,
+        color="#B5B5B5",
+        linewidth=0.7,
+        arrowsize=0.8,
+        zorder=1,
+    )

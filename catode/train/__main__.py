@@ -1,0 +1,53 @@
+"""Command line of the trainer: ``python -m catode.train``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from catode.train import config as configuration
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (2 for bad input, 1 for a loss that is not finite)."""
+    from catode.train import loop, preflight
+
+    try:
+        config = configuration.parse(argv)
+        if config.dry_run:
+            print(preflight.table(loop.prepare(config)))
+            return 0
+        folder = loop.run(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except loop.NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(summary(folder))
+    return 0
+
+
+def summary(folder: Path) -> str:
+    """What a finished run has to say, in a few lines."""
+    result = json.loads((folder / "result.json").read_text())
+    lines = [
+        f"accuracy {result['accuracy']:.2%} (test images, final epoch)",
+        f"MACs     {result['macs_dense']:,} -> {result['macs']:,} ({result['macs'] / result['macs_dense']:.1%})",
+        f"params   {result['params_dense']:,} -> {result['params']:,} ({result['params'] / result['params_dense']:.1%})",
+        f"layers   {result['layers_total']} -> {result['layers_kept']}, units {result['units_total']} -> {result['units_kept']}",
+    ]
+    if result["decisions"]:
+        lines.append("decided  " + ", ".join(f"{n} {state}" for state, n in result["decisions"].items()))
+    lines.append(f"latency  {result['latency_dense_ms']:.2f} -> {result['latency_ms']:.2f} ms (batch 1)")
+    lines.append(f"report   {folder / 'report.md'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Physical removal: slices in convolutions, linear and norm layers, shortcuts in place of dead blocks.
+
+Every function works on a plain network (no gates installed) and replaces `nn.Parameter` objects; the returned mapping
+tells an optimizer how to follow (`follow`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from catode.train.structure import Block
+
+
+class Change:
+    """What a compaction did to the parameters: replaced ones with the slice that was kept, and removed ones."""
+
+    def __init__(self) -> None:
+        self.replaced: dict[nn.Parameter, tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]] = {}
+        self.removed: set[nn.Parameter] = set()
+
+    def slice(self, module: nn.Module, name: str, dim: int, index: torch.Tensor) -> None:
+        """Keep `index` along `dim` of the parameter `module.name`."""
+        old = getattr(module, name)
+        new = nn.Parameter(_take(old.detach(), dim, index), old.requires_grad)
+        setattr(module, name, new)
+        first, steps = next(((o, s) for o, (n, s) in self.replaced.items() if n is old), (old, []))
+        self.replaced[first] = (new, [*steps, (dim, index)])
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Carry every piece of per-parameter optimizer state along; drop the removed parameters."""
+        for group in optimizer.param_groups:
+            group["params"] = [
+                self.replaced[p][0] if p in self.replaced else p for p in group["params"] if p not in self.removed
+            ]
+        for parameter in self.removed:
+            optimizer.state.pop(parameter, None)
+        for old, (new, steps) in self.replaced.items():
+            state = optimizer.state.pop(old, None)
+            if state is None:
+                continue
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == old.shape:
+                    for dim, index in steps:
+                        value = _take(value, dim, index)
+                    state[key] = value
+            optimizer.state[new] = state
+
+
+def _take(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """Copy of the slices `index` along `dim`, in the memory format of `tensor`."""
+    taken = tensor.index_select(dim, index)
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return taken.contiguous(memory_format=torch.channels_last) if channels_last else taken
+
+
+def keep_units(model: nn.Module, block: Block, site: int, index: Iterable[int], change: Change | None = None) -> Change:
+    """Keep only some units of one site.
+
+    Args:
+        model: The plain network; changed in place.
+        block: The block's description.
+        site: Position of the site in `block.sites`.
+        index: Units to keep, as positions among those now present, at least one.
+        change: Record to extend.
+
+    Raises:
+        ValueError: if no unit would be left: an emptied site must take its block along.
+    """
+    change = Change() if change is None else change
+    spec = block.sites[site]
+    index = torch.as_tensor(list(index), dtype=torch.long)
+    if index.numel() == 0:
+        raise ValueError(f"site `{spec.name}` must keep at least one unit; got none. Remove its block instead.")
+    for name in spec.producers:
+        module = model.get_submodule(name)
+        index = index.to(next(module.parameters()).device)
+        for parameter in ("weight", "bias"):
+            if getattr(module, parameter, None) is not None:
+                change.slice(module, parameter, 0, index)
+        for buffer in ("running_mean", "running_var"):
+            if getattr(module, buffer, None) is not None:
+                setattr(module, buffer, getattr(module, buffer)[index].clone())
+        _set_width(module, ("out_channels", "out_features", "num_features"), len(index))
+    for name in spec.consumers:
+        module = model.get_submodule(name)
+        change.slice(module, "weight", 1, index)
+        _set_width(module, ("in_channels", "in_features"), len(index))
+    return change
+
+
+def drop_block(model: nn.Module, block: Block, change: Change | None = None) -> Change:
+    """Replace a block by its shortcut; changes `model` in place."""
+    change = Change() if change is None else change
+    before = model.get_submodule(block.name)
+    after = before.shortcut_only()
+    after.train(before.training)
+    change.removed |= set(before.parameters()) - set(after.parameters())
+    model.set_submodule(block.name, after)
+    return change
+
+
+def _set_width(module: nn.Module, names: tuple[str, ...], width: int) -> None:
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, width)
+
+
+def restrict(model: nn.Module, blocks: list[Block], structure: dict) -> nn.Module:
+    """Cut a whole network down to a recorded structure, as in a run's structure.json.
+
+    Args:
+        model: A fresh, whole network; changed in place.
+        blocks: Its description.
+        structure: For each block name ``{"kept": bool, "sites": {site name: [units kept, original indices]}}``.
+
+    Raises:
+        ValueError: if the record does not fit the architecture.
+    """
+    if set(structure) != {b.name for b in blocks}:
+        raise ValueError(
+            "`blocks` of structure.json must name the architecture's blocks; got a different architecture's"
+        )
+    for block in blocks:
+        record = structure[block.name]
+        if not record["kept"]:
+            drop_block(model, block)
+            continue
+        for i, site in enumerate(block.sites):
+            units = record["sites"][site.name]
+            if not units or min(units) < 0 or max(units) >= site.width:
+                raise ValueError(f"`{site.name}` in structure.json must keep units 0..{site.width - 1}; got {units}")
+            if len(units) < site.width:
+                keep_units(model, block, i, units)
+    return model

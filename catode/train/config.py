@@ -1,0 +1,717 @@
+"""The one configuration of a run, from which flags, help, ranges, presets, run identity and `config.json` derive.
+
+To add a setting, add one field to `Config`; to tune one, edit `PRESETS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from catode import _validate
+
+__all__ = ["PRESETS", "Config", "ConfigError", "build_parser", "check_out", "parse"]
+
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("digits", "*"): {
+        "nu": 0.1,
+        "alpha": 0.5,
+        "beta": 0.0,
+        "epochs": 60,
+        "batch_size": 64,
+        "lr": 0.1,
+        "weight_decay": 0.0005,
+        "warmup_epochs": 2.0,
+    },
+    ("cifar10", "*"): {
+        "nu": 0.8,
+        "alpha": 0.5,
+        "beta": 0.0,
+        "epochs": 20,
+        "batch_size": 128,
+        "lr": 0.1,
+        "weight_decay": 0.0005,
+        "warmup_epochs": 1.0,
+    },
+    ("cifar100", "*"): {
+        "nu": 0.8,
+        "alpha": 0.5,
+        "beta": 0.0,
+        "epochs": 20,
+        "batch_size": 128,
+        "lr": 0.1,
+        "weight_decay": 0.0005,
+        "warmup_epochs": 1.0,
+    },
+    ("folder", "*"): {
+        "nu": 0.8,
+        "alpha": 0.5,
+        "beta": 0.0,
+        "epochs": 20,
+        "batch_size": 128,
+        "lr": 0.1,
+        "weight_decay": 0.0005,
+        "warmup_epochs": 1.0,
+    },
+}
+"""Values by (data set, architecture) in place of the field defaults.
+
+`*` holds for every architecture; an exact entry goes over it.
+"""
+
+_GROUPS = {
+    "data": "data and network",
+    "pruning": "what is pruned, and when",
+    "gates": "gates and measuring",
+    "training": "training",
+    "run": "the run",
+}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; one line: argument, constraint, value, mend."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one field of `Config` beside its default.
+
+    Args:
+        kind: `float`, `int`, `bool` or `str`.
+        help: Text for `--help`.
+        group: Heading in `--help`, a key of `_GROUPS`.
+        choices: Admitted values; empty for no such list.
+        low: Lower end of the range.
+        high: Upper end of the range.
+        low_open: The lower end is not in the range.
+        high_open: The upper end is not in the range.
+        optional: None is admitted.
+        identity: The setting changes what is computed and so enters the name of the run.
+        negatable: A boolean also gets a flag `--no-...`.
+        mend: What to do instead of a wrong value.
+    """
+
+    kind: type
+    help: str
+    group: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+    optional: bool = False
+    identity: bool = True
+    negatable: bool = False
+    mend: str | None = None
+
+    @property
+    def range(self) -> str:
+        """The admitted numbers in words; empty for anything but a number."""
+        if self.kind not in (int, float) or (self.low == -math.inf and self.high == math.inf):
+            return ""
+        if self.high == math.inf:
+            return f"{'>' if self.low_open else '>='} {self.low:g}"
+        if self.kind is int:
+            return f"in [{self.low}, {self.high}]"
+        return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return the converted value.
+
+        Raises:
+            ValueError: if it is not admitted.
+        """
+        if value is None and self.optional:
+            return None
+        if self.choices:
+            return _validate.check_choice(name, value, self.choices, mend=_suggest(value, self.choices))
+        if self.kind is bool:
+            return _validate.check_bool(name, value, mend=self.mend)
+        if self.kind is str:
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            if not isinstance(value, str) or not value:
+                _validate.fail(name, "be a non-empty text", value, mend=self.mend)
+            return value
+        if self.kind is int:
+            value = _validate.check_int(name, value, mend=self.mend)
+        else:
+            value = _validate.check_real(name, value, mend=self.mend)
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        if not (above and below):
+            verb = "lie" if self.range.startswith("in ") else "be"
+            shown = int(value) if value == int(value) else value
+            _validate.fail(name, f"{verb} {self.range}", shown, mend=self.mend)
+        return value
+
+
+def _nearest(value: Any, names: Iterable[str]) -> str | None:
+    """The one of `names` most like `value`, if any is; of several, that which begins like it."""
+    value = str(value).lower()
+    near = difflib.get_close_matches(value, names, n=5, cutoff=0.5)
+    return max(
+        near,
+        key=lambda name: (
+            difflib.SequenceMatcher(None, name, value).ratio(),
+            len(os.path.commonprefix([name, value])),
+        ),
+        default=None,
+    )
+
+
+def _suggest(value: Any, choices: Iterable[str]) -> str:
+    """The sentence that points to the nearest of `choices`."""
+    near = _nearest(value, choices)
+    return f"Did you mean {near!r}?" if near else "Use one of these names."
+
+
+def _number(default: Any, kind: type, group: str, help: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"setting": Setting(kind, help, group, **more)})
+
+
+def _text(default: Any, group: str, help: str, **more: Any) -> Any:
+    return _number(default, str, group, help, **more)
+
+
+def _switch(default: bool, group: str, help: str, **more: Any) -> Any:
+    return _number(default, bool, group, help, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of a run, checked and resolved.
+
+    Built directly, a field that is not given takes its own default; `Config.from_presets` and `parse` put the preset of
+    the data set and architecture over it. `derive_tol` and `out` are resolved on construction: give `out=None` to
+    `dataclasses.replace` for a folder named anew.
+
+    Raises:
+        ConfigError: if a value is not admitted, or two values do not go together.
+    """
+
+    dataset: str = _text(
+        "digits",
+        "data",
+        "images to learn: digits ships with scikit-learn; cifar10 and cifar100 are the official python files; "
+        "folder is train/<class>/... with test/ or val/ beside it",
+        choices=("digits", "cifar10", "cifar100", "folder"),
+        identity=False,
+    )
+    data_dir: str | None = _text(
+        None,
+        "data",
+        "folder that holds the data; needed for every data set but digits",
+        optional=True,
+        identity=False,
+        mend="Give the folder that holds the data.",
+    )
+    image_size: int | None = _number(
+        None,
+        int,
+        "data",
+        "for folder: resize the shorter side to this many pixels and crop the centre; needed where images differ in size",
+        low=4,
+        optional=True,
+        mend="Use the side in pixels, such as 64.",
+    )
+    arch: str = _text(
+        "resnet20",
+        "data",
+        "CIFAR-style residual network; resnet14 is a shortened rival",
+        choices=("resnet14", "resnet20", "resnet32", "resnet56", "resnet110"),
+        identity=False,
+    )
+    hidden_scale: float = _number(
+        1.0,
+        float,
+        "data",
+        "scale of the hidden width of every block, for a narrowed rival",
+        low=0,
+        high=1,
+        low_open=True,
+        mend="Use 1 for the full width.",
+    )
+
+    nu: float = _number(
+        0.1,
+        float,
+        "pruning",
+        "price of the network's whole expected complexity, nats; larger prunes more, 0 is the ungated network",
+        low=0,
+        mend="Use 0 for the ungated network.",
+    )
+    alpha: float = _number(
+        0.5,
+        float,
+        "pruning",
+        "share of the price that layers carry, the rest is on units; 0 leaves layers ungated, 1 units",
+        low=0,
+        high=1,
+        mend="Use 0.5 to price units and layers alike.",
+    )
+    beta: float = _number(
+        0.0,
+        float,
+        "pruning",
+        "weight of parameters against MACs in the complexity",
+        low=0,
+        high=1,
+        mend="Use 0 to price MACs alone.",
+    )
+    risk: float = _number(
+        0.05,
+        float,
+        "pruning",
+        "accepted probability that a removed structure would have recovered",
+        low=0,
+        high=0.5,
+        low_open=True,
+        high_open=True,
+        mend="Use 0.05 if in doubt.",
+    )
+    derive_tol: bool = _switch(
+        False,
+        "pruning",
+        "derive the tolerance of each structure from measured quantities; so it is unless --tol is given",
+    )
+    tol: float | None = _number(
+        None,
+        float,
+        "pruning",
+        "one fixed tolerance on the keep probability instead of the derived ones",
+        low=0,
+        high=1,
+        optional=True,
+        mend="Leave it out to derive tolerances.",
+    )
+    initial_keep_prob: float = _number(
+        1.0,
+        float,
+        "pruning",
+        "keep probability of every structure at the start",
+        low=0,
+        high=1,
+        low_open=True,
+        mend="Use 1 to start from the full network.",
+    )
+    warmup_epochs: float = _number(
+        0.0,
+        float,
+        "pruning",
+        "epochs before any keep probability moves; a preset's value shrinks with --epochs",
+        low=0,
+        mend="Use 0 for no warm-up.",
+    )
+    decide_until: float = _number(
+        0.8,
+        float,
+        "pruning",
+        "share of the run in which structures are decided by rule; what is undecided then is forced to the nearer state",
+        low=0,
+        high=1,
+        low_open=True,
+        mend="Use 0.8 if in doubt.",
+    )
+    rate_ratio: float | None = _number(
+        None,
+        float,
+        "pruning",
+        "speed of every theta, 1/time: a useless structure sinks from 1 to 0 within 1/rate_ratio of ODE time; the effective "
+        "rate ratio of a structure is rate_ratio/price at the start; without it 1/(sink_share x ODE time of the run)",
+        low=0,
+        low_open=True,
+        optional=True,
+        mend="Leave it out to derive it from sink_share.",
+    )
+    sink_share: float = _number(
+        0.1,
+        float,
+        "pruning",
+        "share of the run's ODE time in which a useless structure sinks from 1 to 0; not used with --rate-ratio",
+        low=0,
+        high=1,
+        low_open=True,
+        mend="Use 0.1 if in doubt.",
+    )
+
+    estimator: str = _text(
+        "curvature",
+        "gates",
+        "estimator of the units' benefits; straight-through is blind at open gates",
+        choices=("curvature", "paired", "straight-through"),
+    )
+    layer_estimator: str = _text(
+        "paired",
+        "gates",
+        "estimator of the layers' benefits; paired compares the loss with and without a layer",
+        choices=("paired", "curvature", "straight-through"),
+    )
+    per_example_gates: bool = _switch(
+        False, "gates", "draw gates for each example instead of once a step", negatable=True
+    )
+    probe_size: int | None = _number(
+        None,
+        int,
+        "gates",
+        "images of a batch on which benefits are probed; without it a tenth of the batch",
+        low=2,
+        optional=True,
+        mend="Leave it out for a tenth of the batch.",
+    )
+    measure_every: int = _number(
+        4, int, "gates", "steps from one measurement of the benefits to the next", low=1, mend="Use 1 for every step."
+    )
+    memory: int = _number(
+        200, int, "gates", "steps over which measurements are pooled", low=2, mend="Use 200 if in doubt."
+    )
+    check_every: int = _number(
+        50, int, "gates", "steps from one check for removals to the next", low=1, mend="Use 1 for every step."
+    )
+
+    epochs: int = _number(60, int, "training", "passes over the training images", low=1, mend="Use at least one epoch.")
+    batch_size: int = _number(64, int, "training", "images in a step", low=2, mend="Use at least two images.")
+    lr: float = _number(0.1, float, "training", "peak learning rate", low=0, low_open=True, mend="Use 0.1 if in doubt.")
+    momentum: float = _number(
+        0.9, float, "training", "momentum of SGD", low=0, high=1, high_open=True, mend="Use 0.9 if in doubt."
+    )
+    weight_decay: float = _number(
+        5e-4,
+        float,
+        "training",
+        "weight decay of every parameter, norm layers included",
+        low=0,
+        mend="Use 0 for none.",
+    )
+    schedule: str = _text(
+        "one-cycle", "training", "course of the learning rate", choices=("one-cycle", "cosine", "constant")
+    )
+    label_smoothing: float = _number(
+        0.0, float, "training", "label smoothing", low=0, high=1, high_open=True, mend="Use 0 for none."
+    )
+    amp: str = _text("off", "training", "automatic mixed precision", choices=("off", "bf16"))
+    channels_last: bool = _switch(
+        True, "training", "keep images in the channels-last memory format", negatable=True, identity=False
+    )
+
+    seed: int = _number(
+        0, int, "run", "seed of everything random", low=0, high=2**32 - 1, identity=False, mend="Use 0 if in doubt."
+    )
+    device: str = _text(
+        "cpu", "run", "where to compute: cpu, cuda, cuda:N or mps", identity=False, mend="Use --device cpu."
+    )
+    threads: int | None = _number(
+        None,
+        int,
+        "run",
+        "CPU threads; without it PyTorch's own choice",
+        low=1,
+        optional=True,
+        identity=False,
+        mend="Leave it out for PyTorch's own choice.",
+    )
+    out: str | None = _text(
+        None,
+        "run",
+        "folder of the run; without it runs/<dataset>-<arch>-<tag>-s<seed>, where the tag stands for every setting that "
+        "differs from the preset",
+        optional=True,
+        identity=False,
+        mend="Leave it out for a folder under runs/.",
+    )
+    dry_run: bool = _switch(
+        False, "run", "check everything, print the costs and stop before the first step", identity=False
+    )
+
+    def __post_init__(self) -> None:
+        for name, setting in settings().items():
+            try:
+                value = setting.check(name, getattr(self, name))
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            object.__setattr__(self, name, value)
+        self._check_together()
+        _check_device(self.device)
+        object.__setattr__(self, "derive_tol", self.tol is None)
+        if self.out is None:
+            object.__setattr__(self, "out", f"runs/{self.dataset}-{self.arch}-{self.tag}-s{self.seed}")
+
+    def _check_together(self) -> None:
+        if self.derive_tol and self.tol is not None:
+            raise ConfigError(
+                f"`tol` must be left out with derive_tol; got tol={self.tol:g} and derive_tol=True. Give one of the two."
+            )
+        if self.dataset == "digits" and self.data_dir is not None:
+            raise ConfigError(
+                f"`data_dir` must be left out for dataset='digits', which needs no files; got data_dir={self.data_dir!r}. "
+                "Leave it out, or choose another --dataset."
+            )
+        if self.dataset != "digits" and self.data_dir is None:
+            raise ConfigError(
+                f"`data_dir` must be given for dataset={self.dataset!r}; got data_dir=None. "
+                "Add --data-dir with the folder that holds the data."
+            )
+        if self.dataset != "folder" and self.image_size is not None:
+            raise ConfigError(
+                f"`image_size` must be left out unless dataset='folder'; got image_size={self.image_size} with "
+                f"dataset={self.dataset!r}. Leave it out."
+            )
+        deciding = self.decide_until * self.epochs
+        if self.nu > 0 and self.warmup_epochs >= deciding:
+            raise ConfigError(
+                f"`warmup_epochs` must be < decide_until x epochs = {deciding:g}, or nothing is ever decided; "
+                f"got warmup_epochs={self.warmup_epochs:g}. Shorten the warm-up or train longer."
+            )
+
+    @property
+    def tag(self) -> str:
+        """What sets this run apart from the preset: a short hash of the settings that differ, or `default`."""
+        base = _preset(self.dataset, self.arch)
+        values = {name: getattr(self, name) for name, setting in settings().items() if setting.identity}
+        values.pop("derive_tol")  # follows from tol
+        differing = {name: value for name, value in values.items() if value != base[name]}
+        if not differing:
+            return "default"
+        return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:8]
+
+    @classmethod
+    def from_presets(cls, **given: Any) -> Config:
+        """Build from some values; the preset of their data set and architecture fills in the others.
+
+        Args:
+            **given: Values of fields.
+
+        Returns:
+            The resolved configuration.
+
+        Raises:
+            ConfigError: if a name or value is not admitted.
+        """
+        _check_names(given)
+        known = settings()
+        for name in ("dataset", "arch"):
+            try:
+                known[name].check(name, given.get(name, getattr(cls, name)))
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+        values = _preset(given.get("dataset", cls.dataset), given.get("arch", cls.arch))
+        epochs = given.get("epochs")
+        if isinstance(epochs, int) and 0 < epochs < values["epochs"]:
+            values["warmup_epochs"] *= epochs / values["epochs"]
+        return cls(**{**values, **given})
+
+    def to_json(self) -> str:
+        """Every resolved setting as the text of `config.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, **changes: Any) -> Config:
+        """Read `config.json` back.
+
+        Args:
+            text: Content of the file.
+            **changes: Values to put over those read, such as `device="cpu"` where the run's device is not at hand.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ConfigError: if the text is not a JSON object, or names or holds something that is not admitted.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"`config.json` must be valid JSON; got an error at line {error.lineno}, column {error.colno} "
+                f"({error.msg}). Restore the file from the run."
+            ) from None
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"`config.json` must hold one JSON object; got {type(values).__name__}. Restore the file from the run."
+            )
+        values = {**values, **changes}
+        _check_names(values)
+        return cls(**values)
+
+
+def settings() -> dict[str, Setting]:
+    """The setting behind each field of `Config`, in order."""
+    return {f.name: f.metadata["setting"] for f in dataclasses.fields(Config)}
+
+
+def _preset(dataset: str, arch: str) -> dict[str, Any]:
+    """Default of every field for one data set and architecture."""
+    values = {f.name: f.default for f in dataclasses.fields(Config)}
+    return {**values, **PRESETS.get((dataset, "*"), {}), **PRESETS.get((dataset, arch), {})}
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    known = settings()
+    for name, value in given.items():
+        if name not in known:
+            near = _nearest(name, known)
+            mend = f"Did you mean `{near}`?" if near else "Leave it out."
+            raise ConfigError(f"`{name}` must be the name of a setting; got {name}={value!r}. {mend}")
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that PyTorch does not know or that is not there."""
+    if device == "cpu":
+        return
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()) or device.endswith(":"):
+        raise ConfigError(f"`device` must be cpu, cuda, cuda:N or mps; got device={device!r}. Use --device cpu.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"`device` must be there; got device={device!r}, but PyTorch finds no CUDA device. Use --device cpu."
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(
+            f"`device` must be there; got device={device!r}, but PyTorch finds no MPS device. Use --device cpu."
+        )
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if index and int(index) >= count:
+        raise ConfigError(
+            f"`device` must be there; got device={device!r}, but there is no {kind} device beyond {kind}:{count - 1}. "
+            f"Use --device {kind}:0."
+        )
+
+
+def check_out(config: Config) -> None:
+    """Refuse an output folder that already holds a run; writes nothing.
+
+    Raises:
+        ConfigError: if there is a run, or if the place cannot be a folder.
+    """
+    out = Path(config.out)
+    if (out / "config.json").exists():
+        raise ConfigError(
+            f"`out` must be a folder without a run; got out={config.out!r}, which holds one. "
+            "Choose another --out or delete the folder."
+        )
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(
+            f"`out` must be a folder; got out={config.out!r}, where {str(place)!r} is a file. Choose another --out."
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"`out` must be writable; got out={config.out!r}, where {str(place)!r} is not. Choose another --out."
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose every complaint is a `ConfigError` in the one message form."""
+
+    def error(self, message: str) -> None:
+        raise ConfigError(self._one_line(message))
+
+    def _one_line(self, message: str) -> str:
+        flags = [s for s in self._option_string_actions if s.startswith("--")]
+        if message.startswith("unrecognized arguments: "):
+            first = message.removeprefix("unrecognized arguments: ").split()[0]
+            name = first.split("=")[0]
+            if not name.startswith("-"):
+                return f"`{name}` must follow a flag; got the stray argument {first!r}. Remove it, or see --help."
+            near = _nearest(name, flags)
+            mend = f"Did you mean {near}?" if near else "See --help for all flags."
+            return f"`{name}` must be a known flag; got {first}. {mend}"
+        if message.startswith("argument "):
+            names, _, what = message.removeprefix("argument ").partition(": ")
+            if what.startswith("`"):
+                return what
+            flag = names.split("/")[0]
+            name = flag.lstrip("-").replace("-", "_")
+            if what.startswith("expected"):
+                return f"`{name}` must have a value; got {flag} without one. Write {flag}=VALUE."
+            if what.startswith("ignored explicit argument"):
+                value = what.removeprefix("ignored explicit argument").strip()
+                return f"`{name}` must stand without a value; got {flag}={value}. Write {flag} alone."
+        return message
+
+
+def _convert(name: str, setting: Setting) -> Any:
+    """The argparse type of a number."""
+
+    def convert(text: str) -> float | int:
+        try:
+            return setting.kind(text)
+        except ValueError:
+            what = "an integer" if setting.kind is int else "a number"
+            limit = f" {setting.range}" if setting.range else ""
+            mend = f" {setting.mend}" if setting.mend else ""
+            raise argparse.ArgumentTypeError(f"`{name}` must be {what}{limit}; got {name}={text!r}.{mend}") from None
+
+    return convert
+
+
+def _default_text(name: str, default: Any) -> str:
+    """The default and the presets of a field, for `--help`."""
+    parts = []
+    for dataset in settings()["dataset"].choices:
+        for (key, arch), preset in PRESETS.items():
+            if key == dataset and name in preset:
+                parts.append(f"{dataset if arch == '*' else f'{dataset}/{arch}'} {preset[name]:g}")
+    if parts:
+        return "default: " + ", ".join(parts)
+    if default is None or default is False:
+        return ""
+    return f"default: {'on' if default is True else f'{default:g}' if isinstance(default, float) else default}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A parser with one flag for each field of `Config`; what is not given is left out of the namespace.
+
+    Returns:
+        The parser; its `error` raises `ConfigError`.
+    """
+    parser = _Parser(
+        prog="python -m catode.train",
+        description="Train a residual network once, pruning units and layers on the way, and keep the compact network.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}
+    for field in dataclasses.fields(Config):
+        setting: Setting = field.metadata["setting"]
+        notes = "; ".join(n for n in (setting.range, _default_text(field.name, field.default)) if n)
+        options: dict[str, Any] = {"help": (setting.help + (f" [{notes}]" if notes else "")).replace("%", "%%")}
+        if setting.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction if setting.negatable else "store_true"
+            options["default"] = argparse.SUPPRESS
+        else:
+            options["metavar"] = (
+                "{" + ",".join(setting.choices) + "}" if setting.choices else setting.kind.__name__.upper()
+            )
+            if setting.kind in (int, float):
+                options["type"] = _convert(field.name, setting)
+        groups[setting.group].add_argument("--" + field.name.replace("_", "-"), **options)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Read a command line.
+
+    Args:
+        argv: Arguments without the program's name; None for those of the process.
+
+    Returns:
+        The configuration: flags over presets over field defaults.
+
+    Raises:
+        ConfigError: for any wrong argument; print it and exit with status 2.
+    """
+    return Config.from_presets(**vars(build_parser().parse_args(argv)))

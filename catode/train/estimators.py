@@ -1,0 +1,133 @@
+"""Estimators of G = L1 - L0 = -benefit, the loss side of dC/dtheta (THEORY section 3).
+
+All work on the same kind of evidence. `straight_through` and `curvature` turn the derivative dL/dxi at a draw, which the
+training step's own backward pass delivers, into an estimate for every structure at once. `Probe` makes the extra
+evidence on a few examples of the batch: the Gauss-Newton curvature in xi for all structures at once, and *paired*
+differences, the loss with a structure off minus the loss with it on, same examples, same other gates.
+
+============== ============================================== =========== ==================================
+estimator      mean                                           noise       use
+============== ============================================== =========== ==================================
+straight-      theta g(1) + (1-theta) g(0); blind at xi = 1   low         comparison; right at theta = 1/2
+curvature      exact for losses quadratic in xi               low         units (default)
+paired         exact (unbiased, any loss)                     one or few  layers (default)
+                                                              per probe
+============== ============================================== =========== ==================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from catode.train.gates import Gates
+
+ESTIMATORS = ("curvature", "paired", "straight-through")
+
+
+def straight_through(derivative, draw, curvature=None):
+    """dL/dxi at the draw, taken for L1 - L0.
+
+    Args:
+        derivative: dL/dxi at the draw, shape (n,).
+        draw: Gate values, shape (n,).
+        curvature: Not used.
+
+    Returns:
+        Estimate of L1 - L0, shape (n,), nats.
+    """
+    return derivative
+
+
+def curvature_corrected(derivative, draw, curvature):
+    """The trapezoid's value from one end: exact for losses quadratic in xi.
+
+    Args:
+        derivative: dL/dxi at the draw, shape (n,).
+        draw: Gate values in [0, 1], shape (n,).
+        curvature: Expected d2L/dxi2, Gauss-Newton, shape (n,).
+
+    Returns:
+        Estimate of L1 - L0, shape (n,), nats.
+    """
+    return derivative + (0.5 - draw) * curvature
+
+
+@contextmanager
+def batch_statistics_only(model: nn.Module):
+    """Train-mode norms without touching their running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class Probe:
+    """Extra evidence about the gates from a few examples, at the current weights and draw.
+
+    A batch norm downstream couples the examples a little: a row's derivative also contains its effect on the others'
+    normalisation. The same holds for the training step itself.
+
+    Args:
+        model: The gated model, in train mode.
+        gates: Its gates.
+        inputs: Examples, shape (m, ...).
+        targets: Target distribution of each example, shape (m, classes).
+        generator: Source of the sampled labels.
+    """
+
+    def __init__(
+        self, model: nn.Module, gates: Gates, inputs: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
+    ):
+        self.model, self.gates = model, gates
+        self.inputs, self.targets = inputs, targets
+        self.draw = gates.draw.detach()
+        self.generator = generator
+        self._base: torch.Tensor | None = None
+
+    def curvature(self) -> torch.Tensor:
+        """Gauss-Newton curvature of the loss in every gate, shape (n,).
+
+        The mean over examples of the squared derivative at a label *sampled from the model*, whose expectation is the
+        variance over the model's softmax of dz/dxi.
+        """
+        rows = self.draw.expand(len(self.inputs), -1).clone().requires_grad_()
+        logits = self._forward(rows)
+        self._base = self._loss(logits.detach())
+        labels = torch.multinomial(logits.detach().softmax(1), 1, generator=self.generator)[:, 0]
+        (per_example,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), rows)
+        return per_example.square().mean(0)
+
+    @torch.no_grad()
+    def paired(self, structures: Sequence[int]) -> torch.Tensor:
+        """Loss without minus loss with each of the given structures, shape (len(structures),), nats."""
+        if self._base is None:
+            self._base = self._loss(self._forward(self.draw.expand(len(self.inputs), -1)))
+        differences = []
+        for number in structures:
+            rows = self.draw.expand(len(self.inputs), -1).clone()
+            on = rows[0, number] > 0.5
+            rows[:, number] = 1.0 - rows[:, number]
+            other = self._loss(self._forward(rows))
+            differences.append((other - self._base if on else self._base - other).mean())
+        return torch.stack(differences) if differences else self.draw.new_zeros(0)
+
+    def _forward(self, rows: torch.Tensor) -> torch.Tensor:
+        before = self.gates.rows
+        self.gates.rows = rows
+        try:
+            with batch_statistics_only(self.model):
+                return self.model(self.inputs).float()
+        finally:
+            self.gates.rows = before
+
+    def _loss(self, logits: torch.Tensor) -> torch.Tensor:
+        return -(self.targets * logits.log_softmax(1)).sum(1)

@@ -1,0 +1,153 @@
+"""Bernoulli gates that cost nothing: one draw a step is a multiplication of small tensors.
+
+A layer gate scales the affine of its block's last module; a unit gate scales the input slices of the module that
+*consumes* the unit. (Scaling the norm before the ReLU instead would erase dL/dxi wherever xi = 0, since relu'(0) = 0.)
+Both are `torch.nn.utils.parametrize` parametrizations of an otherwise plain network, and every gate reads its value from
+one flat vector, so that after ``loss.backward()`` the vector's ``.grad`` holds dL/dxi of every structure at its draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from catode.train.structure import Block
+
+
+class Gates:
+    """Values of all gates and their installation in a model.
+
+    Structures are numbered as in `catode.complexity`: all layers, then the units site by site, always in the original
+    network's numbering.
+
+    Attributes:
+        draw: Current gate values, shape (n,), float32, a leaf that collects dL/dxi in ``draw.grad``.
+        keep_prob: theta, shape (n,); it stands in place of the draw in eval mode.
+        rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
+            scaled instead of weights.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], size: int):
+        self.model, self.blocks, self.size = model, tuple(blocks), size
+        device = next(model.parameters()).device
+        self.draw = torch.ones(size, device=device, requires_grad=True)
+        self.keep_prob = torch.ones(size, device=device)
+        self.rows: torch.Tensor | None = None
+        self._installed: list[tuple[nn.Module, str]] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def set(self, keep_prob: torch.Tensor, draw: torch.Tensor) -> None:
+        """Set theta and the gate values of the next forward pass, both of shape (n,)."""
+        self.keep_prob = keep_prob.to(self.draw.device, torch.float32)
+        self.draw = draw.to(self.draw.device, torch.float32).requires_grad_()
+
+    def values(self, training: bool) -> torch.Tensor:
+        """Gate values that the forward pass uses, shape (n,)."""
+        return self.draw if training else self.keep_prob
+
+    def install(self, layers: Sequence[bool], sites: Sequence[torch.Tensor | None]) -> None:
+        """Put gates into the model.
+
+        Args:
+            layers: For each block, whether its layer is gated.
+            sites: For each site of each block in order, the numbers of the units that are now present in it, or None
+                where no unit of the site is gated.
+        """
+        device = self.draw.device
+        site = 0
+        for number, block in enumerate(self.blocks):
+            for spec in block.sites:
+                units = sites[site]
+                site += 1
+                if units is None:
+                    continue
+                units = units.to(device)
+                for name in spec.consumers:
+                    module = self.model.get_submodule(name)
+                    self._parametrize(module, "weight", _UnitGate(self, units))
+                    self._hooks.append(module.register_forward_pre_hook(self._scale_input(units)))
+            if layers[number]:
+                module = self.model.get_submodule(block.output)
+                for name in ("weight", "bias"):
+                    if getattr(module, name, None) is not None:
+                        self._parametrize(module, name, _LayerGate(self, number))
+                self._hooks.append(module.register_forward_hook(self._scale_output(number)))
+
+    def remove(self) -> None:
+        """Take all gates out; the model is plain again and holds the same parameter objects."""
+        for module, name in self._installed:
+            if parametrize.is_parametrized(module, name):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        for hook in self._hooks:
+            hook.remove()
+        self._installed, self._hooks = [], []
+
+    @torch.no_grad()
+    def folded_state(self) -> dict[str, torch.Tensor]:
+        """State dict of the plain network that eval mode computes: theta folded into the weights."""
+        state = {}
+        for name, tensor in self.model.state_dict().items():
+            state[name.replace("parametrizations.", "").removesuffix(".original")] = tensor.detach().clone()
+        names = {module: name for name, module in self.model.named_modules()}
+        for module, name in set(self._installed):
+            training = module.training
+            module.eval()
+            state[f"{names[module]}.{name}"] = getattr(module, name).detach().clone()
+            module.train(training)
+        return state
+
+    def _parametrize(self, module: nn.Module, name: str, gate: nn.Module) -> None:
+        gate.train(module.training)
+        parametrize.register_parametrization(module, name, gate, unsafe=True)
+        module.parametrizations.train(module.training)
+        self._installed.append((module, name))
+
+    def _scale_input(self, units: torch.Tensor):
+        def hook(module: nn.Module, args: tuple):
+            if self.rows is None:
+                return None
+            x = args[0]
+            gate = self.rows[:, units]
+            channels_first = not isinstance(module, nn.Linear)
+            extra = [1] * (x.dim() - 2)
+            return (
+                x * (gate.view(*gate.shape, *extra) if channels_first else gate.view(len(gate), *extra, -1)),
+                *args[1:],
+            )
+
+        return hook
+
+    def _scale_output(self, number: int):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor):
+            if self.rows is None:
+                return None
+            return output * self.rows[:, number].view(-1, *[1] * (output.dim() - 1))
+
+        return hook
+
+
+class _UnitGate(nn.Module):
+    """Scales the input slices of a weight by the gates of the units that it reads."""
+
+    def __init__(self, gates: Gates, units: torch.Tensor):
+        super().__init__()
+        self.gates, self.units = gates, units
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.gates.rows is not None:
+            return weight
+        return weight * self.gates.values(self.training)[self.units].view(1, -1, *[1] * (weight.dim() - 2))
+
+
+class _LayerGate(nn.Module):
+    """Scales an affine by the gate of its block."""
+
+    def __init__(self, gates: Gates, number: int):
+        super().__init__()
+        self.gates, self.number = gates, number
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight if self.gates.rows is not None else weight * self.gates.values(self.training)[self.number]

@@ -1,0 +1,417 @@
+"""One training run, from configuration to folder.
+
+The loop owns data, optimizer, schedule and files; everything about gates, measuring and removing is in
+`catode.train.prune.Pruner`, whose ``step()`` follows the optimizer's.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from catode import __version__
+from catode.train import checkpoint, data, models, report
+from catode.train.config import Config, check_out
+from catode.train.device import keep_freed_memory, latency_ms
+from catode.train.prune import ROW_FIELDS, Pruner
+from catode.train.structure import Counts, count
+
+METRIC_FIELDS = (
+    "epoch step time lr loss train_accuracy test_accuracy expected_complexity macs params layers_kept units_kept "
+    "undecided seconds wait_share"
+).split()
+AUGMENT = {"digits": "shift", "cifar10": "crop-flip", "cifar100": "crop-flip", "folder": "crop-flip"}
+
+
+class NotFinite(RuntimeError):
+    """The loss stopped being finite; the last good state was kept."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs before its first step."""
+
+    config: Config
+    images: data.ImageData
+    model: nn.Module
+    example: torch.Tensor
+    steps_per_epoch: int
+    schedule: np.ndarray
+
+    @property
+    def ode_time(self) -> float:
+        """Length of the whole run in ODE time, sum of lr/(1 - momentum)."""
+        return float(self.schedule.sum() / (1.0 - self.config.momentum))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps before any theta moves."""
+        return round(self.config.warmup_epochs * self.steps_per_epoch)
+
+    @property
+    def decide_steps(self) -> int:
+        """Steps after which the deciding phase ends."""
+        return round(self.config.decide_until * len(self.schedule))
+
+    @property
+    def rate_ratio(self) -> float:
+        """Speed of every theta at zero benefit, 1/time."""
+        if self.config.rate_ratio is not None:
+            return self.config.rate_ratio
+        return 1.0 / (self.config.sink_share * self.ode_time)
+
+
+def learning_rates(schedule: str, peak: float, steps: int) -> np.ndarray:
+    """Learning rate of every step, shape (steps,).
+
+    Args:
+        schedule: `one-cycle` (linear rise over 15 % of the steps, linear fall to 0), `cosine` or `constant`.
+        peak: Largest learning rate.
+        steps: Number of steps.
+    """
+    position = (np.arange(steps) + 0.5) / steps
+    if schedule == "one-cycle":
+        return peak * np.minimum(position / 0.15, (1.0 - position) / 0.85)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + np.cos(np.pi * position))
+    return np.full(steps, peak)
+
+
+def prepare(config: Config) -> Setup:
+    """Load the data and build the network; writes nothing.
+
+    Raises:
+        ValueError: for data or settings that do not fit, one line each.
+    """
+    check_out(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    keep_freed_memory()
+    images = data.load(config.dataset, config.data_dir, seed=config.seed, image_size=config.image_size)
+    steps = len(images.train_labels) // config.batch_size
+    if steps < 1:
+        raise data.DataError(
+            f"`batch_size` must be at most the number of training images; got batch_size={config.batch_size} with "
+            f"{len(images.train_labels)} images. Choose a smaller one."
+        )
+    torch.manual_seed(config.seed)
+    model = models.build(
+        config.arch,
+        in_channels=images.train_images.shape[1],
+        classes=len(images.classes),
+        hidden_scale=config.hidden_scale,
+    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(config.device, memory_format=memory_format)
+    example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
+    return Setup(
+        config, images, model, example, steps, learning_rates(config.schedule, config.lr, steps * config.epochs)
+    )
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """SGD whose weight decay reaches every parameter, the norm layers' affine too (the theory needs it)."""
+    return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None:
+    """The pruner of a run; None for the ungated network (nu = 0)."""
+    config = setup.config
+    if config.nu == 0:
+        return None
+    return Pruner(
+        setup.model,
+        setup.example,
+        optimizer=optimizer,
+        nu=config.nu,
+        alpha=config.alpha,
+        beta=config.beta,
+        risk=config.risk,
+        tolerance=config.tol,
+        rate_ratio=setup.rate_ratio,
+        steps=setup.decide_steps,
+        warmup=setup.warmup_steps,
+        initial_keep_prob=config.initial_keep_prob,
+        estimator=config.estimator,
+        layer_estimator=config.layer_estimator,
+        per_example=config.per_example_gates,
+        probe_size=config.probe_size,
+        measure_every=config.measure_every,
+        check_every=config.check_every,
+        memory=config.memory,
+        seed=config.seed,
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches, amp: bool = False) -> float:
+    """Share of correct predictions in eval mode, where theta stands in place of the gates."""
+    training = model.training
+    model.eval()
+    right = total = 0
+    for x, y in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            right += (model(x).argmax(1) == y).sum()
+        total += len(y)
+    model.train(training)
+    return float(right) / total
+
+
+class _Table:
+    """A CSV file written row by row."""
+
+    def __init__(self, path: Path, fields):
+        self._file = path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, fields)
+        self._writer.writeheader()
+
+    def add(self, rows: list[dict]) -> None:
+        self._writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def run(config: Config, *, progress: bool = True) -> Path:
+    """Train, prune while training, and leave a folder as documented in the README.
+
+    Args:
+        config: The resolved configuration.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: for bad input, before anything is written.
+        NotFinite: if the loss stops being finite; the folder then holds the last good network.
+    """
+    folder = Path(config.out)
+    trainer = _Trainer(prepare(config), folder, progress)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    report.write(folder)
+    return folder
+
+
+class _Trainer:
+    """State of a run in progress."""
+
+    def __init__(self, setup: Setup, folder: Path, progress: bool):
+        config = setup.config
+        self.setup, self.config, self.folder = setup, config, folder
+        self.model, self.amp = setup.model, config.amp == "bf16"
+        self.dense = count(self.model, setup.example)
+        self.dense_latency = latency_ms(self.model, setup.example)
+        self.optimizer = make_optimizer(self.model, config)
+        self.pruner = make_pruner(setup, self.optimizer)
+        images = setup.images
+        common = dict(mean=images.mean, std=images.std, device=config.device, channels_last=config.channels_last)
+        self.batches = data.Batches(
+            images.train_images, images.train_labels, config.batch_size, augment=AUGMENT[config.dataset], **common
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(config.to_json() + "\n")
+        (folder / "env.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
+        self.metrics = _Table(folder / "metrics.csv", METRIC_FIELDS)
+        self.structures = _Table(folder / "structures.csv", ROW_FIELDS)
+        self.history: list[float] = []
+        self.step, self.time, self.good_step = 0, 0.0, 0
+        self.bar = tqdm(total=len(setup.schedule), unit="step", disable=not progress, file=sys.stderr, mininterval=0.5)
+        self.save()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.metrics.close()
+        self.structures.close()
+
+    def train(self) -> None:
+        start = time.perf_counter()
+        for epoch in range(self.config.epochs):
+            row = self.epoch(epoch)
+            row["seconds"] = time.perf_counter() - start
+            self.metrics.add([row])
+        self.result(time.perf_counter() - start)
+
+    def epoch(self, epoch: int) -> dict:
+        self.model.train()
+        losses, right, waited = [], torch.zeros((), dtype=torch.long, device=self.config.device), 0.0
+        began = mark = time.perf_counter()
+        rate = self.config.lr
+        for x, y in self.batches.epoch(epoch, self.config.seed):
+            waited += time.perf_counter() - mark
+            rate = float(self.setup.schedule[self.step])
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+                logits = self.model(x)
+                loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach())
+            right += (logits.detach().argmax(1) == y).sum()
+            self.step += 1
+            self.time += rate / (1.0 - self.config.momentum)
+            if not math.isfinite(losses[-1]):
+                self.not_finite()
+            if self.pruner is not None:
+                self.prune()
+            self.bar.update()
+            if self.step % 10 == 0:
+                self.show(losses)
+            mark = time.perf_counter()
+        seconds = time.perf_counter() - began
+        accuracy = evaluate(self.model, self.test_batches(), self.amp)
+        self.history.append(accuracy)
+        self.save()
+        self.show(losses)
+        seen = len(losses) * self.config.batch_size
+        counts = self.counts()
+        layers, units, undecided = self.left()
+        return {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "time": self.time,
+            "lr": rate,
+            "loss": float(torch.stack(losses).mean()),
+            "train_accuracy": float(right) / seen,
+            "test_accuracy": accuracy,
+            "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
+            "macs": counts.macs,
+            "params": counts.params,
+            "layers_kept": layers,
+            "units_kept": units,
+            "undecided": undecided,
+            "wait_share": waited / seconds,
+        }
+
+    def test_batches(self):
+        images = self.setup.images
+        return self.batches.evaluation(images.test_images, images.test_labels, max(self.config.batch_size, 256))
+
+    def prune(self) -> None:
+        """One step of the pruner, its checks logged; ends the deciding phase when its time has come."""
+        check = self.pruner.step()
+        if check is not None:
+            self.structures.add(check.rows)
+            for warning in check.warnings:
+                self.bar.write(f"warning: {warning}", file=sys.stderr)
+
+    def not_finite(self) -> None:
+        raise NotFinite(
+            f"`loss` must stay finite; got a non-finite loss at step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.3g}). "
+            f"The state after step {self.good_step} is kept in {self.folder}; lower --lr or turn --amp off."
+        )
+
+    def counts(self) -> Counts:
+        """Counted MACs and parameters of the network as it physically stands."""
+        return self.pruner.counts() if self.pruner else self.dense
+
+    def left(self) -> tuple[int, int, int]:
+        """Layers and units left, and how many structures are undecided."""
+        if self.pruner is not None:
+            return self.pruner.layers_kept, self.pruner.units_kept, self.pruner.undecided
+        blocks = self.model.structures()
+        return len(blocks), sum(site.width for b in blocks for site in b.sites), 0
+
+    def show(self, losses: list[torch.Tensor]) -> None:
+        layers, units, undecided = self.left()
+        expected = self.pruner.expected_macs if self.pruner else self.dense.macs
+        self.bar.set_postfix_str(
+            f"loss {float(losses[-1]):.3f}, accuracy {self.history[-1] if self.history else 0:.3f}, "
+            f"expected MACs {expected / self.dense.macs:.0%}, {layers} layers, {units} units, {undecided} undecided",
+            refresh=False,
+        )
+
+    def save(self) -> None:
+        """Keep the network as it stands as the last good one."""
+        self.good_step = self.step
+        state, structure = self.pruner.snapshot() if self.pruner else (self.model.state_dict(), checkpoint.whole(self.model))
+        images = self.setup.images
+        checkpoint.save(
+            self.folder,
+            state,
+            {
+                "arch": self.config.arch,
+                "in_channels": images.train_images.shape[1],
+                "classes": list(images.classes),
+                "hidden_scale": self.config.hidden_scale,
+                "image_shape": list(images.train_images.shape[1:]),
+                "mean": list(images.mean),
+                "std": list(images.std),
+                "blocks": structure,
+            },
+        )
+
+    def result(self, seconds: float) -> None:
+        counts = self.counts()
+        layers, units, _ = self.left()
+        blocks = models.build(
+            self.config.arch, in_channels=1, classes=2, hidden_scale=self.config.hidden_scale
+        ).structures()
+        small = self.dense_latency if self.pruner is None else latency_ms(self.model, self.setup.example)
+        content = {
+            "accuracy": self.history[-1],
+            "accuracy_history": self.history,
+            "macs": counts.macs,
+            "macs_executed": count(self.model, self.setup.example).macs,
+            "macs_dense": self.dense.macs,
+            "params": counts.params,
+            "params_dense": self.dense.params,
+            "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
+            "layers_kept": layers,
+            "layers_total": len(blocks),
+            "units_kept": units,
+            "units_total": sum(site.width for b in blocks for site in b.sites),
+            "decisions": self.pruner.decisions() if self.pruner else {},
+            "macs_removed_by_tolerance": self.pruner.macs_removed("pruned_tolerance") if self.pruner else 0,
+            "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
+            "seconds": seconds,
+            "latency_ms": small[0],
+            "latency_dense_ms": self.dense_latency[0],
+            "latency_ms_128": small[1],
+            "latency_dense_ms_128": self.dense_latency[1],
+            "seed": self.config.seed,
+        }
+        (self.folder / "result.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _environment(config: Config) -> dict:
+    return {
+        "catode": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": config.device,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -1,0 +1,609 @@
+"""The pruner: gates, prices, theta steps, measurement and decisions around a training loop that the user owns.
+
+    pruner = Pruner(model, example_input, optimizer=optimizer, nu=0.5, rate_ratio=..., steps=...)
+    for x, y in batches:
+        loss = cross_entropy(model(x), y)
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        pruner.step()
+    model = pruner.finish()        # a compact, plain nn.Module
+
+Source: THEORY sections 2-5 (prices, theta step, tolerance, commitment), CONTRACT item 3 (states).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from catode._validate import check_choice, check_int, check_interval, check_nonnegative, check_positive
+from catode.theory import tolerance as tolerances
+from catode.train import compact
+from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, straight_through
+from catode.train.gates import Gates
+from catode.train.measure import GradientProducts, Pool
+from catode.train.structure import Counts, Prunable, describe
+
+ROW_FIELDS = (
+    "step time kind block site index keep_prob benefit benefit_upper benefit_lower price gain decay rate_ratio noise "
+    "benefit_noise drift step_time risk separatrix tolerance state"
+).split()
+
+UNDECIDED, COMMITTED, FORCED, PROMOTED = "undecided", "committed", "forced", "promoted"
+PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
+
+MOST_OF_A_SITE = 0.25  # share of a site's units that one check may remove: their benefits were measured one by one
+LEAST_EVIDENCE = 8.0  # effective observations of benefit and gain before anything is decided
+NEARLY_ONE = 0.9  # keep probability from which commitment is considered; the alarm bound uses the actual value
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found and did.
+
+    Attributes:
+        rows: One record for every structure that was undecided before it, keys `ROW_FIELDS`.
+        warnings: One line each.
+        removed: Number of structures removed, promoted ones included.
+    """
+
+    rows: list[dict]
+    warnings: list[str] = field(default_factory=list)
+    removed: int = 0
+
+
+class Pruner:
+    """Gates a model, moves its keep probabilities, and removes what is safe to remove.
+
+    The loss must be a mean softmax cross-entropy over the batch (soft targets welcome): the pruner recovers the targets
+    from the logits and their gradient, so that its ``step()`` needs no arguments.
+
+    Args:
+        model: A network with a method ``structures()`` (see `catode.train.structure`); gated in place.
+        example_input: One input batch; only its shape matters.
+        optimizer: The model's optimizer; its learning rate and momentum set the ODE time of a step, and its state
+            follows every compaction.
+        nu: Nats that the whole network may cost, > 0.
+        rate_ratio: Speed of every theta, 1/time: a useless structure sinks from 1 to 0 within ``1 / rate_ratio`` of ODE
+            time (the sum over steps of lr / (1 - momentum)). Divided by a structure's price at the start it is its
+            effective rate ratio.
+        steps: Steps after which the deciding phase ends and what is still undecided is rounded.
+        alpha: Layers (1) against units (0).
+        beta: Parameters (1) against MACs (0).
+        risk: Accepted probability of removing what would not have gone by itself, in (0, 0.5).
+        tolerance: A fixed tolerance on theta in place of the derived one.
+        warmup: Steps before any theta moves.
+        initial_keep_prob: Where every theta starts, in (0, 1].
+        estimator: Estimator of the units' benefits, one of `catode.train.estimators.ESTIMATORS`.
+        layer_estimator: The same for layers.
+        per_example: Draw gates for each example instead of each batch; costs passes over activations.
+        probe_size: Examples in a probe; None: a tenth of the batch.
+        measure_every: Steps between probes.
+        check_every: Steps between checks.
+        memory: Steps over which measurements are pooled.
+        seed: Seed of the gate draws.
+
+    Attributes:
+        complexity: The network's complexity polynomial.
+        keep_prob: theta, shape (n,); layers first, then units site by site.
+        state: State of every structure, shape (n,).
+
+    Raises:
+        ValueError: for arguments out of range or a model without ``structures()``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: torch.Tensor,
+        *,
+        optimizer: torch.optim.Optimizer,
+        nu: float,
+        rate_ratio: float,
+        steps: int,
+        alpha: float = 0.5,
+        beta: float = 0.0,
+        risk: float = 0.05,
+        tolerance: float | None = None,
+        warmup: int = 0,
+        initial_keep_prob: float = 1.0,
+        estimator: str = "curvature",
+        layer_estimator: str = "paired",
+        per_example: bool = False,
+        probe_size: int | None = None,
+        measure_every: int = 4,
+        check_every: int = 50,
+        memory: int = 200,
+        seed: int = 0,
+    ):
+        if not isinstance(model, Prunable):
+            raise ValueError(
+                f"`model` must have a method structures(); got {type(model).__name__}. See catode.train.structure for the protocol."
+            )
+        self.nu = check_positive("nu", nu, mend="Leave the pruner out for the ungated network.")
+        self.alpha = check_interval("alpha", alpha, 0.0, 1.0)
+        self.beta = check_interval("beta", beta, 0.0, 1.0)
+        self.risk = check_interval("risk", risk, 0.0, 0.5, low_open=True, high_open=True)
+        self.tolerance = None if tolerance is None else check_interval("tolerance", tolerance, 0.0, 1.0)
+        self.clock = check_positive("rate_ratio", rate_ratio)
+        self.steps = check_int("steps", steps, low=1)
+        self.warmup = check_int("warmup", warmup, low=0)
+        check_interval("initial_keep_prob", initial_keep_prob, 0.0, 1.0, low_open=True)
+        self.estimators = (
+            check_choice("layer_estimator", layer_estimator, ESTIMATORS),
+            check_choice("estimator", estimator, ESTIMATORS),
+        )
+        self.per_example = per_example
+        self.probe_size = None if probe_size is None else check_int("probe_size", probe_size, low=2)
+        self.measure_every = check_int("measure_every", measure_every, low=1)
+        self.check_every = check_int("check_every", check_every, low=1)
+        check_int("memory", memory, low=2)
+
+        self.model, self.optimizer = model, optimizer
+        self.blocks = model.structures()
+        self.complexity = describe(model, self.blocks, example_input)
+        n, layers = self.complexity.size, len(self.blocks)
+        self.is_layer = np.arange(n) < layers
+        self.gated = np.where(self.is_layer, self.alpha > 0, self.alpha < 1)
+        self.state = np.where(self.gated, UNDECIDED, COMMITTED).astype("<U16")
+        self.keep_prob = np.where(self.gated, initial_keep_prob, 1.0)
+        self.kept = np.ones(n, dtype=bool)
+        self._zero = np.zeros(n, dtype=bool)
+        starts = layers + np.concatenate([[0], np.cumsum(self.complexity.widths)])
+        self.present = [np.arange(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        self._site_start = starts
+        full = self.complexity.prices(np.ones(n), nu=self.nu, alpha=self.alpha, beta=self.beta)
+        self.rate_ratio = np.divide(self.clock, full, out=np.zeros(n), where=full > 0)
+
+        self.done, self.time = 0, 0.0
+        self.finished = False
+        self._pending = np.zeros(n)
+        window = np.where(self.is_layer, memory / 10, memory)
+        self._benefit, self._slow, self._when, self._slow_when = (
+            Pool(n, w) for w in (window, 3 * window, window, 3 * window)
+        )
+        self._elapsed = Pool(n, window)
+        self._estimate = Pool(n, window)
+        self._curvature = Pool(n, max(memory / self.measure_every, 10))
+        self._products = GradientProducts(n, max(memory / self._burst_every, 10))
+        self._turn = {True: 0, False: 0}
+        self._generator = torch.Generator().manual_seed(seed)
+        device = next(model.parameters()).device
+        self._labels = torch.Generator(device).manual_seed(seed + 1)
+        self._captured: dict[str, torch.Tensor] | None = None
+        self._probing = False
+        self.gates = Gates(model, self.blocks, n)
+        self._install()
+        self._hooks = self._root_hooks()
+        self._draw()
+
+    # --- what a user asks -------------------------------------------------------------------------------------------
+
+    @property
+    def _burst_every(self) -> int:
+        return max(4, 2 * self.measure_every)
+
+    @property
+    def expected_complexity(self) -> float:
+        """J at the current thetas, in [0, 1]."""
+        return self.complexity.index(self.keep_prob, self.beta)
+
+    @property
+    def expected_macs(self) -> float:
+        """Expected MACs of the whole network at the current thetas."""
+        return self.complexity.macs(self.keep_prob)
+
+    @property
+    def undecided(self) -> int:
+        """Structures without a decision."""
+        return int((self.state == UNDECIDED).sum())
+
+    @property
+    def layers_kept(self) -> int:
+        """Residual branches that are physically there."""
+        return int(self.kept[self.is_layer].sum())
+
+    @property
+    def units_kept(self) -> int:
+        """Units that are physically there."""
+        return int(self.kept[~self.is_layer].sum())
+
+    @property
+    def decided_by_rule(self) -> float:
+        """Share of the gated structures decided otherwise than by `forced` rounding."""
+        decided = self.gated & ~np.isin(self.state, (UNDECIDED, FORCED))
+        return float(decided.sum() / self.gated.sum())
+
+    def decisions(self) -> dict[str, int]:
+        """Number of gated structures in each state."""
+        return dict(sorted(Counter(self.state[self.gated].tolist()).items()))
+
+    def counts(self) -> Counts:
+        """MACs and parameters of the network as it physically stands."""
+        kept = self.kept.astype(float)
+        return Counts(round(self.complexity.macs(kept)), round(self.complexity.params(kept)))
+
+    def macs_removed(self, state: str) -> int:
+        """MACs that the whole network would lose by the structures in `state` alone, and what their going promotes."""
+        kept = self.complexity.close(self.state != state)
+        return round(self.complexity.macs(np.ones(self.complexity.size)) - self.complexity.macs(kept.astype(float)))
+
+    def structure(self) -> dict:
+        """Kept blocks and units in the original numbering, as in structure.json."""
+        record, site = {}, 0
+        for number, block in enumerate(self.blocks):
+            sites = {}
+            for spec in block.sites:
+                sites[spec.name] = [int(u - self._site_start[site]) for u in self.present[site]] if self.kept[number] else []
+                site += 1
+            record[block.name] = {"kept": bool(self.kept[number]), "sites": sites}
+        return record
+
+    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """State dict of the compact network in mean field (theta folded into the weights), and its structure."""
+        return self.gates.folded_state(), self.structure()
+
+    # --- the training loop ------------------------------------------------------------------------------------------
+
+    def step(self, grad_scale: float = 1.0) -> Check | None:
+        """Follow one optimizer step: move the thetas, measure, and now and then decide.
+
+        Args:
+            grad_scale: Factor that the loss was multiplied with before ``backward()`` (a gradient scaler's).
+
+        Returns:
+            The check, if this step had one.
+
+        Raises:
+            RuntimeError: if no backward pass through the gated model came before.
+        """
+        if self.finished:
+            return None
+        draw, derivative = self._evidence(grad_scale)
+        group = self.optimizer.param_groups[0]
+        step_time = group["lr"] / (1.0 - group.get("momentum", 0.0))
+        self.done += 1
+        self.time += step_time
+        self._pending += step_time
+        estimate, seen = self._estimates(draw, derivative)
+        self._move(estimate, seen)
+        place = (self.done - 1) % self._burst_every
+        if place < 3:
+            self._products.add(draw)
+        check = None
+        if self.done >= self.steps:
+            check = self._check(step_time, final=True)
+        elif self.done > self.warmup and self.done % self.check_every == 0:
+            check = self._check(step_time)
+        if not self.finished:
+            self._draw()
+        return check
+
+    def finish(self) -> nn.Module:
+        """Decide what is still undecided by rounding, take the gates out and return the compact, plain model."""
+        if not self.finished:
+            group = self.optimizer.param_groups[0]
+            self._check(group["lr"] / (1.0 - group.get("momentum", 0.0)), final=True)
+        return self.model
+
+    def _draw(self) -> None:
+        """Draw the gates of the next step; whether it is measured is known beforehand."""
+        theta = torch.from_numpy(self.keep_prob).float()
+        self.gates.set(theta, torch.bernoulli(theta, generator=self._generator))
+        self._captured = {} if self.done % self.measure_every == 0 else None
+
+    def _root_hooks(self) -> list:
+        def before(module, args):
+            if self._probing or not module.training or not torch.is_grad_enabled():
+                return
+            if self.per_example:
+                theta = self.gates.keep_prob.cpu().expand(len(args[0]), -1)
+                rows = torch.bernoulli(theta, generator=self._generator).to(self.gates.keep_prob.device)
+                self.gates.rows = rows.requires_grad_()
+
+        def after(module, args, output):
+            if self._probing or not module.training or not torch.is_grad_enabled():
+                return
+            if self._captured is not None:
+                if not isinstance(output, torch.Tensor) or output.dim() != 2:
+                    raise TypeError("`model` must return logits of shape (batch, classes); got something else")
+                captured = self._captured
+                captured["inputs"], captured["logits"] = args[0].detach(), output.detach()
+                output.register_hook(lambda gradient: captured.__setitem__("gradient", gradient))
+
+        return [self.model.register_forward_pre_hook(before), self.model.register_forward_hook(after)]
+
+    def _evidence(self, grad_scale: float) -> tuple[NDArray, NDArray]:
+        """Draw and dL/dxi of this step, each of shape (n,)."""
+        rows = self.gates.rows
+        source = rows if rows is not None else self.gates.draw
+        if source.grad is None:
+            raise RuntimeError("`step()` must follow a backward pass through the gated model in train mode; there was none")
+        self.gates.rows = None
+        derivative, draw = source.grad / grad_scale, source.detach()
+        if rows is not None:
+            derivative, draw = derivative.sum(0), draw.mean(0)
+        self._scale = grad_scale
+        return draw.double().cpu().numpy(), derivative.double().cpu().numpy()
+
+    def _estimates(self, draw: NDArray, derivative: NDArray) -> tuple[NDArray, NDArray[np.bool_]]:
+        """Estimates of L1 - L0 and which structures have one at this step."""
+        open_ = self.state == UNDECIDED
+        estimate, seen = np.zeros_like(draw), np.zeros_like(open_)
+        paired = self._probe(open_) if self._captured else {}
+        for kind, name in zip((self.is_layer, ~self.is_layer), self.estimators, strict=True):
+            where = kind & open_
+            if name == "curvature":
+                where &= self._curvature.count > 0
+                values = curvature_corrected(derivative, draw, self._curvature.mean)
+            elif name == "straight-through":
+                values = straight_through(derivative, draw)
+            else:
+                values = np.zeros_like(draw)
+                values[list(paired)] = [-b for b in paired.values()]
+                where = where & np.isin(np.arange(len(draw)), list(paired))
+            estimate[where], seen = values[where], seen | where
+        return estimate, seen
+
+    def _probe(self, open_: NDArray[np.bool_]) -> dict[int, float]:
+        """Run a probe on part of the captured batch; returns the paired benefits of the structures whose turn it is."""
+        captured = self._captured
+        if "gradient" not in captured:
+            return {}
+        batch = len(captured["logits"])
+        size = min(batch, self.probe_size or max(2, batch // 10))
+        begin = (self.done // self.measure_every * size) % max(batch - size + 1, 1)
+        part = slice(begin, begin + size)
+        targets = _targets(captured["logits"][part], captured["gradient"][part], batch * 1.0 / self._scale)
+        self._probing = True
+        try:
+            probe = Probe(self.model, self.gates, captured["inputs"][part], targets, self._labels)
+            if "curvature" in self.estimators:
+                self._curvature.add(probe.curvature().double().cpu().numpy(), open_)
+            chosen = [s for kind in (True, False) for s in self._next(kind, open_)]
+            benefits = probe.paired(chosen).double().cpu().numpy()
+        finally:
+            self._probing = False
+        return dict(zip(chosen, benefits.tolist(), strict=True))
+
+    def _next(self, layers: bool, open_: NDArray[np.bool_], most: int = 2) -> list[int]:
+        """The next structures in turn for a paired difference."""
+        if self.estimators[0 if layers else 1] != "paired":
+            return []
+        candidates = np.flatnonzero(open_ & (self.is_layer == layers))
+        if not len(candidates):
+            return []
+        chosen = [int(candidates[(self._turn[layers] + i) % len(candidates)]) for i in range(min(most, len(candidates)))]
+        self._turn[layers] = (self._turn[layers] + len(chosen)) % len(candidates)
+        return chosen
+
+    def _move(self, estimate: NDArray, seen: NDArray[np.bool_]) -> None:
+        """Projected SGD step of theta with the prices of this moment; pools the evidence."""
+        now = np.full_like(self._pending, self.time)
+        self._estimate.add(estimate, seen)
+        self._elapsed.add(self._pending, seen)
+        for pool, value in ((self._benefit, -estimate), (self._slow, -estimate), (self._when, now), (self._slow_when, now)):
+            pool.add(value, seen)
+        if self.done > self.warmup:
+            speed = self.rate_ratio * (self.prices() + estimate)
+            moved = np.clip(self.keep_prob - self._pending * speed, 0.0, 1.0)
+            self.keep_prob = np.where(seen & ~self._zero, moved, self.keep_prob)
+            self._zero |= seen & (self.keep_prob == 0.0)  # absorbed: removed at the next check
+        self._pending[seen] = 0.0
+
+    def prices(self) -> NDArray:
+        """Price of every structure at the current thetas, nats, shape (n,)."""
+        return self.complexity.prices(self.keep_prob, nu=self.nu, alpha=self.alpha, beta=self.beta)
+
+    # --- deciding ---------------------------------------------------------------------------------------------------
+
+    def measured(self, step_time: float) -> dict[str, NDArray]:
+        """Everything measured about every structure, arrays of shape (n,); infinite where nothing is known yet.
+
+        Args:
+            step_time: ODE time of one weight step.
+        """
+        z = _normal_quantile(1.0 - self.risk)
+        benefit = self._benefit.mean
+        corrected = np.where(self.is_layer, *(name == "curvature" for name in self.estimators))
+        error = np.sqrt(self._benefit.error**2 + np.where(corrected, 0.25 * self._curvature.error**2, 0.0))
+        upper, lower = benefit + z * error, benefit - z * error
+        products = self._products
+        gain = np.maximum(products.gain.mean, 0.0) + z * products.gain.error
+        # how fast the benefit grows beyond what the gain of its own weights explains
+        span = np.maximum(self._when.mean - self._slow_when.mean, 1e-12)
+        slope = (benefit - self._slow.mean) / span + z * np.hypot(self._benefit.error, self._slow.error) / span
+        own = self.keep_prob * np.maximum(products.gain.mean - z * products.gain.error, 0.0)
+        price = np.maximum(self.prices(), np.finfo(float).tiny)
+        weight_decay = self.optimizer.param_groups[0].get("weight_decay", 0.0)
+        pull = products.weight_gradient
+        decay = weight_decay * np.maximum(-(pull.mean + z * pull.error), 0.0) / np.maximum(upper, price)
+        elapsed = self._elapsed.mean
+        return {
+            "keep_prob": self.keep_prob,
+            "benefit": benefit,
+            "benefit_upper": upper,
+            "benefit_lower": lower,
+            "price": price,
+            "gain": gain,
+            "decay": np.where(np.isfinite(decay), decay, 0.0),
+            "rate_ratio": self.rate_ratio,
+            "noise": self.rate_ratio * np.sqrt(elapsed * self._estimate.variance),
+            "benefit_noise": products.benefit_noise(step_time, z),
+            "drift": np.maximum(slope - np.where(np.isfinite(own), own, 0.0), 0.0),
+            "step_time": elapsed,
+        }
+
+    def _check(self, step_time: float, final: bool = False) -> Check:
+        """Decide what can be decided; compact what was removed."""
+        open_ = self.state == UNDECIDED
+        found = self.measured(step_time)
+        separatrix, tolerance = self._tolerances(found, open_)
+        before = self.kept.copy()
+        warnings = []
+        known = open_ & ~np.isnan(separatrix)
+        zero = open_ & self._zero
+        safe = known & ~zero & (found["benefit_upper"] < found["price"]) & (self.keep_prob <= tolerance)
+        safe = self._ration(safe, found["benefit_upper"] / found["price"])
+        kept = self.complexity.close(self.kept & ~zero & ~safe)
+        rounded = np.zeros_like(open_)
+        if final:
+            rounded = open_ & ~zero & ~safe
+            kept = self.complexity.close(kept & ~(rounded & (self.keep_prob < 0.5)))
+        if not kept[self.is_layer].any():
+            warnings.append(
+                f"everything would go at step {self.done}: `nu`={self.nu:g} is too large. Pruning stops here and the network "
+                "as it stands is kept; choose a smaller nu."
+            )
+            kept, zero, safe, rounded, final = self.kept.copy(), zero & False, safe & False, open_, True
+        self.state[safe] = PRUNED_TOLERANCE
+        self.state[zero] = PRUNED_ZERO
+        self.state[rounded] = FORCED
+        self.state[self.kept & ~kept & ~safe & ~zero & ~rounded] = PROMOTED
+        self.kept = kept
+        if not final:
+            self.state[self._certain(found, known) & (self.state == UNDECIDED)] = COMMITTED
+        self.keep_prob = np.where(kept, np.where(self.state == UNDECIDED, self.keep_prob, 1.0), 0.0)
+        rows = self._rows(found, separatrix, tolerance, np.flatnonzero(open_))
+        removed = int((before & ~kept).sum())
+        if removed or (self.state != UNDECIDED).sum() != (~open_).sum():
+            self._compact(before)
+        if final or not self.undecided:
+            self._leave()
+        return Check(rows, warnings, removed)
+
+    def _tolerances(self, found: dict[str, NDArray], open_: NDArray) -> tuple[NDArray, NDArray]:
+        """Separatrix and tolerance of every structure with enough evidence, NaN elsewhere."""
+        separatrix, tolerance = np.full((2, len(open_)), np.nan)
+        evidence = np.minimum(self._benefit.count, self._products.gain.count) >= LEAST_EVIDENCE
+        finite = np.all([np.isfinite(v) for v in found.values()], axis=0)
+        where = open_ & evidence & finite
+        if where.any():
+            part = {k: v[where] for k, v in found.items()}
+            derived = tolerances.derive(
+                benefit=part["benefit_upper"],
+                **{k: part[k] for k in ("price", "gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")},
+                risk=self.risk,
+            )
+            separatrix[where], tolerance[where] = derived.separatrix, derived.values
+        if self.tolerance is not None:
+            tolerance = np.where(where, self.tolerance, np.nan)
+        return separatrix, tolerance
+
+    def _ration(self, safe: NDArray[np.bool_], ratio: NDArray) -> NDArray[np.bool_]:
+        """Let one check remove at most one layer and a quarter of a site, the least useful first.
+
+        Benefits are measured with all the others in place; the rest waits until they were measured again.
+        """
+        allowed = np.zeros_like(safe)
+        layers = np.flatnonzero(safe & self.is_layer)
+        if len(layers):
+            allowed[layers[np.argmin(ratio[layers])]] = True
+        for present in self.present:
+            units = present[safe[present]]
+            most = max(1, int(MOST_OF_A_SITE * len(present)))
+            allowed[units[np.argsort(ratio[units], kind="stable")[:most]]] = True
+        return allowed
+
+    def _certain(self, found: dict[str, NDArray], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Structures that the finite-horizon test commits (THEORY 4.4; the gain's lower limit is 0, so K is empty)."""
+        certain = known & (self.keep_prob >= NEARLY_ONE) & (found["benefit_lower"] > found["price"])
+        where = np.flatnonzero(certain)
+        if len(where):
+            alarm = tolerances.commit_alarm(
+                benefit=found["benefit_lower"][where],
+                price=found["price"][where],
+                rate_ratio=found["rate_ratio"][where] * self.keep_prob[where],
+                noise=found["noise"][where],
+                step_time=found["step_time"][where],
+                steps_left=max(self.steps - self.done, 1),
+            )
+            certain[where] = alarm < self.risk
+        return certain
+
+    def _rows(self, found: dict[str, NDArray], separatrix: NDArray, tolerance: NDArray, which: NDArray) -> list[dict]:
+        rows, layers = [], len(self.blocks)
+        sites = [(block.name, site.name) for block in self.blocks for site in block.sites]
+        for s in which:
+            if s < layers:
+                kind, block, site, index = "layer", self.blocks[s].name, "", ""
+            else:
+                number = self.complexity.unit_site[s - layers]
+                kind, (block, site), index = "unit", sites[number], int(s - self._site_start[number])
+            values = {k: float(v[s]) for k, v in found.items()}
+            rows.append(
+                {"step": self.done, "time": self.time, "kind": kind, "block": block, "site": site, "index": index}
+                | values
+                | {"risk": self.risk, "separatrix": float(separatrix[s]), "tolerance": float(tolerance[s])}
+                | {"state": str(self.state[s])}
+            )
+        return rows
+
+    # --- the physical network ---------------------------------------------------------------------------------------
+
+    def _compact(self, before: NDArray[np.bool_]) -> None:
+        """Make the network physically what `self.kept` says, its gates anew, and let the optimizer follow."""
+        self.gates.remove()
+        change, first = compact.Change(), 0
+        for number, block in enumerate(self.blocks):
+            sites = range(first, first + len(block.sites))
+            first += len(block.sites)
+            if not before[number]:
+                continue
+            if not self.kept[number]:
+                compact.drop_block(self.model, block, change)
+            for i, site in enumerate(sites):
+                left = self.kept[self.present[site]]
+                if self.kept[number] and not left.all():
+                    compact.keep_units(self.model, block, i, np.flatnonzero(left).tolist(), change)
+                self.present[site] = self.present[site][left]
+        change.follow(self.optimizer)
+        self._install()
+
+    def _install(self) -> None:
+        alive, present, layers, sites, site = [], [], [], [], 0
+        open_ = self.state == UNDECIDED
+        for number, block in enumerate(self.blocks):
+            here = self.present[site : site + len(block.sites)]
+            site += len(block.sites)
+            if self.kept[number]:
+                alive.append((number, block))
+                present.append(here)
+            layers.append(bool(open_[number] and self.kept[number]))
+            sites += [torch.from_numpy(u) if self.kept[number] and open_[u].any() else None for u in here]
+        self._products.attach(self.model, alive, present)
+        self.gates.install(layers, sites)
+
+    def _leave(self) -> None:
+        """Take everything out of the model: it is plain from here on."""
+        self.finished = True
+        self.gates.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _targets(logits: torch.Tensor, gradient: torch.Tensor, scale: float) -> torch.Tensor:
+    """Target distribution behind a mean softmax cross-entropy: softmax(z) - N dL/dz.
+
+    Raises:
+        RuntimeError: if the result is no distribution, because the loss is another one.
+    """
+    targets = logits.float().softmax(1) - gradient.float() * scale
+    tolerance = 0.05 if logits.dtype != torch.float32 else 1e-3
+    if (targets.sum(1) - 1.0).abs().max() > 10 * tolerance or targets.min() < -tolerance:
+        raise RuntimeError(
+            "the loss must be a mean softmax cross-entropy over the batch; the gradient of the logits is not one's. "
+            "Use reduction='mean' and pass the loss scale, if any, to step(grad_scale=...)."
+        )
+    targets = targets.clamp_min(0.0)
+    return targets / targets.sum(1, keepdim=True)
+
+
+def _normal_quantile(p: float) -> float:
+    """Quantile of the standard normal distribution."""
+    return math.sqrt(2.0) * float(torch.erfinv(torch.tensor(2.0 * p - 1.0, dtype=torch.float64)))

@@ -1,0 +1,838 @@
+"""What a person reads and looks at after a run: report.md and its pictures.
+
+The report is made from the files of the run's folder alone (see "A run's folder" in the conventions), so it can be made again at any time,
+on any machine, without the model or the data.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from catode.theory.plotting import PALETTE, house_style, new_figure, phase_portrait
+from catode.theory.systems import BenefitSystem
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["write"]
+
+MAX_PATHS = 30
+
+_TEXT_COLUMNS = ("kind", "block", "site", "index", "state")
+_NUMBER_COLUMNS = ("step", "keep_prob", "benefit", "price", "gain", "decay", "rate_ratio", "drift", "tolerance")
+_METRIC_COLUMNS = ("epoch", "step", "loss", "train_accuracy", "test_accuracy", "expected_complexity", "macs", "params")
+_SYSTEM_COLUMNS = ("price", "gain", "decay", "rate_ratio", "drift")
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a state is named and drawn: colour, and marker at the moment of removal, so that colour is never the only sign."""
+
+    text: str
+    color: str
+    marker: str
+
+
+_LOOKS = {
+    "committed": _Look("kept for good (committed)", PALETTE["blue"], "^"),
+    "undecided": _Look("still undecided", PALETTE["grey"], "."),
+    "pruned_tolerance": _Look("removed: reached its tolerance", PALETTE["vermillion"], "v"),
+    "pruned_zero": _Look("removed: reached θ = 0", PALETTE["orange"], "o"),
+    "promoted": _Look("removed: went with its site or block", PALETTE["purple"], "D"),
+    "forced": _Look("rounded at the end (forced)", PALETTE["black"], "s"),
+}
+_REMOVED_STATES = ("pruned_tolerance", "pruned_zero", "promoted")
+_KINDS = {"layer": "Layers (whole residual blocks)", "unit": "Units (channels inside a block)"}
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """The rows of structures.csv about one structure, in order of the steps."""
+
+    kind: str
+    block: str
+    site: str
+    index: str
+    states: list[str]
+    columns: dict[str, np.ndarray]
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.columns[column]
+
+    @property
+    def state(self) -> str:
+        """The final state."""
+        return self.states[-1]
+
+    @cached_property
+    def removed_at(self) -> int | None:
+        """Position of the row in which the structure was removed; None where it stayed."""
+        for position, state in enumerate(self.states):
+            if state in _REMOVED_STATES or (state == "forced" and self["keep_prob"][position] < 0.5):
+                return position
+        return None
+
+    @property
+    def rows(self) -> slice:
+        """The rows up to the removal, that one included."""
+        return slice(None) if self.removed_at is None else slice(self.removed_at + 1)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Final width of one site, or of a block without gated units (site is empty then)."""
+
+    block: str
+    site: str
+    kept: int | None
+    total: int | None
+    alive: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The files of a run's folder, read and checked."""
+
+    folder: Path
+    config: dict[str, Any]
+    env: dict[str, Any]
+    result: dict[str, Any]
+    structure: dict[str, Any] | None
+    metrics: dict[str, np.ndarray]
+    traces: list[_Trace]
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[_Trace]:
+        """The structures of one kind."""
+        return [trace for trace in self.traces if trace.kind == kind]
+
+    def epochs(self, step: np.ndarray) -> np.ndarray:
+        """Convert steps to epochs (fractions of the passes over the training images)."""
+        steps, epochs = self.metrics["step"], self.metrics["epoch"]
+        if not steps.size or not steps[-1] > 0:
+            return step
+        if steps[0] > 0:
+            steps, epochs = np.r_[0.0, steps], np.r_[0.0, epochs + (1.0 if epochs[0] == 0 else 0.0)]
+        return np.interp(step, steps, epochs)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def write(folder: Path) -> Path:
+    """Write report.md and its pictures into a run's folder.
+
+    All files are read and checked before the first is written.
+
+    Args:
+        folder: A run's folder with config.json, env.json, metrics.csv, structures.csv and result.json. structure.json is used where it exists.
+
+    Returns:
+        Path of report.md. The pictures lie beside it: accuracy.png always, and theta.png, structure.png, complexity.png and phase.png when the
+        run had gates.
+
+    Raises:
+        FileNotFoundError: if one of the files is missing.
+        ValueError: if one of the files is malformed.
+    """
+    run = _read(Path(folder))
+    pictures: list[_Picture] = []
+    makers: Sequence[Callable[[_Run], _Picture | None]] = (_accuracy, _theta, _structure, _complexity, _phase)
+    for make in makers:
+        with house_style():
+            picture = make(run)
+        if picture is not None:
+            pictures.append(picture)
+    text = _markdown(run, pictures)
+    for picture in pictures:
+        with house_style():
+            picture.figure.savefig(run.folder / f"{picture.name}.png")
+    path = run.folder / "report.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# Reading
+
+
+def _read(folder: Path) -> _Run:
+    structure = _read_json(folder / "structure.json") if (folder / "structure.json").exists() else None
+    run = _Run(
+        folder=folder,
+        config=_read_json(folder / "config.json"),
+        env=_read_json(folder / "env.json"),
+        metrics=_numbers(folder / "metrics.csv", *_read_csv(folder / "metrics.csv", _METRIC_COLUMNS)),
+        traces=_read_traces(folder / "structures.csv"),
+        result=_read_json(folder / "result.json"),
+        structure=structure,
+    )
+    if structure is None:
+        run.notes.append(
+            "structure.json is missing: the final widths below are read from the last states in structures.csv."
+        )
+    if not run.metrics["step"].size:
+        run.notes.append("metrics.csv has no rows: there are no curves over training.")
+    if not run.traces:
+        run.notes.append(
+            "structures.csv has no rows: this run had no gates, so nothing could be removed and only the training curves are shown."
+        )
+    undecided = sum(trace.state == "undecided" for trace in run.traces)
+    if undecided:
+        run.notes.append(f"{undecided} of {len(run.traces)} structures were still undecided when the record ended.")
+    forced = sum(trace.state == "forced" for trace in run.traces)
+    if forced:
+        run.notes.append(
+            f"{forced} of {len(run.traces)} structures were not decided by the rule; their keep probability was rounded at the end (`forced`)."
+        )
+    return run
+
+
+def _missing(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"`folder` must hold {path.name}, as every finished run's folder does; got {path.parent} without it."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(path) from None
+    except ValueError as error:
+        raise ValueError(f"{path} must hold valid JSON; {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}.")
+    return value
+
+
+def _read_csv(path: Path, required: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = [row for row in csv.reader(stream) if row]
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(path) from None
+    header = rows[0] if rows else []
+    if absent := [name for name in required if name not in header]:
+        raise ValueError(f"{path} must have the column {absent[0]!r}; its header is {','.join(header) or 'empty'}.")
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(header):
+            raise ValueError(f"{path} must have {len(header)} values in every row; row {number} has {len(row)}.")
+    return header, rows[1:]
+
+
+def _number(path: Path, name: str, text: str) -> float:
+    if text == "" or text == "None":
+        return math.nan
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{path} must hold numbers in column {name!r}; got {text!r}.") from None
+
+
+def _numbers(path: Path, header: list[str], rows: list[list[str]]) -> dict[str, np.ndarray]:
+    return {name: np.array([_number(path, name, row[place]) for row in rows]) for place, name in enumerate(header)}
+
+
+def _read_traces(path: Path) -> list[_Trace]:
+    header, rows = _read_csv(path, _TEXT_COLUMNS + _NUMBER_COLUMNS)
+    place = {name: header.index(name) for name in _TEXT_COLUMNS + _NUMBER_COLUMNS}
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[place[name]] for name in ("kind", "block", "site", "index")), []).append(row)
+    traces = []
+    for key, members in groups.items():
+        if key[0] not in _KINDS:
+            raise ValueError(f"{path} must hold 'layer' or 'unit' in column 'kind'; got {key[0]!r}.")
+        states = [row[place["state"]] for row in members]
+        if unknown := [state for state in states if state not in _LOOKS]:
+            raise ValueError(f"{path} must hold one of {', '.join(_LOOKS)} in column 'state'; got {unknown[0]!r}.")
+        columns = {
+            name: np.array([_number(path, name, row[place[name]]) for row in members]) for name in _NUMBER_COLUMNS
+        }
+        order = np.argsort(columns["step"], kind="stable")
+        columns = {name: values[order] for name, values in columns.items()}
+        traces.append(_Trace(*key, states=[states[i] for i in order], columns=columns))
+    return traces
+
+
+def _final_sites(run: _Run) -> list[_Site]:
+    """Return the final width of every site, in the order of the network."""
+    units: dict[str, dict[str, list[_Trace]]] = {}
+    layers: dict[str, _Trace] = {}
+    for trace in run.traces:
+        sites = units.setdefault(trace.block, {})
+        if trace.kind == "layer":
+            layers[trace.block] = trace
+        else:
+            sites.setdefault(trace.site, []).append(trace)
+    blocks = run.structure.get("blocks", {}) if run.structure else {}
+    found = []
+    for block in [*blocks, *(name for name in units if name not in blocks)]:
+        described = blocks.get(block, {})
+        alive = (
+            bool(described["kept"]) if "kept" in described else block not in layers or layers[block].removed_at is None
+        )
+        sites = described.get("sites", {})
+        gated = units.get(block, {})
+        if not sites and not gated:
+            found.append(_Site(block, "", None, None, alive))
+        for site in [*sites, *(name for name in gated if name not in sites)]:
+            traces = gated.get(site, [])
+            if not alive:
+                kept = 0
+            elif site in sites:
+                kept = len(sites[site])
+            else:
+                kept = sum(trace.removed_at is None for trace in traces)
+            total = len(traces) or (len(sites[site]) if alive else None)
+            found.append(_Site(block, site, kept, total, alive))
+    return found
+
+
+# Pictures
+
+
+def _accuracy(run: _Run) -> _Picture | None:
+    metrics = run.metrics
+    if not metrics["step"].size:
+        return None
+    figure = new_figure(10.0, 3.8)
+    left, right = figure.subplots(1, 2)
+    epoch = run.epochs(metrics["step"])
+    marker = "o" if epoch.size <= 3 else None
+    left.plot(epoch, metrics["train_accuracy"], color=PALETTE["sky"], marker=marker, label="training images")
+    left.plot(epoch, metrics["test_accuracy"], color=PALETTE["blue"], marker=marker, label="test images")
+    left.set_title("Accuracy")
+    left.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    left.legend(loc="lower right")
+    right.plot(epoch, metrics["loss"], color=PALETTE["blue"], marker=marker)
+    right.set_title("Training loss")
+    right.set_ylabel("nats per image")
+    if (metrics["loss"] > 0).all() and metrics["loss"].max() > 20 * metrics["loss"].min():
+        right.set_yscale("log")
+    for ax in (left, right):
+        _epoch_axis(ax, run)
+    caption = (
+        "Share of the images that are classified correctly, and the loss that training lowers, after every pass over the training images (epoch). "
+        "Training figures are measured while the network still changes and, in a run with gates, while structures are switched on and off at random, so they may "
+        "lie below the test figures. The number that counts is the last test accuracy, not the best."
+    )
+    return _Picture("accuracy", "Accuracy and loss", caption, figure)
+
+
+def _epoch_axis(ax: Axes, run: _Run) -> None:
+    ax.set_xlabel("epoch" if run.metrics["step"].size else "step")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    if run.metrics["step"].size:
+        ax.set_xlim(0.0, float(run.epochs(run.metrics["step"])[-1]))
+
+
+def _theta(run: _Run) -> _Picture | None:
+    if not run.traces:
+        return None
+    kinds = [kind for kind in _KINDS if run.of(kind)]
+    figure = new_figure(10.0, 4.6)
+    for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        _theta_panel(ax, run, kind)
+        _epoch_axis(ax, run)
+    figure.axes[0].set_ylabel("keep probability θ")
+    _state_legend(figure, run.traces)
+    caption = (
+        "Each line is one structure that training may remove: a whole residual block (left) or a single channel inside one (right). Its height is the probability "
+        "θ with which the structure is switched on. θ = 1 means certainly in the network, θ = 0 certainly out; training moves θ up where the structure lowers the loss "
+        "by more than it costs, and down otherwise. Colour tells how the structure ended, and a marker shows where a line stops because the structure was "
+        "physically removed. Removal above θ = 0 is the point of the method: below its tolerance a structure is known, up to the stated risk, to be on its way out."
+    )
+    if len(kinds) == 1:
+        caption = caption.replace(" (left)", "").replace(" (right)", "")
+        caption += f" Only {kinds[0]}s had gates in this run."
+    return _Picture("theta", "Keep probabilities during training", caption, figure)
+
+
+def _theta_panel(ax: Axes, run: _Run, kind: str) -> None:
+    traces = run.of(kind)
+    alpha = float(np.clip(4.0 / math.sqrt(len(traces)), 0.18, 0.9))
+    for state in _LOOKS:  # the removed are drawn over the kept
+        members = [trace for trace in traces if trace.state == state]
+        if not members:
+            continue
+        look = _LOOKS[state]
+        lines = [
+            np.column_stack([run.epochs(trace["step"][trace.rows]), trace["keep_prob"][trace.rows]])
+            for trace in members
+        ]
+        ax.add_collection(
+            LineCollection(
+                lines,
+                colors=look.color,
+                alpha=alpha,
+                linewidths=1.6 if len(traces) <= 40 else 1.0,
+                rasterized=True,
+                clip_on=False,
+            )
+        )
+        ends = np.array(
+            [line[-1] for line, trace in zip(lines, members, strict=True) if trace.removed_at is not None]
+        ).reshape(-1, 2)
+        size = 26 if len(traces) <= 40 else 14
+        ax.scatter(
+            *ends.T,
+            s=size,
+            color=look.color,
+            marker=look.marker,
+            alpha=max(alpha, 0.6),
+            linewidths=0,
+            zorder=3,
+            clip_on=False,
+            rasterized=True,
+        )
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_title(f"{_KINDS[kind]}: {len(traces)}")
+
+
+def _state_legend(figure: Figure, traces: list[_Trace], extra: Sequence[Any] = ()) -> None:
+    """Put one legend below the panels: the states that occur, with their numbers by kind."""
+    handles = []
+    for state, look in _LOOKS.items():
+        counts = [(kind, sum(trace.state == state and trace.kind == kind for trace in traces)) for kind in _KINDS]
+        text = ", ".join(f"{count} {kind}{'s' if count != 1 else ''}" for kind, count in counts if count)
+        if text:
+            marker = None if state in ("committed", "undecided") else look.marker
+            handles.append(Line2D([], [], color=look.color, marker=marker, markersize=5, label=f"{look.text}: {text}"))
+    figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=2, frameon=False)
+
+
+def _structure(run: _Run) -> _Picture | None:
+    if not run.traces:
+        return None
+    sites = _final_sites(run)
+    sized = [site for site in sites if site.total is not None]
+    if sized and len(sized) < len(sites):
+        sites = [site if site.total is not None else _Site(site.block, site.site, 0, 0, site.alive) for site in sites]
+    one_each = len({site.block for site in sites}) == len(sites)
+    labels = [site.block if one_each or not site.site else site.site for site in sites]
+    total = np.array([1 if site.total is None else site.total for site in sites])
+    kept = np.array([int(site.alive) if site.kept is None else site.kept for site in sites])
+
+    figure = new_figure(float(np.clip(1.5 + 0.42 * len(sites), 7.0, 15.0)), 4.2)
+    ax = figure.subplots()
+    x = np.arange(len(sites))
+    dead = np.array([not site.alive for site in sites])
+    ax.bar(x, total, width=0.75, color="#E3E3E3", edgecolor="#BDBDBD", linewidth=0.8, label="at the start")
+    ax.bar(x, kept, width=0.75, color=PALETTE["blue"], label="at the end")
+    if dead.any():
+        ax.bar(
+            x[dead],
+            total[dead],
+            width=0.75,
+            color="#F6DDCD",
+            edgecolor=PALETTE["vermillion"],
+            hatch="///",
+            linewidth=0.8,
+            label="whole block removed",
+        )
+    crowded = len(sites) > 26
+    if sized:
+        offset = 0.012 * float(total.max())
+        for position, site in zip(x, sites, strict=True):
+            if site.total:
+                text = "out" if not site.alive else f"{site.kept}" if crowded else f"{site.kept}/{site.total}"
+                ax.text(
+                    position,
+                    site.total + offset,
+                    text,
+                    ha="center",
+                    va="bottom",
+                    fontsize=7 if crowded else 8,
+                    rotation=90 if crowded else 0,
+                )
+        ax.set_ylabel("channels")
+        ax.set_ylim(0, float(total.max()) * 1.1)
+    else:
+        ax.set_ylabel("block in the network")
+        ax.set_yticks([0, 1], ["no", "yes"])
+    longest = max(len(label) for label in labels)
+    steep = longest * len(labels) > 85
+    ax.set_xticks(
+        x,
+        labels,
+        rotation=90 if crowded else 40 if steep else 0,
+        ha="right" if steep and not crowded else "center",
+        rotation_mode="anchor" if steep and not crowded else "default",
+    )
+    ax.tick_params(axis="x", labelsize=7 if crowded else 9)
+    ax.set_xlim(-0.7, len(sites) - 0.3)
+    ax.grid(visible=False, axis="x")
+    blocks = {site.block: site.alive for site in sites}
+    ax.set_title(f"Blocks left: {sum(blocks.values())} of {len(blocks)}")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    caption = (
+        "What is left of the network, from its input (left) to its output (right). Grey is the hidden width of a residual block before training, blue the channels "
+        "that remain. A hatched bar is a block that was removed as a whole: the signal passes it by on the shortcut."
+    )
+    return _Picture("structure", "Final widths and layers", caption, figure)
+
+
+def _complexity(run: _Run) -> _Picture | None:
+    metrics, result = run.metrics, run.result
+    if not run.traces or not metrics["step"].size:
+        return None
+    figure = new_figure(8.6, 4.2)
+    ax = figure.subplots()
+    epoch = run.epochs(metrics["step"])
+    curves = [("expected, removable part (J)", metrics["expected_complexity"], PALETTE["blue"], "-", "o")]
+    for name, text, color, style in (
+        ("macs", "counted MACs", PALETTE["vermillion"], "-"),
+        ("params", "counted parameters", PALETTE["green"], "--"),
+    ):
+        dense = result.get(f"{name}_dense")
+        if dense:
+            curves.append((text, metrics[name] / dense, color, style, None))
+    for text, values, color, style, marker in curves:
+        if np.isfinite(values).any():
+            last = values[np.isfinite(values)][-1]
+            every = max(1, epoch.size // 15)
+            ax.plot(
+                epoch,
+                values,
+                color=color,
+                linestyle=style,
+                marker=marker,
+                markersize=4,
+                markevery=every,
+                label=f"{text}: {100 * last:.1f} % at the end",
+            )
+    ax.set_ylim(0.0, 1.05)
+    ax.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    ax.set_ylabel("share of the dense network")
+    _epoch_axis(ax, run)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    beta = run.config.get("beta")
+    mixture = (
+        f" (here β = {beta}: 0 counts operations alone, 1 parameters alone)" if isinstance(beta, (int, float)) else ""
+    )
+    caption = (
+        f"The index J that training minimises is computed from the keep probabilities and counts only what can be removed{mixture}. The counts are those of the whole network that "
+        "really executes at that moment: multiply-accumulate operations (MACs) for one image, and parameters. They fall in steps, each time structures are physically "
+        "removed. Once all is decided, J and the counts describe the same network, and differ only by the parts that can never go (first convolution, "
+        "norm layers around the blocks, classifier), which are in the counts and not in J."
+    )
+    return _Picture("complexity", "Expected against actual complexity", caption, figure)
+
+
+def _phase(run: _Run) -> _Picture | None:
+    if not run.traces:
+        return None
+    kinds = [kind for kind in _KINDS if any(_measured(trace).any() for trace in run.of(kind))]
+    if not kinds:
+        run.notes.append(
+            "No benefit was measured in this run: there is no picture of the paths over the phase portrait."
+        )
+        return None
+    figure = new_figure(5.2 * len(kinds) + (0.0 if len(kinds) > 1 else 2.0), 5.4)
+    chosen: list[_Trace] = []
+    told = []
+    extra: dict[str, Any] = {}
+    for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        shown = _choose(run.of(kind))
+        chosen += shown
+        told.append(_phase_panel(ax, run, kind, shown))
+        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True):
+            extra.setdefault(text, handle)
+    for ax in figure.axes[1:]:
+        ax.set_ylabel("")
+    for text, handle in extra.items():
+        handle.set_label(text)
+    _state_legend(figure, chosen, list(extra.values()))
+    caption = (
+        "Every coloured line is the measured path of one structure during training: to the right, what it is worth (the loss it saves, divided by the price of its "
+        "complexity; the dashed line at 1 is where it just pays), upwards the probability of keeping it. Grey arrows are the flow that the theory predicts for the structure named "
+        "below, from its own measured constants. In the shaded region D the theory guarantees that the structure will be driven out; its upper edge is "
+        "the separatrix. A marker shows where a structure was removed. Each structure has its own D, and the tolerance keeps an extra distance from it to allow for noise, so "
+        "other paths may end a little above or well below the edge that is drawn. Benefits beyond the right edge are cut off. "
+        + " ".join(told)
+    )
+    return _Picture("phase", "Paths over the phase portrait", caption, figure)
+
+
+def _measured(trace: _Trace) -> np.ndarray:
+    """Say in which rows up to the removal the benefit and a positive price are known; shape as the rows."""
+    rows = trace.rows
+    with np.errstate(invalid="ignore"):
+        return np.isfinite(trace["benefit"][rows]) & (trace["price"][rows] > 0) & np.isfinite(trace["keep_prob"][rows])
+
+
+def _choose(traces: list[_Trace]) -> list[_Trace]:
+    """Choose at most MAX_PATHS structures, two thirds of them removed ones, spread evenly over the order of the file."""
+    usable = [trace for trace in traces if _measured(trace).any()]
+    removed = [trace for trace in usable if trace.removed_at is not None]
+    kept = [trace for trace in usable if trace.removed_at is None]
+    share = max(2 * MAX_PATHS // 3, MAX_PATHS - len(kept))
+    removed = _spread(removed, share)
+    return _spread(kept, MAX_PATHS - len(removed)) + removed
+
+
+def _spread(items: list[_Trace], count: int) -> list[_Trace]:
+    if len(items) <= count:
+        return items
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
+
+
+def _system(trace: _Trace) -> BenefitSystem | None:
+    """Build the comparison system of a structure with benefits in units of its price, from the medians over its rows.
+
+    With b = price * x the system of THEORY 4.3 keeps its form: price 1, gain and drift divided by the price, rate ratio times the price.
+    """
+    rows = trace.rows
+    values = {}
+    for name in _SYSTEM_COLUMNS:
+        column = trace[name][rows]
+        column = column[np.isfinite(column)]
+        if not column.size:
+            return None
+        values[name] = float(np.median(column))
+    price = values["price"]
+    try:
+        return BenefitSystem(
+            price=1.0,
+            gain=values["gain"] / price,
+            decay=values["decay"],
+            rate_ratio=values["rate_ratio"] * price,
+            drift=values["drift"] / price,
+        )
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _representative(traces: list[_Trace]) -> tuple[_Trace, BenefitSystem] | None:
+    """Return the structure whose D is the median one, among the removed where there are any, and its system."""
+    for wanted in (("pruned_tolerance",), ("pruned_zero", "promoted", "forced"), tuple(_LOOKS)):
+        found = []
+        for trace in traces:
+            if trace.state in wanted and (trace.removed_at is not None or wanted == tuple(_LOOKS)):
+                system = _system(trace)
+                if system is not None:
+                    height = float(np.asarray(system.separatrix(np.array([0.0])))[0])
+                    if math.isfinite(height):
+                        found.append((height, trace, system))
+        if found:
+            found.sort(key=lambda item: item[0])
+            _, trace, system = found[len(found) // 2]
+            return trace, system
+    return None
+
+
+def _phase_panel(ax: Axes, run: _Run, kind: str, traces: list[_Trace]) -> str:
+    """Draw one kind of structure; return the sentence that says whose flow is in the background."""
+    paths, ends = [], []
+    for trace in traces:
+        good = _measured(trace)
+        rows = trace.rows
+        paths.append((trace["benefit"][rows][good] / trace["price"][rows][good], trace["keep_prob"][rows][good]))
+    colors = [_LOOKS[trace.state].color for trace in traces]
+    low, high = _window(traces, paths)
+    ax.set_title(_KINDS[kind])
+    representative = _representative(run.of(kind))
+    if representative is None:
+        for (x, theta), color in zip(paths, colors, strict=True):
+            ax.plot(x, theta, color=color, linewidth=1.1, alpha=0.8)
+        ax.axvline(1.0, color=PALETTE["grey"], linestyle="--", linewidth=1.3, label="price")
+        ax.set_xlim(low, high)
+        ax.set_ylim(-0.02, 1.02)
+        ax.set_ylabel("keep probability θ")
+        run.notes.append(
+            f"For no {kind} were all the constants of the phase portrait measured: its paths are shown without flow and separatrix."
+        )
+        sentence = ""
+    else:
+        example, system = representative
+        phase_portrait(ax, system, paths=paths, path_colors=colors, benefit_min=low, benefit_max=high, legend=False)
+        name = f"unit {example.index} of {example.site}" if kind == "unit" else f"block {example.block}"
+        sentence = f"Background for {kind}s: {name} ({_LOOKS[example.state].text})."
+        height = float(np.asarray(system.separatrix(np.array([0.0])))[0])
+        if height <= 0:
+            sentence += f" At its measured drift the theory guarantees nothing: D is empty for this {kind}."
+    for trace, (x, theta) in zip(traces, paths, strict=True):
+        if trace.removed_at is not None:
+            ends.append((float(np.clip(x[-1], low, high)), theta[-1], trace))
+    for x, theta, trace in ends:
+        look = _LOOKS[trace.state]
+        ax.plot(
+            x,
+            theta,
+            marker=look.marker,
+            color=look.color,
+            markersize=6,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            linestyle="none",
+            zorder=6,
+            clip_on=False,
+        )
+    ax.set_xlabel("benefit / price")
+    return sentence
+
+
+def _window(traces: list[_Trace], paths: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """Choose the range of benefit / price that shows the removed paths and some of what lies right of the price."""
+    removed = [x for trace, (x, _) in zip(traces, paths, strict=True) if trace.removed_at is not None]
+    x = np.concatenate(removed or [x for x, _ in paths])
+    low, high = np.quantile(x, [0.02, 0.98])
+    return float(np.clip(1.1 * low, -2.0, -0.1)), float(np.clip(1.1 * high, 2.5, 5.0))
+
+
+# Text
+
+
+def _markdown(run: _Run, pictures: list[_Picture]) -> str:
+    parts = [f"# {_title(run)}", _headline(run)]
+    if run.notes:
+        parts.append("**To bear in mind**\n\n" + "\n".join(f"- {note}" for note in run.notes))
+    if run.traces:
+        parts.append(_structure_table(run))
+    for picture in pictures:
+        parts.append(f"## {picture.title}\n\n![{picture.title}]({picture.name}.png)\n\n{picture.caption}")
+    parts.append("## Configuration\n\nAs resolved from presets and flags.\n\n" + _key_table(run.config))
+    parts.append("## Environment\n\n" + _key_table(run.env))
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(run: _Run) -> str:
+    arch = run.config.get("arch") or (run.structure or {}).get("arch")
+    dataset = run.config.get("dataset")
+    gated = "pruned while training" if run.traces else "without gates"
+    what = " on ".join(str(name) for name in (arch, dataset) if name) or run.folder.resolve().name
+    return f"{what}, {gated}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _headline(run: _Run) -> str:
+    result = run.result
+    rows = [
+        ("Test accuracy, final epoch", _format(result, "accuracy", lambda value: f"{100 * value:.2f} %")),
+        ("MACs per image, dense → compact", _shrunk(result, "macs_dense", "macs")),
+        ("MACs executed (with channels kept only for speed)", _format(result, "macs_executed", "{:,}".format)),
+        ("Parameters, dense → compact", _shrunk(result, "params_dense", "params")),
+        ("Expected complexity J of the removable part", _format(result, "expected_complexity", "{:.4f}".format)),
+        ("Layers kept", _of(result, "layers_kept", "layers_total")),
+        ("Units kept", _of(result, "units_kept", "units_total")),
+        ("Decisions by state", _decisions(result)),
+        ("Latency, batch 1, dense → compact", _latency(result, "latency_dense_ms", "latency_ms")),
+        ("Latency, batch 128, dense → compact", _latency(result, "latency_dense_ms_128", "latency_ms_128")),
+        ("Training time", _format(result, "seconds", _duration)),
+        ("Seed", _format(result, "seed", str)),
+    ]
+    return _table(("", "this run"), rows)
+
+
+_ABSENT = "not recorded"
+
+
+def _format(result: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:
+    value = result.get(key)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return _ABSENT
+    try:
+        return form(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"result.json must hold a number under {key!r}; got {value!r}.") from None
+
+
+def _shrunk(result: dict[str, Any], dense: str, compact: str) -> str:
+    if not result.get(dense) or result.get(compact) is None:
+        return f"{_format(result, dense, '{:,}'.format)} → {_format(result, compact, '{:,}'.format)}"
+    share = 100 * result[compact] / result[dense]
+    return f"{result[dense]:,} → {result[compact]:,} ({share:.1f} % left, {100 - share:.1f} % gone)"
+
+
+def _of(result: dict[str, Any], part: str, whole: str) -> str:
+    return f"{_format(result, part, str)} of {_format(result, whole, str)}"
+
+
+def _decisions(result: dict[str, Any]) -> str:
+    decisions = result.get("decisions")
+    if decisions is None:
+        return _ABSENT
+    return ", ".join(f"{state} {count}" for state, count in decisions.items()) or "none (no gates)"
+
+
+def _latency(result: dict[str, Any], dense: str, compact: str) -> str:
+    text = f"{_format(result, dense, '{:.3f} ms'.format)} → {_format(result, compact, '{:.3f} ms'.format)}"
+    if result.get(dense) and result.get(compact):
+        text += f" ({result[compact] / result[dense]:.2f}x)"
+    return text
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    spelled = f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+    return f"{seconds:.1f} s ({spelled})"
+
+
+def _structure_table(run: _Run) -> str:
+    layers = {trace.block: trace for trace in run.of("layer")}
+    rows = []
+    blocks: dict[str, list[_Site]] = {}
+    for site in _final_sites(run):
+        blocks.setdefault(site.block, []).append(site)
+    for block, sites in blocks.items():
+        widths = []
+        for site in sites:
+            if site.total is not None or site.kept:
+                name = f"{site.site.removeprefix(block + '.')}: " if len(sites) > 1 else ""
+                widths.append(f"{name}{site.kept} of {'?' if site.total is None else site.total}")
+        layer = layers.get(block)
+        if layer is None:
+            decision = "no layer gate"
+        else:
+            decision = f"{layer.state}, θ = {layer['keep_prob'][layer.rows][-1]:.3g}"
+            if layer.removed_at is not None:
+                decision += f" at step {layer['step'][layer.removed_at]:.0f}"
+        rows.append((block, "kept" if sites[0].alive else "removed", ", ".join(widths) or "-", decision))
+    return "## Final structure\n\n" + _table(("block", "", "hidden channels kept", "decision about the block"), rows)
+
+
+def _key_table(values: dict[str, Any]) -> str:
+    if not values:
+        return "Nothing was recorded."
+    return _table(("key", "value"), [(f"`{key}`", _plain(value)) for key, value in _flat(values)])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,347 @@
+"""The report of a run: its facts, its pictures, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from catode.theory.plotting import new_figure, phase_portrait
+from catode.theory.systems import BenefitSystem
+from catode.train import report
+
+STRUCTURE_COLUMNS = (
+    "step,time,kind,block,site,index,keep_prob,benefit,benefit_upper,benefit_lower,price,gain,decay,rate_ratio,noise,"
+    "benefit_noise,drift,step_time,risk,separatrix,tolerance,state"
+).split(",")
+METRIC_COLUMNS = (
+    "epoch,step,time,lr,loss,train_accuracy,test_accuracy,expected_complexity,macs,params,layers_kept,units_kept,"
+    "undecided,seconds,wait_share"
+).split(",")
+REMOVED = ("pruned_tolerance", "pruned_zero", "promoted")
+PICTURES = {"accuracy.png", "theta.png", "structure.png", "complexity.png", "phase.png"}
+STEPS_PER_CHECK, STEP_TIME = 50, 0.05
+
+
+def write_run(
+    folder: Path,
+    *,
+    blocks: int = 3,
+    units: int = 8,
+    checks: int = 12,
+    epochs: int = 6,
+    gated: bool = True,
+    rows_after_removal: bool = False,
+    seed: int = 0,
+) -> dict:
+    """Write the folder of an invented run in the format of the conventions; return what result.json holds.
+
+    Half of the structures are useless (benefit far below the price) and obey `theta' = rho (b - price)` with a little noise
+    until they reach their tolerance; the others are useful and are committed half-way. The middle block goes as a whole and
+    takes its units with it. `rows_after_removal` keeps writing rows about what is gone.
+    """
+    rng = np.random.default_rng(seed)
+    rows, kept, layer_kept = [], {}, {}
+    middle = blocks // 2
+    structures = [("layer", b, None) for b in range(blocks)] + [("unit", b, u) for b in range(blocks) for u in range(units)]
+    dt = STEPS_PER_CHECK * STEP_TIME
+    block_gone_at = None
+    for kind, b, u in structures if gated else []:
+        block = f"layer{b + 1}.0"
+        unit = kind == "unit"
+        site = f"{block}.conv1" if unit else ""
+        price = 1e-3 * (1 + b) if unit else 2e-2
+        useless = (u + b) % 2 == 0 if unit else b == middle
+        gain, decay, drift = 0.8 * price, 0.01, 2e-4 * price
+        rate_ratio = (0.12 + 0.08 * rng.random()) / price * 12 / checks
+        noise, benefit_noise = 0.02, 0.02 * price
+        mu = (-decay + math.sqrt(decay**2 + 4 * rate_ratio * gain)) / 2
+        theta, worth = 1.0, price * (rng.uniform(0.05, 0.3) if useless else rng.uniform(1.5, 6.0))
+        state = "undecided"
+        for check in range(1, checks + 1):
+            measured = worth * (0.4 + 0.6 * theta) * (1 - math.exp(-check / 2)) + 0.04 * price * rng.standard_normal()
+            separatrix = (price * (mu + decay) - drift - mu * max(measured, 0)) / gain
+            tolerance = separatrix - 0.1
+            gone = state in REMOVED
+            if not gone and state == "undecided":
+                theta = float(np.clip(theta + dt * rate_ratio * (measured - price) + 0.02 * rng.standard_normal(), 0, 1))
+                if unit and b == middle and block_gone_at is not None and check >= block_gone_at:
+                    state, theta = "promoted", 0.0
+                elif measured < price and theta == 0:
+                    state = "pruned_zero"
+                elif measured < price and theta <= tolerance:
+                    state = "pruned_tolerance"
+                    if not unit:
+                        block_gone_at = check
+                elif check > checks // 2 and measured > price:
+                    state, theta = "committed", 1.0
+                elif check == checks:
+                    state, theta = "forced", float(theta >= 0.5)
+            if gone and not rows_after_removal:
+                break
+            values = (
+                check * STEPS_PER_CHECK, check * dt, kind, block, site, "" if u is None else u, theta, measured,
+                measured + 0.1 * price, measured - 0.1 * price, price, gain, decay, rate_ratio, noise, benefit_noise, drift,
+                STEP_TIME, 0.05, separatrix, tolerance, state,
+            )  # fmt: skip
+            rows.append(dict(zip(STRUCTURE_COLUMNS, values, strict=True)))
+        alive = state not in REMOVED and theta >= 0.5
+        if unit:
+            kept.setdefault(b, []).extend([u] if alive else [])
+        else:
+            layer_kept[b] = alive
+    if not gated:
+        kept, layer_kept = {b: list(range(units)) for b in range(blocks)}, dict.fromkeys(range(blocks), True)
+    rows.sort(key=lambda row: row["step"])
+
+    per_unit, fixed = 4000, 9000
+    dense = fixed + per_unit * blocks * units
+    total = checks * STEPS_PER_CHECK
+    metrics = []
+    for epoch in range(1, epochs + 1):
+        step = total * epoch // epochs
+        upto = [row for row in rows if row["step"] <= step]
+        last = {(row["kind"], row["block"], row["index"]): row for row in upto}
+        units_left = blocks * units - sum(row["kind"] == "unit" and row["state"] in REMOVED for row in last.values())
+        layers_left = blocks - sum(row["kind"] == "layer" and row["state"] in REMOVED for row in last.values())
+        mean = np.mean([0 if r["state"] in REMOVED else r["keep_prob"] for r in last.values() if r["kind"] == "unit"] or [1])
+        progress = 1 - math.exp(-4 * epoch / epochs)
+        values = (
+            epoch, step, step * STEP_TIME, 0.1, 2.4 * (1 - 0.97 * progress), 0.9 * progress, 0.96 * progress,
+            float(mean) if gated else "", fixed + per_unit * units_left, 100 + 30 * units_left, layers_left, units_left,
+            sum(row["state"] == "undecided" for row in last.values()), 2.5 * epoch, 0.01,
+        )  # fmt: skip
+        metrics.append(dict(zip(METRIC_COLUMNS, values, strict=True)))
+
+    final = {(row["kind"], row["block"], row["index"]): row["state"] for row in rows}
+    units_kept = sum(len(indices) for b, indices in kept.items() if layer_kept[b])
+    result = {
+        "accuracy": metrics[-1]["test_accuracy"],
+        "accuracy_history": [row["test_accuracy"] for row in metrics],
+        "macs": fixed + per_unit * units_kept,
+        "macs_executed": fixed + per_unit * units_kept + 1234,
+        "macs_dense": dense,
+        "params": 100 + 30 * units_kept,
+        "params_dense": 100 + 30 * blocks * units,
+        "expected_complexity": units_kept / (blocks * units) if gated else None,
+        "layers_kept": sum(layer_kept.values()),
+        "layers_total": blocks,
+        "units_kept": units_kept,
+        "units_total": blocks * units,
+        "decisions": {state: list(final.values()).count(state) for state in sorted(set(final.values()))},
+        "seconds": 83.4,
+        "latency_ms": 1.871,
+        "latency_dense_ms": 3.024,
+        "latency_ms_128": 41.5,
+        "latency_dense_ms_128": 96.25,
+        "seed": seed,
+    }
+    structure = {
+        "arch": "resnet8",
+        "blocks": {
+            f"layer{b + 1}.0": {"kept": layer_kept[b], "sites": {f"layer{b + 1}.0.conv1": kept[b] if layer_kept[b] else []}}
+            for b in range(blocks)
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "config.json": {"arch": "resnet8", "dataset": "digits", "nu": 0.5 if gated else 0.0, "alpha": 0.5, "beta": 0.0, "tol": None},
+        "env.json": {"python": "3.11.7", "device": "cpu", "threads": 1, "versions": {"numpy": np.__version__}},
+        "result.json": result,
+        "structure.json": structure,
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    for name, columns, content in (("metrics.csv", METRIC_COLUMNS, metrics), ("structures.csv", STRUCTURE_COLUMNS, rows)):
+        with (folder / name).open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(content)
+    return result
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+    folder = tmp_path_factory.mktemp("run")
+    result = write_run(folder)
+    path = report.write(folder)
+    assert path == folder / "report.md"
+    return folder, result, path.read_text(encoding="utf-8")
+
+
+def table_row(text: str, label: str) -> str:
+    """Return the value beside a label in the table of headline numbers."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label}")]
+    return line.split("|")[2].strip()
+
+
+def test_the_invented_run_has_every_way_out(run):
+    _, result, _ = run
+    assert {"committed", "pruned_tolerance", "promoted"} <= set(result["decisions"])
+    assert 0 < result["units_kept"] < result["units_total"]
+    assert result["layers_kept"] == 2
+
+
+def test_headline_numbers_are_those_of_the_result(run):
+    _, result, text = run
+    assert table_row(text, "Test accuracy") == f"{100 * result['accuracy']:.2f} %"
+    assert table_row(text, "MACs per image").startswith(f"{result['macs_dense']:,} → {result['macs']:,} (")
+    assert f"{100 * result['macs'] / result['macs_dense']:.1f} % left" in table_row(text, "MACs per image")
+    assert table_row(text, "MACs executed") == f"{result['macs_executed']:,}"
+    assert table_row(text, "Parameters").startswith(f"{result['params_dense']:,} → {result['params']:,} (")
+    assert table_row(text, "Expected complexity") == f"{result['expected_complexity']:.4f}"
+    assert table_row(text, "Layers kept") == f"{result['layers_kept']} of {result['layers_total']}"
+    assert table_row(text, "Units kept") == f"{result['units_kept']} of {result['units_total']}"
+    assert table_row(text, "Latency, batch 1,") == "3.024 ms → 1.871 ms (0.62x)"
+    assert table_row(text, "Latency, batch 128") == "96.250 ms → 41.500 ms (0.43x)"
+    assert table_row(text, "Training time") == "83.4 s (1 min 23 s)"
+    assert table_row(text, "Seed") == str(result["seed"])
+    for state, count in result["decisions"].items():
+        assert f"{state} {count}" in table_row(text, "Decisions by state")
+
+
+def test_final_structure_is_that_of_structure_json(run):
+    folder, _, text = run
+    for block, described in json.loads((folder / "structure.json").read_text())["blocks"].items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {block} |")]
+        _, _, fate, widths, decision, _ = (cell.strip() for cell in line.split("|"))
+        assert fate == ("kept" if described["kept"] else "removed")
+        assert widths == f"{len(described['sites'][f'{block}.conv1'])} of 8"
+        assert decision.startswith("committed" if described["kept"] else "pruned_tolerance")
+
+
+def test_every_picture_exists_is_shown_and_is_not_blank(run):
+    folder, _, text = run
+    assert {path.name for path in folder.glob("*.png")} == PICTURES
+    for name in PICTURES:
+        assert text.count(f"]({name})") == 1
+        pixels = imread(folder / name)
+        assert 250 <= pixels.shape[0] <= 900 and 500 <= pixels.shape[1] <= 1600, name
+        assert pixels[..., :3].std() > 0.05, name
+
+
+def test_configuration_and_environment_are_listed(run):
+    _, _, text = run
+    for line in ("| `nu` | 0.5 |", "| `tol` | null |", "| `arch` | resnet8 |", "| `versions.numpy` |", "| `threads` | 1 |"):
+        assert line in text
+
+
+def test_the_report_is_the_same_when_made_again(run):
+    folder, _, text = run
+    assert report.write(folder).read_text(encoding="utf-8") == text
+
+
+def test_rows_after_removal_change_nothing(run, tmp_path):
+    _, _, text = run
+    write_run(tmp_path, rows_after_removal=True)
+    assert report.write(tmp_path).read_text(encoding="utf-8") == text
+
+
+def test_without_structure_json_the_widths_come_from_the_states(run, tmp_path):
+    _, _, text = run
+    write_run(tmp_path)
+    (tmp_path / "structure.json").unlink()
+    again = report.write(tmp_path).read_text(encoding="utf-8")
+    assert "structure.json is missing" in again
+    section = "## Final structure"
+    assert again.split(section)[1] == text.split(section)[1]
+
+
+def test_ungated_run_shows_curves_only_and_says_so(tmp_path):
+    result = write_run(tmp_path, gated=False)
+    text = report.write(tmp_path).read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png"}
+    assert "this run had no gates" in text
+    assert table_row(text, "Test accuracy") == f"{100 * result['accuracy']:.2f} %"
+    assert table_row(text, "Decisions by state") == "none (no gates)"
+    assert table_row(text, "Expected complexity") == "not recorded"
+
+
+def test_one_kind_of_gate_alone(tmp_path):
+    write_run(tmp_path)
+    path = tmp_path / "structures.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if ",layer," not in line) + "\n")
+    text = report.write(tmp_path).read_text(encoding="utf-8")
+    assert "Only units had gates" in text
+    assert "no layer gate" in text
+    path.write_text("\n".join(line for line in lines if ",unit," not in line) + "\n")
+    assert "Only layers had gates" in report.write(tmp_path).read_text(encoding="utf-8")
+
+
+def test_unmeasured_values_are_admitted(tmp_path):
+    write_run(tmp_path)
+    path = tmp_path / "structures.csv"
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        row["gain"] = ""
+        row["benefit"] = "" if row["kind"] == "layer" else row["benefit"]
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, STRUCTURE_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    text = report.write(tmp_path).read_text(encoding="utf-8")
+    assert "For no unit were all the constants" in text
+    assert (tmp_path / "phase.png").exists()
+    result = json.loads((tmp_path / "result.json").read_text())
+    del result["latency_ms_128"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert table_row(report.write(tmp_path).read_text(encoding="utf-8"), "Latency, batch 128") == "96.250 ms → not recorded"
+
+
+@pytest.mark.parametrize("name", ["config.json", "env.json", "metrics.csv", "structures.csv", "result.json"])
+def test_a_missing_file_is_named_and_nothing_is_written(tmp_path, name):
+    write_run(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        report.write(tmp_path)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*.png")) and not (tmp_path / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "match"),
+    [
+        ("result.json", "{", "[", "result.json must hold valid JSON"),
+        ("metrics.csv", "test_accuracy", "accuracy", "column 'test_accuracy'"),
+        ("structures.csv", "layer1.0,,", "layer1.0,", "values in every row"),
+        ("structures.csv", "committed", "kept", "column 'state'; got 'kept'"),
+        ("structures.csv", ",unit,", ",neuron,", "column 'kind'; got 'neuron'"),
+        ("structures.csv", "600,", "many,", "numbers in column 'step'; got 'many'"),
+    ],
+)
+def test_malformed_files_are_refused_in_one_line(tmp_path, name, old, new, match):
+    write_run(tmp_path)
+    path = tmp_path / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=match) as caught:
+        report.write(tmp_path)
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_phase_portrait_returns_its_axes_and_draws_the_paths():
+    system = BenefitSystem(price=0.1, gain=0.5, decay=0.05, rate_ratio=1.0, drift=0.0)
+    ax = new_figure(5, 4).subplots()
+    path = (np.array([0.01, 0.02, 0.03]), np.array([0.3, 0.2, 0.1]))
+    assert phase_portrait(ax, system, paths=[path], path_colors=["#123456"], nullclines=True) is ax
+    drawn = [line for line in ax.lines if line.get_color() == "#123456"]
+    np.testing.assert_array_equal(drawn[0].get_xydata(), np.column_stack(path))
+    (price,) = [line for line in ax.lines if line.get_label() == "price"]
+    assert price.get_xdata()[0] == 0.1
+    (edge,) = [line for line in ax.lines if line.get_label() == "separatrix"]
+    finite = np.isfinite(edge.get_ydata())
+    np.testing.assert_allclose(edge.get_ydata()[finite], system.separatrix(edge.get_xdata()[finite]))
+
+
+@pytest.mark.parametrize("bad", [{"benefit_max": -1.0}, {"path_colors": ["red"]}])
+def test_phase_portrait_refuses_bad_arguments(bad):
+    system = BenefitSystem(price=0.1, gain=0.5, decay=0.05, rate_ratio=1.0, drift=0.0)
+    with pytest.raises(ValueError, match="must"):
+        phase_portrait(new_figure(4, 3).subplots(), system, **bad)
