@@ -123,12 +123,13 @@ class _Run:
         self.y = start
         self.times = [np.zeros(1)]
         self.states = [start[None].copy()]
-        self.turned = False
+        self.turned = self.overflow = False
 
     def solve(self, events: bool) -> Trajectory:
         direction = self._direction()
         if direction == 0:
             return self._finish("horizon", "The state is an equilibrium.", still=True)
+        stalls = 0
         for _ in range(_MAX_STAGES):
             face = 0.0 if direction < 0 else 1.0
             on_face = self.y[-1] == face
@@ -139,11 +140,15 @@ class _Run:
                     return self._finish("kept", f"theta reached 1 at time {self.t:.6g} and stays there.")
             if self.t >= self.horizon:
                 return self._judge()
+            before = self.t
             failure = self._slide(direction) if on_face else self._move(direction, face)
             if failure:
                 return self._finish("failed", failure)
             if self.turned:
                 direction = -direction
+                stalls = stalls + 1 if self.t == before else 0
+                if stalls == 3:  # theta turns both ways without any time passing
+                    return self._finish("horizon", "The state is an equilibrium to rounding error.", still=True)
         return self._finish("failed", f"theta changed direction {_MAX_STAGES} times before time {self.t:.6g}.")
 
     def _speed(self) -> float:
@@ -164,6 +169,9 @@ class _Run:
 
     def _move(self, direction: int, face: float) -> str | None:
         """Integrate inside the interval until theta reaches `face`, its speed changes sign, or time is up."""
+
+        from scipy.integrate import solve_ivp
+        from scipy.optimize import brentq
 
         def field(t: float, y: np.ndarray) -> np.ndarray:
             return self.system.field(y)
@@ -191,6 +199,8 @@ class _Run:
 
     def _slide(self, direction: int) -> str | None:
         """Integrate the other coordinates with theta frozen, until its speed points inwards or time is up."""
+        from scipy.integrate import solve_ivp
+
         theta = self.y[-1]
 
         def field(t: float, x: np.ndarray) -> np.ndarray:
@@ -219,9 +229,15 @@ class _Run:
             states[-1] = solution.y[:, -1]
         if suffix:
             states = np.column_stack([states, np.broadcast_to(suffix, (len(states), len(suffix)))])
-        else:
-            states[:, -1] = np.clip(states[:, -1], 0.0, 1.0)
-        if face is not None:
+        finite = np.logical_and.accumulate(np.isfinite(states).all(axis=1))
+        self.overflow = not finite[-1]
+        if self.overflow:
+            times, states = times[finite], states[finite]
+            if not times.size:
+                return
+            end = times[-1]
+        states = np.array(self.system.project(states))  # errors of the order of the tolerances, near a boundary
+        if face is not None and not self.overflow:
             states[-1, -1] = face
         fresh = times > self.t
         self.t, self.y = float(end), states[-1].copy()
@@ -232,7 +248,9 @@ class _Run:
             self.states[-1][-1] = self.y
 
     def _failure(self, solution: Any) -> str | None:
-        if solution.status < 0 or not np.all(np.isfinite(self.y)):
+        if self.overflow:
+            return f"The solver stopped at time {self.t:.6g}: the state grew beyond the range of floats."
+        if solution.status < 0:
             return f"The solver stopped at time {self.t:.6g}: {solution.message}"
         return None
 
@@ -276,6 +294,8 @@ def trace_separatrix(
     Raises:
         ValueError: if `low` or `high` lies on the wrong side of 1, or the equilibrium is not a saddle.
     """
+    from scipy.integrate import solve_ivp
+
     low = check_interval("low", low, 0.0, 1.0, False, True)
     high = check_interval("high", high, 1.0, np.inf, True, True)
     saddle = np.asarray(system.saddle)

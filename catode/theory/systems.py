@@ -524,5 +524,6 @@ def _check(system: PlanarSystem, *names: str, zero: bool = False) -> None:
 def _linear_rest(x: np.ndarray, source: np.ndarray, decay: float) -> np.ndarray:
     """Limit of x' = source - decay x for a non-negative source."""
     if decay > 0.0:
-        return source / decay
+        with np.errstate(over="ignore"):
+            return source / decay
     return np.where(source > 0.0, np.inf, x)

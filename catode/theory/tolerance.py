@@ -72,10 +72,11 @@ class Tolerance:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Tolerance):
             return NotImplemented
+        if self.origin != other.origin or self.inputs.keys() != other.inputs.keys():
+            return False
         pairs = [(self.values, other.values), (self.separatrix, other.separatrix)]
-        pairs += [(value, other.inputs.get(name, np.array(None, dtype=float))) for name, value in self.inputs.items()]
-        same = self.origin == other.origin and self.inputs.keys() == other.inputs.keys()
-        return same and all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+        pairs += [(value, other.inputs[name]) for name, value in self.inputs.items()]
+        return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
     def reason(self, index: Any = None) -> str:
         """Why a tolerance is what it is, and what would help where it is not positive; worked out when asked for.
@@ -185,9 +186,9 @@ def derive(
         >>> tolerance = derive(benefit=0.0, price=0.1, gain=0.5, decay=0.05, rate_ratio=1.0, noise=0.01,
         ...                    benefit_noise=0.0, drift=0.0, step_time=0.01)
         >>> round(float(tolerance), 4)
-        0.1324
+        0.1325
         >>> tolerance.reason()
-        'Safe to remove at or below 0.132445: the separatrix 0.1465 less a noise margin of 0.01405 at risk 0.05.'
+        'Safe to remove at or below 0.132456: the separatrix 0.1465 less a noise margin of 0.01405 at risk 0.05.'
     """
     inputs = _inputs(
         benefit=benefit,
@@ -282,7 +283,7 @@ def escape_probability(
     theta = inputs.pop("keep_prob")
     separatrix, spread, hopeless = _boundary(**inputs)
     distance = separatrix - theta
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         exact = np.where(distance > 0.0, np.inf, -np.inf)
         score = np.where(np.isinf(separatrix) | (spread == 0.0), exact, distance / spread)
     return np.where(hopeless, 1.0, ndtr(-score))
@@ -355,7 +356,9 @@ def _inputs(**given: Any) -> dict[str, np.ndarray]:
 def _broadcast(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return read-only views of one common shape."""
     shape = check_broadcast(inputs)
-    return {name: np.broadcast_to(value, shape) for name, value in inputs.items()}
+    for value in inputs.values():
+        value.setflags(write=False)  # these are copies already
+    return {name: value if value.shape == shape else np.broadcast_to(value, shape) for name, value in inputs.items()}
 
 
 def _boundary(
@@ -431,10 +434,15 @@ def _explain(
             f"{price:.4g}; lower the drift or raise the rate ratio or the price."
         )
     z = -float(ndtri(risk))
+    if value >= 1.0:
+        return (
+            f"Safe at every keep probability: the separatrix {separatrix:.4g} exceeds 1 by more than the noise margin."
+        )
     if value > 0.0:
-        margin = f"a noise margin of {separatrix - value:.4g} at risk {risk:g}" if value < 1.0 else "at most 1"
-        link = "less" if value < 1.0 else "taken"
-        return f"Safe to remove at or below {value:.6g}: the separatrix {separatrix:.4g} {link} {margin}."
+        return (
+            f"Safe to remove at or below {value:.6g}: the separatrix {separatrix:.4g} less a noise margin of "
+            f"{separatrix - value:.4g} at risk {risk:g}."
+        )
     scale = (rate_ratio * gain) ** 0.25
     needed = z * (noise / rate_ratio * scale / np.sqrt(2.0) + benefit_noise / np.sqrt(2.0) / scale)
     return (

@@ -135,7 +135,7 @@ class Setting:
         if self.choices:
             return _validate.check_choice(name, value, self.choices, mend=_suggest(value, self.choices))
         if self.kind is bool:
-            return _validate.check_bool(name, value, mend=self.mend)
+            return _validate.check_bool(name, value, mend=self.mend or "Use one of the two.")
         if self.kind is str:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
@@ -158,7 +158,7 @@ class Setting:
 def _nearest(value: Any, names: Iterable[str]) -> str | None:
     """The one of `names` most like `value`, if any is; of several, that which begins like it."""
     value = str(value).lower()
-    near = difflib.get_close_matches(value, names, n=5, cutoff=0.5)
+    near = difflib.get_close_matches(value, names, n=5, cutoff=0.6)
     return max(
         near,
         key=lambda name: (
@@ -620,14 +620,14 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(self._one_line(message))
 
     def _one_line(self, message: str) -> str:
-        flags = [s for s in self._option_string_actions if s.startswith("--")]
+        flags = [s[2:] for s in self._option_string_actions if s.startswith("--")]
         if message.startswith("unrecognized arguments: "):
             first = message.removeprefix("unrecognized arguments: ").split()[0]
             name = first.split("=")[0]
             if not name.startswith("-"):
                 return f"`{name}` must follow a flag; got the stray argument {first!r}. Remove it, or see --help."
-            near = _nearest(name, flags)
-            mend = f"Did you mean {near}?" if near else "See --help for all flags."
+            near = _nearest(name.lstrip("-"), flags)
+            mend = f"Did you mean --{near}?" if near else "See --help for all flags."
             return f"`{name}` must be a known flag; got {first}. {mend}"
         if message.startswith("argument "):
             names, _, what = message.removeprefix("argument ").partition(": ")

@@ -310,8 +310,16 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Reads built-in containers, text, numbers and integer arrays; every global in the file names a stand-in above."""
+def _empty() -> bytes:
+    """How they write bytes of length zero."""
+    return b""
+
+
+class _RestrictedUnpickler(pickle._Unpickler):
+    """Reads built-in containers, text, numbers and integer arrays; every global in the file names a stand-in above.
+
+    The pure Python unpickler: the one in C reserves memory for whatever memo index a damaged file names, up to 64 GiB.
+    """
 
     ALLOWED: ClassVar[dict[str, Callable]] = {
         "_reconstruct": _Array,
@@ -320,6 +328,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         "_frombuffer": _from_buffer,
         "scalar": _scalar,
         "encode": _encode,
+        "bytes": _empty,
     }
     MODULES = (
         "numpy",
@@ -328,6 +337,8 @@ class _RestrictedUnpickler(pickle.Unpickler):
         "numpy.core.numeric",
         "numpy._core.numeric",
         "_codecs",
+        "builtins",
+        "__builtin__",
     )
 
     def find_class(self, module: str, name: str) -> Callable:
@@ -361,8 +372,8 @@ def _folder(root: Path, image_size: int | None) -> ImageData:
         where = "train" if differing[0] in classes else held_out
         raise DataError(
             f"`data_dir` must have the same class folders in train/ and {held_out}/; "
-            f"got {differing[0]!r} in {where}/ only "
-            f"({len(differing)} differ). Add the missing class folders or remove the others."
+            f"got {differing[0]!r} in {str(root / where)!r} only ({len(differing)} differ). "
+            "Add the missing class folders or remove the others."
         )
     if len(classes) < 2:
         raise DataError(

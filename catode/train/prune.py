@@ -12,13 +12,13 @@ Source: THEORY sections 2-5 (prices, theta step, tolerance, commitment), CONTRAC
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import ndtri
 from torch import nn
 
 from catode._validate import check_choice, check_int, check_interval, check_nonnegative, check_positive
@@ -129,6 +129,7 @@ class Pruner:
         self.alpha = check_interval("alpha", alpha, 0.0, 1.0)
         self.beta = check_interval("beta", beta, 0.0, 1.0)
         self.risk = check_interval("risk", risk, 0.0, 0.5, low_open=True, high_open=True)
+        self._z = float(ndtri(1.0 - self.risk))
         self.tolerance = None if tolerance is None else check_interval("tolerance", tolerance, 0.0, 1.0)
         self.clock = check_positive("rate_ratio", rate_ratio)
         self.steps = check_int("steps", steps, low=1)
@@ -390,7 +391,8 @@ class Pruner:
         for pool, value in ((self._benefit, -estimate), (self._slow, -estimate), (self._when, now), (self._slow_when, now)):
             pool.add(value, seen)
         if self.done > self.warmup:
-            speed = self.rate_ratio * (self.prices() + estimate)
+            upper = np.where(self._benefit.count >= LEAST_EVIDENCE, self._limits()[1], np.inf)
+            speed = self.rate_ratio * np.maximum(self.prices() - upper, -1e300)
             moved = np.clip(self.keep_prob - self._pending * speed, 0.0, 1.0)
             self.keep_prob = np.where(seen & ~self._zero, moved, self.keep_prob)
             self._zero |= seen & (self.keep_prob == 0.0)  # absorbed: removed at the next check
@@ -402,17 +404,20 @@ class Pruner:
 
     # --- deciding ---------------------------------------------------------------------------------------------------
 
+    def _limits(self) -> tuple[NDArray, NDArray]:
+        """Lower and upper limits of the benefits at the stated risk, shape (n,) each."""
+        corrected = np.where(self.is_layer, *(name == "curvature" for name in self.estimators))
+        error = np.sqrt(self._benefit.error**2 + np.where(corrected, 0.25 * self._curvature.error**2, 0.0))
+        return self._benefit.mean - self._z * error, self._benefit.mean + self._z * error
+
     def measured(self, step_time: float) -> dict[str, NDArray]:
         """Everything measured about every structure, arrays of shape (n,); infinite where nothing is known yet.
 
         Args:
             step_time: ODE time of one weight step.
         """
-        z = _normal_quantile(1.0 - self.risk)
-        benefit = self._benefit.mean
-        corrected = np.where(self.is_layer, *(name == "curvature" for name in self.estimators))
-        error = np.sqrt(self._benefit.error**2 + np.where(corrected, 0.25 * self._curvature.error**2, 0.0))
-        upper, lower = benefit + z * error, benefit - z * error
+        z, benefit = self._z, self._benefit.mean
+        lower, upper = self._limits()
         products = self._products
         gain = np.maximum(products.gain.mean, 0.0) + z * products.gain.error
         # how fast the benefit grows beyond what the gain of its own weights explains
@@ -602,8 +607,3 @@ def _targets(logits: torch.Tensor, gradient: torch.Tensor, scale: float) -> torc
         )
     targets = targets.clamp_min(0.0)
     return targets / targets.sum(1, keepdim=True)
-
-
-def _normal_quantile(p: float) -> float:
-    """Quantile of the standard normal distribution."""
-    return math.sqrt(2.0) * float(torch.erfinv(torch.tensor(2.0 * p - 1.0, dtype=torch.float64)))
