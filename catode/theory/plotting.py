@@ -93,13 +93,14 @@ def phase_portrait(
     benefit_max: float | None = None,
     nullclines: bool = False,
     legend: bool = True,
-    density: float = 0.9,
+    density: float = 0.7,
     resolution: int = 400,
 ) -> Axes:
     """Draw the projected flow of one structure in the plane of its benefit and its keep probability.
 
     Shown are streamlines, the certified domain of attraction D of the removed state (shaded, with the separatrix as its
-    upper edge), the mirror domain in which keeping is certain, the price, and the saddle where it lies in the window.
+    upper edge), the mirror domain in which keeping is certain, the price, and the saddle where it lies in the window. Where
+    D is empty nothing is shaded; the mirror domain needs the system's `gain_lower` and `decay_upper`.
 
     Source: THEORY sections 4.3 and 4.4, derived there.
 
@@ -109,7 +110,7 @@ def phase_portrait(
         paths: Measured trajectories to draw on top, each as the pair (benefit, keep probability) of arrays of shape (n,),
             in the system's units. A dot marks the end of each.
         path_colors: One colour a path.
-        benefit_min: Left edge of the window, nats.
+        benefit_min: Left edge of the window, nats. The system counts a negative benefit as 0.
         benefit_max: Right edge of the window, nats; three times the price when not given.
         nullclines: Whether to draw the line where the benefit stands still. (That of the keep probability is the price line.)
         legend: Whether to put a legend below the Axes.
@@ -139,7 +140,7 @@ def phase_portrait(
 
     ax.axvline(price, color=PALETTE["grey"], linestyle="--", linewidth=1.3, zorder=2.5, label="price")
     if nullclines:
-        benefit = np.array([benefit_min, benefit_max])
+        benefit = np.array([max(benefit_min, 0.0), benefit_max])
         still = (float(system.decay) * benefit - float(system.drift)) / float(system.gain)
         ax.plot(
             benefit, still, color=PALETTE["grey"], linestyle=":", linewidth=1.3, zorder=2.5, label="benefit at rest"
@@ -177,26 +178,28 @@ def _domains(ax: Axes, system: BenefitSystem, benefit_min: float, benefit_max: f
     """Shade D below the separatrix and the mirror domain above its own boundary."""
     benefit = np.linspace(benefit_min, benefit_max, resolution)
     separatrix = np.asarray(system.separatrix(benefit), dtype=float)
-    inside = np.clip(separatrix, 0.0, 1.0)
-    shade = to_rgba(PALETTE["vermillion"], 0.17)
-    ax.fill_between(benefit, 0.0, inside, color=shade, linewidth=0, zorder=0.5, label="certain to be removed (D)")
+    if not system.empty:
+        shade = to_rgba(PALETTE["yellow"], 0.4)
+        inside = np.clip(separatrix, 0.0, 1.0)
+        ax.fill_between(benefit, 0.0, inside, color=shade, linewidth=0, zorder=0.5, label="certain to go (D)")
     visible = np.where((separatrix >= 0.0) & (separatrix <= 1.0), separatrix, np.nan)
-    ax.plot(benefit, visible, color=PALETTE["vermillion"], linewidth=2.0, zorder=3, label="separatrix")
+    if np.isfinite(visible).any():
+        ax.plot(benefit, visible, color=PALETTE["black"], linewidth=1.8, zorder=3, label="separatrix")
 
     theta = np.linspace(0.0, 1.0, resolution)
     grid = np.stack(np.meshgrid(benefit, theta), axis=-1)
-    mirror = np.asarray(system.in_mirror(grid), dtype=float)
+    mirror = np.asarray(system.contains_mirror(grid), dtype=float)
     if mirror.any():
-        shade = to_rgba(PALETTE["blue"], 0.15)
+        shade = to_rgba(PALETTE["sky"], 0.25)
         ax.contourf(benefit, theta, mirror, levels=[0.5, 1.5], colors=[shade], zorder=0.5)
-        ax.fill_between([], [], color=shade, linewidth=0, label="certain to be kept (mirror domain)")
+        ax.fill_between([], [], color=shade, linewidth=0, label="certain to stay (mirror domain)")
 
 
 def _streamlines(ax: Axes, system: BenefitSystem, benefit_min: float, benefit_max: float, density: float) -> None:
     """Draw streamlines of the projected field."""
-    benefit = np.linspace(benefit_min, benefit_max, 80)
-    theta = np.linspace(0.0, 1.0, 80)
-    field = np.asarray(system.field(np.stack(np.meshgrid(benefit, theta), axis=-1)), dtype=float)
+    benefit = np.linspace(benefit_min, benefit_max, 60)
+    theta = np.linspace(0.0, 1.0, 60)
+    field = np.asarray(system.projected_field(np.stack(np.meshgrid(benefit, theta), axis=-1)), dtype=float)
     ax.streamplot(
         benefit,
         theta,

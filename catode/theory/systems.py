@@ -22,22 +22,35 @@ from catode._validate import check_interval, check_nonnegative, check_positive, 
 __all__ = ["BenefitSystem", "LayerSystem", "PlanarSystem", "UnitSystem", "growth_rate"]
 
 
-def growth_rate(decay: Any, rate_ratio: Any, gain: Any) -> Any:
-    """Unstable eigenvalue mu(a) = (-a + sqrt(a^2 + 4 rho q)) / 2 at the saddle, without cancellation.
+def growth_rate(decay: Any, rate_ratio: Any, gain: Any, memory: Any = 0.0) -> Any:
+    """Unstable eigenvalue mu at the saddle: the positive root of mu (mu + a) (1 + T mu) = rho q.
 
-    Source: THEORY section 4.
+    Without memory, T = 0, it is mu(a) = (-a + sqrt(a^2 + 4 rho q)) / 2, computed without cancellation.
+
+    Source: THEORY section 4; with memory docs/theory.md.
 
     Args:
         decay: Decay a of the size, 1/time, non-negative.
         rate_ratio: Speed rho of theta, 1/(nats time).
         gain: Product q of the two couplings, nats/time.
+        memory: Time constant T of the pool through which theta sees the benefit, time; 0 for none.
 
     Returns:
         mu in 1/time, broadcast over the arguments; 0 where the gain is 0.
     """
     product = np.multiply(rate_ratio, gain)
     total = decay + np.hypot(decay, 2.0 * np.sqrt(product))
-    return 2.0 * product / np.where(total > 0.0, total, 1.0)
+    rate = 2.0 * product / np.where(total > 0.0, total, 1.0)
+    if not np.any(memory):
+        return rate
+    for _ in range(60):  # Newton on a convex increasing cubic, from above: monotone, and quadratic in the end
+        value = rate * (rate + decay) * (1.0 + memory * rate) - product
+        slope = (2.0 * rate + decay) * (1.0 + memory * rate) + memory * rate * (rate + decay)
+        step = np.divide(value, slope, out=np.zeros_like(slope), where=slope > 0.0)
+        rate = rate - step
+        if np.all(np.abs(step) <= 1e-15 * rate):
+            break
+    return np.maximum(rate, 0.0)
 
 
 def _excess(d: np.ndarray) -> np.ndarray:

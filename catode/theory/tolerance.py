@@ -39,6 +39,7 @@ _INPUTS = (
     "benefit_noise",
     "drift",
     "step_time",
+    "memory",
 )
 
 
@@ -145,12 +146,20 @@ def derive(
     benefit_noise: Any,
     drift: Any,
     step_time: Any,
+    memory: Any = 0.0,
     risk: Any = 0.05,
 ) -> Tolerance:
     """Keep probability below which removing a structure is safe, with a failure probability of at most `risk`.
 
     theta_tol = theta_sep(b) - z_{1-risk} s_V / (q sqrt(mu (2 + tau mu))),
     theta_sep(b) = [g (mu + a) - delta - mu b+] / q.
+
+    Where theta moves by a pooled estimate instead of a single draw (`memory` T > 0: an exponential average of the
+    benefit, itself held at `benefit` now), the pool is a third state. It slows the escape and filters the noise:
+
+    theta_sep = [ (1 + (mu + a) T) mu (g - b+) + a g - delta ] / q,   mu (mu + a) (1 + T mu) = rho q,
+
+    and s_V keeps its form with this smaller mu (docs/theory.md). T = 0 is the formula above.
 
     The covariance of the two noises is not measured, so s_V takes its largest value, q sigma + mu sigma_b
     (Cauchy-Schwarz). Pass upper limits for benefit, gain, noise and drift, and lower limits for decay and price.
@@ -173,6 +182,7 @@ def derive(
         benefit_noise: Diffusion sigma_b of the benefit, nats time^-1/2.
         drift: Bound delta on the growth of the benefit, nats/time.
         step_time: ODE time tau of one step, lr/(1 - momentum); 0 gives the limit of small steps.
+        memory: Time constant T of the pool through which theta sees the benefit; 0 where it sees single draws.
         risk: Accepted probability that a removed structure would not have gone by itself, in (0, 0.5).
 
     Returns:
@@ -200,6 +210,7 @@ def derive(
         benefit_noise=benefit_noise,
         drift=drift,
         step_time=step_time,
+        memory=memory,
     )
     inputs["risk"] = check_interval("risk", risk, 0.0, 0.5, True, True, array=True, mend="Choose e.g. 0.05.")
     inputs = _broadcast(inputs)
@@ -241,6 +252,7 @@ def escape_probability(
     benefit_noise: Any,
     drift: Any,
     step_time: Any,
+    memory: Any = 0.0,
 ) -> np.ndarray:
     """Upper bound on the probability that theta, left alone, is not absorbed at 0.
 
@@ -260,6 +272,7 @@ def escape_probability(
         benefit_noise: Diffusion sigma_b of the benefit, nats time^-1/2.
         drift: Bound delta on the growth of the benefit, nats/time.
         step_time: ODE time tau of one step.
+        memory: Time constant T of the pool through which theta sees the benefit.
 
     Returns:
         Probabilities, of the broadcast shape.
@@ -277,6 +290,7 @@ def escape_probability(
         benefit_noise=benefit_noise,
         drift=drift,
         step_time=step_time,
+        memory=memory,
     )
     inputs["keep_prob"] = check_interval("keep_prob", keep_prob, 0.0, 1.0, array=True)
     inputs = _broadcast(inputs)
@@ -372,18 +386,21 @@ def _boundary(
     benefit_noise: np.ndarray,
     drift: np.ndarray,
     step_time: np.ndarray,
+    memory: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Separatrix, standard deviation of its crossing (in theta), and where no claim can be made at all.
 
     The spread is s_V / (q sqrt(mu (2 + tau mu))). For gain = 0 both are limits for gain -> 0, where any positive gain
     is a valid bound; the separatrix grows (or falls) faster than the spread unless decay = 0 and the benefit is noisy.
     """
-    rate = growth_rate(decay, rate_ratio, gain)
+    rate = growth_rate(decay, rate_ratio, gain, memory)
+    pool = rate * (1.0 + (rate + decay) * memory)  # equals mu without memory
     room = decay * price - drift
     gap = price - np.maximum(benefit, 0.0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        separatrix = (rate * gap + room) / gain
-        spread = (noise + rate * benefit_noise / gain) / np.sqrt(rate * (2.0 + step_time * rate))
+        separatrix = (pool * gap + room) / gain
+        seen = rate * (rate + decay) / (rate_ratio * gain)  # share of the noise of theta that passes the pool: 1 / (1 + T mu)
+        spread = (seen * noise + rate * benefit_noise / gain) / np.sqrt(rate * (2.0 + step_time * rate))
     flat = gain == 0.0
     if np.any(flat):
         wide = np.where(decay > 0.0, room, np.where(drift > 0.0, -1.0, gap)) > 0.0
@@ -406,6 +423,7 @@ def _explain(
     benefit_noise: float,
     drift: float,
     step_time: float,
+    memory: float,
     risk: float,
 ) -> str:
     """One sentence about one structure."""

@@ -61,8 +61,8 @@ class Pool:
 class GradientProducts:
     """Unbiased squared gradient norms of every structure from products of *different* batches.
 
-    ``g_t . g_{t+1}`` of two independent batches has mean |grad L|^2, while |g_t|^2 would contain the noise; and
-    ``(g_1 . g_2)(g_2 . g_3)`` minus the squared mean estimates ``grad L' Cov(g) grad L``, the noise of the benefit.
+    ``g_t . g_{t+1}`` of two independent batches has mean |grad L|^2, while |g_t|^2 would contain the noise. ``w . g``
+    gives the decay of the benefit.
 
     Args:
         size: Number of structures.
@@ -71,7 +71,7 @@ class GradientProducts:
 
     def __init__(self, size: int, window: float):
         self.size = size
-        self.gain, self.squares, self.weight_gradient = (Pool(size, window) for _ in range(3))
+        self.gain, self.weight_gradient = Pool(size, window), Pool(size, window)
         self._parameters: list[nn.Parameter] = []
         self._owners: list[NDArray[np.int64]] = []
         self._burst: list[tuple[NDArray, NDArray]] = []
@@ -116,20 +116,10 @@ class GradientProducts:
             self.weight_gradient.add(self._sum(weights * gradient), draw > 0.5)
         if len(self._burst) == 3:
             (g1, on1), (g2, on2), (g3, on3) = self._burst
-            first, second = self._sum(g1 * g2), self._sum(g2 * g3)
+            a, b, c = self._sum(g1 * g2), self._sum(g2 * g3), self._sum(g1 * g3)
             on = on1 & on2 & on3
-            self.gain.add(0.5 * (first + second), on)
-            self.squares.add(first * second, on)
+            self.gain.add((a + b + c) / 3.0, on)
             self._burst = []
-
-    def drop_burst(self) -> None:
-        """Forget an unfinished burst."""
-        self._burst = []
-
-    def benefit_noise(self, step_time: float, z: float) -> NDArray:
-        """Upper limit of sigma_b = sqrt(tau grad L' Cov(g) grad L), nats per sqrt(time)."""
-        covariance = self.squares.mean - self.gain.mean**2 + z * self.squares.error
-        return np.sqrt(step_time * np.maximum(covariance, 0.0))
 
     def _sum(self, products: NDArray) -> NDArray:
         return sum(np.bincount(owner, products, self.size + 1) for owner in self._owners)[: self.size]

@@ -39,6 +39,7 @@ PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
 
 MOST_OF_A_SITE = 0.25  # share of a site's units that one check may remove: their benefits were measured one by one
 LEAST_EVIDENCE = 8.0  # effective observations of benefit and gain before anything is decided
+INDIFFERENCE = 3.0  # a benefit known to lie within this factor of the price is not worth deciding
 NEARLY_ONE = 0.9  # keep probability from which commitment is considered; the alarm bound uses the actual value
 
 
@@ -164,14 +165,15 @@ class Pruner:
         self.done, self.time = 0, 0.0
         self.finished = False
         self._pending = np.zeros(n)
-        window = np.where(self.is_layer, memory / 10, memory)
+        window = self._window = np.where(self.is_layer, memory / 10, memory)
         self._benefit, self._slow, self._when, self._slow_when = (
             Pool(n, w) for w in (window, 3 * window, window, 3 * window)
         )
         self._elapsed = Pool(n, window)
-        self._estimate = Pool(n, window)
+        self._estimate, self._successive = Pool(n, window), Pool(n, window)
+        self._last = np.full(n, np.nan)
         self._curvature = Pool(n, max(memory / self.measure_every, 10))
-        self._products = GradientProducts(n, max(memory / self._burst_every, 10))
+        self._products = GradientProducts(n, max(memory / self._burst_every, 20))
         self._turn = {True: 0, False: 0}
         self._generator = torch.Generator().manual_seed(seed)
         device = next(model.parameters()).device
@@ -387,6 +389,9 @@ class Pruner:
         """Projected SGD step of theta with the prices of this moment; pools the evidence."""
         now = np.full_like(self._pending, self.time)
         self._estimate.add(estimate, seen)
+        follows = seen & ~np.isnan(self._last)
+        self._successive.add(np.where(follows, estimate * self._last, 0.0), follows)
+        self._last = np.where(seen, estimate, self._last)
         self._elapsed.add(self._pending, seen)
         for pool, value in ((self._benefit, -estimate), (self._slow, -estimate), (self._when, now), (self._slow_when, now)):
             pool.add(value, seen)
@@ -410,20 +415,15 @@ class Pruner:
         error = np.sqrt(self._benefit.error**2 + np.where(corrected, 0.25 * self._curvature.error**2, 0.0))
         return self._benefit.mean - self._z * error, self._benefit.mean + self._z * error
 
-    def measured(self, step_time: float) -> dict[str, NDArray]:
-        """Everything measured about every structure, arrays of shape (n,); infinite where nothing is known yet.
-
-        Args:
-            step_time: ODE time of one weight step.
-        """
-        z, benefit = self._z, self._benefit.mean
+    def measured(self) -> dict[str, NDArray]:
+        """Everything measured about every structure, arrays of shape (n,); infinite where nothing is known yet."""
+        z, benefit, products = self._z, self._benefit.mean, self._products
         lower, upper = self._limits()
-        products = self._products
+        slope, slope_error = self._slope()
         gain = np.maximum(products.gain.mean, 0.0) + z * products.gain.error
-        # how fast the benefit grows beyond what the gain of its own weights explains
-        span = np.maximum(self._when.mean - self._slow_when.mean, 1e-12)
-        slope = (benefit - self._slow.mean) / span + z * np.hypot(self._benefit.error, self._slow.error) / span
+        # growth of the benefit beyond what the gain of its own weights explains
         own = self.keep_prob * np.maximum(products.gain.mean - z * products.gain.error, 0.0)
+        drift = np.maximum(slope + z * slope_error - np.where(np.isfinite(own), own, 0.0), 0.0)
         price = np.maximum(self.prices(), np.finfo(float).tiny)
         weight_decay = self.optimizer.param_groups[0].get("weight_decay", 0.0)
         pull = products.weight_gradient
@@ -436,18 +436,34 @@ class Pruner:
             "benefit_lower": lower,
             "price": price,
             "gain": gain,
-            "decay": np.where(np.isfinite(decay), decay, 0.0),
+            "decay": np.where(decay * price > drift, decay, 0.0),  # a lower limit; 0 is always one
             "rate_ratio": self.rate_ratio,
             "noise": self.rate_ratio * np.sqrt(elapsed * self._estimate.variance),
-            "benefit_noise": products.benefit_noise(step_time, z),
-            "drift": np.maximum(slope - np.where(np.isfinite(own), own, 0.0), 0.0),
+            "benefit_noise": self._benefit_noise(),
+            "drift": drift,
             "step_time": elapsed,
         }
+
+    def _benefit_noise(self) -> NDArray:
+        """Upper limit of the benefit's own diffusion sigma_b, nats per sqrt(time), from its realised wandering.
+
+        The draws' noise is independent from step to step, the benefit is not: the covariance of successive estimates is
+        the variance of the benefit within the pool's memory T, sigma_b^2 T / 2 for a random walk. It contains what the
+        noise of *all* weights does to the benefit.
+        """
+        wander = self._successive.mean - self._estimate.mean**2 + self._z * self._successive.error
+        return np.sqrt(2.0 * np.maximum(wander, 0.0) / np.maximum(self._window * self._elapsed.mean, 1e-12))
+
+    def _slope(self) -> tuple[NDArray, NDArray]:
+        """Growth of the benefits, nats/time, and its standard error, from a fast and a slow pool."""
+        span = np.maximum(self._when.mean - self._slow_when.mean, 1e-12)
+        error = np.hypot(self._benefit.error, self._slow.error) / span
+        return (self._benefit.mean - self._slow.mean) / span, error
 
     def _check(self, step_time: float, final: bool = False) -> Check:
         """Decide what can be decided; compact what was removed."""
         open_ = self.state == UNDECIDED
-        found = self.measured(step_time)
+        found = self.measured()
         separatrix, tolerance = self._tolerances(found, open_)
         before = self.kept.copy()
         warnings = []
@@ -472,7 +488,7 @@ class Pruner:
         self.state[self.kept & ~kept & ~safe & ~zero & ~rounded] = PROMOTED
         self.kept = kept
         if not final:
-            self.state[self._certain(found, known) & (self.state == UNDECIDED)] = COMMITTED
+            self.state[self._certain(found, known, step_time) & (self.state == UNDECIDED)] = COMMITTED
         self.keep_prob = np.where(kept, np.where(self.state == UNDECIDED, self.keep_prob, 1.0), 0.0)
         rows = self._rows(found, separatrix, tolerance, np.flatnonzero(open_))
         removed = int((before & ~kept).sum())
@@ -492,6 +508,7 @@ class Pruner:
             part = {k: v[where] for k, v in found.items()}
             derived = tolerances.derive(
                 benefit=part["benefit_upper"],
+                memory=(self._window * found["step_time"])[where],
                 **{k: part[k] for k in ("price", "gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")},
                 risk=self.risk,
             )
@@ -515,20 +532,35 @@ class Pruner:
             allowed[units[np.argsort(ratio[units], kind="stable")[:most]]] = True
         return allowed
 
-    def _certain(self, found: dict[str, NDArray], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Structures that the finite-horizon test commits (THEORY 4.4; the gain's lower limit is 0, so K is empty)."""
-        certain = known & (self.keep_prob >= NEARLY_ONE) & (found["benefit_lower"] > found["price"])
+    def _certain(self, found: dict[str, NDArray], known: NDArray[np.bool_], step_time: float) -> NDArray[np.bool_]:
+        """Structures to commit: certain to stay until the deciding phase ends, or not worth telling (THEORY 3 and 4.4).
+
+        The gain's lower limit is 0 in practice, so the mirror domain is empty and the finite-horizon test decides: theta
+        is near 1; the benefit's lower limit, carried to the horizon at the rate at which benefits are seen to fall,
+        stays above the price; and noise alone reaches 0 with less than the stated risk. In the last quarter of the
+        phase a structure whose benefit is known to lie near its price is kept too: it does not matter.
+        """
+        lower, upper, price = (found[k] for k in ("benefit_lower", "benefit_upper", "price"))
+        left = max(self.steps - self.done, 1)
+        near_one = known & (self.keep_prob >= NEARLY_ONE)
+        slope, slope_error = self._slope()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            fall = np.maximum(-(slope - self._z * slope_error), 0.0) / found["benefit"]
+            last = lower * np.exp(-fall * left * step_time)
+        certain = near_one & (lower > price) & (last > price)
         where = np.flatnonzero(certain)
         if len(where):
             alarm = tolerances.commit_alarm(
-                benefit=found["benefit_lower"][where],
-                price=found["price"][where],
+                benefit=last[where],
+                price=price[where],
                 rate_ratio=found["rate_ratio"][where] * self.keep_prob[where],
                 noise=found["noise"][where],
                 step_time=found["step_time"][where],
-                steps_left=max(self.steps - self.done, 1),
+                steps_left=left,
             )
             certain[where] = alarm < self.risk
+        if self.done >= self.warmup + 0.75 * (self.steps - self.warmup):
+            certain |= near_one & (lower > price / INDIFFERENCE) & (upper < price * INDIFFERENCE) & (upper >= price)
         return certain
 
     def _rows(self, found: dict[str, NDArray], separatrix: NDArray, tolerance: NDArray, which: NDArray) -> list[dict]:

@@ -47,12 +47,12 @@ class _Look:
 
 
 _LOOKS = {
-    "committed": _Look("kept for good (committed)", PALETTE["blue"], "^"),
+    "committed": _Look("kept (committed)", PALETTE["blue"], "^"),
     "undecided": _Look("still undecided", PALETTE["grey"], "."),
     "pruned_tolerance": _Look("removed: reached its tolerance", PALETTE["vermillion"], "v"),
     "pruned_zero": _Look("removed: reached θ = 0", PALETTE["orange"], "o"),
     "promoted": _Look("removed: went with its site or block", PALETTE["purple"], "D"),
-    "forced": _Look("rounded at the end (forced)", PALETTE["black"], "s"),
+    "forced": _Look("not decided, rounded at the end (forced)", PALETTE["black"], "s"),
 }
 _REMOVED_STATES = ("pruned_tolerance", "pruned_zero", "promoted")
 _KINDS = {"layer": "Layers (whole residual blocks)", "unit": "Units (channels inside a block)"}
@@ -68,22 +68,35 @@ class _Trace:
     index: str
     states: list[str]
     columns: dict[str, np.ndarray]
+    kept: bool | None = None
+    """Whether the structure is in the final network, where structure.json tells."""
 
     def __getitem__(self, column: str) -> np.ndarray:
         return self.columns[column]
 
     @property
     def state(self) -> str:
-        """The final state."""
-        return self.states[-1]
+        """The final state.
+
+        A structure is recorded only as long as it is undecided, so one that was committed and went later with its block
+        is known to be gone from the final network alone.
+        """
+        last = self.states[-1]
+        return "promoted" if self.kept is False and last in ("committed", "undecided") else last
+
+    @cached_property
+    def removed(self) -> bool:
+        """Whether the structure is gone from the final network."""
+        if self.state == "forced":
+            return not self.kept if self.kept is not None else bool(self["keep_prob"][-1] < 0.5)
+        return self.state in _REMOVED_STATES
 
     @cached_property
     def removed_at(self) -> int | None:
-        """Position of the row in which the structure was removed; None where it stayed."""
-        for position, state in enumerate(self.states):
-            if state in _REMOVED_STATES or (state == "forced" and self["keep_prob"][position] < 0.5):
-                return position
-        return None
+        """Position of the row in which the structure was removed; None where it stayed or went unrecorded."""
+        if not self.removed or self.states[-1] in ("committed", "undecided"):
+            return None
+        return self.states.index(self.state)
 
     @property
     def rows(self) -> slice:
@@ -180,7 +193,7 @@ def _read(folder: Path) -> _Run:
         config=_read_json(folder / "config.json"),
         env=_read_json(folder / "env.json"),
         metrics=_numbers(folder / "metrics.csv", *_read_csv(folder / "metrics.csv", _METRIC_COLUMNS)),
-        traces=_read_traces(folder / "structures.csv"),
+        traces=_read_traces(folder / "structures.csv", structure),
         result=_read_json(folder / "result.json"),
         structure=structure,
     )
@@ -219,7 +232,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} must hold valid JSON; {error}.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}.")
+        raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}.")  # noqa: TRY004
     return value
 
 
@@ -229,9 +242,11 @@ def _read_csv(path: Path, required: Sequence[str]) -> tuple[list[str], list[list
             rows = [row for row in csv.reader(stream) if row]
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path) from None
-    header = rows[0] if rows else []
+    if not rows:  # an ungated run may leave the file without even a header
+        return list(required), []
+    header = rows[0]
     if absent := [name for name in required if name not in header]:
-        raise ValueError(f"{path} must have the column {absent[0]!r}; its header is {','.join(header) or 'empty'}.")
+        raise ValueError(f"{path} must have the column {absent[0]!r}; its header is {','.join(header)}.")
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(header):
             raise ValueError(f"{path} must have {len(header)} values in every row; row {number} has {len(row)}.")
@@ -251,7 +266,7 @@ def _numbers(path: Path, header: list[str], rows: list[list[str]]) -> dict[str, 
     return {name: np.array([_number(path, name, row[place]) for row in rows]) for place, name in enumerate(header)}
 
 
-def _read_traces(path: Path) -> list[_Trace]:
+def _read_traces(path: Path, structure: dict[str, Any] | None) -> list[_Trace]:
     header, rows = _read_csv(path, _TEXT_COLUMNS + _NUMBER_COLUMNS)
     place = {name: header.index(name) for name in _TEXT_COLUMNS + _NUMBER_COLUMNS}
     groups: dict[tuple[str, ...], list[list[str]]] = {}
@@ -269,8 +284,19 @@ def _read_traces(path: Path) -> list[_Trace]:
         }
         order = np.argsort(columns["step"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
-        traces.append(_Trace(*key, states=[states[i] for i in order], columns=columns))
+        traces.append(_Trace(*key, states=[states[i] for i in order], columns=columns, kept=_kept(structure, *key)))
     return traces
+
+
+def _kept(structure: dict[str, Any] | None, kind: str, block: str, site: str, index: str) -> bool | None:
+    """Say whether structure.json holds a structure; None where it does not tell."""
+    described = (structure or {}).get("blocks", {}).get(block)
+    if described is None:
+        return None
+    if kind == "layer" or not described.get("kept", True):
+        return described.get("kept")
+    units = described.get("sites", {}).get(site)
+    return None if units is None else int(index) in units
 
 
 def _final_sites(run: _Run) -> list[_Site]:
@@ -287,9 +313,7 @@ def _final_sites(run: _Run) -> list[_Site]:
     found = []
     for block in [*blocks, *(name for name in units if name not in blocks)]:
         described = blocks.get(block, {})
-        alive = (
-            bool(described["kept"]) if "kept" in described else block not in layers or layers[block].removed_at is None
-        )
+        alive = bool(described["kept"]) if "kept" in described else block not in layers or not layers[block].removed
         sites = described.get("sites", {})
         gated = units.get(block, {})
         if not sites and not gated:
@@ -301,7 +325,7 @@ def _final_sites(run: _Run) -> list[_Site]:
             elif site in sites:
                 kept = len(sites[site])
             else:
-                kept = sum(trace.removed_at is None for trace in traces)
+                kept = sum(not trace.removed for trace in traces)
             total = len(traces) or (len(sites[site]) if alive else None)
             found.append(_Site(block, site, kept, total, alive))
     return found
@@ -370,40 +394,43 @@ def _theta(run: _Run) -> _Picture | None:
 def _theta_panel(ax: Axes, run: _Run, kind: str) -> None:
     traces = run.of(kind)
     alpha = float(np.clip(4.0 / math.sqrt(len(traces)), 0.18, 0.9))
-    for state in _LOOKS:  # the removed are drawn over the kept
-        members = [trace for trace in traces if trace.state == state]
-        if not members:
-            continue
-        look = _LOOKS[state]
-        lines = [
-            np.column_stack([run.epochs(trace["step"][trace.rows]), trace["keep_prob"][trace.rows]])
-            for trace in members
-        ]
+    end = run.epochs(np.array([np.inf]))
+    gone = {
+        layer.block: run.epochs(layer["step"])[layer.removed_at]
+        for layer in run.of("layer")
+        if layer.removed_at is not None
+    }
+    few = len(traces) <= 40
+    for state, look in _LOOKS.items():  # the removed are drawn over the kept
+        lines, ends = [], []
+        for trace in traces:
+            if trace.state != state:
+                continue
+            x, y = run.epochs(trace["step"][trace.rows]), trace["keep_prob"][trace.rows]
+            if state == "committed":  # its gate is fixed at 1 from then on, and no more recorded
+                x, y = np.r_[x, x[-1], end], np.r_[y, 1.0, 1.0]
+            elif trace.removed_at is not None:
+                ends.append((x[-1], y[-1]))
+            elif trace.removed and trace.block in gone:  # committed once, then gone with its block
+                x, y = np.r_[x, x[-1], gone[trace.block]], np.r_[y, 1.0, 1.0]
+                ends.append((x[-1], y[-1]))
+            lines.append(np.column_stack([x, y]))
+        width = 1.6 if few else 1.0
         ax.add_collection(
-            LineCollection(
-                lines,
-                colors=look.color,
-                alpha=alpha,
-                linewidths=1.6 if len(traces) <= 40 else 1.0,
-                rasterized=True,
+            LineCollection(lines, colors=look.color, alpha=alpha, linewidths=width, rasterized=True, clip_on=False)
+        )
+        if ends:
+            ax.scatter(
+                *np.array(ends).T,
+                s=26 if few else 14,
+                color=look.color,
+                marker=look.marker,
+                alpha=max(alpha, 0.6),
+                linewidths=0,
+                zorder=3,
                 clip_on=False,
+                rasterized=True,
             )
-        )
-        ends = np.array(
-            [line[-1] for line, trace in zip(lines, members, strict=True) if trace.removed_at is not None]
-        ).reshape(-1, 2)
-        size = 26 if len(traces) <= 40 else 14
-        ax.scatter(
-            *ends.T,
-            s=size,
-            color=look.color,
-            marker=look.marker,
-            alpha=max(alpha, 0.6),
-            linewidths=0,
-            zorder=3,
-            clip_on=False,
-            rasterized=True,
-        )
     ax.set_ylim(-0.02, 1.02)
     ax.set_title(f"{_KINDS[kind]}: {len(traces)}")
 
@@ -465,6 +492,7 @@ def _structure(run: _Run) -> _Picture | None:
                     rotation=90 if crowded else 0,
                 )
         ax.set_ylabel("channels")
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         ax.set_ylim(0, float(total.max()) * 1.1)
     else:
         ax.set_ylabel("block in the network")
@@ -510,8 +538,11 @@ def _complexity(run: _Run) -> _Picture | None:
         if np.isfinite(values).any():
             last = values[np.isfinite(values)][-1]
             every = max(1, epoch.size // 15)
+            x = epoch
+            if marker is None and epoch[0] > 0:  # the counts of the start are those of the dense network
+                x, values = np.r_[0.0, epoch], np.r_[1.0, values]
             ax.plot(
-                epoch,
+                x,
                 values,
                 color=color,
                 linestyle=style,
@@ -583,8 +614,8 @@ def _measured(trace: _Trace) -> np.ndarray:
 def _choose(traces: list[_Trace]) -> list[_Trace]:
     """Choose at most MAX_PATHS structures, two thirds of them removed ones, spread evenly over the order of the file."""
     usable = [trace for trace in traces if _measured(trace).any()]
-    removed = [trace for trace in usable if trace.removed_at is not None]
-    kept = [trace for trace in usable if trace.removed_at is None]
+    removed = [trace for trace in usable if trace.removed]
+    kept = [trace for trace in usable if not trace.removed]
     share = max(2 * MAX_PATHS // 3, MAX_PATHS - len(kept))
     removed = _spread(removed, share)
     return _spread(kept, MAX_PATHS - len(removed)) + removed
@@ -597,11 +628,13 @@ def _spread(items: list[_Trace], count: int) -> list[_Trace]:
 
 
 def _system(trace: _Trace) -> BenefitSystem | None:
-    """Build the comparison system of a structure with benefits in units of its price, from the medians over its rows.
+    """Build the comparison system of a structure with benefits in units of its price, from the medians over the rows that have a tolerance.
 
     With b = price * x the system of THEORY 4.3 keeps its form: price 1, gain and drift divided by the price, rate ratio times the price.
     """
-    rows = trace.rows
+    rows = np.arange(len(trace.states))[trace.rows]
+    judged = rows[np.isfinite(trace["tolerance"][rows])]
+    rows = judged if judged.size else rows
     values = {}
     for name in _SYSTEM_COLUMNS:
         column = trace[name][rows]
@@ -623,20 +656,14 @@ def _system(trace: _Trace) -> BenefitSystem | None:
 
 
 def _representative(traces: list[_Trace]) -> tuple[_Trace, BenefitSystem] | None:
-    """Return the structure whose D is the median one, among the removed where there are any, and its system."""
-    for wanted in (("pruned_tolerance",), ("pruned_zero", "promoted", "forced"), tuple(_LOOKS)):
-        found = []
-        for trace in traces:
-            if trace.state in wanted and (trace.removed_at is not None or wanted == tuple(_LOOKS)):
-                system = _system(trace)
-                if system is not None:
-                    height = float(np.asarray(system.separatrix(np.array([0.0])))[0])
-                    if math.isfinite(height):
-                        found.append((height, trace, system))
-        if found:
-            found.sort(key=lambda item: item[0])
-            _, trace, system = found[len(found) // 2]
-            return trace, system
+    """Return a structure and its system: the one whose D is the median, of those removed by tolerance where there are any."""
+    found = [(trace, system) for trace in traces if (system := _system(trace)) is not None]
+    for wanted in (("pruned_tolerance",), ("pruned_zero",), tuple(_LOOKS)):
+        for empty in (False, True):
+            some = [pair for pair in found if pair[0].state in wanted and pair[1].empty == empty]
+            if some:
+                some.sort(key=lambda pair: float(pair[1].separatrix(0.0)))
+                return some[len(some) // 2]
     return None
 
 
@@ -667,8 +694,7 @@ def _phase_panel(ax: Axes, run: _Run, kind: str, traces: list[_Trace]) -> str:
         phase_portrait(ax, system, paths=paths, path_colors=colors, benefit_min=low, benefit_max=high, legend=False)
         name = f"unit {example.index} of {example.site}" if kind == "unit" else f"block {example.block}"
         sentence = f"Background for {kind}s: {name} ({_LOOKS[example.state].text})."
-        height = float(np.asarray(system.separatrix(np.array([0.0])))[0])
-        if height <= 0:
+        if system.empty:
             sentence += f" At its measured drift the theory guarantees nothing: D is empty for this {kind}."
     for trace, (x, theta) in zip(traces, paths, strict=True):
         if trace.removed_at is not None:
@@ -693,7 +719,9 @@ def _phase_panel(ax: Axes, run: _Run, kind: str, traces: list[_Trace]) -> str:
 
 def _window(traces: list[_Trace], paths: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
     """Choose the range of benefit / price that shows the removed paths and some of what lies right of the price."""
-    removed = [x for trace, (x, _) in zip(traces, paths, strict=True) if trace.removed_at is not None]
+    removed = [
+        x for trace, (x, _) in zip(traces, paths, strict=True) if trace.state in ("pruned_tolerance", "pruned_zero")
+    ]
     x = np.concatenate(removed or [x for x, _ in paths])
     low, high = np.quantile(x, [0.02, 0.98])
     return float(np.clip(1.1 * low, -2.0, -0.1)), float(np.clip(1.1 * high, 2.5, 5.0))
@@ -740,6 +768,14 @@ def _headline(run: _Run) -> str:
         ("Layers kept", _of(result, "layers_kept", "layers_total")),
         ("Units kept", _of(result, "units_kept", "units_total")),
         ("Decisions by state", _decisions(result)),
+        (
+            "Decided by the rule (not `forced`)",
+            _format(result, "decided_by_rule", lambda value: f"{100 * value:.1f} %"),
+        ),
+        (
+            "MACs that removals by tolerance alone take",
+            _format(result, "macs_removed_by_tolerance", lambda value: _part(value, result.get("macs_dense"))),
+        ),
         ("Latency, batch 1, dense → compact", _latency(result, "latency_dense_ms", "latency_ms")),
         ("Latency, batch 128, dense → compact", _latency(result, "latency_dense_ms_128", "latency_ms_128")),
         ("Training time", _format(result, "seconds", _duration)),
@@ -766,6 +802,10 @@ def _shrunk(result: dict[str, Any], dense: str, compact: str) -> str:
         return f"{_format(result, dense, '{:,}'.format)} → {_format(result, compact, '{:,}'.format)}"
     share = 100 * result[compact] / result[dense]
     return f"{result[dense]:,} → {result[compact]:,} ({share:.1f} % left, {100 - share:.1f} % gone)"
+
+
+def _part(value: float, whole: float | None) -> str:
+    return f"{value:,} ({100 * value / whole:.1f} % of the dense network's)" if whole else f"{value:,}"
 
 
 def _of(result: dict[str, Any], part: str, whole: str) -> str:
