@@ -168,8 +168,7 @@ def write(folder: Path) -> Path:
     """
     run = _read(Path(folder))
     pictures: list[_Picture] = []
-    makers: Sequence[Callable[[_Run], _Picture | None]] = (_accuracy, _theta, _structure, _complexity, _phase)
-    for make in makers:
+    for make in _MAKERS:
         with house_style():
             picture = make(run)
         if picture is not None:
@@ -725,6 +724,9 @@ def _window(traces: list[_Trace], paths: list[tuple[np.ndarray, np.ndarray]]) ->
     x = np.concatenate(removed or [x for x, _ in paths])
     low, high = np.quantile(x, [0.02, 0.98])
     return float(np.clip(1.1 * low, -2.0, -0.1)), float(np.clip(1.1 * high, 2.5, 5.0))
+
+
+_MAKERS: tuple[Callable[[_Run], _Picture | None], ...] = (_accuracy, _theta, _structure, _complexity, _phase)
 
 
 # Text

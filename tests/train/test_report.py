@@ -15,14 +15,26 @@ from catode.theory.plotting import new_figure, phase_portrait
 from catode.theory.systems import BenefitSystem
 from catode.train import report
 
-STRUCTURE_COLUMNS = (
-    "step,time,kind,block,site,index,keep_prob,benefit,benefit_upper,benefit_lower,price,gain,decay,rate_ratio,noise,"
-    "benefit_noise,drift,step_time,risk,separatrix,tolerance,state"
-).split(",")
-METRIC_COLUMNS = (
-    "epoch,step,time,lr,loss,train_accuracy,test_accuracy,expected_complexity,macs,params,layers_kept,units_kept,"
-    "undecided,seconds,wait_share"
-).split(",")
+STRUCTURE_COLUMNS = [
+    *("step", "time", "kind", "block", "site", "index", "keep_prob", "benefit", "benefit_upper", "benefit_lower"),
+    *("price", "gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time", "risk", "separatrix"),
+    *("tolerance", "state"),
+]
+METRIC_COLUMNS = [
+    *(
+        "epoch",
+        "step",
+        "time",
+        "lr",
+        "loss",
+        "train_accuracy",
+        "test_accuracy",
+        "expected_complexity",
+        "macs",
+        "params",
+    ),
+    *("layers_kept", "units_kept", "undecided", "seconds", "wait_share"),
+]
 REMOVED = ("pruned_tolerance", "pruned_zero", "promoted")
 PICTURES = {"accuracy.png", "theta.png", "structure.png", "complexity.png", "phase.png"}
 STEPS_PER_CHECK, STEP_TIME = 50, 0.05
@@ -41,14 +53,17 @@ def write_run(
 ) -> dict:
     """Write the folder of an invented run in the format of the conventions; return what result.json holds.
 
-    Half of the structures are useless (benefit far below the price) and obey `theta' = rho (b - price)` with a little noise
-    until they reach their tolerance; the others are useful and are committed half-way. The middle block goes as a whole and
-    takes its units with it. `rows_after_removal` keeps writing rows about what is gone.
+    Half of the structures are useless (benefit far below the price) and obey `theta' = rho (b - price)` with a little
+    noise until they reach their tolerance; the others are useful and are committed half-way, but for one unit whose
+    benefit is its price: it is rounded at the end. The middle block goes as a whole and takes its units with it, one of
+    them committed before. As in a real run there is a row as long as a structure was undecided before the check, with
+    the theta from before it, unless `rows_after_removal`.
     """
     rng = np.random.default_rng(seed)
-    rows, kept, layer_kept = [], {}, {}
+    rows, kept, layer_kept, final = [], {}, {}, {}
     middle = blocks // 2
-    structures = [("layer", b, None) for b in range(blocks)] + [("unit", b, u) for b in range(blocks) for u in range(units)]
+    structures = [("layer", b, None) for b in range(blocks)]
+    structures += [("unit", b, u) for b in range(blocks) for u in range(units)]
     dt = STEPS_PER_CHECK * STEP_TIME
     block_gone_at = None
     for kind, b, u in structures if gated else []:
@@ -57,40 +72,42 @@ def write_run(
         site = f"{block}.conv1" if unit else ""
         price = 1e-3 * (1 + b) if unit else 2e-2
         useless = (u + b) % 2 == 0 if unit else b == middle
+        forced, early = unit and (b, u) == (0, units - 1), unit and (b, u) == (middle, units - 2)
         gain, decay, drift = 0.8 * price, 0.01, 2e-4 * price
         rate_ratio = (0.12 + 0.08 * rng.random()) / price * 12 / checks
         noise, benefit_noise = 0.02, 0.02 * price
         mu = (-decay + math.sqrt(decay**2 + 4 * rate_ratio * gain)) / 2
-        theta, worth = 1.0, price * (rng.uniform(0.05, 0.3) if useless else rng.uniform(1.5, 6.0))
-        state = "undecided"
+        worth = price * (rng.uniform(0.05, 0.3) if useless and not early else rng.uniform(1.5, 6.0))
+        theta, state, alive = 1.0, "undecided", True
         for check in range(1, checks + 1):
             measured = worth * (0.4 + 0.6 * theta) * (1 - math.exp(-check / 2)) + 0.04 * price * rng.standard_normal()
-            separatrix = (price * (mu + decay) - drift - mu * max(measured, 0)) / gain
+            if forced:
+                measured = price * (1 + 0.05 * rng.standard_normal())
+            separatrix = (price * (mu + decay) - drift - mu * max(measured, 0)) / gain if check > 1 else math.nan
             tolerance = separatrix - 0.1
-            gone = state in REMOVED
-            if not gone and state == "undecided":
-                theta = float(np.clip(theta + dt * rate_ratio * (measured - price) + 0.02 * rng.standard_normal(), 0, 1))
-                if unit and b == middle and block_gone_at is not None and check >= block_gone_at:
-                    state, theta = "promoted", 0.0
-                elif measured < price and theta == 0:
-                    state = "pruned_zero"
+            before, recorded = state, theta
+            if alive and unit and b == middle and check == block_gone_at:
+                state, theta, alive = "promoted", 0.0, False
+            elif state == "undecided":
+                move = dt * rate_ratio * (measured - price) + 0.02 * rng.standard_normal()
+                theta = recorded = float(np.clip(theta + move, 0, 1))
+                if measured < price and theta == 0:
+                    state, alive = "pruned_zero", False
                 elif measured < price and theta <= tolerance:
-                    state = "pruned_tolerance"
+                    state, theta, alive = "pruned_tolerance", 0.0, False
                     if not unit:
                         block_gone_at = check
-                elif check > checks // 2 and measured > price:
+                elif early or (check > checks // 2 and measured > price and not forced):
                     state, theta = "committed", 1.0
                 elif check == checks:
-                    state, theta = "forced", float(theta >= 0.5)
-            if gone and not rows_after_removal:
-                break
+                    state, alive, theta = "forced", theta >= 0.5, float(theta >= 0.5)
             values = (
-                check * STEPS_PER_CHECK, check * dt, kind, block, site, "" if u is None else u, theta, measured,
+                check * STEPS_PER_CHECK, check * dt, kind, block, site, "" if u is None else u, recorded, measured,
                 measured + 0.1 * price, measured - 0.1 * price, price, gain, decay, rate_ratio, noise, benefit_noise, drift,
                 STEP_TIME, 0.05, separatrix, tolerance, state,
             )  # fmt: skip
-            rows.append(dict(zip(STRUCTURE_COLUMNS, values, strict=True)))
-        alive = state not in REMOVED and theta >= 0.5
+            rows.append(dict(zip(STRUCTURE_COLUMNS, values, strict=True)) | {"written": before == "undecided"})
+        final[kind, block, u] = state
         if unit:
             kept.setdefault(b, []).extend([u] if alive else [])
         else:
@@ -109,7 +126,9 @@ def write_run(
         last = {(row["kind"], row["block"], row["index"]): row for row in upto}
         units_left = blocks * units - sum(row["kind"] == "unit" and row["state"] in REMOVED for row in last.values())
         layers_left = blocks - sum(row["kind"] == "layer" and row["state"] in REMOVED for row in last.values())
-        mean = np.mean([0 if r["state"] in REMOVED else r["keep_prob"] for r in last.values() if r["kind"] == "unit"] or [1])
+        mean = np.mean(
+            [0 if r["state"] in REMOVED else r["keep_prob"] for r in last.values() if r["kind"] == "unit"] or [1]
+        )
         progress = 1 - math.exp(-4 * epoch / epochs)
         values = (
             epoch, step, step * STEP_TIME, 0.1, 2.4 * (1 - 0.97 * progress), 0.9 * progress, 0.96 * progress,
@@ -118,7 +137,6 @@ def write_run(
         )  # fmt: skip
         metrics.append(dict(zip(METRIC_COLUMNS, values, strict=True)))
 
-    final = {(row["kind"], row["block"], row["index"]): row["state"] for row in rows}
     units_kept = sum(len(indices) for b, indices in kept.items() if layer_kept[b])
     result = {
         "accuracy": metrics[-1]["test_accuracy"],
@@ -134,6 +152,8 @@ def write_run(
         "units_kept": units_kept,
         "units_total": blocks * units,
         "decisions": {state: list(final.values()).count(state) for state in sorted(set(final.values()))},
+        "decided_by_rule": 1 - list(final.values()).count("forced") / len(final) if final else None,
+        "macs_removed_by_tolerance": per_unit * list(final.values()).count("pruned_tolerance"),
         "seconds": 83.4,
         "latency_ms": 1.871,
         "latency_dense_ms": 3.024,
@@ -144,24 +164,39 @@ def write_run(
     structure = {
         "arch": "resnet8",
         "blocks": {
-            f"layer{b + 1}.0": {"kept": layer_kept[b], "sites": {f"layer{b + 1}.0.conv1": kept[b] if layer_kept[b] else []}}
+            f"layer{b + 1}.0": {
+                "kept": layer_kept[b],
+                "sites": {f"layer{b + 1}.0.conv1": kept[b] if layer_kept[b] else []},
+            }
             for b in range(blocks)
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        "config.json": {"arch": "resnet8", "dataset": "digits", "nu": 0.5 if gated else 0.0, "alpha": 0.5, "beta": 0.0, "tol": None},
+        "config.json": {
+            "arch": "resnet8",
+            "dataset": "digits",
+            "nu": 0.5 if gated else 0.0,
+            "alpha": 0.5,
+            "beta": 0.0,
+            "tol": None,
+        },
         "env.json": {"python": "3.11.7", "device": "cpu", "threads": 1, "versions": {"numpy": np.__version__}},
         "result.json": result,
         "structure.json": structure,
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
-    for name, columns, content in (("metrics.csv", METRIC_COLUMNS, metrics), ("structures.csv", STRUCTURE_COLUMNS, rows)):
+    for name, columns, content in (
+        ("metrics.csv", METRIC_COLUMNS, metrics),
+        ("structures.csv", STRUCTURE_COLUMNS, rows),
+    ):
         with (folder / name).open("w", newline="") as stream:
             writer = csv.DictWriter(stream, columns)
             writer.writeheader()
-            writer.writerows(content)
+            writer.writerows(
+                {k: row[k] for k in columns} for row in content if row.get("written", True) or rows_after_removal
+            )
     return result
 
 
@@ -182,7 +217,7 @@ def table_row(text: str, label: str) -> str:
 
 def test_the_invented_run_has_every_way_out(run):
     _, result, _ = run
-    assert {"committed", "pruned_tolerance", "promoted"} <= set(result["decisions"])
+    assert set(result["decisions"]) >= {"committed", "pruned_tolerance", "promoted", "forced"}
     assert 0 < result["units_kept"] < result["units_total"]
     assert result["layers_kept"] == 2
 
@@ -195,6 +230,8 @@ def test_headline_numbers_are_those_of_the_result(run):
     assert table_row(text, "MACs executed") == f"{result['macs_executed']:,}"
     assert table_row(text, "Parameters").startswith(f"{result['params_dense']:,} → {result['params']:,} (")
     assert table_row(text, "Expected complexity") == f"{result['expected_complexity']:.4f}"
+    assert table_row(text, "Decided by the rule") == f"{100 * result['decided_by_rule']:.1f} %"
+    assert table_row(text, "MACs that removals").startswith(f"{result['macs_removed_by_tolerance']:,} (")
     assert table_row(text, "Layers kept") == f"{result['layers_kept']} of {result['layers_total']}"
     assert table_row(text, "Units kept") == f"{result['units_kept']} of {result['units_total']}"
     assert table_row(text, "Latency, batch 1,") == "3.024 ms → 1.871 ms (0.62x)"
@@ -225,31 +262,62 @@ def test_every_picture_exists_is_shown_and_is_not_blank(run):
         assert pixels[..., :3].std() > 0.05, name
 
 
+def test_a_committed_unit_that_went_with_its_block_counts_as_gone(run):
+    folder, _, text = run
+    with (folder / "structures.csv").open(newline="") as stream:
+        unit = [row for row in csv.DictReader(stream) if row["site"] == "layer2.0.conv1" and row["index"] == "6"]
+    assert unit[-1]["state"] == "committed"
+    traces = {(trace.site, trace.index): trace for trace in report._read(folder).traces}
+    assert traces["layer2.0.conv1", "6"].state == "promoted" and traces["layer2.0.conv1", "6"].removed
+    assert "1 of 27 structures were not decided by the rule" in text
+
+
 def test_configuration_and_environment_are_listed(run):
     _, _, text = run
-    for line in ("| `nu` | 0.5 |", "| `tol` | null |", "| `arch` | resnet8 |", "| `versions.numpy` |", "| `threads` | 1 |"):
+    for line in (
+        "| `nu` | 0.5 |",
+        "| `tol` | null |",
+        "| `arch` | resnet8 |",
+        "| `versions.numpy` |",
+        "| `threads` | 1 |",
+    ):
         assert line in text
 
 
-def test_the_report_is_the_same_when_made_again(run):
-    folder, _, text = run
-    assert report.write(folder).read_text(encoding="utf-8") == text
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that writes a report with some of the pictures alone, to save time, and returns its text."""
+
+    def write(folder: Path, *makers) -> str:
+        monkeypatch.setattr(report, "_MAKERS", makers)
+        return report.write(folder).read_text(encoding="utf-8")
+
+    return write
 
 
-def test_rows_after_removal_change_nothing(run, tmp_path):
+def test_the_report_is_the_same_when_made_again(run, tmp_path, only):
     _, _, text = run
-    write_run(tmp_path, rows_after_removal=True)
-    assert report.write(tmp_path).read_text(encoding="utf-8") == text
+    write_run(tmp_path)
+    again = only(tmp_path)
+    assert again == only(tmp_path)
+    assert again.split("## Configuration") == [text.split("## Accuracy")[0], text.split("## Configuration")[1]]
 
 
-def test_without_structure_json_the_widths_come_from_the_states(run, tmp_path):
+def test_rows_after_removal_change_nothing(tmp_path, only):
+    write_run(tmp_path / "short")
+    write_run(tmp_path / "long", rows_after_removal=True)
+    short, long = (only(tmp_path / name) for name in ("short", "long"))
+    assert short == long
+
+
+def test_without_structure_json_the_widths_come_from_the_states(run, tmp_path, only):
     _, _, text = run
     write_run(tmp_path)
     (tmp_path / "structure.json").unlink()
-    again = report.write(tmp_path).read_text(encoding="utf-8")
+    again = only(tmp_path)
     assert "structure.json is missing" in again
-    section = "## Final structure"
-    assert again.split(section)[1] == text.split(section)[1]
+    tables = [t.split("## Final structure")[1].split("\n## ")[0] for t in (again, text)]
+    assert tables[0] == tables[1]
 
 
 def test_ungated_run_shows_curves_only_and_says_so(tmp_path):
@@ -262,19 +330,25 @@ def test_ungated_run_shows_curves_only_and_says_so(tmp_path):
     assert table_row(text, "Expected complexity") == "not recorded"
 
 
-def test_one_kind_of_gate_alone(tmp_path):
+def test_structures_csv_without_even_a_header_means_no_gates(tmp_path, only):
+    write_run(tmp_path, gated=False)
+    (tmp_path / "structures.csv").write_text("")
+    assert "this run had no gates" in only(tmp_path, *report._MAKERS)
+
+
+def test_one_kind_of_gate_alone(tmp_path, only):
     write_run(tmp_path)
     path = tmp_path / "structures.csv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(line for line in lines if ",layer," not in line) + "\n")
-    text = report.write(tmp_path).read_text(encoding="utf-8")
+    text = only(tmp_path, report._theta, report._structure)
     assert "Only units had gates" in text
     assert "no layer gate" in text
     path.write_text("\n".join(line for line in lines if ",unit," not in line) + "\n")
-    assert "Only layers had gates" in report.write(tmp_path).read_text(encoding="utf-8")
+    assert "Only layers had gates" in only(tmp_path, report._theta, report._structure)
 
 
-def test_unmeasured_values_are_admitted(tmp_path):
+def test_unmeasured_values_are_admitted(tmp_path, only):
     write_run(tmp_path)
     path = tmp_path / "structures.csv"
     with path.open(newline="") as stream:
@@ -286,13 +360,13 @@ def test_unmeasured_values_are_admitted(tmp_path):
         writer = csv.DictWriter(stream, STRUCTURE_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    text = report.write(tmp_path).read_text(encoding="utf-8")
+    text = only(tmp_path, report._phase)
     assert "For no unit were all the constants" in text
     assert (tmp_path / "phase.png").exists()
     result = json.loads((tmp_path / "result.json").read_text())
     del result["latency_ms_128"]
     (tmp_path / "result.json").write_text(json.dumps(result))
-    assert table_row(report.write(tmp_path).read_text(encoding="utf-8"), "Latency, batch 128") == "96.250 ms → not recorded"
+    assert table_row(only(tmp_path), "Latency, batch 128") == "96.250 ms → not recorded"
 
 
 @pytest.mark.parametrize("name", ["config.json", "env.json", "metrics.csv", "structures.csv", "result.json"])
@@ -313,7 +387,7 @@ def test_a_missing_file_is_named_and_nothing_is_written(tmp_path, name):
         ("structures.csv", "layer1.0,,", "layer1.0,", "values in every row"),
         ("structures.csv", "committed", "kept", "column 'state'; got 'kept'"),
         ("structures.csv", ",unit,", ",neuron,", "column 'kind'; got 'neuron'"),
-        ("structures.csv", "600,", "many,", "numbers in column 'step'; got 'many'"),
+        ("structures.csv", "300,", "many,", "numbers in column 'step'; got 'many'"),
     ],
 )
 def test_malformed_files_are_refused_in_one_line(tmp_path, name, old, new, match):

@@ -1,0 +1,108 @@
+"""The tolerance with a pool between the benefit and theta (docs/theory.md, section 2)."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from catode.theory.systems import growth_rate
+from catode.theory.tolerance import derive, escape_probability
+
+positive = st.floats(0.01, 10.0)
+SYSTEMS = st.fixed_dictionaries(
+    {
+        "price": positive,
+        "gain": positive,
+        "decay": st.one_of(st.just(0.0), positive),
+        "rate_ratio": positive,
+        "memory": st.floats(0.0, 100.0),
+    }
+)
+QUIET = {"noise": 0.0, "benefit_noise": 0.0, "step_time": 0.0}
+
+
+def jacobian(gain, decay, rate_ratio, memory):
+    return np.array([[-decay, 0.0, gain], [1 / memory, -1 / memory, 0.0], [0.0, rate_ratio, 0.0]])
+
+
+@given(SYSTEMS)
+@settings(deadline=None, max_examples=200)
+def test_growth_rate_is_the_unstable_eigenvalue_and_falls_with_memory(system):
+    decay, rho, q, memory = (system[k] for k in ("decay", "rate_ratio", "gain", "memory"))
+    mu = growth_rate(decay, rho, q, memory)
+    assert mu * (mu + decay) * (1 + memory * mu) == pytest.approx(rho * q, rel=1e-9)
+    assert mu <= growth_rate(decay, rho, q) * (1 + 1e-12)
+    if memory > 0.01:
+        assert np.linalg.eigvals(jacobian(q, decay, rho, memory)).real.max() == pytest.approx(mu, rel=1e-6)
+
+
+@given(SYSTEMS, st.floats(0.0, 2.0), st.floats(0.0, 2.0), st.floats(0.0, 1.0), st.floats(0.0, 0.5))
+@settings(deadline=None, max_examples=200)
+def test_v_grows_from_its_threshold_at_the_growth_rate(system, b, pool, theta, drift):
+    g, q, a, rho, memory = (system[k] for k in ("price", "gain", "decay", "rate_ratio", "memory"))
+    memory += 0.01
+    mu = growth_rate(a, rho, q, memory)
+    row = np.array([1.0, (mu + a) * memory, q / mu])
+    state, saddle = np.array([b, pool, theta]), np.array([g, g, (a * g - drift) / q])
+    speed = jacobian(q, a, rho, memory) @ state + np.array([drift, 0.0, -rho * g])
+    assert row @ speed == pytest.approx(mu * (row @ (state - saddle)), rel=1e-6, abs=1e-7)
+    tolerance = derive(benefit=min(b, 0.99 * g), drift=0.0, **system | {"memory": memory}, **QUIET)
+    if np.isfinite(tolerance.separatrix):
+        edge = np.array([min(b, 0.99 * g), min(b, 0.99 * g), float(tolerance.separatrix)])
+        assert row @ (edge - np.array([g, g, a * g / q])) == pytest.approx(0.0, abs=1e-6 * (1 + row @ edge))
+
+
+@given(SYSTEMS, st.floats(0.0, 0.9))
+@settings(deadline=None, max_examples=100)
+def test_memory_zero_is_the_plain_formula_and_memory_widens_the_domain(system, share):
+    common = {k: v for k, v in system.items() if k != "memory"} | {"benefit": share * system["price"], "drift": 0.0} | QUIET
+    plain = derive(**common)
+    assert float(derive(memory=0.0, **common).separatrix) == float(plain.separatrix)
+    assert float(derive(memory=1e-9, **common).separatrix) == pytest.approx(float(plain.separatrix), rel=1e-6)
+    assert derive(memory=system["memory"], **common).separatrix >= plain.separatrix * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("memory", [0.5, 5.0, 50.0])
+def test_the_separatrix_divides_absorbed_from_escaping_trajectories(side, memory):
+    g, q, a, rho = 0.1, 0.5, 0.05, 0.05
+    common = {"price": g, "gain": q, "decay": a, "rate_ratio": rho, "memory": memory, "drift": 0.0}
+    edge = float(derive(benefit=0.02, **common, **QUIET).separatrix)
+    assert 0.0 < edge < 0.95
+    b = pool = 0.02
+    theta, dt = edge * (1 + 0.02 * side), 0.005
+    for _ in range(200_000):
+        b, pool, theta = b + dt * (q * theta - a * b), pool + dt * (b - pool) / memory, theta + dt * rho * (pool - g)
+        theta = min(theta, 1.0)
+        if theta <= 0.0 or theta == 1.0:
+            break
+    assert (theta <= 0.0) == (side < 0)
+
+
+def test_pooled_iterates_escape_no_more_often_than_the_bound():
+    g, q, a, rho, tau, memory = 0.1, 0.5, 0.05, 1.0, 0.01, 0.5
+    rng = np.random.default_rng(0)
+    n = 2000
+    for start in (0.05, 0.1, 0.15):
+        sigma = np.sqrt(tau) * rho
+        bound = float(
+            escape_probability(
+                keep_prob=start, benefit=0.0, price=g, gain=q, decay=a, rate_ratio=rho, noise=sigma, benefit_noise=0.0,
+                drift=0.0, step_time=tau, memory=memory,
+            )
+        )
+        theta, b, pool = np.full(n, start), np.zeros(n), np.zeros(n)
+        gone = np.zeros(n, dtype=bool)
+        for _ in range(4000):
+            draw = b + rng.standard_normal(n)
+            b = b + tau * (q * theta - a * b)
+            pool = pool + tau * (draw - pool) / memory
+            theta = np.where(gone, 0.0, np.clip(theta + tau * rho * (pool - g), 0.0, 1.0))
+            gone |= theta == 0.0
+        escaped = 1.0 - gone.mean()
+        assert escaped <= bound + 3 * np.sqrt(bound * (1 - bound) / n)
+
+
+def test_negative_memory_is_refused():
+    with pytest.raises(ValueError, match="`memory` must be non-negative"):
+        derive(benefit=0.0, price=0.1, gain=0.5, decay=0.0, rate_ratio=1.0, drift=0.0, memory=-1.0, **QUIET)
