@@ -99,20 +99,20 @@ def phase_portrait(
     """Draw the projected flow of one structure in the plane of its benefit and its keep probability.
 
     Shown are streamlines, the certified domain of attraction D of the removed state (shaded, with the separatrix as its
-    upper edge), the mirror domain in which keeping is certain, the price, and the saddle where it lies in the window. Where
-    D is empty nothing is shaded; the mirror domain needs the system's `gain_lower` and `decay_upper`.
+    upper edge), the mirror domain in which keeping is certain, the price, and the saddle where it lies in the window.
+    Where D is empty nothing is shaded; the mirror domain needs the system's `gain_lower` and `decay_upper`.
 
     Source: THEORY sections 4.3 and 4.4, derived there.
 
     Args:
         ax: Where to draw.
         system: The comparison system of the structure.
-        paths: Measured trajectories to draw on top, each as the pair (benefit, keep probability) of arrays of shape (n,),
+        paths: Measured trajectories to draw on top, each the pair (benefit, keep probability) of arrays of shape (n,)
             in the system's units. A dot marks the end of each.
         path_colors: One colour a path.
         benefit_min: Left edge of the window, nats. The system counts a negative benefit as 0.
         benefit_max: Right edge of the window, nats; three times the price when not given.
-        nullclines: Whether to draw the line where the benefit stands still. (That of the keep probability is the price line.)
+        nullclines: Whether to draw the line where the benefit stands still; that of the keep probability is the price.
         legend: Whether to put a legend below the Axes.
         density: Density of the streamlines, as in `Axes.streamplot`.
         resolution: Points along each side of the grid on which the domains are evaluated.

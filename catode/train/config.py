@@ -21,47 +21,22 @@ from catode import _validate
 
 __all__ = ["PRESETS", "Config", "ConfigError", "build_parser", "check_out", "parse"]
 
+_REAL_IMAGES: dict[str, Any] = dict(nu=1.6, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0)
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("digits", "*"): {
-        "nu": 0.1,
-        "alpha": 0.5,
-        "beta": 0.0,
-        "epochs": 60,
-        "batch_size": 64,
-        "lr": 0.1,
-        "weight_decay": 0.0005,
-        "warmup_epochs": 2.0,
-    },
-    ("cifar10", "*"): {
-        "nu": 0.8,
-        "alpha": 0.5,
-        "beta": 0.0,
-        "epochs": 20,
-        "batch_size": 128,
-        "lr": 0.1,
-        "weight_decay": 0.0005,
-        "warmup_epochs": 1.0,
-    },
-    ("cifar100", "*"): {
-        "nu": 0.8,
-        "alpha": 0.5,
-        "beta": 0.0,
-        "epochs": 20,
-        "batch_size": 128,
-        "lr": 0.1,
-        "weight_decay": 0.0005,
-        "warmup_epochs": 1.0,
-    },
-    ("folder", "*"): {
-        "nu": 0.8,
-        "alpha": 0.5,
-        "beta": 0.0,
-        "epochs": 20,
-        "batch_size": 128,
-        "lr": 0.1,
-        "weight_decay": 0.0005,
-        "warmup_epochs": 1.0,
-    },
+    ("digits", "*"): dict(
+        nu=3.0,
+        epochs=60,
+        batch_size=64,
+        lr=0.1,
+        weight_decay=5e-4,
+        warmup_epochs=5.0,
+        probe_size=16,
+        measure_every=2,
+        check_every=20,
+    ),
+    ("cifar10", "*"): _REAL_IMAGES,
+    ("cifar100", "*"): _REAL_IMAGES,
+    ("folder", "*"): _REAL_IMAGES,
 }
 """Values by (data set, architecture) in place of the field defaults.
 

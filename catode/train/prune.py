@@ -39,6 +39,7 @@ PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
 
 MOST_OF_A_SITE = 0.25  # share of a site's units that one check may remove: their benefits were measured one by one
 LEAST_EVIDENCE = 8.0  # effective observations of benefit and gain before anything is decided
+COMMIT_FROM, INDIFFERENT_FROM = 0.5, 0.75  # shares of the deciding phase, see Pruner._certain
 INDIFFERENCE = 3.0  # a benefit known to lie within this factor of the price is not worth deciding
 NEARLY_ONE = 0.9  # keep probability from which commitment is considered; the alarm bound uses the actual value
 
@@ -537,8 +538,8 @@ class Pruner:
 
         The gain's lower limit is 0 in practice, so the mirror domain is empty and the finite-horizon test decides: theta
         is near 1; the benefit's lower limit, carried to the horizon at the rate at which benefits are seen to fall,
-        stays above the price; and noise alone reaches 0 with less than the stated risk. In the last quarter of the
-        phase a structure whose benefit is known to lie near its price is kept too: it does not matter.
+        stays above the price; and noise alone reaches 0 with less than the stated risk. Benefits fall while the loss
+        falls, so nothing is committed in the first half of the phase. In its last quarter a structure whose benefit is known to lie near its price is kept too: it does not matter.
         """
         lower, upper, price = (found[k] for k in ("benefit_lower", "benefit_upper", "price"))
         left = max(self.steps - self.done, 1)
@@ -547,7 +548,8 @@ class Pruner:
         with np.errstate(divide="ignore", invalid="ignore"):
             fall = np.maximum(-(slope - self._z * slope_error), 0.0) / found["benefit"]
             last = lower * np.exp(-fall * left * step_time)
-        certain = near_one & (lower > price) & (last > price)
+        done = (self.done - self.warmup) / max(self.steps - self.warmup, 1)
+        certain = near_one & (lower > price) & (last > price) & (done >= COMMIT_FROM)
         where = np.flatnonzero(certain)
         if len(where):
             alarm = tolerances.commit_alarm(
@@ -559,7 +561,7 @@ class Pruner:
                 steps_left=left,
             )
             certain[where] = alarm < self.risk
-        if self.done >= self.warmup + 0.75 * (self.steps - self.warmup):
+        if done >= INDIFFERENT_FROM:
             certain |= near_one & (lower > price / INDIFFERENCE) & (upper < price * INDIFFERENCE) & (upper >= price)
         return certain
 

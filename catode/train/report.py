@@ -1,7 +1,7 @@
 """What a person reads and looks at after a run: report.md and its pictures.
 
-The report is made from the files of the run's folder alone (see "A run's folder" in the conventions), so it can be made again at any time,
-on any machine, without the model or the data.
+The report is made from the files of the run's folder alone (see "A run's folder" in the conventions), so it can be
+made again at any time, on any machine, without the model or the data.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SYSTEM_COLUMNS = ("price", "gain", "decay", "rate_ratio", "drift")
 
 @dataclass(frozen=True)
 class _Look:
-    """How a state is named and drawn: colour, and marker at the moment of removal, so that colour is never the only sign."""
+    """How a state is named and drawn; the marker at the removal spares colour being the only sign."""
 
     text: str
     color: str
@@ -55,6 +55,7 @@ _LOOKS = {
     "forced": _Look("not decided, rounded at the end (forced)", PALETTE["black"], "s"),
 }
 _REMOVED_STATES = ("pruned_tolerance", "pruned_zero", "promoted")
+_OWN_STATES = ("pruned_tolerance", "pruned_zero")
 _KINDS = {"layer": "Layers (whole residual blocks)", "unit": "Units (channels inside a block)"}
 
 
@@ -156,11 +157,12 @@ def write(folder: Path) -> Path:
     All files are read and checked before the first is written.
 
     Args:
-        folder: A run's folder with config.json, env.json, metrics.csv, structures.csv and result.json. structure.json is used where it exists.
+        folder: A run's folder with config.json, env.json, metrics.csv, structures.csv and result.json. structure.json
+            is used where it exists.
 
     Returns:
-        Path of report.md. The pictures lie beside it: accuracy.png always, and theta.png, structure.png, complexity.png and phase.png when the
-        run had gates.
+        Path of report.md. The pictures lie beside it: accuracy.png always, and theta.png, structure.png,
+        complexity.png and phase.png when the run had gates.
 
     Raises:
         FileNotFoundError: if one of the files is missing.
@@ -204,7 +206,8 @@ def _read(folder: Path) -> _Run:
         run.notes.append("metrics.csv has no rows: there are no curves over training.")
     if not run.traces:
         run.notes.append(
-            "structures.csv has no rows: this run had no gates, so nothing could be removed and only the training curves are shown."
+            "structures.csv has no rows: this run had no gates, so nothing could be removed and only the training "
+            "curves are shown."
         )
     undecided = sum(trace.state == "undecided" for trace in run.traces)
     if undecided:
@@ -212,7 +215,8 @@ def _read(folder: Path) -> _Run:
     forced = sum(trace.state == "forced" for trace in run.traces)
     if forced:
         run.notes.append(
-            f"{forced} of {len(run.traces)} structures were not decided by the rule; their keep probability was rounded at the end (`forced`)."
+            f"{forced} of {len(run.traces)} structures were not decided by the rule; their keep probability was "
+            "rounded at the end (`forced`)."
         )
     return run
 
@@ -231,7 +235,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} must hold valid JSON; {error}.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}.")  # noqa: TRY004
+        raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}.")
     return value
 
 
@@ -354,9 +358,10 @@ def _accuracy(run: _Run) -> _Picture | None:
     for ax in (left, right):
         _epoch_axis(ax, run)
     caption = (
-        "Share of the images that are classified correctly, and the loss that training lowers, after every pass over the training images (epoch). "
-        "Training figures are measured while the network still changes and, in a run with gates, while structures are switched on and off at random, so they may "
-        "lie below the test figures. The number that counts is the last test accuracy, not the best."
+        "Share of the images that are classified correctly, and the loss that training lowers, after every pass "
+        "over the training images (epoch). Training figures are measured while the network still changes and, in "
+        "a run with gates, while structures are switched on and off at random, so they may lie below the test "
+        "figures. The number that counts is the last test accuracy, not the best."
     )
     return _Picture("accuracy", "Accuracy and loss", caption, figure)
 
@@ -378,11 +383,18 @@ def _theta(run: _Run) -> _Picture | None:
         _epoch_axis(ax, run)
     figure.axes[0].set_ylabel("keep probability θ")
     _state_legend(figure, run.traces)
+    meaning = (
+        "Removal above θ = 0 is the point of the method: below its tolerance a structure is on its way out, up to the "
+        "stated risk, and need not be waited for."
+    )
+    if run.config.get("tol") is not None:
+        meaning = f"The tolerance was fixed by hand at {run.config['tol']} in this run; no risk is guaranteed for it."
     caption = (
-        "Each line is one structure that training may remove: a whole residual block (left) or a single channel inside one (right). Its height is the probability "
-        "θ with which the structure is switched on. θ = 1 means certainly in the network, θ = 0 certainly out; training moves θ up where the structure lowers the loss "
-        "by more than it costs, and down otherwise. Colour tells how the structure ended, and a marker shows where a line stops because the structure was "
-        "physically removed. Removal above θ = 0 is the point of the method: below its tolerance a structure is known, up to the stated risk, to be on its way out."
+        "Each line is one structure that training may remove: a whole residual block (left) or a single channel "
+        "inside one (right). Its height is the probability θ with which the structure is switched on. θ = 1 means "
+        "certainly in the network, θ = 0 certainly out; training moves θ up where the structure lowers the loss "
+        "by more than it costs, and down otherwise. Colour tells how the structure ended, and a marker shows "
+        f"where a line stops because the structure was physically removed. {meaning}"
     )
     if len(kinds) == 1:
         caption = caption.replace(" (left)", "").replace(" (right)", "")
@@ -392,7 +404,7 @@ def _theta(run: _Run) -> _Picture | None:
 
 def _theta_panel(ax: Axes, run: _Run, kind: str) -> None:
     traces = run.of(kind)
-    alpha = float(np.clip(4.0 / math.sqrt(len(traces)), 0.18, 0.9))
+    alpha = float(np.clip(5.0 / math.sqrt(len(traces)), 0.2, 0.9))
     end = run.epochs(np.array([np.inf]))
     gone = {
         layer.block: run.epochs(layer["step"])[layer.removed_at]
@@ -512,8 +524,9 @@ def _structure(run: _Run) -> _Picture | None:
     ax.set_title(f"Blocks left: {sum(blocks.values())} of {len(blocks)}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     caption = (
-        "What is left of the network, from its input (left) to its output (right). Grey is the hidden width of a residual block before training, blue the channels "
-        "that remain. A hatched bar is a block that was removed as a whole: the signal passes it by on the shortcut."
+        "What is left of the network, from its input (left) to its output (right). Grey is the hidden width of a "
+        "residual block before training, blue the channels that remain. A hatched bar is a block that was removed "
+        "as a whole: the signal passes it by on the shortcut."
     )
     return _Picture("structure", "Final widths and layers", caption, figure)
 
@@ -560,10 +573,12 @@ def _complexity(run: _Run) -> _Picture | None:
         f" (here β = {beta}: 0 counts operations alone, 1 parameters alone)" if isinstance(beta, (int, float)) else ""
     )
     caption = (
-        f"The index J that training minimises is computed from the keep probabilities and counts only what can be removed{mixture}. The counts are those of the whole network that "
-        "really executes at that moment: multiply-accumulate operations (MACs) for one image, and parameters. They fall in steps, each time structures are physically "
-        "removed. Once all is decided, J and the counts describe the same network, and differ only by the parts that can never go (first convolution, "
-        "norm layers around the blocks, classifier), which are in the counts and not in J."
+        "The index J that training minimises is computed from the keep probabilities and covers only what can be "
+        f"removed{mixture}. The counts are those of the whole network as it physically stands at that moment: "
+        "multiply-accumulate operations (MACs) for one image, and parameters. They fall in steps, each time "
+        "structures are removed. Once all is decided, J and the counts describe the same network; what then "
+        "remains between them are the parts that can never go (first layer, shortcuts, classifier), which are in "
+        "the counts and not in J, and the weighting of operations against parameters."
     )
     return _Picture("complexity", "Expected against actual complexity", caption, figure)
 
@@ -593,13 +608,17 @@ def _phase(run: _Run) -> _Picture | None:
         handle.set_label(text)
     _state_legend(figure, chosen, list(extra.values()))
     caption = (
-        "Every coloured line is the measured path of one structure during training: to the right, what it is worth (the loss it saves, divided by the price of its "
-        "complexity; the dashed line at 1 is where it just pays), upwards the probability of keeping it. Grey arrows are the flow that the theory predicts for the structure named "
-        "below, from its own measured constants. In the shaded region D the theory guarantees that the structure will be driven out; its upper edge is "
-        "the separatrix. A marker shows where a structure was removed. Each structure has its own D, and the tolerance keeps an extra distance from it to allow for noise, so "
-        "other paths may end a little above or well below the edge that is drawn. Benefits beyond the right edge are cut off. "
-        + " ".join(told)
+        "Every coloured line is the measured path of one structure during training: to the right, what it is "
+        "worth (the loss it saves, divided by the price of its complexity; at the dashed line it just pays), "
+        "upwards the probability of keeping it. Grey arrows are the flow that the theory predicts for the "
+        "structure named below, from its own measured constants. In the shaded region D the theory guarantees "
+        "that the structure will be driven out; its upper edge is the separatrix. A large marker shows where a "
+        "structure was removed, a dot where its record ends. Each structure has its own D, and the derived "
+        "tolerance keeps an extra distance from it to allow for noise, so other paths may end a little above or "
+        "well below the edge that is drawn. What lies beyond the left or right edge is cut off. "
+        "The legend counts the paths shown."
     )
+    caption = " ".join([caption, *filter(None, told)])
     return _Picture("phase", "Paths over the phase portrait", caption, figure)
 
 
@@ -611,13 +630,17 @@ def _measured(trace: _Trace) -> np.ndarray:
 
 
 def _choose(traces: list[_Trace]) -> list[_Trace]:
-    """Choose at most MAX_PATHS structures, two thirds of them removed ones, spread evenly over the order of the file."""
+    """Choose at most MAX_PATHS structures, each group spread evenly over the order of the file.
+
+    Those removed on their own account get what those that went with their block and those that stayed leave over.
+    """
     usable = [trace for trace in traces if _measured(trace).any()]
-    removed = [trace for trace in usable if trace.removed]
+    own = [trace for trace in usable if trace.state in _OWN_STATES]
+    others = [trace for trace in usable if trace.removed and trace.state not in _OWN_STATES]
     kept = [trace for trace in usable if not trace.removed]
-    share = max(2 * MAX_PATHS // 3, MAX_PATHS - len(kept))
-    removed = _spread(removed, share)
-    return _spread(kept, MAX_PATHS - len(removed)) + removed
+    others = _spread(others, MAX_PATHS // 6)
+    kept = _spread(kept, MAX_PATHS // 3)
+    return kept + others + _spread(own, MAX_PATHS - len(kept) - len(others))
 
 
 def _spread(items: list[_Trace], count: int) -> list[_Trace]:
@@ -627,9 +650,10 @@ def _spread(items: list[_Trace], count: int) -> list[_Trace]:
 
 
 def _system(trace: _Trace) -> BenefitSystem | None:
-    """Build the comparison system of a structure with benefits in units of its price, from the medians over the rows that have a tolerance.
+    """Build the comparison system of a structure, with benefits in units of its price.
 
-    With b = price * x the system of THEORY 4.3 keeps its form: price 1, gain and drift divided by the price, rate ratio times the price.
+    The constants are the medians over the rows that have a tolerance, or over all if none has. With b = price * x the
+    system of THEORY 4.3 keeps its form: price 1, gain and drift divided by the price, rate ratio times the price.
     """
     rows = np.arange(len(trace.states))[trace.rows]
     judged = rows[np.isfinite(trace["tolerance"][rows])]
@@ -655,7 +679,7 @@ def _system(trace: _Trace) -> BenefitSystem | None:
 
 
 def _representative(traces: list[_Trace]) -> tuple[_Trace, BenefitSystem] | None:
-    """Return a structure and its system: the one whose D is the median, of those removed by tolerance where there are any."""
+    """Return the structure with the median D, of those removed by tolerance if there are any, with its system."""
     found = [(trace, system) for trace in traces if (system := _system(trace)) is not None]
     for wanted in (("pruned_tolerance",), ("pruned_zero",), tuple(_LOOKS)):
         for empty in (False, True):
@@ -685,7 +709,8 @@ def _phase_panel(ax: Axes, run: _Run, kind: str, traces: list[_Trace]) -> str:
         ax.set_ylim(-0.02, 1.02)
         ax.set_ylabel("keep probability θ")
         run.notes.append(
-            f"For no {kind} were all the constants of the phase portrait measured: its paths are shown without flow and separatrix."
+            f"For no {kind} were all the constants of the phase portrait measured: its paths are shown without flow "
+            "and separatrix."
         )
         sentence = ""
     else:
@@ -696,8 +721,8 @@ def _phase_panel(ax: Axes, run: _Run, kind: str, traces: list[_Trace]) -> str:
         if system.empty:
             sentence += f" At its measured drift the theory guarantees nothing: D is empty for this {kind}."
     for trace, (x, theta) in zip(traces, paths, strict=True):
-        if trace.removed_at is not None:
-            ends.append((float(np.clip(x[-1], low, high)), theta[-1], trace))
+        if trace.removed_at is not None and low <= x[-1] <= high:
+            ends.append((x[-1], theta[-1], trace))
     for x, theta, trace in ends:
         look = _LOOKS[trace.state]
         ax.plot(
@@ -718,12 +743,10 @@ def _phase_panel(ax: Axes, run: _Run, kind: str, traces: list[_Trace]) -> str:
 
 def _window(traces: list[_Trace], paths: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
     """Choose the range of benefit / price that shows the removed paths and some of what lies right of the price."""
-    removed = [
-        x for trace, (x, _) in zip(traces, paths, strict=True) if trace.state in ("pruned_tolerance", "pruned_zero")
-    ]
+    removed = [x for trace, (x, _) in zip(traces, paths, strict=True) if trace.state in _OWN_STATES]
     x = np.concatenate(removed or [x for x, _ in paths])
     low, high = np.quantile(x, [0.02, 0.98])
-    return float(np.clip(1.1 * low, -2.0, -0.1)), float(np.clip(1.1 * high, 2.5, 5.0))
+    return float(np.clip(1.1 * low, -3.0, -0.1)), float(np.clip(1.1 * high, 2.5, 5.0))
 
 
 _MAKERS: tuple[Callable[[_Run], _Picture | None], ...] = (_accuracy, _theta, _structure, _complexity, _phase)
@@ -824,7 +847,7 @@ def _decisions(result: dict[str, Any]) -> str:
 def _latency(result: dict[str, Any], dense: str, compact: str) -> str:
     text = f"{_format(result, dense, '{:.3f} ms'.format)} → {_format(result, compact, '{:.3f} ms'.format)}"
     if result.get(dense) and result.get(compact):
-        text += f" ({result[compact] / result[dense]:.2f}x)"
+        text += f" ({result[compact] / result[dense]:.2f} of the time)"
     return text
 
 
@@ -857,7 +880,9 @@ def _structure_table(run: _Run) -> str:
             if layer.removed_at is not None:
                 decision += f" at step {layer['step'][layer.removed_at]:.0f}"
         rows.append((block, "kept" if sites[0].alive else "removed", ", ".join(widths) or "-", decision))
-    return "## Final structure\n\n" + _table(("block", "", "hidden channels kept", "decision about the block"), rows)
+    return "## Final structure\n\n" + _table(
+        ("block", "fate", "hidden channels kept", "decision about the block"), rows
+    )
 
 
 def _key_table(values: dict[str, Any]) -> str:

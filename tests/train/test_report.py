@@ -103,8 +103,8 @@ def write_run(
                     state, alive, theta = "forced", theta >= 0.5, float(theta >= 0.5)
             values = (
                 check * STEPS_PER_CHECK, check * dt, kind, block, site, "" if u is None else u, recorded, measured,
-                measured + 0.1 * price, measured - 0.1 * price, price, gain, decay, rate_ratio, noise, benefit_noise, drift,
-                STEP_TIME, 0.05, separatrix, tolerance, state,
+                measured + 0.1 * price, measured - 0.1 * price, price, gain, decay, rate_ratio, noise, benefit_noise,
+                drift, STEP_TIME, 0.05, separatrix, tolerance, state,
             )  # fmt: skip
             rows.append(dict(zip(STRUCTURE_COLUMNS, values, strict=True)) | {"written": before == "undecided"})
         final[kind, block, u] = state
@@ -234,8 +234,8 @@ def test_headline_numbers_are_those_of_the_result(run):
     assert table_row(text, "MACs that removals").startswith(f"{result['macs_removed_by_tolerance']:,} (")
     assert table_row(text, "Layers kept") == f"{result['layers_kept']} of {result['layers_total']}"
     assert table_row(text, "Units kept") == f"{result['units_kept']} of {result['units_total']}"
-    assert table_row(text, "Latency, batch 1,") == "3.024 ms → 1.871 ms (0.62x)"
-    assert table_row(text, "Latency, batch 128") == "96.250 ms → 41.500 ms (0.43x)"
+    assert table_row(text, "Latency, batch 1,") == "3.024 ms → 1.871 ms (0.62 of the time)"
+    assert table_row(text, "Latency, batch 128") == "96.250 ms → 41.500 ms (0.43 of the time)"
     assert table_row(text, "Training time") == "83.4 s (1 min 23 s)"
     assert table_row(text, "Seed") == str(result["seed"])
     for state, count in result["decisions"].items():

@@ -1,0 +1,148 @@
+"""What every benchmark needs: the machine in one line, Markdown tables, spreads, settings from a command line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from catode.train.config import Config, ConfigError, settings
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware(device: str = "cpu") -> str:
+    """The machine of this process, its PyTorch and threads, in one line."""
+    return machine(
+        {
+            "processor": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+        }
+    )
+
+
+def machine(env: dict[str, Any]) -> str:
+    """The machine of a run, from its env.json, in one line."""
+    return (
+        f"{env['processor']}, {env['cores']} cores, torch {env['torch']}, {env['threads']} threads, "
+        f"Python {env['python']}"
+    )
+
+
+def load() -> str:
+    """How busy the machine is: its load over the last minute against its cores; timings want it near the threads used."""
+    return f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else "load unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; the first column is aligned left, the others right."""
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    sides = [str.ljust] + [str.rjust] * (len(header) - 1)
+    lines = ["| " + " | ".join(s(c, w) for s, c, w in zip(sides, row, widths, strict=True)) + " |" for row in cells]
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def spread(values: Sequence[float], form: str = "{:.2f}", factor: float = 1.0) -> str:
+    """Mean +- sample standard deviation of `factor` times the values; the mean alone of a single one."""
+    values = factor * np.asarray(values, dtype=float)
+    mean = form.format(values.mean())
+    return f"{mean} ± {form.format(values.std(ddof=1)).lstrip('+')}" if len(values) > 1 else mean
+
+
+def quartiles(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """Median with quartiles."""
+    low, middle, high = (form.format(v) for v in np.quantile(np.asarray(values, dtype=float), (0.25, 0.5, 0.75)))
+    return f"{middle} ({low}-{high})"
+
+
+def overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """Settings of `Config` from texts ``name=value``.
+
+    Raises:
+        ConfigError: if a text has another form or a number does not parse; `Config` checks the rest.
+    """
+    values, known = {}, settings()
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in known:
+            raise ConfigError(f"`set` must be name=value with the name of a setting; got {pair!r}. See catode.train --help.")
+        setting = known[name]
+        if setting.optional and text.lower() == "none":
+            values[name] = None
+        elif setting.kind is bool:
+            if text.lower() not in ("true", "false"):
+                raise ConfigError(f"`{name}` must be true or false; got {name}={text!r}. Use one of the two.")
+            values[name] = text.lower() == "true"
+        else:
+            try:
+                values[name] = setting.kind(text)
+            except ValueError:
+                raise ConfigError(f"`{name}` must be a number; got {name}={text!r}. Write {name}=NUMBER.") from None
+    return values
+
+
+def differences(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a resolved configuration that change what is computed and differ from the preset of its data set."""
+    names = {name for name, setting in settings().items() if setting.identity} - {"derive_tol"}
+    epochs = config["epochs"]
+    base = Config.from_presets(
+        dataset=config["dataset"],
+        arch=config["arch"],
+        epochs=epochs,
+        data_dir=None if config["dataset"] == "digits" else "unused",
+    )
+    return {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n) and n != "epochs"}
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """One JSON file of a run's folder."""
+    return json.loads((folder / name).read_text())
+
+
+def read_rows(folder: Path, name: str) -> list[dict[str, str]]:
+    """The rows of a CSV file of a run's folder, compressed or not."""
+    packed = folder / f"{name}.gz"
+    with gzip.open(packed, "rt", newline="") if packed.exists() else (folder / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def publish(name: str, text: str, write: bool) -> None:
+    """Print a result, and put it into ``benchmarks/results/NAME.md`` if asked to."""
+    print(text)
+    if write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.md").write_text(text + "\n")
+        print(f"written: benchmarks/results/{name}.md", file=sys.stderr)
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run a command; bad input is one line and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

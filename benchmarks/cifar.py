@@ -1,0 +1,260 @@
+"""CIFAR-10: the pruned network, the dense one, and rivals narrowed or shortened from the start, same epochs and seeds.
+
+    python -m benchmarks.cifar run pruned --seed 0 --data-dir DIR --out FOLDER
+    python -m benchmarks.cifar condense FOLDER [FOLDER ...] --to benchmarks/records
+    python -m benchmarks.cifar table benchmarks/records
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks._common import (
+    differences,
+    guarded,
+    machine,
+    markdown,
+    overrides,
+    publish,
+    read_json,
+    read_rows,
+    spread,
+)
+from catode.train import run
+from catode.train.config import Config
+
+KINDS = {"pruned": {}, "dense": {"nu": 0.0}, "narrow": {"nu": 0.0}, "short": {"nu": 0.0, "arch": "resnet14"}}
+LIMIT = 200 * 1024
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished run left.
+
+    Args:
+        config: config.json.
+        result: result.json.
+        env: env.json.
+    """
+
+    config: dict[str, Any]
+    result: dict[str, Any]
+    env: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """A key of `KINDS`."""
+        if self.config["nu"] > 0:
+            return "pruned"
+        if self.config["hidden_scale"] != 1.0:
+            return "narrow"
+        return "short" if self.config["arch"] == "resnet14" else "dense"
+
+    @property
+    def variant(self) -> str:
+        """The kind with the settings that set it apart from the preset."""
+        changed = {k: v for k, v in differences(self.config).items() if self.kind == "pruned" or k != "nu"}
+        notes = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items())
+        return f"{self.kind} {self.config['arch']}" + (f" ({notes})" if notes else "")
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy at the final epoch, percent."""
+        return 100 * self.result["accuracy"]
+
+    @property
+    def macs_share(self) -> float:
+        """MACs left, percent of the dense network of the same architecture before narrowing."""
+        return 100 * self.result["macs"] / self.result["macs_dense"]
+
+
+def start(args: argparse.Namespace) -> None:
+    """Train one network."""
+    given = {**KINDS[args.kind], **overrides(args.set)}
+    for name in ("epochs", "threads"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    if args.kind == "narrow":
+        given.setdefault("hidden_scale", args.hidden_scale)
+    config = Config.from_presets(dataset="cifar10", data_dir=args.data_dir, seed=args.seed, out=args.out, **given)
+    folder = run(config, progress=sys.stderr.isatty())
+    record = read(folder)
+    print(
+        f"{record.variant}, seed {args.seed}: {record.accuracy:.2f} %, {record.result['macs'] / 1e6:.2f} M MACs "
+        f"({record.macs_share:.1f} %), {record.result['seconds']:.0f} s"
+    )
+
+
+def read(folder: Path) -> Record:
+    """The record of a finished run.
+
+    Raises:
+        FileNotFoundError: if the run is not finished.
+    """
+    if not (folder / "result.json").is_file():
+        raise FileNotFoundError(f"`folder` must hold a finished run; got {str(folder)!r} without result.json. Let it end.")
+    return Record(*(read_json(folder, f"{name}.json") for name in ("config", "result", "env")))
+
+
+def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
+    """Write a run's record as small files, without paths of this machine.
+
+    Args:
+        folder: The run.
+        target: Folder for the records; the run gets a folder of its own name there.
+        limit: Most bytes of structures.csv.gz. Every structure's decisive row stays, of the checks every k-th.
+
+    Returns:
+        Bytes written.
+    """
+    record, to = read(folder), target / folder.name
+    config = {**record.config, "out": folder.name}
+    if config["data_dir"] is not None:
+        config["data_dir"] = Path(config["data_dir"]).name
+    to.mkdir(parents=True, exist_ok=True)
+    for name, content in (("config", config), ("result", record.result), ("env", record.env)):
+        (to / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (to / "metrics.csv.gz").write_bytes(_packed(read_rows(folder, "metrics.csv")))
+    rows = read_rows(folder, "structures.csv")
+    every, packed = 1, _packed(rows)
+    while len(packed) > limit and every < len(rows):
+        every *= 2
+        packed = _packed(_thinned(rows, every))
+    (to / "structures.csv.gz").write_bytes(packed)
+    return sum(path.stat().st_size for path in to.iterdir())
+
+
+def _thinned(rows: list[dict[str, str]], every: int) -> list[dict[str, str]]:
+    """Rows of every k-th check, and the last row of each structure, which holds its decision."""
+    steps = {step: i for i, step in enumerate(dict.fromkeys(row["step"] for row in rows))}
+    last = {(row["kind"], row["block"], row["site"], row["index"]): i for i, row in enumerate(rows)}
+    keep = set(last.values())
+    return [row for i, row in enumerate(rows) if i in keep or steps[row["step"]] % every == 0]
+
+
+def _packed(rows: list[dict[str, str]]) -> bytes:
+    """Rows as compressed CSV, numbers to four digits; the same rows give the same bytes."""
+    if not rows:
+        return gzip.compress(b"", mtime=0)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _short(value) for name, value in row.items()} for row in rows)
+    return gzip.compress(text.getvalue().encode(), 9, mtime=0)
+
+
+def _short(value: str) -> str:
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return value if number == int(number) and abs(number) < 1e15 else f"{number:.4g}"
+
+
+def table(records: list[Record]) -> str:
+    """Records grouped by variant with spread over seeds, then differences paired by seed, as Markdown."""
+    lines = [
+        "CIFAR-10 at the final epoch, mean ± standard deviation over seeds. MACs: M, and percent of the dense network "
+        "of the deepest architecture shown. Latency: batch 128, one forward pass, against the dense network in the same run.",
+        "",
+    ]
+    dense = max(r.result["macs_dense"] for r in records)
+    groups: dict[tuple[int, str], list[Record]] = defaultdict(list)
+    order = list(KINDS)
+    for record in sorted(records, key=lambda r: (r.config["epochs"], order.index(r.kind), r.variant, r.config["seed"])):
+        groups[record.config["epochs"], record.variant].append(record)
+    rows = []
+    for (epochs, variant), group in groups.items():
+        first, results = group[0], [r.result for r in group]
+        pruned = first.kind == "pruned"
+        rows.append(
+            [
+                variant,
+                epochs,
+                ", ".join(str(r.config["seed"]) for r in group),
+                spread([r.accuracy for r in group]),
+                spread([r["macs"] / 1e6 for r in results]),
+                spread([100 * r["macs"] / dense for r in results], "{:.1f}"),
+                spread([r["params"] / 1e3 for r in results], "{:.0f}"),
+                "/".join(str(r["layers_kept"]) for r in results) + f" of {results[0]['layers_total']}",
+                "/".join(str(r["units_kept"]) for r in results) + f" of {results[0]['units_total']}",
+                spread([100 * r["decided_by_rule"] for r in results], "{:.1f}") if pruned else "",
+                spread([r["latency_ms_128"] / r["latency_dense_ms_128"] for r in results]) if pruned else "",
+                spread([r["seconds"] / 60 for r in results], "{:.0f}"),
+            ]
+        )
+    header = "network, epochs, seeds, accuracy %, MACs M, MACs %, params k, layers, units, decided by rule %, latency, minutes"
+    lines.append(markdown(header.split(", "), rows))
+    rows = []
+    for (epochs, variant), group in groups.items():
+        if group[0].kind != "pruned":
+            continue
+        for (others, rival), rivals in groups.items():
+            matched = {r.config["seed"]: r for r in rivals if others == epochs and r.kind != "pruned"}
+            both = [(r, matched[r.config["seed"]]) for r in group if r.config["seed"] in matched]
+            if both:
+                rows.append(
+                    [
+                        f"{variant} - {rival}",
+                        epochs,
+                        len(both),
+                        spread([a.accuracy - b.accuracy for a, b in both], "{:+.2f}"),
+                        spread([100 * a.result["macs"] / b.result["macs"] for a, b in both], "{:.1f}"),
+                    ]
+                )
+    if rows:
+        header = ["difference, paired by seed", "epochs", "n", "accuracy, points", "MACs, % of the rival's"]
+        lines += ["", markdown(header, rows)]
+    machines = sorted({f"{machine(r.env)}; amp {r.config['amp']}" for r in records})
+    return "\n".join([*lines, "", *machines])
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cifar", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run", help="train one network with the cifar10 preset")
+    one.add_argument("kind", choices=tuple(KINDS))
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--data-dir", required=True, help="folder with cifar-10-batches-py")
+    one.add_argument("--out", required=True, help="folder of the run")
+    one.add_argument("--hidden-scale", type=float, default=0.58, help="narrow: factor on every hidden width (0.58)")
+    one.add_argument("--epochs", type=int)
+    one.add_argument("--threads", type=int)
+    one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting; repeatable")
+    one.set_defaults(do=start)
+    small = commands.add_parser("condense", help="write runs' records as small files")
+    small.add_argument("folders", type=Path, nargs="+")
+    small.add_argument("--to", type=Path, required=True)
+    small.set_defaults(do=_condense_all)
+    show = commands.add_parser("table", help="print records, or finished runs, as Markdown")
+    show.add_argument("records", type=Path, nargs="+", help="folders of runs, or folders of such folders")
+    show.add_argument("--write", action="store_true", help="write benchmarks/results/cifar.md")
+    show.set_defaults(do=_show)
+    args = parser.parse_args()
+    args.do(args)
+
+
+def _condense_all(args: argparse.Namespace) -> None:
+    for folder in args.folders:
+        print(f"{args.to / folder.name}: {condense(folder, args.to) / 1024:.0f} KiB")
+
+
+def _show(args: argparse.Namespace) -> None:
+    found = [path.parent for root in args.records for path in sorted([*root.glob("result.json"), *root.glob("*/result.json")])]
+    if not found:
+        raise FileNotFoundError(f"`records` must hold finished runs; got {', '.join(map(str, args.records))}. Run `condense` first.")
+    publish("cifar", table([read(folder) for folder in found]), args.write)
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,356 @@
+"""What gates, measuring and checking cost, and what compaction gives back: ResNet-20, batch 128, 32 x 32.
+
+    python -m benchmarks.gate_cost [--quick] [--threads N] [--write]
+
+One process; what is compared takes turns step by step, and ratios are taken within a round, so that a drift of the machine
+falls on all alike. Medians with quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
+from catode.train import compact, models
+from catode.train.config import Config
+from catode.train.device import keep_freed_memory
+from catode.train.prune import Pruner
+from catode.train.structure import count
+
+BATCH, SIZE, CLASSES = 128, 32, 10
+FORMATS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+SHARES = (0.5, 0.35)
+GATED_LIMIT, PROBE_LIMIT, CHECK_LIMIT, COMPACT_LIMIT = 1.05, 1.15, 0.01, 0.8
+PLAIN, GATED = "plain", "gated"
+
+
+@dataclass
+class Lane:
+    """A network in training, with everything that one of its steps needs.
+
+    Args:
+        name: Name in the table.
+        model: The network.
+        amp: bf16 autocast.
+        memory_format: Of weights and images.
+        device: Where it trains.
+        batch: Images in a step.
+    """
+
+    name: str
+    model: nn.Module
+    amp: bool
+    memory_format: torch.memory_format = torch.channels_last
+    device: str = "cpu"
+    batch: int = BATCH
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model.to(self.device, memory_format=self.memory_format).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.batch, 3, SIZE, SIZE, generator=generator)
+        self.x = x.to(self.device).contiguous(memory_format=self.memory_format)
+        self.y = torch.randint(CLASSES, (self.batch,), generator=generator).to(self.device)
+
+    def step(self) -> None:
+        """One training step."""
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.amp):
+            loss = F.cross_entropy(self.model(self.x), self.y)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def timed(self, after: Callable[[], object] | None = None) -> float:
+        """Seconds of one step, with what follows it."""
+        _wait(self.device)
+        mark = time.perf_counter()
+        self.step()
+        if after is not None:
+            after()
+        _wait(self.device)
+        return time.perf_counter() - mark
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def network() -> nn.Module:
+    """The dense ResNet-20."""
+    torch.manual_seed(0)
+    return models.build("resnet20", in_channels=3, classes=CLASSES)
+
+
+def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
+    """A pruner with the trainer's settings; `settled` means that no theta moves and nothing is checked."""
+    config = Config.from_presets(dataset="cifar10", data_dir="unused")
+    given = dict(estimator=config.estimator, layer_estimator=config.layer_estimator, probe_size=config.probe_size)
+    given |= dict(measure_every=config.measure_every, memory=config.memory, nu=config.nu, alpha=config.alpha)
+    far = 10**9
+    given |= dict(rate_ratio=1.0, steps=far, warmup=far if settled else 0, check_every=far)
+    return Pruner(lane.model, lane.x[:1], optimizer=lane.optimizer, **{**given, **settings})
+
+
+# --- gated steps ----------------------------------------------------------------------------------------------------
+
+
+def kind_of_next(pruner: Pruner) -> str:
+    """What the pruner will do at its next step."""
+    # the cycle has no public face; a change of it shows up in the counts below the table
+    parts = ["probe"] if pruner._captured is not None else []
+    if pruner.done % pruner._burst_every < 3:
+        parts.append("products")
+    return " + ".join([GATED, *parts])
+
+
+def gated(amp: bool, cycles: int, device: str) -> tuple[list[list[str]], dict[str, float], float]:
+    """Plain and gated steps in turn: rows of the table, the ratio of each kind, and the plain step's seconds."""
+    plain, lane = Lane(PLAIN, network(), amp, device=device), Lane(GATED, network(), amp, device=device)
+    pruner = pruner_for(lane, settled=True)
+    cycle = pruner._burst_every
+    for _ in range(2):
+        plain.step()
+        lane.step()
+        pruner.step()
+    seconds, ratios = defaultdict(list), defaultdict(list)
+    own = defaultdict(list)
+
+    def follow() -> None:
+        mark = time.perf_counter()
+        pruner.step()
+        own[kind].append(time.perf_counter() - mark)
+
+    for _ in range(cycles * cycle):
+        kind = kind_of_next(pruner)
+        base = plain.timed()
+        one = lane.timed(follow)
+        seconds[PLAIN].append(base)
+        seconds[kind].append(one)
+        ratios[kind].append(one / base)
+    medians = {kind: float(np.median(r)) for kind, r in ratios.items()}
+    total = sum(map(len, ratios.values()))
+    medians["mean over a cycle"] = sum(medians[k] * len(r) / total for k, r in ratios.items())
+    precision = "bf16" if amp else "fp32"
+    rows = [[f"{precision} {PLAIN}", len(seconds[PLAIN]), "", quartiles(np.multiply(seconds[PLAIN], 1e3), "{:.0f}"), "", ""]]
+    for kind in sorted(ratios):
+        rows.append(
+            [
+                f"{precision} {kind}",
+                len(ratios[kind]),
+                f"{len(ratios[kind]) * cycle // total} of {cycle}",
+                quartiles(np.multiply(seconds[kind], 1e3), "{:.0f}"),
+                quartiles(np.multiply(own[kind], 1e3), "{:.1f}"),
+                quartiles(ratios[kind], "{:.3f}"),
+            ]
+        )
+    rows.append([f"{precision} gated, mean over a cycle", total, "", "", "", f"{medians['mean over a cycle']:.3f}"])
+    return rows, medians, float(np.median(seconds[PLAIN]))
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def checks(number: int, device: str) -> tuple[list[float], int, str]:
+    """Seconds of real checks while a network is pruned (small batch: a check does not see the images).
+
+    Returns:
+        Seconds of each check, the default steps between checks, and what the checks did.
+    """
+    every, measured = 20, []
+    lane = Lane("checked", network(), False, device=device, batch=8)
+    pruner = pruner_for(
+        lane, settled=False, nu=20.0, check_every=every, steps=every * (number + 2), warmup=every, rate_ratio=1.0, probe_size=4
+    )
+    inner = pruner._check
+
+    def timed(*args: object, **more: object):
+        _wait(device)
+        mark = time.perf_counter()
+        check = inner(*args, **more)
+        _wait(device)
+        if not more.get("final"):
+            measured.append(time.perf_counter() - mark)
+        return check
+
+    pruner._check = timed
+    removed = decided = 0
+    while not pruner.finished and len(measured) < number:
+        before = pruner.undecided
+        lane.step()
+        check = pruner.step()
+        if check is not None:
+            removed, decided = removed + check.removed, decided + before - pruner.undecided
+    what = f"{decided} structures decided and {removed} removed meanwhile, compaction included"
+    return measured, Config.from_presets(dataset="cifar10", data_dir="unused").check_every, what
+
+
+# --- compacted steps ------------------------------------------------------------------------------------------------
+
+
+def narrowed(share: float, multiple: int | None = None) -> nn.Module:
+    """A ResNet-20 cut by the pruner's own compaction to a share of its MACs.
+
+    Args:
+        share: MACs left.
+        multiple: None: widths as pruning leaves them, of any size and odd; or round these widths down to multiples.
+    """
+    widths_of = np.random.default_rng(0)
+    noise = widths_of.uniform(0.6, 1.4, len(network().structures()))
+    example = torch.zeros(1, 3, SIZE, SIZE)
+    whole = count(network(), example).macs
+
+    def cut(level: float, round_to: int | None) -> nn.Module:
+        model = network()
+        for block, factor in zip(model.structures(), noise, strict=True):
+            full = block.sites[0].width
+            width = min(full - 1, int(level * factor * full)) | 1
+            if round_to is not None:
+                width = max(round_to, width // round_to * round_to)
+            compact.keep_units(model, block, 0, range(width))
+        return model
+
+    low, high = 0.0, 2.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if count(cut(middle, None), example).macs > share * whole else (middle, high)
+    return cut(low, multiple)
+
+
+def compacted(amp: bool, layout: str, rounds: int, device: str) -> tuple[list[list[str]], list[tuple[str, float]], str]:
+    """Dense and compacted steps in turn: rows of the table, ratios, and a profile where compaction does not pay."""
+    precision, example = "bf16" if amp else "fp32", torch.zeros(1, 3, SIZE, SIZE)
+    whole = count(network(), example).macs
+    makes = {"dense": network()}
+    for share in SHARES:
+        makes[f"{share:.0%}, odd widths"] = narrowed(share)
+        makes[f"{share:.0%}, multiples of 8"] = narrowed(share, 8)
+    macs = {name: count(model, example).macs / whole for name, model in makes.items()}
+    lanes = [Lane(name, model, amp, FORMATS[layout], device) for name, model in makes.items()]
+    for lane in lanes:
+        for _ in range(2):
+            lane.step()
+    seconds = {lane.name: [] for lane in lanes}
+    for _ in range(rounds):
+        for lane in lanes:
+            seconds[lane.name].append(lane.timed())
+    rows, ratios = [], []
+    for lane in lanes:
+        ratio = np.divide(seconds[lane.name], seconds["dense"])
+        rows.append(
+            [
+                f"{precision} {layout} {lane.name}",
+                f"{macs[lane.name]:.2f}",
+                quartiles(np.multiply(seconds[lane.name], 1e3), "{:.0f}"),
+                quartiles(ratio) if lane.name != "dense" else "",
+            ]
+        )
+        if lane.name != "dense":
+            ratios.append((f"{precision} {layout} {lane.name}", float(np.median(ratio))))
+    slow = [lane for lane in lanes[1:] if np.median(np.divide(seconds[lane.name], seconds["dense"])) > COMPACT_LIMIT]
+    profile = "" if not slow else _profiles(f"{precision} {layout}", [lanes[0], *slow], device)
+    return rows, ratios, profile
+
+
+def _profiles(title: str, lanes: Sequence[Lane], device: str, steps: int = 3, top: int = 6) -> str:
+    """Self time of the most expensive operators, ms a step, side by side."""
+    cuda = device.startswith("cuda")
+    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
+    found: dict[str, dict[str, float]] = {}
+    for lane in lanes:
+        with torch.profiler.profile(activities=activities) as profiler:
+            for _ in range(steps):
+                lane.step()
+            _wait(device)
+        times = defaultdict(float)
+        for event in profiler.key_averages():
+            own = event.self_device_time_total if cuda else event.self_cpu_time_total
+            times[event.key] += own / steps / 1e3
+        found[lane.name] = times
+    names = {name for times in found.values() for name in sorted(times, key=times.get, reverse=True)[:top]}
+    order = sorted(names, key=lambda name: max(times[name] for times in found.values()), reverse=True)
+    rows = [[f"`{name}`", *(f"{found[lane.name][name]:.0f}" for lane in lanes)] for name in order]
+    rows.append(["all operators", *(f"{sum(found[lane.name].values()):.0f}" for lane in lanes)])
+    return f"Profile, {title}: self time by operator, ms a step\n\n" + markdown(
+        ["operator", *(lane.name for lane in lanes)], rows
+    )
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def _verdict(what: str, value: float, limit: float) -> str:
+    return f"- {'yes' if value <= limit else 'NO'}: {what}: {value:.3g} (at most {limit:g})"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate_cost", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
+    parser.add_argument("--rounds", type=int, help="rounds of the compacted steps (15; 3 with --quick)")
+    parser.add_argument("--cycles", type=int, help="cycles of the pruner's measuring (8; 1 with --quick)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--only", choices=("gated", "check", "compact"), help="one part alone")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/gate_cost.md")
+    args = parser.parse_args()
+    rounds = args.rounds or (3 if args.quick else 15)
+    cycles = args.cycles or (1 if args.quick else 8)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    began, before = time.perf_counter(), load()
+    parts, verdicts = [], []
+    plain_seconds = None
+    if args.only in (None, "gated"):
+        rows = []
+        for amp in (False, True):
+            more, ratios, seconds = gated(amp, cycles, args.device)
+            rows += more
+            plain_seconds = seconds if plain_seconds is None else min(plain_seconds, seconds)
+            precision = "bf16" if amp else "fp32"
+            probes = [v for k, v in ratios.items() if "probe" in k]
+            verdicts.append(_verdict(f"{precision} gated step / plain step", ratios.get(GATED, np.nan), GATED_LIMIT))
+            verdicts.append(_verdict(f"{precision} step that measures benefits / plain step", max(probes), PROBE_LIMIT))
+        header = ["channels_last", "n", "share of steps", "ms a step", "ms in Pruner.step", "ratio to plain"]
+        parts += ["### Gated steps, every gate undecided", "", markdown(header, rows), ""]
+    if args.only in (None, "check"):
+        seconds, every, what = checks(4 if args.quick else 20, args.device)
+        if plain_seconds is None:
+            lane = Lane(PLAIN, network(), False, device=args.device)
+            plain_seconds = float(np.median([lane.timed() for _ in range(5)][2:]))
+        share = float(np.mean(seconds)) / (every * plain_seconds)
+        rows = [[quartiles(np.multiply(seconds, 1e3), "{:.1f}"), f"{1e3 * max(seconds):.1f}", len(seconds), f"{share:.2%}"]]
+        header = ["ms a check", "slowest", "n", f"mean, share of {every} plain steps (the faster precision)"]
+        parts += ["### Checks", "", markdown(header, rows), "", f"{what[0].upper()}{what[1:]}.", ""]
+        verdicts.append(_verdict("check / training time", share, CHECK_LIMIT))
+    if args.only in (None, "compact"):
+        rows, profiles = [], []
+        for amp in (False, True):
+            for layout in FORMATS:
+                more, ratios, profile = compacted(amp, layout, rounds, args.device)
+                rows += more
+                profiles += [profile, ""] if profile else []
+                worst = max(ratios, key=lambda r: r[1])
+                verdicts.append(_verdict(f"compacted / dense step, worst of {worst[0]}", worst[1], COMPACT_LIMIT))
+        header = ["network", "MACs", "ms a step", "ratio to dense"]
+        parts += ["### Compacted steps", "", markdown(header, rows), "", *profiles]
+    title = (
+        f"ResNet-20, batch {BATCH}, {SIZE} x {SIZE}, {args.device}; {hardware(args.device)}; {before} at the start, "
+        f"{load()} at the end; {time.perf_counter() - began:.0f} s. Medians (quartiles), steps taken in turn"
+    )
+    publish("gate_cost", "\n".join([title + ".", "", *parts, *verdicts]), args.write)
+
+
+if __name__ == "__main__":
+    guarded(main)
