@@ -1,5 +1,5 @@
 """Measurements behind the numbers that the README states; each is a command, ``python -m benchmarks.NAME --help``.
 
-`digits` (accuracy and removals on the default data), `cifar` (CIFAR-10 against its rivals), `estimators` (bias and noise
-against exact enumeration), `gate_cost` (what gates, measuring and checking cost, and what compaction gives back).
+`digits` (accuracy and removals on the default data), `cifar` (CIFAR-10 against its rivals), `estimators` (bias and
+noise against exact enumeration), `gate_cost` (what gates, measuring and checking cost, what compaction gives back).
 """

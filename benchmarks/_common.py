@@ -42,7 +42,7 @@ def machine(env: dict[str, Any]) -> str:
 
 
 def load() -> str:
-    """How busy the machine is: its load over the last minute against its cores; timings want it near the threads used."""
+    """Load of the machine over the last minute; a timing on a busy machine is to be taken with care."""
     return f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else "load unknown"
 
 
@@ -89,7 +89,7 @@ def overrides(pairs: Iterable[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or name not in known:
-            raise ConfigError(f"`set` must be name=value with the name of a setting; got {pair!r}. See catode.train --help.")
+            raise ConfigError(f"`set` must be name=value, a setting's name; got {pair!r}. See catode.train --help.")
         setting = known[name]
         if setting.optional and text.lower() == "none":
             values[name] = None
@@ -106,16 +106,20 @@ def overrides(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def differences(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a resolved configuration that change what is computed and differ from the preset of its data set."""
-    names = {name for name, setting in settings().items() if setting.identity} - {"derive_tol"}
-    epochs = config["epochs"]
+    """Settings of a resolved configuration that change what is computed and differ from the preset of its data set.
+
+    The number of epochs is not among them, nor, where nothing is pruned, are the pruner's settings.
+    """
+    groups = {"data", "training"} | ({"pruning", "gates"} if config["nu"] > 0 else set())
+    names = {name for name, setting in settings().items() if setting.identity and setting.group in groups}
+    names -= {"derive_tol", "epochs"}
     base = Config.from_presets(
         dataset=config["dataset"],
         arch=config["arch"],
-        epochs=epochs,
+        epochs=config["epochs"],
         data_dir=None if config["dataset"] == "digits" else "unused",
     )
-    return {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n) and n != "epochs"}
+    return {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n)}
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

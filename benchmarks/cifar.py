@@ -34,6 +34,7 @@ from catode.train.config import Config
 
 KINDS = {"pruned": {}, "dense": {"nu": 0.0}, "narrow": {"nu": 0.0}, "short": {"nu": 0.0, "arch": "resnet14"}}
 LIMIT = 200 * 1024
+EXACT = ("keep_prob", "tolerance")  # their order must survive rounding
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,14 @@ class Record:
     @property
     def variant(self) -> str:
         """The kind with the settings that set it apart from the preset."""
-        changed = {k: v for k, v in differences(self.config).items() if self.kind == "pruned" or k != "nu"}
-        notes = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items())
+        changed = differences(self.config).items()
+        notes = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed)
         return f"{self.kind} {self.config['arch']}" + (f" ({notes})" if notes else "")
 
     @property
     def accuracy(self) -> float:
         """Test accuracy at the final epoch, percent."""
         return 100 * self.result["accuracy"]
-
-    @property
-    def macs_share(self) -> float:
-        """MACs left, percent of the dense network of the same architecture before narrowing."""
-        return 100 * self.result["macs"] / self.result["macs_dense"]
 
 
 def start(args: argparse.Namespace) -> None:
@@ -88,10 +84,8 @@ def start(args: argparse.Namespace) -> None:
     config = Config.from_presets(dataset="cifar10", data_dir=args.data_dir, seed=args.seed, out=args.out, **given)
     folder = run(config, progress=sys.stderr.isatty())
     record = read(folder)
-    print(
-        f"{record.variant}, seed {args.seed}: {record.accuracy:.2f} %, {record.result['macs'] / 1e6:.2f} M MACs "
-        f"({record.macs_share:.1f} %), {record.result['seconds']:.0f} s"
-    )
+    macs, seconds = record.result["macs"] / 1e6, record.result["seconds"]
+    print(f"{record.variant}, seed {args.seed}: {record.accuracy:.2f} %, {macs:.2f} M MACs, {seconds:.0f} s")
 
 
 def read(folder: Path) -> Record:
@@ -101,7 +95,7 @@ def read(folder: Path) -> Record:
         FileNotFoundError: if the run is not finished.
     """
     if not (folder / "result.json").is_file():
-        raise FileNotFoundError(f"`folder` must hold a finished run; got {str(folder)!r} without result.json. Let it end.")
+        raise FileNotFoundError(f"`folder` must hold a finished run; got {str(folder)!r} without result.json.")
     return Record(*(read_json(folder, f"{name}.json") for name in ("config", "result", "env")))
 
 
@@ -142,13 +136,14 @@ def _thinned(rows: list[dict[str, str]], every: int) -> list[dict[str, str]]:
 
 
 def _packed(rows: list[dict[str, str]]) -> bytes:
-    """Rows as compressed CSV, numbers to four digits; the same rows give the same bytes."""
+    """Rows as compressed CSV, measured numbers to four digits; the same rows give the same bytes."""
     if not rows:
         return gzip.compress(b"", mtime=0)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _short(value) for name, value in row.items()} for row in rows)
+    for row in rows:
+        writer.writerow({name: value if name in EXACT else _short(value) for name, value in row.items()})
     return gzip.compress(text.getvalue().encode(), 9, mtime=0)
 
 
@@ -157,14 +152,16 @@ def _short(value: str) -> str:
         number = float(value)
     except ValueError:
         return value
-    return value if number == int(number) and abs(number) < 1e15 else f"{number:.4g}"
+    return value if number.is_integer() else f"{number:.4g}"
 
 
 def table(records: list[Record]) -> str:
     """Records grouped by variant with spread over seeds, then differences paired by seed, as Markdown."""
     lines = [
         "CIFAR-10 at the final epoch, mean ± standard deviation over seeds. MACs: M, and percent of the dense network "
-        "of the deepest architecture shown. Latency: batch 128, one forward pass, against the dense network in the same run.",
+        "of the largest architecture shown. Decided by rule: of all gates, by the end of the deciding phase "
+        "(decide_until, 80 % of the run by default). Latency: one forward pass of 128 images against the dense "
+        "network's in the same run.",
         "",
     ]
     dense = max(r.result["macs_dense"] for r in records)
@@ -192,8 +189,8 @@ def table(records: list[Record]) -> str:
                 spread([r["seconds"] / 60 for r in results], "{:.0f}"),
             ]
         )
-    header = "network, epochs, seeds, accuracy %, MACs M, MACs %, params k, layers, units, decided by rule %, latency, minutes"
-    lines.append(markdown(header.split(", "), rows))
+    header = ["network", "epochs", "seeds", "accuracy %", "MACs M", "MACs %", "params k", "layers", "units"]
+    lines.append(markdown([*header, "decided by rule %", "latency", "minutes"], rows))
     rows = []
     for (epochs, variant), group in groups.items():
         if group[0].kind != "pruned":
@@ -250,9 +247,10 @@ def _condense_all(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    found = [path.parent for root in args.records for path in sorted([*root.glob("result.json"), *root.glob("*/result.json")])]
+    patterns = ("result.json", "*/result.json")
+    found = [path.parent for root in args.records for pattern in patterns for path in sorted(root.glob(pattern))]
     if not found:
-        raise FileNotFoundError(f"`records` must hold finished runs; got {', '.join(map(str, args.records))}. Run `condense` first.")
+        raise FileNotFoundError(f"`records` must hold finished runs; got {', '.join(map(str, args.records))}.")
     publish("cifar", table([read(folder) for folder in found]), args.write)
 
 

@@ -77,7 +77,8 @@ def pair(seed: int, folder: Path, **settings: Any) -> Pair:
         runs[name] = run(Config.from_presets(**given), progress=sys.stderr.isatty())
     removed = by_tolerance(runs["pruned"])
     results = {name: read_json(path, "result.json") for name, path in runs.items()}
-    return Pair(seed, **results, units=removed["unit"], layers=removed["layer"], env=read_json(runs["pruned"], "env.json"))
+    env = read_json(runs["pruned"], "env.json")
+    return Pair(seed, **results, units=removed["unit"], layers=removed["layer"], env=env)
 
 
 def row(p: Pair) -> list[str]:
@@ -121,6 +122,7 @@ def summary(pairs: list[Pair], notes: str) -> str:
         ),
         f"mean accuracy within {100 * MOST_LOSS:.0f} point of the ungated runs": abs(mean) <= MOST_LOSS,
     }
+    pruned, ungated = (spread([100 * getattr(p, k)["accuracy"] for p in pairs]) for k in ("pruned", "ungated"))
     left = spread([p.pruned["macs"] / p.pruned["macs_dense"] for p in pairs], "{:.1f}", 100)
     lines = [
         f"Digits, {notes}; accuracy on the fixed test images at the final epoch; n = {len(pairs)} seeds; "
@@ -131,8 +133,7 @@ def summary(pairs: list[Pair], notes: str) -> str:
         *(f"- {'yes' if value else 'NO'}: {what}" for what, value in met.items()),
         "",
         f"Accuracy difference, pruned minus ungated: {spread([p.difference for p in pairs], '{:+.2f}', 100)} points "
-        f"(mean ± standard deviation over seeds); accuracy {spread([p.pruned['accuracy'] for p in pairs], '{:.2f}', 100)} % "
-        f"with {left} % of the MACs, ungated {spread([p.ungated['accuracy'] for p in pairs], '{:.2f}', 100)} %.",
+        f"(mean ± standard deviation over seeds); accuracy {pruned} % with {left} % of the MACs, ungated {ungated} %.",
     ]
     return "\n".join(lines)
 

@@ -1,11 +1,15 @@
 """Bias and noise of the benefit estimators against exact enumeration.
 
-    python -m benchmarks.estimators [--draws 600] [--write]
+    python -m benchmarks.estimators [--draws 440] [--resnet] [--write]
 
-A fully-connected residual network with 2 layers and 8 units has 1,024 gate patterns. It is trained on the digits with its
-gates drawn at theta; early and late in that training the loss of every pattern gives the exact benefits L0 - L1. The
+A fully-connected residual network with 2 layers and 8 units has 1,024 gate patterns. It is trained on the digits with
+its gates drawn at theta; early and late in that training the loss of every pattern gives the exact benefits L0 - L1. The
 reference is the mean over the whole training set cut into batches of the training's size, train-mode batch norm, which
 is what training minimises; a row shows what the whole set as one batch would give instead.
+
+With --resnet, a second part trains the ResNet-20 of the main job and compares probes of several sizes there (the
+reference: paired differences over the whole batch, unbiased): a probe is normalised by its own examples, and few
+examples normalise badly.
 """
 
 from __future__ import annotations
@@ -25,9 +29,11 @@ from scipy.stats import spearmanr
 
 from benchmarks._common import guarded, hardware, markdown, publish
 from catode.train import data
+from catode.train.config import Config
 from catode.train.estimators import Probe, batch_statistics_only, curvature_corrected, straight_through
 from catode.train.gates import Gates
-from catode.train.models import DenseResNet
+from catode.train.loop import AUGMENT, learning_rates, make_optimizer
+from catode.train.models import DenseResNet, build
 
 BLOCKS, HIDDEN, WIDTH = 2, 4, 16
 POOLED = 200  # observations in the last column, the pruner's default memory
@@ -255,6 +261,85 @@ def compare(bench: Bench, draws: int) -> str:
     )
 
 
+# --- probes on the main job's network --------------------------------------------------------------------------------
+
+
+def resnet_probes(epochs: int, length: int, batches: int, units: int, seed: int) -> str:
+    """Benefits of a ResNet-20 on the digits by probes of several sizes, all gates open.
+
+    Args:
+        epochs: Epochs to train before measuring.
+        length: Epochs of the whole schedule.
+        batches: Batches to measure on.
+        units: Number of units in the sample, chosen at random; every layer is measured.
+        seed: Seed of everything.
+    """
+    config = Config.from_presets(dataset="digits")
+    source = data.load("digits")
+    torch.manual_seed(seed)
+    model = build("resnet20", in_channels=1, classes=len(source.classes)).to(memory_format=torch.channels_last).train()
+    stream = data.Batches(
+        source.train_images,
+        source.train_labels,
+        config.batch_size,
+        source.mean,
+        source.std,
+        augment=AUGMENT["digits"],
+        channels_last=True,
+    )
+    optimizer = make_optimizer(model, config)
+    rates = iter(learning_rates(config.schedule, config.lr, length * len(stream)))
+    for epoch in range(epochs):
+        for x, y in stream.epoch(epoch, seed):
+            for group in optimizer.param_groups:
+                group["lr"] = next(rates)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+    blocks = model.structures()
+    ends = np.cumsum([len(blocks)] + [site.width for block in blocks for site in block.sites])
+    ones = torch.ones(int(ends[-1]))
+    gates = Gates(model, blocks, len(ones))
+    gates.install([True] * len(blocks), [torch.arange(a, b) for a, b in itertools.pairwise(ends)])
+    sample = np.random.default_rng(seed).choice(np.arange(len(blocks), len(ones)), units, replace=False)
+    kinds = {"layers": np.arange(len(blocks)), "units": np.sort(sample)}
+    generator, found = torch.Generator().manual_seed(seed), {}
+    sizes = [m for m in (config.batch_size, 32, 16) if m <= config.batch_size] + [max(2, config.batch_size // 10)]
+    for x, y in itertools.islice(stream.epoch(length, seed), batches):
+        gates.set(ones, ones.clone())
+        targets = F.one_hot(y, len(source.classes)).float()
+        with batch_statistics_only(model):
+            (derivative,) = torch.autograd.grad(F.cross_entropy(model(x), y), gates.draw)
+        for size in sizes:
+            probe = Probe(model, gates, x[:size], targets[:size], generator)
+            corrected = -curvature_corrected(derivative, ones, probe.curvature()).numpy()
+            for kind, chosen in kinds.items():
+                found.setdefault((kind, "paired", size), []).append(probe.paired(chosen.tolist()).numpy())
+                found.setdefault((kind, "curvature", size), []).append(corrected[chosen])
+    rows = []
+    for (kind, name, size), values in sorted(found.items(), key=lambda item: (item[0][0], item[0][1], -item[0][2])):
+        exact_ = np.mean(found[kind, "paired", sizes[0]], axis=0)
+        mean, std = np.mean(values, axis=0), np.std(values, axis=0, ddof=1)
+        scale = np.abs(exact_).mean()
+        rows.append(
+            [
+                f"{kind}, {name}, probe {size}",
+                f"{np.median(mean):.2g}",
+                f"{np.median(exact_):.2g}",
+                f"{100 * (mean - exact_).mean() / scale:+.0f}",
+                f"{100 * np.sqrt(np.square(std).mean()) / scale:.0f}",
+                f"{spearmanr(mean, exact_).statistic:.2f}",
+            ]
+        )
+    header = ["structures, estimator, examples", "median", "exact median", "bias %", "one-draw std %", "Spearman"]
+    title = (
+        f"### ResNet-20 on the digits after {epochs} of {length} epochs (loss {loss.item():.2g}): {len(blocks)} layers "
+        f"and {units} units, {batches} batches of {config.batch_size}, nats"
+    )
+    return f"{title}\n\n{markdown(header, rows)}"
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimators", description=__doc__.splitlines()[0])
@@ -262,6 +347,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="batch size (64)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs of the late measurement (40); the early one: 1")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resnet", action="store_true", help="also compare probe sizes on ResNet-20 (minutes)")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/estimators.md")
     args = parser.parse_args()
     if args.draws < 2 or args.epochs < 2:
@@ -284,15 +370,19 @@ def main() -> None:
                 compare(bench, args.draws),
                 "",
             ]
+    if args.resnet:
+        length = Config.from_presets(dataset="digits").epochs
+        for epochs in (5, length // 2):
+            parts += [resnet_probes(epochs, length, batches=12, units=24, seed=args.seed), ""]
     lines = [
         f"Benefit estimators against enumeration of {2**bench.size:,} gate patterns: DenseResNet, {BLOCKS} layers of "
         f"{HIDDEN} units on a stream of {WIDTH}, digits, batch {args.batch}, n = {args.draws} draws, seed {args.seed}; "
         f"{hardware()}; {time.perf_counter() - began:.0f} s.",
         "",
         "In percent of the mean exact benefit of the kind: mean bias (± its standard error), root mean square of the "
-        "structures' biases (noise of n draws included), standard deviation of one draw. Extra passes: forward passes over "
-        "the batch beyond the training step, a backward pass counting as two. Wrongly kept / removed: by the estimate's "
-        "mean at a price equal to the kind's median exact benefit; the last column adds the noise of "
+        "structures' biases (noise of n draws included), standard deviation of one draw. Extra passes: forward passes "
+        "over the batch beyond the training step, a backward pass counting as two. Wrongly kept / removed: by the "
+        "estimate's mean at a price equal to the kind's median exact benefit; the last column adds the noise of "
         f"{POOLED} pooled draws.",
         "",
         *parts,

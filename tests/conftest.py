@@ -1,4 +1,4 @@
-"""What every test shares: one thread, reproducible hypothesis runs, and a network with two sites and a real shortcut."""
+"""What every test shares: one thread, reproducible hypothesis runs, a network with two sites and a real shortcut."""
 
 from __future__ import annotations
 

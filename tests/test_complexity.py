@@ -51,7 +51,10 @@ def exact(complexity, theta, beta, without=None):
     """J in exact rational arithmetic by summing every pair of units; `without`: its derivative there instead."""
     theta = [Fraction(float(t)) for t in theta]
     beta = Fraction(float(beta))
-    units = [[complexity.blocks + int(i) for i in np.flatnonzero(complexity.unit_site == s)] for s in range(len(complexity.widths))]
+    units = [
+        [complexity.blocks + int(i) for i in np.flatnonzero(complexity.unit_site == s)]
+        for s in range(len(complexity.widths))
+    ]
 
     def monomials(term):
         inner = [None] if term.inner is None else units[term.inner]
@@ -59,8 +62,10 @@ def exact(complexity, theta, beta, without=None):
         return [[k for k in (term.block, i, o) if k is not None] for i in inner for o in outer]
 
     removable = [t for t in complexity.terms if t.block is not None]
-    whole = [sum(len(monomials(t)) * Fraction(c) for t, c in zip(removable, cs, strict=True)) for cs in
-             ([t.macs for t in removable], [t.params for t in removable])]
+    whole = [
+        sum(len(monomials(t)) * Fraction(c) for t, c in zip(removable, cs, strict=True))
+        for cs in ([t.macs for t in removable], [t.params for t in removable])
+    ]
     total = Fraction(0)
     for term in removable:
         share = (1 - beta) * Fraction(term.macs) / whole[0] + beta * Fraction(term.params) / whole[1]
@@ -192,9 +197,14 @@ def test_law_close_is_idempotent_and_removes_as_little_as_possible(complexity, d
 
 
 def small():
-    """One block, two hidden units: conv1 10 MACs and 1 parameter a unit, conv2 20 and 3, an outer norm 6 and 2; stem 100."""
+    """One block, two hidden units: conv1 10 MACs and 1 parameter a unit, conv2 20 and 3, norm 6 and 2; stem 100."""
     return Complexity(
-        [Term("stem", 100, 7), Term("conv1", 10, 1, 0, None, 0), Term("conv2", 20, 3, 0, 0, None), Term("norm", 6, 2, 0)],
+        [
+            Term("stem", 100, 7),
+            Term("conv1", 10, 1, 0, None, 0),
+            Term("conv2", 20, 3, 0, 0, None),
+            Term("norm", 6, 2, 0),
+        ],
         blocks=1,
         site_block=[0],
         widths=[2],

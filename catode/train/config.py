@@ -24,7 +24,8 @@ __all__ = ["PRESETS", "Config", "ConfigError", "build_parser", "check_out", "par
 _REAL_IMAGES: dict[str, Any] = dict(nu=1.6, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0)
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("digits", "*"): dict(
-        nu=3.0,
+        nu=2.5,
+        alpha=0.6,
         epochs=60,
         batch_size=64,
         lr=0.1,

@@ -18,18 +18,68 @@ from catode.train.__main__ import main
 from catode.train.models import build
 from catode.train.structure import count
 
-METRICS = (
-    "epoch step time lr loss train_accuracy test_accuracy expected_complexity macs params layers_kept units_kept "
-    "undecided seconds wait_share"
-).split()
-STRUCTURES = (
-    "step time kind block site index keep_prob benefit benefit_upper benefit_lower price gain decay rate_ratio noise "
-    "benefit_noise drift step_time risk separatrix tolerance state"
-).split()
-RESULT = (
-    "accuracy accuracy_history macs macs_executed macs_dense params params_dense expected_complexity layers_kept layers_total "
-    "units_kept units_total decisions seconds latency_ms latency_dense_ms latency_ms_128 latency_dense_ms_128 seed"
-).split()
+METRICS = [
+    "epoch",
+    "step",
+    "time",
+    "lr",
+    "loss",
+    "train_accuracy",
+    "test_accuracy",
+    "expected_complexity",
+    "macs",
+    "params",
+    "layers_kept",
+    "units_kept",
+    "undecided",
+    "seconds",
+    "wait_share",
+]
+STRUCTURES = [
+    "step",
+    "time",
+    "kind",
+    "block",
+    "site",
+    "index",
+    "keep_prob",
+    "benefit",
+    "benefit_upper",
+    "benefit_lower",
+    "price",
+    "gain",
+    "decay",
+    "rate_ratio",
+    "noise",
+    "benefit_noise",
+    "drift",
+    "step_time",
+    "risk",
+    "separatrix",
+    "tolerance",
+    "state",
+]
+RESULT = [
+    "accuracy",
+    "accuracy_history",
+    "macs",
+    "macs_executed",
+    "macs_dense",
+    "params",
+    "params_dense",
+    "expected_complexity",
+    "layers_kept",
+    "layers_total",
+    "units_kept",
+    "units_total",
+    "decisions",
+    "seconds",
+    "latency_ms",
+    "latency_dense_ms",
+    "latency_ms_128",
+    "latency_dense_ms_128",
+    "seed",
+]
 SMALL = ["--arch", "resnet14", "--threads", "1", "--epochs", "2"]
 UNITS = 2 * (16 + 32 + 64)
 
@@ -44,7 +94,7 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_accuracy(folder, dataset="digits", data_dir=None):
+def accuracy(folder, dataset="digits", data_dir=None):
     """Share of right predictions of the loaded network on all test images."""
     images = data.load(dataset, data_dir)
     model, config = load(folder), json.loads((folder / "config.json").read_text())
@@ -58,9 +108,6 @@ def test_accuracy(folder, dataset="digits", data_dir=None):
     return right / len(images.test_labels)
 
 
-test_accuracy.__test__ = False
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "digits"
@@ -71,7 +118,16 @@ def finished(tmp_path_factory):
 
 def test_the_folder_holds_what_the_contract_lists(finished):
     names = {p.name for p in finished.iterdir()}
-    wanted = {"config.json", "env.json", "metrics.csv", "structures.csv", "result.json", "model.pt", "structure.json", "report.md"}
+    wanted = {
+        "config.json",
+        "env.json",
+        "metrics.csv",
+        "structures.csv",
+        "result.json",
+        "model.pt",
+        "structure.json",
+        "report.md",
+    }
     assert wanted <= names and any(n.endswith(".png") for n in names)
     assert not any(n.endswith((".part", ".tmp")) for n in names)
     fields, rows = table(finished / "metrics.csv")
@@ -91,14 +147,16 @@ def test_the_folder_holds_what_the_contract_lists(finished):
 def test_result_agrees_with_the_loaded_network_exactly(finished):
     found, model = result(finished), load(finished)
     assert not model.training
-    assert test_accuracy(finished) == found["accuracy"] == found["accuracy_history"][-1]
+    assert accuracy(finished) == found["accuracy"] == found["accuracy_history"][-1]
     assert len(found["accuracy_history"]) == 2
     example = torch.zeros(1, 1, 8, 8)
     counted, dense = count(model, example), count(build("resnet14", in_channels=1, classes=10), example)
     assert (found["macs"], found["params"]) == (counted.macs, counted.params)
     assert (found["macs_dense"], found["params_dense"]) == (dense.macs, dense.params)
     assert found["macs"] < found["macs_dense"] and found["macs"] <= found["macs_executed"]
-    assert sum(found["decisions"].values()) == 6 + UNITS and found["layers_total"] == 6 and found["units_total"] == UNITS
+    assert (
+        sum(found["decisions"].values()) == 6 + UNITS and found["layers_total"] == 6 and found["units_total"] == UNITS
+    )
     assert found["seed"] == 3 and min(found["latency_ms"], found["latency_dense_ms_128"], found["seconds"]) > 0
 
 
@@ -130,7 +188,7 @@ def test_a_summary_is_printed_and_a_bar_shown(tmp_path, capsys):
     assert (found["layers_kept"], found["units_kept"], found["expected_complexity"]) == (6, UNITS, 1.0)
     assert table(tmp_path / "run" / "structures.csv") == (STRUCTURES, [])
     assert (tmp_path / "run" / "report.md").is_file()
-    assert test_accuracy(tmp_path / "run") == found["accuracy"]
+    assert accuracy(tmp_path / "run") == found["accuracy"]
 
 
 def test_dry_run_prints_the_costs_and_writes_nothing(tmp_path, capsys):
@@ -268,24 +326,51 @@ def assert_stopped(folder, printed, x=None):
     assert not (folder / "result.json").exists()
     model = load(folder)
     with torch.no_grad():
-        assert model(torch.randn(4, 1, 8, 8) if x is None else x).isfinite().all(), "the kept network must be a good one"
+        assert model(torch.randn(4, 1, 8, 8) if x is None else x).isfinite().all(), (
+            "the kept network must be a good one"
+        )
 
 
 def test_a_folder_data_set_from_end_to_end(tmp_path):
     root = pictures(tmp_path / "images")
-    flags = ["--dataset", "folder", "--data-dir", str(root), "--batch-size", "8", "--check-every", "2", "--measure-every", "1"]
+    flags = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        str(root),
+        "--batch-size",
+        "8",
+        "--check-every",
+        "2",
+        "--measure-every",
+        "1",
+    ]
     assert main(["--arch", "resnet14", "--threads", "1", "--epochs", "1", *flags, "--out", str(tmp_path / "run")]) == 0
     structure = json.loads((tmp_path / "run" / "structure.json").read_text())
     assert structure["classes"] == ["ant", "bee"] and structure["image_shape"] == [3, 12, 12]
-    assert test_accuracy(tmp_path / "run", "folder", root) == result(tmp_path / "run")["accuracy"]
+    assert accuracy(tmp_path / "run", "folder", root) == result(tmp_path / "run")["accuracy"]
 
 
 def test_cifar_files_from_end_to_end(tmp_path):
     root = cifar(tmp_path / "cifar-10-batches-py")
-    flags = ["--dataset", "cifar10", "--data-dir", str(tmp_path), "--batch-size", "8", "--amp", "bf16", "--schedule", "cosine"]
+    flags = [
+        "--dataset",
+        "cifar10",
+        "--data-dir",
+        str(tmp_path),
+        "--batch-size",
+        "8",
+        "--amp",
+        "bf16",
+        "--schedule",
+        "cosine",
+    ]
     assert main(["--arch", "resnet14", "--threads", "1", "--epochs", "1", *flags, "--out", str(tmp_path / "run")]) == 0
     found = result(tmp_path / "run")
-    assert root.is_dir() and found["macs_dense"] == count(build("resnet14", in_channels=3, classes=10), torch.zeros(1, 3, 32, 32)).macs
+    assert (
+        root.is_dir()
+        and found["macs_dense"] == count(build("resnet14", in_channels=3, classes=10), torch.zeros(1, 3, 32, 32)).macs
+    )
     assert load(tmp_path / "run")(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 

@@ -206,7 +206,9 @@ def test_law_optimizer_follows_and_the_next_step_is_the_gated_networks_restricte
     survivors = {n: p for n, p in origin.items() if cut(n, old[n][0]) is not None}
     assert change.removed == {origin[n] for n in origin if n not in survivors}
     assert set(small.parameters()) == set(survivors.values())
-    assert [id(p) for p in other.param_groups[0]["params"]] == [id(survivors[n]) for n in names.values() if n in survivors]
+    assert [id(p) for p in other.param_groups[0]["params"]] == [
+        id(survivors[n]) for n in names.values() if n in survivors
+    ]
     assert set(other.state) == set(survivors.values())
     for n, p in survivors.items():
         assert p.is_leaf and p.requires_grad

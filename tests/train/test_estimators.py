@@ -47,7 +47,11 @@ class Tiny(nn.Module):
 
     def structures(self):
         return [
-            Block(f"branches.{i}", f"branches.{i}.out", (Site(f"s{i}", w, (f"branches.{i}.hidden",), (f"branches.{i}.out",)),))
+            Block(
+                f"branches.{i}",
+                f"branches.{i}.out",
+                (Site(f"s{i}", w, (f"branches.{i}.hidden",), (f"branches.{i}.out",)),),
+            )
             for i, w in enumerate(WIDTHS)
         ]
 
@@ -71,7 +75,9 @@ def logits(model, x, xi):
     first = LAYERS
     for i, width in enumerate(WIDTHS):
         name = f"branches.{i}"
-        units = F.relu(x @ plain[f"{name}.hidden.weight"].T + plain[f"{name}.hidden.bias"]) * xi[..., first : first + width]
+        units = (
+            F.relu(x @ plain[f"{name}.hidden.weight"].T + plain[f"{name}.hidden.bias"]) * xi[..., first : first + width]
+        )
         x = x + xi[..., i : i + 1] * (units @ plain[f"{name}.out.weight"].T + plain[f"{name}.out.bias"])
         first += width
     return x @ plain["fc.weight"].T + plain["fc.bias"]
@@ -107,7 +113,7 @@ def partner(pattern, s):
     """The index of the pattern with gate s the other way round."""
     other = pattern.clone()
     other[s] = 1 - other[s]
-    return int((PATTERNS == other).all(1).nonzero())
+    return int((other == PATTERNS).all(1).nonzero())
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -72,7 +72,9 @@ def double(gates, values):
 def test_law_gradient_of_the_draw_is_the_finite_difference(name, kind, training, bottleneck_net):
     model = network(name, bottleneck_net).double()
     gates = install(model)
-    values = {"ones": torch.ones(gates.size), "zeros": torch.zeros(gates.size), "mixed": bernoulli(gates.size, 1, 0.7)}[kind]
+    values = {"ones": torch.ones(gates.size), "zeros": torch.zeros(gates.size), "mixed": bernoulli(gates.size, 1, 0.7)}[
+        kind
+    ]
     values[: len(gates.blocks)] = 1.0  # closed layers: see the next test
     x, y = data(dtype=torch.float64)
     model.train(training)
@@ -111,7 +113,9 @@ def test_law_gradient_of_a_closed_layer_is_the_difference_towards_open(name, bot
             for t in (values, values + step):
                 double(gates, t)
                 losses.append(F.cross_entropy(model(x), y).item())
-        assert gradient[k].item() == pytest.approx((losses[1] - losses[0]) / 1e-6, rel=1e-2, abs=1e-5), gates.blocks[k].name
+        assert gradient[k].item() == pytest.approx((losses[1] - losses[0]) / 1e-6, rel=1e-2, abs=1e-5), gates.blocks[
+            k
+        ].name
 
 
 @settings(max_examples=10)

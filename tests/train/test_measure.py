@@ -123,7 +123,10 @@ def by_hand(block, value):
     weights = {n: value(p) for n, p in block.named_parameters()}
     layer = sum(v.sum() for v in weights.values())
     units = [
-        weights["conv1.weight"][i].sum() + weights["bn1.weight"][i] + weights["bn1.bias"][i] + weights["conv2.weight"][:, i].sum()
+        weights["conv1.weight"][i].sum()
+        + weights["bn1.weight"][i]
+        + weights["bn1.bias"][i]
+        + weights["conv2.weight"][:, i].sum()
         for i in range(4)
     ]
     return torch.stack([layer, *units]).numpy()
@@ -141,7 +144,9 @@ def test_ownership_of_every_single_weight():
             for _ in range(3):
                 products.add(np.ones(size))
             index = np.unravel_index(place, parameter.shape)
-            unit = {"conv1": index[0], "bn1": index[0], "conv2": index[-3] if len(index) == 4 else None}.get(name.split(".")[0])
+            unit = {"conv1": index[0], "bn1": index[0], "conv2": index[-3] if len(index) == 4 else None}.get(
+                name.split(".")[0]
+            )
             expected = np.zeros(5)
             expected[0] = 4.0
             if unit is not None:
