@@ -1,11 +1,11 @@
 """Bias and noise of the benefit estimators against exact enumeration.
 
-    python -m benchmarks.estimators [--draws 440] [--resnet] [--write]
+    python -m benchmarks.estimators [--draws 220] [--resnet] [--write]
 
 A fully-connected residual network with 2 layers and 8 units has 1,024 gate patterns. It is trained on the digits with
-its gates drawn at theta; early and late in that training the loss of every pattern gives the exact benefits L0 - L1. The
-reference is the mean over the whole training set cut into batches of the training's size, train-mode batch norm, which
-is what training minimises; a row shows what the whole set as one batch would give instead.
+its gates drawn at theta; early and late in that training the loss of every pattern gives the exact benefits L0 - L1.
+The reference is the mean over the whole training set cut into batches of the training's size, train-mode batch norm,
+which is what training minimises; a row shows what the whole set as one batch would give instead.
 
 With --resnet, a second part trains the ResNet-20 of the main job and compares probes of several sizes there (the
 reference: paired differences over the whole batch, unbiased): a probe is normalised by its own examples, and few
@@ -343,7 +343,7 @@ def resnet_probes(epochs: int, length: int, batches: int, units: int, seed: int)
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimators", description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=440, help="batches and draws per estimate (440)")
+    parser.add_argument("--draws", type=int, default=220, help="batches and draws per estimate (220)")
     parser.add_argument("--batch", type=int, default=64, help="batch size (64)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs of the late measurement (40); the early one: 1")
     parser.add_argument("--seed", type=int, default=0)

@@ -3,7 +3,7 @@
     python -m benchmarks.gate_cost [--quick] [--threads N] [--write]
 
 One process; what is compared takes turns step by step, and ratios are taken within a round, so that a drift of the
-machine falls on all alike. Medians with quartiles. The pruner's own work is in fp32 also where the training step is bf16.
+machine falls on all alike. Medians with quartiles. Probes run in fp32 also where the training step is bf16.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
     given = dict(estimator=config.estimator, layer_estimator=config.layer_estimator, probe_size=config.probe_size)
     given |= dict(measure_every=config.measure_every, memory=config.memory, nu=config.nu, alpha=config.alpha)
     far = 10**9
-    given |= dict(rate_ratio=1.0, steps=far, warmup=far if settled else 0, check_every=far)
+    given |= dict(rate_ratio=1.0, steps=far, warmup=far - 1 if settled else 0, check_every=far)
     return Pruner(lane.model, lane.x[:1], optimizer=lane.optimizer, **{**given, **settings})
 
 

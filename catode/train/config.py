@@ -348,7 +348,7 @@ class Config:
         4, int, "gates", "steps from one measurement of the benefits to the next", low=1, mend="Use 1 for every step."
     )
     memory: int = _number(
-        200, int, "gates", "steps over which measurements are pooled", low=2, mend="Use 200 if in doubt."
+        200, int, "gates", "steps over which measurements are pooled", low=10, mend="Use 200 if in doubt."
     )
     check_every: int = _number(
         50, int, "gates", "steps from one check for removals to the next", low=1, mend="Use 1 for every step."

@@ -158,16 +158,19 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches, amp: bool = False) -> float:
-    """Share of correct predictions in eval mode, where theta stands in place of the gates."""
+    """Share of correct predictions in eval mode, where theta stands in place of the gates; NaN if a logit is not finite."""
     training = model.training
     model.eval()
-    right = total = 0
+    right, total, finite = 0, 0, torch.ones((), dtype=torch.bool)
+    finite = finite.to(next(model.parameters()).device)
     for x, y in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            right += (model(x).argmax(1) == y).sum()
+            logits = model(x)
+        right += (logits.argmax(1) == y).sum()
+        finite &= logits.isfinite().all()
         total += len(y)
     model.train(training)
-    return float(right) / total
+    return float(right) / total if finite else math.nan
 
 
 class _Table:
@@ -279,6 +282,8 @@ class _Trainer:
             mark = time.perf_counter()
         seconds = time.perf_counter() - began
         accuracy = evaluate(self.model, self.test_batches(), self.amp)
+        if math.isnan(accuracy):  # the last loss was finite, the step after it ruinous
+            self.not_finite()
         self.history.append(accuracy)
         self.save()
         self.show(losses)
@@ -316,7 +321,7 @@ class _Trainer:
 
     def not_finite(self) -> None:
         raise NotFinite(
-            f"`loss` must stay finite; got a non-finite loss at step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.3g}). "
+            f"`loss` must stay finite; got a non-finite loss or logit at step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.3g}). "
             f"The state after step {self.good_step} is kept in {self.folder}; lower --lr or turn --amp off."
         )
 

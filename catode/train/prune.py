@@ -41,6 +41,7 @@ MOST_OF_A_SITE = 0.25  # share of a site's units that one check may remove: thei
 LEAST_EVIDENCE = 8.0  # effective observations of benefit and gain before anything is decided
 COMMIT_FROM, INDIFFERENT_FROM = 0.5, 0.75  # shares of the deciding phase, see Pruner._certain
 INDIFFERENCE = 3.0  # a benefit known to lie within this factor of the price is not worth deciding
+LEAST_PRICE = 1e-12  # nats; below it a price is that of a unit whose layer is all but gone
 NEARLY_ONE = 0.9  # keep probability from which commitment is considered; the alarm bound uses the actual value
 
 
@@ -83,11 +84,12 @@ class Pruner:
         initial_keep_prob: Where every theta starts, in (0, 1].
         estimator: Estimator of the units' benefits, one of `catode.train.estimators.ESTIMATORS`.
         layer_estimator: The same for layers.
-        per_example: Draw gates for each example instead of each batch; costs passes over activations.
+        per_example: Draw gates for each example instead of each batch; costs passes over activations. The curvature
+            correction then uses the batch means of draw and curvature, taken as uncorrelated.
         probe_size: Examples in a probe; None: a tenth of the batch.
         measure_every: Steps between probes.
         check_every: Steps between checks.
-        memory: Steps over which measurements are pooled.
+        memory: Steps over which measurements are pooled, at least 10.
         seed: Seed of the gate draws.
 
     Attributes:
@@ -145,7 +147,11 @@ class Pruner:
         self.probe_size = None if probe_size is None else check_int("probe_size", probe_size, low=2)
         self.measure_every = check_int("measure_every", measure_every, low=1)
         self.check_every = check_int("check_every", check_every, low=1)
-        check_int("memory", memory, low=2)
+        check_int("memory", memory, low=10)
+        if self.warmup >= self.steps:
+            raise ValueError(
+                f"`warmup` must be below steps={self.steps}, or nothing is ever decided; got warmup={self.warmup}. Shorten it."
+            )
 
         self.model, self.optimizer = model, optimizer
         self.blocks = model.structures()
@@ -161,12 +167,12 @@ class Pruner:
         self.present = [np.arange(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
         self._site_start = starts
         full = self.complexity.prices(np.ones(n), nu=self.nu, alpha=self.alpha, beta=self.beta)
-        self.rate_ratio = np.divide(self.clock, full, out=np.zeros(n), where=full > 0)
+        self.rate_ratio = np.divide(self.clock, full, out=np.ones(n), where=full > 0)
 
         self.done, self.time = 0, 0.0
         self.finished = False
         self._pending = np.zeros(n)
-        window = self._window = np.where(self.is_layer, memory / 10, memory)
+        window = self._window = np.where(self.is_layer, max(memory / 10, LEAST_EVIDENCE), memory)
         self._benefit, self._slow, self._when, self._slow_when = (
             Pool(n, w) for w in (window, 3 * window, window, 3 * window)
         )
@@ -343,7 +349,8 @@ class Pruner:
         for kind, name in zip((self.is_layer, ~self.is_layer), self.estimators, strict=True):
             where = kind & open_
             if name == "curvature":
-                where &= self._curvature.count > 0
+                # a closed layer may leave the ReLU behind it exactly on its kink, where autograd's derivative is not one-sided
+                where &= (self._curvature.count > 0) & (~self.is_layer | (draw > 0.5))
                 values = curvature_corrected(derivative, draw, self._curvature.mean)
             elif name == "straight-through":
                 values = straight_through(derivative, draw)
@@ -397,11 +404,10 @@ class Pruner:
         for pool, value in ((self._benefit, -estimate), (self._slow, -estimate), (self._when, now), (self._slow_when, now)):
             pool.add(value, seen)
         if self.done > self.warmup:
-            upper = np.where(self._benefit.count >= LEAST_EVIDENCE, self._limits()[1], np.inf)
-            speed = self.rate_ratio * np.maximum(self.prices() - upper, -1e300)
-            moved = np.clip(self.keep_prob - self._pending * speed, 0.0, 1.0)
-            self.keep_prob = np.where(seen & ~self._zero, moved, self.keep_prob)
-            self._zero |= seen & (self.keep_prob == 0.0)  # absorbed: removed at the next check
+            moving = seen & ~self._zero & (self._benefit.count >= LEAST_EVIDENCE)
+            speed = self.rate_ratio[moving] * (self.prices() - self._limits()[1])[moving]
+            self.keep_prob[moving] = np.clip(self.keep_prob[moving] - self._pending[moving] * speed, 0.0, 1.0)
+            self._zero |= moving & (self.keep_prob == 0.0)  # absorbed: removed at the next check
         self._pending[seen] = 0.0
 
     def prices(self) -> NDArray:
@@ -425,7 +431,7 @@ class Pruner:
         # growth of the benefit beyond what the gain of its own weights explains
         own = self.keep_prob * np.maximum(products.gain.mean - z * products.gain.error, 0.0)
         drift = np.maximum(slope + z * slope_error - np.where(np.isfinite(own), own, 0.0), 0.0)
-        price = np.maximum(self.prices(), np.finfo(float).tiny)
+        price = np.maximum(self.prices(), LEAST_PRICE)
         weight_decay = self.optimizer.param_groups[0].get("weight_decay", 0.0)
         pull = products.weight_gradient
         decay = weight_decay * np.maximum(-(pull.mean + z * pull.error), 0.0) / np.maximum(upper, price)
@@ -439,7 +445,7 @@ class Pruner:
             "gain": gain,
             "decay": np.where(decay * price > drift, decay, 0.0),  # a lower limit; 0 is always one
             "rate_ratio": self.rate_ratio,
-            "noise": self.rate_ratio * np.sqrt(elapsed * self._estimate.variance),
+            "noise": self.rate_ratio * np.sqrt(np.where(elapsed > 0.0, elapsed, 1.0) * self._estimate.variance),
             "benefit_noise": self._benefit_noise(),
             "drift": drift,
             "step_time": elapsed,
@@ -453,13 +459,16 @@ class Pruner:
         noise of *all* weights does to the benefit.
         """
         wander = self._successive.mean - self._estimate.mean**2 + self._z * self._successive.error
-        return np.sqrt(2.0 * np.maximum(wander, 0.0) / np.maximum(self._window * self._elapsed.mean, 1e-12))
+        elapsed = self._elapsed.mean
+        return np.sqrt(2.0 * np.maximum(wander, 0.0) / (self._window * np.where(elapsed > 0.0, elapsed, 1.0)))
 
     def _slope(self) -> tuple[NDArray, NDArray]:
         """Growth of the benefits, nats/time, and its standard error, from a fast and a slow pool."""
-        span = np.maximum(self._when.mean - self._slow_when.mean, 1e-12)
-        error = np.hypot(self._benefit.error, self._slow.error) / span
-        return (self._benefit.mean - self._slow.mean) / span, error
+        span = self._when.mean - self._slow_when.mean
+        known = span > 0.0
+        span = np.where(known, span, 1.0)
+        error = np.where(known, np.hypot(self._benefit.error, self._slow.error) / span, np.inf)
+        return np.where(known, (self._benefit.mean - self._slow.mean) / span, 0.0), error
 
     def _check(self, step_time: float, final: bool = False) -> Check:
         """Decide what can be decided; compact what was removed."""
@@ -471,7 +480,7 @@ class Pruner:
         known = open_ & ~np.isnan(separatrix)
         zero = open_ & self._zero
         safe = known & ~zero & (found["benefit_upper"] < found["price"]) & (self.keep_prob <= tolerance)
-        safe = self._ration(safe, found["benefit_upper"] / found["price"])
+        safe = self._ration(safe, found)
         kept = self.complexity.close(self.kept & ~zero & ~safe)
         rounded = np.zeros_like(open_)
         if final:
@@ -518,12 +527,13 @@ class Pruner:
             tolerance = np.where(where, self.tolerance, np.nan)
         return separatrix, tolerance
 
-    def _ration(self, safe: NDArray[np.bool_], ratio: NDArray) -> NDArray[np.bool_]:
+    def _ration(self, safe: NDArray[np.bool_], found: dict[str, NDArray]) -> NDArray[np.bool_]:
         """Let one check remove at most one layer and a quarter of a site, the least useful first.
 
         Benefits are measured with all the others in place; the rest waits until they were measured again.
         """
         allowed = np.zeros_like(safe)
+        ratio = np.divide(found["benefit_upper"], found["price"], out=np.zeros(len(safe)), where=safe)
         layers = np.flatnonzero(safe & self.is_layer)
         if len(layers):
             allowed[layers[np.argmin(ratio[layers])]] = True
@@ -545,9 +555,10 @@ class Pruner:
         left = max(self.steps - self.done, 1)
         near_one = known & (self.keep_prob >= NEARLY_ONE)
         slope, slope_error = self._slope()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            fall = np.maximum(-(slope - self._z * slope_error), 0.0) / found["benefit"]
-            last = lower * np.exp(-fall * left * step_time)
+        near_one &= lower > 0.0
+        fall = np.maximum(-(slope - self._z * slope_error), 0.0)[near_one] / found["benefit"][near_one]
+        last = np.zeros_like(lower)
+        last[near_one] = lower[near_one] * np.exp(-fall * left * step_time)
         done = (self.done - self.warmup) / max(self.steps - self.warmup, 1)
         certain = near_one & (lower > price) & (last > price) & (done >= COMMIT_FROM)
         where = np.flatnonzero(certain)

@@ -98,7 +98,7 @@ def inference(model: nn.Module):
 def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     """Number of output positions per example of every counted module, summed over its calls."""
     found: dict[str, int] = {}
-    hooks = []
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def record(name: str, channels: int):
         def hook(module, args, output):
@@ -106,15 +106,15 @@ def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
 
         return hook
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or isinstance(module, _NORMS):
-            hooks.append(module.register_forward_hook(record(name, _out_width(module))))
-        elif any(True for _ in module.parameters(recurse=False)):
-            raise TypeError(
-                f"cannot count `{name}` ({type(module).__name__}): only convolutions, linear and norm layers may have "
-                "parameters. Extend catode.train.structure for other layers."
-            )
     try:
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, *_NORMS)):
+                hooks.append(module.register_forward_hook(record(name, _out_width(module))))
+            elif any(True for _ in module.parameters(recurse=False)):
+                raise TypeError(
+                    f"cannot count `{name}` ({type(module).__name__}): only convolutions, linear and norm layers may have "
+                    "parameters. Extend catode.train.structure for other layers."
+                )
         with inference(model):
             model(example)
     finally:
@@ -190,6 +190,11 @@ def describe(model: nn.Module, blocks: Sequence[Block], example: torch.Tensor) -
                 if width_of(modules[name]) != site.width:
                     raise ValueError(
                         f"site `{site.name}` must have the width of `{name}`; got {site.width} and {width_of(modules[name])}"
+                    )
+                if isinstance(modules[name], (nn.GroupNorm, nn.LayerNorm)):
+                    raise ValueError(
+                        f"site `{site.name}` must not pass `{name}`, a {type(modules[name]).__name__}, which mixes the units: "
+                        "removing one would change the others. Use a batch norm, or leave the site out."
                     )
                 table[name] = s
     terms = []

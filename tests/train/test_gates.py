@@ -97,9 +97,9 @@ def test_law_gradient_of_the_draw_is_the_finite_difference(name, kind, training,
             assert gradient[k].item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("resnet")])
 def test_law_gradient_of_a_closed_layer_is_the_difference_towards_open(name, bottleneck_net):
-    """dL/dxi of a layer at 0, where the last ReLU may sit exactly on its kink: the difference towards xi > 0 counts."""
+    """dL/dxi of a layer at 0. Not so in a BasicBlock, whose last ReLU then sits on its kink: see test_prune."""
     model = network(name, bottleneck_net).double().train()
     gates = install(model)
     x, y = data(dtype=torch.float64)
