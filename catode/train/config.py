@@ -21,18 +21,20 @@ from catode import _validate
 
 __all__ = ["PRESETS", "Config", "ConfigError", "build_parser", "check_out", "parse"]
 
-_REAL_IMAGES: dict[str, Any] = dict(nu=1.6, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0)
+_REAL_IMAGES: dict[str, Any] = dict(nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0)
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("digits", "*"): dict(
-        nu=2.5,
-        alpha=0.6,
+        nu=3.0,
+        alpha=0.75,
+        memory=400,
         epochs=60,
         batch_size=64,
         lr=0.1,
         weight_decay=5e-4,
         warmup_epochs=5.0,
-        probe_size=16,
-        measure_every=2,
+        probe_size=32,
+        layers_per_probe=3,
+        measure_every=4,
         check_every=20,
     ),
     ("cifar10", "*"): _REAL_IMAGES,
@@ -344,8 +346,11 @@ class Config:
         optional=True,
         mend="Leave it out for a tenth of the batch.",
     )
+    layers_per_probe: int = _number(
+        1, int, "gates", "layers whose paired difference one probe takes", low=1, mend="Use 1 if in doubt."
+    )
     measure_every: int = _number(
-        4, int, "gates", "steps from one measurement of the benefits to the next", low=1, mend="Use 1 for every step."
+        2, int, "gates", "steps from one measurement of the benefits to the next", low=1, mend="Use 1 for every step."
     )
     memory: int = _number(
         200, int, "gates", "steps over which measurements are pooled", low=10, mend="Use 200 if in doubt."

@@ -27,7 +27,7 @@ class Gates:
         draw: Current gate values, shape (n,), float32, a leaf that collects dL/dxi in ``draw.grad``.
         keep_prob: theta, shape (n,); it stands in place of the draw in eval mode.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
-            scaled instead of weights.
+            scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], size: int):
@@ -68,7 +68,7 @@ class Gates:
                 for name in spec.consumers:
                     module = self.model.get_submodule(name)
                     self._parametrize(module, "weight", _UnitGate(self, units))
-                    self._hooks.append(module.register_forward_pre_hook(self._scale_input(units)))
+                    self._hooks.append(module.register_forward_pre_hook(self._scale_input(units, spec.normalised)))
             if layers[number]:
                 module = self.model.get_submodule(block.output)
                 for name in ("weight", "bias"):
@@ -105,7 +105,7 @@ class Gates:
         module.parametrizations.train(module.training)
         self._installed.append((module, name))
 
-    def _scale_input(self, units: torch.Tensor):
+    def _scale_input(self, units: torch.Tensor, normalised: bool):
         def hook(module: nn.Module, args: tuple):
             if self.rows is None:
                 return None
@@ -113,10 +113,14 @@ class Gates:
             gate = self.rows[:, units]
             channels_first = not isinstance(module, nn.Linear)
             extra = [1] * (x.dim() - 2)
-            return (
-                x * (gate.view(*gate.shape, *extra) if channels_first else gate.view(len(gate), *extra, -1)),
-                *args[1:],
-            )
+            gate = gate.view(*gate.shape, *extra) if channels_first else gate.view(len(gate), *extra, -1)
+            if normalised:
+                # One gate for the whole batch moves the units' means, and the norm behind takes that out again; a gate of
+                # one example alone would not, so it closes towards the mean.
+                over = [d for d in range(x.dim()) if d != (1 if channels_first else x.dim() - 1)]
+                mean = x.detach().mean(over, keepdim=True)
+                return (mean + (x - mean) * gate, *args[1:])
+            return (x * gate, *args[1:])
 
         return hook
 

@@ -149,6 +149,7 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         layer_estimator=config.layer_estimator,
         per_example=config.per_example_gates,
         probe_size=config.probe_size,
+        layers_per_probe=config.layers_per_probe,
         measure_every=config.measure_every,
         check_every=config.check_every,
         memory=config.memory,

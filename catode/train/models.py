@@ -62,6 +62,7 @@ class BasicBlock(nn.Module):
             width=self.conv1.out_channels,
             producers=(f"{name}.conv1", f"{name}.bn1"),
             consumers=(f"{name}.conv2",),
+            normalised=True,
         )
         return Block(name=name, output=f"{name}.bn2", sites=(site,))
 

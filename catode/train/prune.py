@@ -87,7 +87,8 @@ class Pruner:
         per_example: Draw gates for each example instead of each batch; costs passes over activations. The curvature
             correction then uses the batch means of draw and curvature, taken as uncorrelated.
         probe_size: Examples in a probe; None: a tenth of the batch.
-        measure_every: Steps between probes.
+        layers_per_probe: Structures (layers by default) whose paired difference one probe takes.
+        measure_every: Steps between probes; probes of curvature and of paired differences take turns.
         check_every: Steps between checks.
         memory: Steps over which measurements are pooled, at least 10.
         seed: Seed of the gate draws.
@@ -120,7 +121,8 @@ class Pruner:
         layer_estimator: str = "paired",
         per_example: bool = False,
         probe_size: int | None = None,
-        measure_every: int = 4,
+        layers_per_probe: int = 1,
+        measure_every: int = 2,
         check_every: int = 50,
         memory: int = 200,
         seed: int = 0,
@@ -145,6 +147,7 @@ class Pruner:
         )
         self.per_example = per_example
         self.probe_size = None if probe_size is None else check_int("probe_size", probe_size, low=2)
+        self.layers_per_probe = check_int("layers_per_probe", layers_per_probe, low=1)
         self.measure_every = check_int("measure_every", measure_every, low=1)
         self.check_every = check_int("check_every", check_every, low=1)
         check_int("memory", memory, low=10)
@@ -179,7 +182,7 @@ class Pruner:
         self._elapsed = Pool(n, window)
         self._estimate, self._successive = Pool(n, window), Pool(n, window)
         self._last = np.full(n, np.nan)
-        self._curvature = Pool(n, max(memory / self.measure_every, 10))
+        self._curvature = Pool(n, max(memory / (2 * self.measure_every), 10))
         self._products = GradientProducts(n, max(memory / self._burst_every, 20))
         self._turn = {True: 0, False: 0}
         self._generator = torch.Generator().manual_seed(seed)
@@ -196,7 +199,7 @@ class Pruner:
 
     @property
     def _burst_every(self) -> int:
-        return max(4, 2 * self.measure_every)
+        return max(8, 2 * self.measure_every)
 
     @property
     def expected_complexity(self) -> float:
@@ -371,27 +374,31 @@ class Pruner:
         begin = (self.done // self.measure_every * size) % max(batch - size + 1, 1)
         part = slice(begin, begin + size)
         targets = _targets(captured["logits"][part], captured["gradient"][part], batch * 1.0 / self._scale)
+        # curvature and paired probes take turns, so that no step bears both
+        curved = open_[self.is_layer].any() and self.estimators[0] == "curvature"
+        curved |= open_[~self.is_layer].any() and self.estimators[1] == "curvature"
+        chosen = [s for layers in (True, False) for s in self._next(layers, open_)]
+        turn = (self.done // self.measure_every) % 2 == 0
         self._probing = True
         try:
             probe = Probe(self.model, self.gates, captured["inputs"][part], targets, self._labels)
-            if "curvature" in self.estimators:
+            if curved and (turn or not chosen):
                 self._curvature.add(probe.curvature().double().cpu().numpy(), open_)
-            chosen = [s for kind in (True, False) for s in self._next(kind, open_)]
+                return {}
+            self._turn[True] += self.layers_per_probe
+            self._turn[False] += self.layers_per_probe
             benefits = probe.paired(chosen).double().cpu().numpy()
         finally:
             self._probing = False
         return dict(zip(chosen, benefits.tolist(), strict=True))
 
-    def _next(self, layers: bool, open_: NDArray[np.bool_], most: int = 2) -> list[int]:
-        """The next structures in turn for a paired difference."""
-        if self.estimators[0 if layers else 1] != "paired":
-            return []
+    def _next(self, layers: bool, open_: NDArray[np.bool_]) -> list[int]:
+        """The structures of one kind whose turn it is for a paired difference."""
         candidates = np.flatnonzero(open_ & (self.is_layer == layers))
-        if not len(candidates):
+        if self.estimators[0 if layers else 1] != "paired" or not len(candidates):
             return []
-        chosen = [int(candidates[(self._turn[layers] + i) % len(candidates)]) for i in range(min(most, len(candidates)))]
-        self._turn[layers] = (self._turn[layers] + len(chosen)) % len(candidates)
-        return chosen
+        count = min(self.layers_per_probe, len(candidates))
+        return [int(candidates[(self._turn[layers] + i) % len(candidates)]) for i in range(count)]
 
     def _move(self, estimate: NDArray, seen: NDArray[np.bool_]) -> None:
         """Projected SGD step of theta with the prices of this moment; pools the evidence."""

@@ -30,12 +30,15 @@ class Site:
         producers: Paths of the modules whose *output* dimension is this width: the layer and its norm.
         consumers: Paths of the convolutions or linear layers whose *input* dimension is this width. Their input slices
             carry the unit gates.
+        normalised: Whether the consumers' outputs go straight into batch norms. A constant shift of the units is then
+            taken out again, so that removing a unit means replacing it by its mean.
     """
 
     name: str
     width: int
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
+    normalised: bool = False
 
 
 @dataclass(frozen=True)
