@@ -114,7 +114,7 @@ class Gates:
             channels_first = not isinstance(module, nn.Linear)
             extra = [1] * (x.dim() - 2)
             gate = gate.view(*gate.shape, *extra) if channels_first else gate.view(len(gate), *extra, -1)
-            if normalised:
+            if normalised and module.training:
                 # One gate for the whole batch moves the units' means, and the norm behind takes that out again; a gate of
                 # one example alone would not, so it closes towards the mean.
                 over = [d for d in range(x.dim()) if d != (1 if channels_first else x.dim() - 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,8 +44,11 @@ def numbers(blocks):
     return sites, start
 
 
-def install(model):
+def install(model, normalised=None):
+    """Gates in every structure; `normalised` overrides the blocks' own word, for the sites it names or for all."""
     blocks = model.structures()
+    if normalised is not None:
+        blocks = [replace(b, sites=tuple(replace(s, normalised=s.name in normalised) for s in b.sites)) for b in blocks]
     sites, size = numbers(blocks)
     gates = Gates(model, blocks, size)
     gates.install([True] * len(blocks), sites)
@@ -124,7 +128,7 @@ def test_law_gradient_of_a_closed_layer_is_the_difference_towards_open(name, bot
 def test_law_weights_scaled_equal_activations_scaled(name, seed, theta, bottleneck_net):
     """One draw for all examples: rows mode gives the same loss, and its rows' gradients sum to the draw's."""
     model = network(name, bottleneck_net).double()
-    gates = install(model)
+    gates = install(model, normalised=())
     x, y = data(dtype=torch.float64, seed=seed)
     values = bernoulli(gates.size, seed, theta)
     leaf = double(gates, values)
@@ -137,6 +141,37 @@ def test_law_weights_scaled_equal_activations_scaled(name, seed, theta, bottlene
     (by_row,) = torch.autograd.grad(other, gates.rows)
     assert one.item() == pytest.approx(other.item(), rel=1e-10)
     torch.testing.assert_close(by_row.sum(0), by_weight, rtol=1e-8, atol=1e-12)
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 10**6), theta=st.floats(0.2, 1.0))
+def test_law_closing_towards_the_mean_equals_scaling_where_a_batch_norm_follows(seed, theta, bottleneck_net):
+    """One draw for all examples and a 1x1 consumer (no border): the norm takes the mean out, so the loss is the same."""
+    model = network("bottleneck", bottleneck_net).double().train()
+    gates = install(model, normalised={"blocks.0.conv2", "blocks.1.conv2"})
+    x, y = data(dtype=torch.float64, seed=seed)
+    values = bernoulli(gates.size, seed, theta)
+    double(gates, values)
+    one = F.cross_entropy(model(x), y)
+    gates.rows = values.double().expand(len(x), -1)
+    assert F.cross_entropy(model(x), y).item() == pytest.approx(one.item(), rel=1e-9)
+
+
+def test_a_useless_constant_unit_has_no_curvature_where_a_batch_norm_follows(bottleneck_net):
+    """A unit that says the same of every image changes nothing; without the mean its gates would seem to matter."""
+    model = network("bottleneck", bottleneck_net).double().train()
+    with torch.no_grad():
+        model.blocks[0].bn2.weight[1], model.blocks[0].bn2.bias[1] = 0.0, 3.0
+    x, y = data(dtype=torch.float64)
+    gradients = {}
+    for normalised in (True, False):
+        gates = install(model, normalised={"blocks.0.conv2"} if normalised else ())
+        unit = len(gates.blocks) + 4 + 1
+        gates.rows = torch.ones(len(x), gates.size, dtype=torch.float64, requires_grad=True)
+        (rows,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), gates.rows)
+        gradients[normalised] = rows[:, unit].abs().max().item()
+        gates.remove()
+    assert gradients[True] < 1e-12 < 1e-4 < gradients[False]
 
 
 @pytest.mark.parametrize("name", NAMES)
