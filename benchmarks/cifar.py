@@ -1,8 +1,8 @@
 """CIFAR-10: the pruned network, the dense one, and rivals narrowed or shortened from the start, same epochs and seeds.
 
-    python -m benchmarks.cifar run pruned --seed 0 --data-dir DIR --out FOLDER
-    python -m benchmarks.cifar condense FOLDER [FOLDER ...] --to benchmarks/records
-    python -m benchmarks.cifar table benchmarks/records
+python -m benchmarks.cifar run pruned --seed 0 --data-dir DIR --out FOLDER
+python -m benchmarks.cifar condense FOLDER [FOLDER ...] --to benchmarks/records
+python -m benchmarks.cifar table benchmarks/records
 """
 
 from __future__ import annotations

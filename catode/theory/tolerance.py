@@ -399,7 +399,9 @@ def _boundary(
     gap = price - np.maximum(benefit, 0.0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         separatrix = (pool * gap + room) / gain
-        seen = rate * (rate + decay) / (rate_ratio * gain)  # share of the noise of theta that passes the pool: 1 / (1 + T mu)
+        seen = (
+            rate * (rate + decay) / (rate_ratio * gain)
+        )  # share of the noise of theta that passes the pool: 1 / (1 + T mu)
         spread = (seen * noise + rate * benefit_noise / gain) / np.sqrt(rate * (2.0 + step_time * rate))
     flat = gain == 0.0
     if np.any(flat):

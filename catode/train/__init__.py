@@ -1,6 +1,6 @@
 """Train a network once and get a smaller one back: the pruner, the architectures, the trainer.
 
-    from catode.train import Pruner, load
+from catode.train import Pruner, load
 """
 
 from catode.train.checkpoint import load

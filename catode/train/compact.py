@@ -133,7 +133,9 @@ def restrict(model: nn.Module, blocks: list[Block], structure: dict) -> nn.Modul
         for i, site in enumerate(block.sites):
             units = record["sites"][site.name]
             if not units or min(units) < 0 or max(units) >= site.width or len(set(units)) < len(units):
-                raise ValueError(f"`{site.name}` in structure.json must keep different units of 0..{site.width - 1}; got {units}")
+                raise ValueError(
+                    f"`{site.name}` in structure.json must keep different units of 0..{site.width - 1}; got {units}"
+                )
             if len(units) < site.width:
                 keep_units(model, block, i, units)
     return model

@@ -29,10 +29,23 @@ from catode.train.device import keep_freed_memory, latency_ms
 from catode.train.prune import ROW_FIELDS, Pruner
 from catode.train.structure import Counts, count
 
-METRIC_FIELDS = (
-    "epoch step time lr loss train_accuracy test_accuracy expected_complexity macs params layers_kept units_kept "
-    "undecided seconds wait_share"
-).split()
+METRIC_FIELDS = [
+    "epoch",
+    "step",
+    "time",
+    "lr",
+    "loss",
+    "train_accuracy",
+    "test_accuracy",
+    "expected_complexity",
+    "macs",
+    "params",
+    "layers_kept",
+    "units_kept",
+    "undecided",
+    "seconds",
+    "wait_share",
+]
 AUGMENT = {"digits": "shift", "cifar10": "crop-flip", "cifar100": "crop-flip", "folder": "crop-flip"}
 
 
@@ -322,7 +335,8 @@ class _Trainer:
 
     def not_finite(self) -> None:
         raise NotFinite(
-            f"`loss` must stay finite; got a non-finite loss or logit at step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.3g}). "
+            f"`loss` must stay finite; got a non-finite loss or logit at step {self.step} "
+            f"(lr {self.optimizer.param_groups[0]['lr']:.3g}). "
             f"The state after step {self.good_step} is kept in {self.folder}; lower --lr or turn --amp off."
         )
 
@@ -349,7 +363,9 @@ class _Trainer:
     def save(self) -> None:
         """Keep the network as it stands as the last good one."""
         self.good_step = self.step
-        state, structure = self.pruner.snapshot() if self.pruner else (self.model.state_dict(), checkpoint.whole(self.model))
+        state, structure = (
+            self.pruner.snapshot() if self.pruner else (self.model.state_dict(), checkpoint.whole(self.model))
+        )
         images = self.setup.images
         checkpoint.save(
             self.folder,

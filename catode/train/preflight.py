@@ -39,5 +39,8 @@ def table(setup: Setup) -> str:
             f"{prices[number]:>12.3g} {prices[layers + units[0]]:>12.3g}"
         )
     floor = np.zeros(cost.size)
-    lines += ["", f"least possible: {cost.macs(floor):,.0f} MACs ({cost.macs(floor) / macs:.1%}), {cost.params(floor):,.0f} parameters"]
+    lines += [
+        "",
+        f"least possible: {cost.macs(floor):,.0f} MACs ({cost.macs(floor) / macs:.1%}), {cost.params(floor):,.0f} parameters",
+    ]
     return "\n".join(lines)

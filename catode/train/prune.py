@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 from torch import nn
 
-from catode._validate import check_choice, check_int, check_interval, check_nonnegative, check_positive
+from catode._validate import check_choice, check_int, check_interval, check_positive
 from catode.theory import tolerance as tolerances
 from catode.train import compact
 from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, straight_through
@@ -29,10 +30,30 @@ from catode.train.gates import Gates
 from catode.train.measure import GradientProducts, Pool
 from catode.train.structure import Counts, Prunable, describe
 
-ROW_FIELDS = (
-    "step time kind block site index keep_prob benefit benefit_upper benefit_lower price gain decay rate_ratio noise "
-    "benefit_noise drift step_time risk separatrix tolerance state"
-).split()
+ROW_FIELDS = [
+    "step",
+    "time",
+    "kind",
+    "block",
+    "site",
+    "index",
+    "keep_prob",
+    "benefit",
+    "benefit_upper",
+    "benefit_lower",
+    "price",
+    "gain",
+    "decay",
+    "rate_ratio",
+    "noise",
+    "benefit_noise",
+    "drift",
+    "step_time",
+    "risk",
+    "separatrix",
+    "tolerance",
+    "state",
+]
 
 UNDECIDED, COMMITTED, FORCED, PROMOTED = "undecided", "committed", "forced", "promoted"
 PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
@@ -167,7 +188,7 @@ class Pruner:
         self.kept = np.ones(n, dtype=bool)
         self._zero = np.zeros(n, dtype=bool)
         starts = layers + np.concatenate([[0], np.cumsum(self.complexity.widths)])
-        self.present = [np.arange(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        self.present = [np.arange(a, b) for a, b in pairwise(starts)]
         self._site_start = starts
         full = self.complexity.prices(np.ones(n), nu=self.nu, alpha=self.alpha, beta=self.beta)
         self.rate_ratio = np.divide(self.clock, full, out=np.ones(n), where=full > 0)
@@ -252,7 +273,9 @@ class Pruner:
         for number, block in enumerate(self.blocks):
             sites = {}
             for spec in block.sites:
-                sites[spec.name] = [int(u - self._site_start[site]) for u in self.present[site]] if self.kept[number] else []
+                sites[spec.name] = (
+                    [int(u - self._site_start[site]) for u in self.present[site]] if self.kept[number] else []
+                )
                 site += 1
             record[block.name] = {"kept": bool(self.kept[number]), "sites": sites}
         return record
@@ -336,7 +359,9 @@ class Pruner:
         rows = self.gates.rows
         source = rows if rows is not None else self.gates.draw
         if source.grad is None:
-            raise RuntimeError("`step()` must follow a backward pass through the gated model in train mode; there was none")
+            raise RuntimeError(
+                "`step()` must follow a backward pass through the gated model in train mode; there was none"
+            )
         self.gates.rows = None
         derivative, draw = source.grad / grad_scale, source.detach()
         if rows is not None:
@@ -408,7 +433,12 @@ class Pruner:
         self._successive.add(np.where(follows, estimate * self._last, 0.0), follows)
         self._last = np.where(seen, estimate, self._last)
         self._elapsed.add(self._pending, seen)
-        for pool, value in ((self._benefit, -estimate), (self._slow, -estimate), (self._when, now), (self._slow_when, now)):
+        for pool, value in (
+            (self._benefit, -estimate),
+            (self._slow, -estimate),
+            (self._when, now),
+            (self._slow_when, now),
+        ):
             pool.add(value, seen)
         if self.done > self.warmup:
             moving = seen & ~self._zero & (self._benefit.count >= LEAST_EVIDENCE)
@@ -526,7 +556,10 @@ class Pruner:
             derived = tolerances.derive(
                 benefit=part["benefit_upper"],
                 memory=(self._window * found["step_time"])[where],
-                **{k: part[k] for k in ("price", "gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")},
+                **{
+                    k: part[k]
+                    for k in ("price", "gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")
+                },
                 risk=self.risk,
             )
             separatrix[where], tolerance[where] = derived.separatrix, derived.values
@@ -556,7 +589,8 @@ class Pruner:
         The gain's lower limit is 0 in practice, so the mirror domain is empty and the finite-horizon test decides: theta
         is near 1; the benefit's lower limit, carried to the horizon at the rate at which benefits are seen to fall,
         stays above the price; and noise alone reaches 0 with less than the stated risk. Benefits fall while the loss
-        falls, so nothing is committed in the first half of the phase. In its last quarter a structure whose benefit is known to lie near its price is kept too: it does not matter.
+        falls, so nothing is committed in the first half of the phase. In its last quarter a structure whose
+        benefit is known to lie near its price is kept too: it does not matter.
         """
         lower, upper, price = (found[k] for k in ("benefit_lower", "benefit_upper", "price"))
         left = max(self.steps - self.done, 1)

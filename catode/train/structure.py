@@ -185,7 +185,7 @@ def describe(model: nn.Module, blocks: Sequence[Block], example: torch.Tensor) -
     modules = dict(model.named_modules())
     sites = [(b, site) for b, block in enumerate(blocks) for site in block.sites]
     inner, outer = {}, {}
-    for s, (b, site) in enumerate(sites):
+    for s, (_, site) in enumerate(sites):
         for table, names, width_of in ((outer, site.producers, _out_width), (inner, site.consumers, _in_width)):
             for name in names:
                 if name not in modules:

@@ -55,7 +55,9 @@ def test_v_grows_from_its_threshold_at_the_growth_rate(system, b, pool, theta, d
 @given(SYSTEMS, st.floats(0.0, 0.9))
 @settings(deadline=None, max_examples=100)
 def test_memory_zero_is_the_plain_formula_and_memory_widens_the_domain(system, share):
-    common = {k: v for k, v in system.items() if k != "memory"} | {"benefit": share * system["price"], "drift": 0.0} | QUIET
+    common = (
+        {k: v for k, v in system.items() if k != "memory"} | {"benefit": share * system["price"], "drift": 0.0} | QUIET
+    )
     plain = derive(**common)
     assert float(derive(memory=0.0, **common).separatrix) == float(plain.separatrix)
     assert float(derive(memory=1e-9, **common).separatrix) == pytest.approx(float(plain.separatrix), rel=1e-6)
@@ -87,8 +89,17 @@ def test_pooled_iterates_escape_no_more_often_than_the_bound():
         sigma = np.sqrt(tau) * rho
         bound = float(
             escape_probability(
-                keep_prob=start, benefit=0.0, price=g, gain=q, decay=a, rate_ratio=rho, noise=sigma, benefit_noise=0.0,
-                drift=0.0, step_time=tau, memory=memory,
+                keep_prob=start,
+                benefit=0.0,
+                price=g,
+                gain=q,
+                decay=a,
+                rate_ratio=rho,
+                noise=sigma,
+                benefit_noise=0.0,
+                drift=0.0,
+                step_time=tau,
+                memory=memory,
             )
         )
         theta, b, pool = np.full(n, start), np.zeros(n), np.zeros(n)
