@@ -40,6 +40,7 @@ _INPUTS = (
     "drift",
     "step_time",
     "memory",
+    "pooled",
 )
 
 
@@ -147,6 +148,7 @@ def derive(
     drift: Any,
     step_time: Any,
     memory: Any = 0.0,
+    pooled: Any = None,
     risk: Any = 0.05,
 ) -> Tolerance:
     """Keep probability below which removing a structure is safe, with a failure probability of at most `risk`.
@@ -154,10 +156,10 @@ def derive(
     theta_tol = theta_sep(b) - z_{1-risk} s_V / (q sqrt(mu (2 + tau mu))),
     theta_sep(b) = [g (mu + a) - delta - mu b+] / q.
 
-    Where theta moves by a pooled estimate instead of a single draw (`memory` T > 0: an exponential average of the
-    benefit, itself held at `benefit` now), the pool is a third state. It slows the escape and filters the noise:
+    Where theta moves by a pooled estimate instead of a single draw (`memory` T > 0: an exponential average B of the
+    benefit, standing at `pooled` now), the pool is a third state. It slows the escape and filters the noise:
 
-    theta_sep = [ (1 + (mu + a) T) mu (g - b+) + a g - delta ] / q,   mu (mu + a) (1 + T mu) = rho q,
+    theta_sep = [ mu (g - b+) + (mu + a) T mu (g - B+) + a g - delta ] / q,   mu (mu + a) (1 + T mu) = rho q,
 
     and s_V keeps its form with this smaller mu (docs/theory.md). T = 0 is the formula above.
 
@@ -183,6 +185,7 @@ def derive(
         drift: Bound delta on the growth of the benefit, nats/time.
         step_time: ODE time tau of one step, lr/(1 - momentum); 0 gives the limit of small steps.
         memory: Time constant T of the pool through which theta sees the benefit; 0 where it sees single draws.
+        pooled: Where the pool stands, nats; None for `benefit`.
         risk: Accepted probability that a removed structure would not have gone by itself, in (0, 0.5).
 
     Returns:
@@ -211,6 +214,7 @@ def derive(
         drift=drift,
         step_time=step_time,
         memory=memory,
+        pooled=benefit if pooled is None else pooled,
     )
     inputs["risk"] = check_interval("risk", risk, 0.0, 0.5, True, True, array=True, mend="Choose e.g. 0.05.")
     inputs = _broadcast(inputs)
@@ -253,6 +257,7 @@ def escape_probability(
     drift: Any,
     step_time: Any,
     memory: Any = 0.0,
+    pooled: Any = None,
 ) -> np.ndarray:
     """Upper bound on the probability that theta, left alone, is not absorbed at 0.
 
@@ -273,6 +278,7 @@ def escape_probability(
         drift: Bound delta on the growth of the benefit, nats/time.
         step_time: ODE time tau of one step.
         memory: Time constant T of the pool through which theta sees the benefit.
+        pooled: Where the pool stands, nats; None for `benefit`.
 
     Returns:
         Probabilities, of the broadcast shape.
@@ -291,6 +297,7 @@ def escape_probability(
         drift=drift,
         step_time=step_time,
         memory=memory,
+        pooled=benefit if pooled is None else pooled,
     )
     inputs["keep_prob"] = check_interval("keep_prob", keep_prob, 0.0, 1.0, array=True)
     inputs = _broadcast(inputs)
@@ -358,6 +365,7 @@ def _inputs(**given: Any) -> dict[str, np.ndarray]:
     """Validate the arguments that `derive` and `escape_probability` share."""
     checked = {
         "benefit": check_real("benefit", given["benefit"], array=True),
+        "pooled": check_real("pooled", given["pooled"], array=True),
         "price": _price(given["price"]),
         "rate_ratio": check_positive("rate_ratio", given["rate_ratio"], array=True),
     }
@@ -387,6 +395,7 @@ def _boundary(
     drift: np.ndarray,
     step_time: np.ndarray,
     memory: np.ndarray,
+    pooled: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Separatrix, standard deviation of its crossing (in theta), and where no claim can be made at all.
 
@@ -394,11 +403,10 @@ def _boundary(
     is a valid bound; the separatrix grows (or falls) faster than the spread unless decay = 0 and the benefit is noisy.
     """
     rate = growth_rate(decay, rate_ratio, gain, memory)
-    pool = rate * (1.0 + (rate + decay) * memory)  # equals mu without memory
     room = decay * price - drift
-    gap = price - np.maximum(benefit, 0.0)
+    gap = price - np.maximum(benefit, 0.0) + (rate + decay) * memory * (price - np.maximum(pooled, 0.0))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        separatrix = (pool * gap + room) / gain
+        separatrix = (rate * gap + room) / gain
         seen = (
             rate * (rate + decay) / (rate_ratio * gain)
         )  # share of the noise of theta that passes the pool: 1 / (1 + T mu)
@@ -426,6 +434,7 @@ def _explain(
     drift: float,
     step_time: float,
     memory: float,
+    pooled: float,
     risk: float,
 ) -> str:
     """One sentence about one structure."""

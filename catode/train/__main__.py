@@ -15,14 +15,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from catode.train import loop, preflight
 
     try:
-        config = configuration.parse(argv)
-        if config.dry_run:
-            print(preflight.table(loop.prepare(config)))
-            return 0
-        folder = loop.run(config)
+        setup = loop.prepare(configuration.parse(argv))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if setup.config.dry_run:
+        print(preflight.table(setup))
+        return 0
+    try:
+        folder = loop.train(setup)
     except loop.NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

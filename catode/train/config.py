@@ -35,7 +35,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         probe_size=32,
         layers_per_probe=3,
         measure_every=4,
-        check_every=20,
+        check_every=10,
     ),
     ("cifar10", "*"): _REAL_IMAGES,
     ("cifar100", "*"): _REAL_IMAGES,

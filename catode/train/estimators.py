@@ -10,7 +10,7 @@ estimator      mean                                           noise       use
 ============== ============================================== =========== ==================================
 straight-      theta g(1) + (1-theta) g(0); blind at xi = 1   low         comparison; right at theta = 1/2
 curvature      exact for losses quadratic in xi               low         units (default)
-paired         exact (unbiased, any loss)                     one or few  layers (default)
+paired         exact for any loss, on the probe's examples    one or few  layers (default)
                                                               per probe
 ============== ============================================== =========== ==================================
 """
@@ -97,11 +97,13 @@ class Probe:
         """Gauss-Newton curvature of the loss in every gate, shape (n,).
 
         The mean over examples of the squared derivative at a label *sampled from the model*, whose expectation is the
-        variance over the model's softmax of dz/dxi.
+        variance over the model's softmax of dz/dxi. NaN if a logit is not finite.
         """
         rows = self.draw.expand(len(self.inputs), -1).clone().requires_grad_()
         logits = self._forward(rows)
         self._base = self._loss(logits.detach())
+        if not logits.isfinite().all():
+            return torch.full_like(self.draw, torch.nan)
         labels = torch.multinomial(logits.detach().softmax(1), 1, generator=self.generator)[:, 0]
         (per_example,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), rows)
         return per_example.square().mean(0)

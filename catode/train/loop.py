@@ -129,6 +129,11 @@ def prepare(config: Config) -> Setup:
     )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(config.device, memory_format=memory_format)
+    if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
+        raise data.DataError(
+            f"`warmup_epochs` must end before the deciding phase does; got warmup_epochs={config.warmup_epochs:g} with "
+            f"{steps * config.epochs} steps in all. Shorten the warm-up or train longer."
+        )
     example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
     return Setup(
         config, images, model, example, steps, learning_rates(config.schedule, config.lr, steps * config.epochs)
@@ -217,8 +222,13 @@ def run(config: Config, *, progress: bool = True) -> Path:
         ValueError: for bad input, before anything is written.
         NotFinite: if the loss stops being finite; the folder then holds the last good network.
     """
-    folder = Path(config.out)
-    trainer = _Trainer(prepare(config), folder, progress)
+    return train(prepare(config), progress=progress)
+
+
+def train(setup: Setup, *, progress: bool = True) -> Path:
+    """The same for a prepared run; see `run`."""
+    folder = Path(setup.config.out)
+    trainer = _Trainer(setup, folder, progress)
     try:
         trainer.train()
     finally:

@@ -40,6 +40,11 @@ class Pool:
         return np.divide(self._w**2, self._w2, out=np.zeros_like(self._w), where=self._w2 > 0)
 
     @property
+    def weight(self) -> NDArray:
+        """Memory in observations: as many as were seen at first, the window in the end."""
+        return self._w
+
+    @property
     def mean(self) -> NDArray:
         """Weighted mean; 0 where nothing was seen."""
         return np.divide(self._s, self._w, out=np.zeros_like(self._w), where=self._w > 0)
@@ -74,7 +79,7 @@ class GradientProducts:
         self.gain, self.weight_gradient = Pool(size, window), Pool(size, window)
         self._parameters: list[nn.Parameter] = []
         self._owners: list[NDArray[np.int64]] = []
-        self._burst: list[tuple[NDArray, NDArray]] = []
+        self.begin()
 
     def attach(self, model: nn.Module, blocks: Sequence[tuple[int, Block]], units: Sequence[Sequence[NDArray]]) -> None:
         """Learn which weight belongs to which structures. The model must be plain at this moment.
@@ -84,7 +89,8 @@ class GradientProducts:
             blocks: The blocks that are still there, with their layer's number.
             units: For each of them and each of its sites, the numbers of the units now present.
         """
-        self._parameters, parts, self._burst = [], [], []
+        self._parameters, parts = [], []
+        self.begin()
         for (number, block), present in zip(blocks, units, strict=True):
             roots = [
                 (name, module) for name, module in model.get_submodule(block.name).named_modules(prefix=block.name)
@@ -105,20 +111,32 @@ class GradientProducts:
                     parts.append(owners.reshape(3, -1))
         self._owners = list(np.concatenate(parts, axis=1)) if parts else []
 
+    def begin(self) -> None:
+        """Begin a burst of three steps in a row."""
+        self._burst, self._weights = [], None
+
     def add(self, draw: NDArray) -> None:
-        """Take in the gradients of one step; call it on three steps in a row."""
+        """Take in the gradients of one step, after the optimizer's; call it on three steps in a row.
+
+        Args:
+            draw: Gate values of the step (their means over the batch, for gates of single examples), shape (n,). The
+                gradient of a gated weight carries its gate, which is divided out.
+        """
         if not self._parameters or any(p.grad is None for p in self._parameters):
             return
+        on = draw > 0.5
+        scale = np.where(on, draw, 1.0)
         gradient = torch.cat([p.grad.reshape(-1) for p in self._parameters]).double().cpu().numpy()
-        self._burst.append((gradient, draw > 0.5))
+        if self._weights is not None:  # those that this gradient was taken at
+            self.weight_gradient.add(self._sum(self._weights * gradient) / scale, on)
+            self._weights = None
+        self._burst.append((gradient, on, scale))
         if len(self._burst) == 1:
-            weights = torch.cat([p.detach().reshape(-1) for p in self._parameters]).double().cpu().numpy()
-            self.weight_gradient.add(self._sum(weights * gradient), draw > 0.5)
+            self._weights = torch.cat([p.detach().reshape(-1) for p in self._parameters]).double().cpu().numpy()
         if len(self._burst) == 3:
-            (g1, on1), (g2, on2), (g3, on3) = self._burst
-            a, b, c = self._sum(g1 * g2), self._sum(g2 * g3), self._sum(g1 * g3)
-            on = on1 & on2 & on3
-            self.gain.add((a + b + c) / 3.0, on)
+            (g1, on1, s1), (g2, on2, s2), (g3, on3, s3) = self._burst
+            products = self._sum(g1 * g2) / (s1 * s2) + self._sum(g2 * g3) / (s2 * s3) + self._sum(g1 * g3) / (s1 * s3)
+            self.gain.add(products / 3.0, on1 & on2 & on3)
             self._burst = []
 
     def _sum(self, products: NDArray) -> NDArray:

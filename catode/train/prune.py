@@ -71,7 +71,7 @@ class Check:
     """What one check found and did.
 
     Attributes:
-        rows: One record for every structure that was undecided before it, keys `ROW_FIELDS`.
+        rows: One record for every structure that was undecided before it or changed its state, keys `ROW_FIELDS`.
         warnings: One line each.
         removed: Number of structures removed, promoted ones included.
     """
@@ -90,12 +90,12 @@ class Pruner:
     Args:
         model: A network with a method ``structures()`` (see `catode.train.structure`); gated in place.
         example_input: One input batch; only its shape matters.
-        optimizer: The model's optimizer; its learning rate and momentum set the ODE time of a step, and its state
-            follows every compaction.
+        optimizer: The model's optimizer, SGD with one learning rate and momentum, which set the ODE time of a step; its
+            state follows every compaction. Where groups differ in weight decay, the least one counts.
         nu: Nats that the whole network may cost, > 0.
         rate_ratio: Speed of every theta, 1/time: a useless structure sinks from 1 to 0 within ``1 / rate_ratio`` of ODE
             time (the sum over steps of lr / (1 - momentum)). Divided by a structure's price at the start it is its
-            effective rate ratio.
+            effective rate ratio. None: a tenth of `steps` at the optimizer's present learning rate.
         steps: Steps after which the deciding phase ends and what is still undecided is rounded.
         alpha: Layers (1) against units (0).
         beta: Parameters (1) against MACs (0).
@@ -130,8 +130,8 @@ class Pruner:
         *,
         optimizer: torch.optim.Optimizer,
         nu: float,
-        rate_ratio: float,
         steps: int,
+        rate_ratio: float | None = None,
         alpha: float = 0.5,
         beta: float = 0.0,
         risk: float = 0.05,
@@ -152,14 +152,17 @@ class Pruner:
             raise ValueError(
                 f"`model` must have a method structures(); got {type(model).__name__}. See catode.train.structure for the protocol."
             )
+        _check_optimizer(optimizer)
         self.nu = check_positive("nu", nu, mend="Leave the pruner out for the ungated network.")
         self.alpha = check_interval("alpha", alpha, 0.0, 1.0)
         self.beta = check_interval("beta", beta, 0.0, 1.0)
         self.risk = check_interval("risk", risk, 0.0, 0.5, low_open=True, high_open=True)
         self._z = float(ndtri(1.0 - self.risk))
         self.tolerance = None if tolerance is None else check_interval("tolerance", tolerance, 0.0, 1.0)
-        self.clock = check_positive("rate_ratio", rate_ratio)
         self.steps = check_int("steps", steps, low=1)
+        if rate_ratio is None:
+            rate_ratio = 10.0 / (self.steps * _step_time(optimizer))
+        self._clock = check_positive("rate_ratio", rate_ratio)
         self.warmup = check_int("warmup", warmup, low=0)
         check_interval("initial_keep_prob", initial_keep_prob, 0.0, 1.0, low_open=True)
         self.estimators = (
@@ -191,7 +194,7 @@ class Pruner:
         self.present = [np.arange(a, b) for a, b in pairwise(starts)]
         self._site_start = starts
         full = self.complexity.prices(np.ones(n), nu=self.nu, alpha=self.alpha, beta=self.beta)
-        self.rate_ratio = np.divide(self.clock, full, out=np.ones(n), where=full > 0)
+        self.rate_ratio = np.divide(self._clock, full, out=np.ones(n), where=full > 0)
 
         self.done, self.time = 0, 0.0
         self.finished = False
@@ -301,14 +304,15 @@ class Pruner:
         if self.finished:
             return None
         draw, derivative = self._evidence(grad_scale)
-        group = self.optimizer.param_groups[0]
-        step_time = group["lr"] / (1.0 - group.get("momentum", 0.0))
+        step_time = _step_time(self.optimizer)
         self.done += 1
         self.time += step_time
         self._pending += step_time
         estimate, seen = self._estimates(draw, derivative)
         self._move(estimate, seen)
         place = (self.done - 1) % self._burst_every
+        if place == 0:
+            self._products.begin()
         if place < 3:
             self._products.add(draw)
         check = None
@@ -321,10 +325,12 @@ class Pruner:
         return check
 
     def finish(self) -> nn.Module:
-        """Decide what is still undecided by rounding, take the gates out and return the compact, plain model."""
+        """Decide what is still undecided by rounding, take the gates out and return the compact, plain model.
+
+        Train a little further after it: the running statistics of the batch norms still know what was removed last.
+        """
         if not self.finished:
-            group = self.optimizer.param_groups[0]
-            self._check(group["lr"] / (1.0 - group.get("momentum", 0.0)), final=True)
+            self._check(_step_time(self.optimizer), final=True)
         return self.model
 
     def _draw(self) -> None:
@@ -335,7 +341,10 @@ class Pruner:
 
     def _root_hooks(self) -> list:
         def before(module, args):
-            if self._probing or not module.training or not torch.is_grad_enabled():
+            if self._probing:
+                return
+            if not module.training or not torch.is_grad_enabled():
+                self.gates.rows = None
                 return
             if self.per_example:
                 theta = self.gates.keep_prob.cpu().expand(len(args[0]), -1)
@@ -386,13 +395,14 @@ class Pruner:
                 values = np.zeros_like(draw)
                 values[list(paired)] = [-b for b in paired.values()]
                 where = where & np.isin(np.arange(len(draw)), list(paired))
+            where = where & np.isfinite(values)
             estimate[where], seen = values[where], seen | where
         return estimate, seen
 
     def _probe(self, open_: NDArray[np.bool_]) -> dict[int, float]:
         """Run a probe on part of the captured batch; returns the paired benefits of the structures whose turn it is."""
         captured = self._captured
-        if "gradient" not in captured:
+        if "gradient" not in captured or not captured["logits"].isfinite().all():
             return {}
         batch = len(captured["logits"])
         size = min(batch, self.probe_size or max(2, batch // 10))
@@ -408,14 +418,15 @@ class Pruner:
         try:
             probe = Probe(self.model, self.gates, captured["inputs"][part], targets, self._labels)
             if curved and (turn or not chosen):
-                self._curvature.add(probe.curvature().double().cpu().numpy(), open_)
+                curvature = probe.curvature().double().cpu().numpy()
+                self._curvature.add(curvature, open_ & np.isfinite(curvature))
                 return {}
             self._turn[True] += self.layers_per_probe
             self._turn[False] += self.layers_per_probe
             benefits = probe.paired(chosen).double().cpu().numpy()
         finally:
             self._probing = False
-        return dict(zip(chosen, benefits.tolist(), strict=True))
+        return {s: b for s, b in zip(chosen, benefits.tolist(), strict=True) if np.isfinite(b)}
 
     def _next(self, layers: bool, open_: NDArray[np.bool_]) -> list[int]:
         """The structures of one kind whose turn it is for a paired difference."""
@@ -441,8 +452,9 @@ class Pruner:
         ):
             pool.add(value, seen)
         if self.done > self.warmup:
-            moving = seen & ~self._zero & (self._benefit.count >= LEAST_EVIDENCE)
-            speed = self.rate_ratio[moving] * (self.prices() - self._limits()[1])[moving]
+            upper = self._limits()[1]
+            moving = seen & ~self._zero & (self._benefit.count >= LEAST_EVIDENCE) & np.isfinite(upper)
+            speed = self.rate_ratio[moving] * (self.prices() - upper)[moving]
             self.keep_prob[moving] = np.clip(self.keep_prob[moving] - self._pending[moving] * speed, 0.0, 1.0)
             self._zero |= moving & (self.keep_prob == 0.0)  # absorbed: removed at the next check
         self._pending[seen] = 0.0
@@ -469,10 +481,11 @@ class Pruner:
         own = self.keep_prob * np.maximum(products.gain.mean - z * products.gain.error, 0.0)
         drift = np.maximum(slope + z * slope_error - np.where(np.isfinite(own), own, 0.0), 0.0)
         price = np.maximum(self.prices(), LEAST_PRICE)
-        weight_decay = self.optimizer.param_groups[0].get("weight_decay", 0.0)
+        weight_decay = min(group["weight_decay"] for group in self.optimizer.param_groups)
         pull = products.weight_gradient
         decay = weight_decay * np.maximum(-(pull.mean + z * pull.error), 0.0) / np.maximum(upper, price)
         elapsed = self._elapsed.mean
+        variance = self._estimate.variance * (1.0 + z * np.sqrt(2.0 / np.maximum(self._estimate.count, 1.0)))
         return {
             "keep_prob": self.keep_prob,
             "benefit": benefit,
@@ -482,7 +495,7 @@ class Pruner:
             "gain": gain,
             "decay": np.where(decay * price > drift, decay, 0.0),  # a lower limit; 0 is always one
             "rate_ratio": self.rate_ratio,
-            "noise": self.rate_ratio * np.sqrt(np.where(elapsed > 0.0, elapsed, 1.0) * self._estimate.variance),
+            "noise": self.rate_ratio * np.sqrt(np.where(elapsed > 0.0, elapsed, 1.0) * variance),
             "benefit_noise": self._benefit_noise(),
             "drift": drift,
             "step_time": elapsed,
@@ -497,7 +510,7 @@ class Pruner:
         """
         wander = self._successive.mean - self._estimate.mean**2 + self._z * self._successive.error
         elapsed = self._elapsed.mean
-        return np.sqrt(2.0 * np.maximum(wander, 0.0) / (self._window * np.where(elapsed > 0.0, elapsed, 1.0)))
+        return np.sqrt(2.0 * np.maximum(wander, 0.0) / np.maximum(self._estimate.weight * elapsed, 1e-12))
 
     def _slope(self) -> tuple[NDArray, NDArray]:
         """Growth of the benefits, nats/time, and its standard error, from a fast and a slow pool."""
@@ -517,27 +530,31 @@ class Pruner:
         known = open_ & ~np.isnan(separatrix)
         zero = open_ & self._zero
         safe = known & ~zero & (found["benefit_upper"] < found["price"]) & (self.keep_prob <= tolerance)
-        safe = self._ration(safe, found)
+        if not final:
+            safe = self._ration(safe, found)
         kept = self.complexity.close(self.kept & ~zero & ~safe)
+        certain = self._certain(found, known, step_time) & ~zero & ~safe
         rounded = np.zeros_like(open_)
         if final:
-            rounded = open_ & ~zero & ~safe
+            rounded = open_ & ~zero & ~safe & ~certain
             kept = self.complexity.close(kept & ~(rounded & (self.keep_prob < 0.5)))
+            rounded &= kept | (self.keep_prob < 0.5)  # the others went with their site or block
         if not kept[self.is_layer].any():
             warnings.append(
                 f"everything would go at step {self.done}: `nu`={self.nu:g} is too large. Pruning stops here and the network "
                 "as it stands is kept; choose a smaller nu."
             )
-            kept, zero, safe, rounded, final = self.kept.copy(), zero & False, safe & False, open_, True
+            kept, rounded, final = self.kept.copy(), open_, True
+            zero, safe, certain = zero & False, safe & False, certain & False
+        old = self.state.copy()
+        self.state[certain] = COMMITTED
         self.state[safe] = PRUNED_TOLERANCE
         self.state[zero] = PRUNED_ZERO
         self.state[rounded] = FORCED
         self.state[self.kept & ~kept & ~safe & ~zero & ~rounded] = PROMOTED
         self.kept = kept
-        if not final:
-            self.state[self._certain(found, known, step_time) & (self.state == UNDECIDED)] = COMMITTED
         self.keep_prob = np.where(kept, np.where(self.state == UNDECIDED, self.keep_prob, 1.0), 0.0)
-        rows = self._rows(found, separatrix, tolerance, np.flatnonzero(open_))
+        rows = self._rows(found, separatrix, tolerance, np.flatnonzero(open_ | (self.state != old)))
         removed = int((before & ~kept).sum())
         if removed or (self.state != UNDECIDED).sum() != (~open_).sum():
             self._compact(before)
@@ -553,13 +570,14 @@ class Pruner:
         where = open_ & evidence & finite
         if where.any():
             part = {k: v[where] for k, v in found.items()}
+            # theta moves by the pool plus its margin: a pool that sees a price lower by the margin
+            price = part["price"] - (part["benefit_upper"] - part["benefit"])
             derived = tolerances.derive(
                 benefit=part["benefit_upper"],
-                memory=(self._window * found["step_time"])[where],
-                **{
-                    k: part[k]
-                    for k in ("price", "gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")
-                },
+                pooled=part["benefit"],
+                price=np.maximum(price, LEAST_PRICE),
+                memory=(self._estimate.weight * found["step_time"])[where],
+                **{k: part[k] for k in ("gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")},
                 risk=self.risk,
             )
             separatrix[where], tolerance[where] = derived.separatrix, derived.values
@@ -570,7 +588,7 @@ class Pruner:
     def _ration(self, safe: NDArray[np.bool_], found: dict[str, NDArray]) -> NDArray[np.bool_]:
         """Let one check remove at most one layer and a quarter of a site, the least useful first.
 
-        Benefits are measured with all the others in place; the rest waits until they were measured again.
+        Benefits are measured with all the others in place; spreading the removals over checks lets the pools follow.
         """
         allowed = np.zeros_like(safe)
         ratio = np.divide(found["benefit_upper"], found["price"], out=np.zeros(len(safe)), where=safe)
@@ -693,3 +711,21 @@ def _targets(logits: torch.Tensor, gradient: torch.Tensor, scale: float) -> torc
         )
     targets = targets.clamp_min(0.0)
     return targets / targets.sum(1, keepdim=True)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse optimizers whose steps have no one ODE time."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError(
+            f"`optimizer` must be torch.optim.SGD, whose steps have an ODE time; got {type(optimizer).__name__}. Use SGD."
+        )
+    for name in ("lr", "momentum"):
+        values = {float(group[name]) for group in optimizer.param_groups}
+        if len(values) > 1:
+            raise ValueError(f"`optimizer` must have one {name}; got {sorted(values)}. Use the same in every group.")
+
+
+def _step_time(optimizer: torch.optim.Optimizer) -> float:
+    """ODE time of one step at the present learning rate, lr / (1 - momentum)."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) / (1.0 - group["momentum"])

@@ -319,6 +319,13 @@ def test_the_kept_network_is_good_when_the_last_step_of_an_epoch_broke_the_weigh
     assert_stopped(folder, capsys.readouterr().err, torch.randn(4, 3, 12, 12))
 
 
+def test_a_ruinous_step_of_a_gated_network_is_one_clear_line(tmp_path, capsys):
+    """The loss is finite, its update is not, and the pruner's probe comes before the next loss."""
+    folder = tmp_path / "run"
+    assert main([*SMALL, "--lr", "1e30", "--epochs", "4", "--out", str(folder)]) == 1
+    assert_stopped(folder, capsys.readouterr().err)
+
+
 def assert_stopped(folder, printed, x=None):
     message = [line for line in printed.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     assert len(message) == 1 and re.match(r"error: `loss` must stay finite; got [^\n]* at step \d+ ", message[0])
