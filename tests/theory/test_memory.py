@@ -114,6 +114,64 @@ def test_pooled_iterates_escape_no_more_often_than_the_bound():
         assert escaped <= bound + 3 * np.sqrt(bound * (1 - bound) / n)
 
 
+@given(SYSTEMS, st.floats(0.0, 0.9), st.floats(0.0, 0.9))
+@settings(deadline=None, max_examples=100)
+def test_a_pool_that_stands_lower_widens_the_domain_and_moves_the_edge_along_v(system, share, lower):
+    g, q, a, rho, memory = (system[k] for k in ("price", "gain", "decay", "rate_ratio", "memory"))
+    benefit, pooled = share * g, lower * share * g
+    common = system | {"benefit": benefit, "drift": 0.0} | QUIET
+    one, two = float(derive(**common).separatrix), float(derive(pooled=pooled, **common).separatrix)
+    mu = growth_rate(a, rho, q, memory)
+    assert two >= one * (1 - 1e-12)
+    assert two - one == pytest.approx((mu + a) * memory * (benefit - pooled) * mu / q, rel=1e-6, abs=1e-9 * abs(one))
+
+
+def regrets(gain, distance, margin_in_price, n=400, steps=5000):
+    """Removals and regrets of shadow structures whose theta follows the upper limit of a pool, as the trainer's does.
+
+    The benefit is constant, `distance` standard errors below the price; a regret is a structure whose theta, left alone
+    after it first met the condition, came back to 1 before it reached 0 (or did neither).
+    """
+    rng = np.random.default_rng(0)
+    memory, g, z = 400, 1e-3, 1.645
+    rho, sd = 1 / 66 / g, 8 * g
+    benefit = g - distance * sd / np.sqrt(2 * memory)
+    forget, w, w2 = 1 - 1 / memory, 0.0, 0.0
+    s, s2, theta = np.zeros(n), np.zeros(n), np.ones(n)
+    met, end = np.zeros(n, bool), np.zeros(n, int)
+    for step in range(1, steps + 1):
+        draw = benefit + sd * rng.standard_normal(n)
+        w, w2, s, s2 = forget * w + 1, forget**2 * w2 + 1, forget * s + draw, forget * s2 + draw**2
+        count, mean = w * w / w2, s / w
+        if step <= 110:
+            continue
+        margin = z * np.sqrt(np.maximum(s2 / w - mean**2, 0.0) / (count - 1))
+        theta = np.clip(theta - rho * (g - mean - margin), 0.0, 1.0)
+        end[(end == 0) & met & (theta == 0.0)] = 1
+        end[(end == 0) & met & (theta >= 1.0)] = 2
+        if step % 20 == 0:
+            price = np.maximum(g - margin, 1e-9) if margin_in_price else g
+            tolerance = derive(
+                benefit=mean + margin, pooled=mean, price=price, gain=gain, decay=0.0, rate_ratio=rho, noise=rho * sd,
+                benefit_noise=0.0, drift=0.0, step_time=1.0, memory=w,
+            )  # fmt: skip
+            met |= (end == 0) & (mean + margin < g) & (theta <= tolerance.values) & (theta > 0.0)
+    return int(met.sum()), int((met & (end != 1)).sum())
+
+
+@pytest.mark.parametrize("distance", [0.6, 1.5, 3.0, 6.0])
+@pytest.mark.parametrize("gain", [1e-6, 1e-5])
+def test_the_trainers_removals_would_have_gone_by_themselves(gain, distance):
+    removed, wrong = regrets(gain, distance, margin_in_price=True)
+    assert wrong <= 0.05 * removed + 3 * np.sqrt(0.05 * max(removed, 1))
+    assert removed > 0 or distance == 6.0  # far below the price theta falls to 0 between two looks
+
+
+def test_without_the_margin_in_the_price_many_would_have_recovered():
+    removed, wrong = regrets(1e-7, 0.6, margin_in_price=False)
+    assert removed > 100 and wrong > 0.2 * removed
+
+
 def test_negative_memory_is_refused():
     with pytest.raises(ValueError, match="`memory` must be non-negative"):
         derive(benefit=0.0, price=0.1, gain=0.5, decay=0.0, rate_ratio=1.0, drift=0.0, memory=-1.0, **QUIET)
