@@ -74,7 +74,7 @@ class Probe:
     """Extra evidence about the gates from a few examples, at the current weights and draw.
 
     Batch norms use the statistics of these examples alone: a probe of very few examples is noisy and biased where the
-    images are small (6 digits: benefits several times too high; 12 CIFAR images: about 10 %).
+    images are small (benchmarks/results/estimators.md has figures).
 
     Args:
         model: The gated model, in train mode.

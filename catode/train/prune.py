@@ -63,6 +63,7 @@ LEAST_EVIDENCE = 8.0  # effective observations of benefit and gain before anythi
 COMMIT_FROM, INDIFFERENT_FROM = 0.5, 0.75  # shares of the deciding phase, see Pruner._certain
 INDIFFERENCE = 3.0  # a benefit known to lie within this factor of the price is not worth deciding
 LEAST_PRICE = 1e-12  # nats; below it a price is that of a unit whose layer is all but gone
+LEAST_PROBE = 12  # examples, where the batch has as many
 NEARLY_ONE = 0.9  # keep probability from which commitment is considered; the alarm bound uses the actual value
 
 
@@ -107,7 +108,7 @@ class Pruner:
         layer_estimator: The same for layers.
         per_example: Draw gates for each example instead of each batch; costs passes over activations. The curvature
             correction then uses the batch means of draw and curvature, taken as uncorrelated.
-        probe_size: Examples in a probe; None: a tenth of the batch.
+        probe_size: Examples in a probe; None: a tenth of the batch, at least 12. More where images are small.
         layers_per_probe: Structures (layers by default) whose paired difference one probe takes.
         measure_every: Steps between probes; probes of curvature and of paired differences take turns.
         check_every: Steps between checks.
@@ -405,7 +406,7 @@ class Pruner:
         if "gradient" not in captured or not captured["logits"].isfinite().all():
             return {}
         batch = len(captured["logits"])
-        size = min(batch, self.probe_size or max(2, batch // 10))
+        size = min(batch, self.probe_size or max(LEAST_PROBE, batch // 10))
         begin = (self.done // self.measure_every * size) % max(batch - size + 1, 1)
         part = slice(begin, begin + size)
         targets = _targets(captured["logits"][part], captured["gradient"][part], batch * 1.0 / self._scale)

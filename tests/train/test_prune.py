@@ -171,7 +171,9 @@ def test_rows_of_a_check_keep_the_promises_of_the_states(finished):
         if not math.isnan(row["tolerance"]):
             assert row["tolerance"] <= min(row["separatrix"], 1.0)
     assert len(seen) >= 3
-    decided = [(r["kind"], r["block"], r["site"], r["index"]) for r in rows if r["state"] not in ("undecided", "promoted")]
+    decided = [
+        (r["kind"], r["block"], r["site"], r["index"]) for r in rows if r["state"] not in ("undecided", "promoted")
+    ]
     assert len(decided) == len(set(decided)), "nothing is decided twice, but what was committed may go with its block"
 
 
