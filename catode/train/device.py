@@ -15,7 +15,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 def keep_freed_memory() -> bool:
     """Let glibc keep the activations' memory between steps instead of returning it to the system and faulting it in again.
 
-    A CPU training step is 10 to 20 % faster for it. Does nothing (and says so by returning False) elsewhere.
+    A ResNet-20 step on 128 images takes about 5 % less CPU time for it. Does nothing (and says so by returning False) elsewhere.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
