@@ -341,7 +341,7 @@ class Config:
         None,
         int,
         "gates",
-        "images of a batch on which benefits are probed; without it a tenth of the batch",
+        "images of a batch on which benefits are probed; without it a tenth of the batch, at least 12",
         low=2,
         optional=True,
         mend="Leave it out for a tenth of the batch.",
