@@ -79,6 +79,8 @@ def start(args: argparse.Namespace) -> None:
     for name in ("epochs", "threads"):
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
+    if args.compile:
+        given["compile"] = True
     if args.kind == "narrow":
         given.setdefault("hidden_scale", args.hidden_scale)
     config = Config.from_presets(dataset="cifar10", data_dir=args.data_dir, seed=args.seed, out=args.out, **given)
@@ -227,6 +229,7 @@ def main() -> None:
     one.add_argument("--hidden-scale", type=float, default=0.58, help="narrow: factor on every hidden width (0.58)")
     one.add_argument("--epochs", type=int)
     one.add_argument("--threads", type=int)
+    one.add_argument("--compile", action="store_true", help="torch.compile the step while there are no gates")
     one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting; repeatable")
     one.set_defaults(do=start)
     small = commands.add_parser("condense", help="write runs' records as small files")

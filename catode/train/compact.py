@@ -6,19 +6,23 @@ tells an optimizer how to follow (`follow`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from catode.train.structure import Block
+from catode.train.structure import Block, Site
+
+_AFFINE, _STATISTICS = ("weight", "bias"), ("running_mean", "running_var")
 
 
 class Change:
-    """What a compaction did to the parameters: replaced ones with the slice that was kept, and removed ones."""
+    """What a compaction did to the parameters: what became of each changed one, step by step, and the removed ones."""
 
     def __init__(self) -> None:
-        self.replaced: dict[nn.Parameter, tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]] = {}
+        self.changed: dict[nn.Parameter, tuple[nn.Parameter, list[tuple[Callable, int, torch.Tensor]]]] = {}
         self.removed: set[nn.Parameter] = set()
 
     def slice(self, module: nn.Module, name: str, dim: int, index: torch.Tensor) -> None:
@@ -26,25 +30,35 @@ class Change:
         old = getattr(module, name)
         new = nn.Parameter(_take(old.detach(), dim, index), old.requires_grad)
         setattr(module, name, new)
-        first, steps = next(((o, s) for o, (n, s) in self.replaced.items() if n is old), (old, []))
-        self.replaced[first] = (new, [*steps, (dim, index)])
+        self._record(old, new, (_take, dim, index))
+
+    def silence(self, module: nn.Module, name: str, dim: int, index: torch.Tensor) -> None:
+        """Set `index` along `dim` of the parameter `module.name` to 0, in place."""
+        parameter = getattr(module, name)
+        with torch.no_grad():
+            parameter.copy_(_zero(parameter, dim, index))
+        self._record(parameter, parameter, (_zero, dim, index))
+
+    def _record(self, old: nn.Parameter, new: nn.Parameter, step: tuple[Callable, int, torch.Tensor]) -> None:
+        first, steps = next(((o, s) for o, (n, s) in self.changed.items() if n is old), (old, []))
+        self.changed[first] = (new, [*steps, step])
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Carry every piece of per-parameter optimizer state along; drop the removed parameters."""
         for group in optimizer.param_groups:
             group["params"] = [
-                self.replaced[p][0] if p in self.replaced else p for p in group["params"] if p not in self.removed
+                self.changed[p][0] if p in self.changed else p for p in group["params"] if p not in self.removed
             ]
         for parameter in self.removed:
             optimizer.state.pop(parameter, None)
-        for old, (new, steps) in self.replaced.items():
+        for old, (new, steps) in self.changed.items():
             state = optimizer.state.pop(old, None)
             if state is None:
                 continue
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == old.shape:
-                    for dim, index in steps:
-                        value = _take(value, dim, index)
+                    for change, dim, index in steps:
+                        value = change(value, dim, index)
                     state[key] = value
             optimizer.state[new] = state
 
@@ -54,6 +68,10 @@ def _take(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     taken = tensor.index_select(dim, index)
     channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return taken.contiguous(memory_format=torch.channels_last) if channels_last else taken
+
+
+def _zero(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    return tensor.index_fill(dim, index.to(tensor.device), 0.0)
 
 
 def keep_units(model: nn.Module, block: Block, site: int, index: Iterable[int], change: Change | None = None) -> Change:
@@ -77,10 +95,10 @@ def keep_units(model: nn.Module, block: Block, site: int, index: Iterable[int], 
     for name in spec.producers:
         module = model.get_submodule(name)
         index = index.to(next(module.parameters()).device)
-        for parameter in ("weight", "bias"):
+        for parameter in _AFFINE:
             if getattr(module, parameter, None) is not None:
                 change.slice(module, parameter, 0, index)
-        for buffer in ("running_mean", "running_var"):
+        for buffer in _STATISTICS:
             if getattr(module, buffer, None) is not None:
                 setattr(module, buffer, getattr(module, buffer)[index].clone())
         _set_width(module, ("out_channels", "out_features", "num_features"), len(index))
@@ -89,6 +107,37 @@ def keep_units(model: nn.Module, block: Block, site: int, index: Iterable[int], 
         change.slice(module, "weight", 1, index)
         _set_width(module, ("in_channels", "in_features"), len(index))
     return change
+
+
+def silence_units(model: nn.Module, block: Block, site: int, index: Iterable[int], change: Change) -> None:
+    """Keep units only as dead channels, for the speed of a round width: every weight into and out of them is 0.
+
+    With an activation that maps 0 to 0 no gradient reaches a dead channel, and decay leaves it at 0, so it stays dead.
+
+    Args:
+        model: The plain network; changed in place.
+        block: The block's description.
+        site: Position of the site in `block.sites`.
+        index: Units to silence, as positions among those now present.
+        change: Record to extend.
+    """
+    spec = block.sites[site]
+    index = torch.as_tensor(list(index), dtype=torch.long)
+    for name in spec.producers:
+        for parameter in _AFFINE:
+            if getattr(model.get_submodule(name), parameter, None) is not None:
+                change.silence(model.get_submodule(name), parameter, 0, index)
+    for name in spec.consumers:
+        change.silence(model.get_submodule(name), "weight", 1, index)
+
+
+def keep_units_of_state(state: dict[str, torch.Tensor], spec: Site, index: NDArray[np.int64]) -> None:
+    """What `keep_units` does to a network, done to its state dict, in place."""
+    kept = torch.from_numpy(index)
+    for dim, names, tensors in ((0, spec.producers, _AFFINE + _STATISTICS), (1, spec.consumers, ("weight",))):
+        for key in (f"{name}.{tensor}" for name in names for tensor in tensors):
+            if key in state:
+                state[key] = _take(state[key], dim, kept.to(state[key].device))
 
 
 def drop_block(model: nn.Module, block: Block, change: Change | None = None) -> Change:

@@ -21,7 +21,9 @@ from catode import _validate
 
 __all__ = ["PRESETS", "Config", "ConfigError", "build_parser", "check_out", "parse"]
 
-_REAL_IMAGES: dict[str, Any] = dict(nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0)
+_REAL_IMAGES: dict[str, Any] = dict(
+    nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0, probe_size=8
+)
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("digits", "*"): dict(
         nu=3.0,
@@ -36,6 +38,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         layers_per_probe=3,
         measure_every=4,
         check_every=10,
+        width_multiple=1,
     ),
     ("cifar10", "*"): _REAL_IMAGES,
     ("cifar100", "*"): _REAL_IMAGES,
@@ -389,6 +392,23 @@ class Config:
     )
     device: str = _text(
         "cpu", "run", "where to compute: cpu, cuda, cuda:N or mps", identity=False, mend="Use --device cpu."
+    )
+    width_multiple: int = _number(
+        8,
+        int,
+        "run",
+        "while training, round a pruned width up to a multiple of this by dead channels, which is faster than an odd one; "
+        "they count nowhere and are gone in the end",
+        low=1,
+        identity=False,
+        mend="Use 1 for none.",
+    )
+    compile: bool = _switch(
+        False,
+        "run",
+        "torch.compile the training step while there are no gates: with nu = 0, early in a long warm-up, and when all is "
+        "decided; a gated network changes its shapes too often",
+        identity=False,
     )
     threads: int | None = _number(
         None,

@@ -91,7 +91,6 @@ class Probe:
         self.inputs, self.targets = inputs, targets
         self.draw = gates.draw.detach()
         self.generator = generator
-        self._base: torch.Tensor | None = None
 
     def curvature(self) -> torch.Tensor:
         """Gauss-Newton curvature of the loss in every gate, shape (n,).
@@ -100,8 +99,8 @@ class Probe:
         variance over the model's softmax of dz/dxi. NaN if a logit is not finite.
         """
         rows = self.draw.expand(len(self.inputs), -1).clone().requires_grad_()
-        logits = self._forward(rows)
-        self._base = self._loss(logits.detach())
+        with self._gates(self.draw, rows):
+            logits = self.model(self.inputs).float()
         if not logits.isfinite().all():
             return torch.full_like(self.draw, torch.nan)
         labels = torch.multinomial(logits.detach().softmax(1), 1, generator=self.generator)[:, 0]
@@ -111,25 +110,26 @@ class Probe:
     @torch.no_grad()
     def paired(self, structures: Sequence[int]) -> torch.Tensor:
         """Loss without minus loss with each of the given structures, shape (len(structures),), nats."""
-        if self._base is None:
-            self._base = self._loss(self._forward(self.draw.expand(len(self.inputs), -1)))
-        differences = []
+        base, differences = self._loss(self.draw), []
         for number in structures:
-            rows = self.draw.expand(len(self.inputs), -1).clone()
-            on = rows[0, number] > 0.5
-            rows[:, number] = 1.0 - rows[:, number]
-            other = self._loss(self._forward(rows))
-            differences.append((other - self._base if on else self._base - other).mean())
+            other = self.draw.clone()
+            other[number] = 1.0 - other[number]
+            change = self._loss(other) - base
+            differences.append(change if self.draw[number] > 0.5 else -change)
         return torch.stack(differences) if differences else self.draw.new_zeros(0)
 
-    def _forward(self, rows: torch.Tensor) -> torch.Tensor:
-        before = self.gates.rows
-        self.gates.rows = rows
+    @contextmanager
+    def _gates(self, draw: torch.Tensor, rows: torch.Tensor | None = None):
+        """The model with other gate values, its running statistics left alone."""
+        before = self.gates.draw, self.gates.rows
+        self.gates.draw, self.gates.rows = draw, rows
         try:
             with batch_statistics_only(self.model):
-                return self.model(self.inputs).float()
+                yield
         finally:
-            self.gates.rows = before
+            self.gates.draw, self.gates.rows = before
 
-    def _loss(self, logits: torch.Tensor) -> torch.Tensor:
-        return -(self.targets * logits.log_softmax(1)).sum(1)
+    def _loss(self, draw: torch.Tensor) -> torch.Tensor:
+        with self._gates(draw):
+            logits = self.model(self.inputs).float()
+        return -(self.targets * logits.log_softmax(1)).sum(1).mean()

@@ -119,7 +119,7 @@ class Gates:
                 # one example alone would not, so it closes towards the mean.
                 over = [d for d in range(x.dim()) if d != (1 if channels_first else x.dim() - 1)]
                 mean = x.detach().mean(over, keepdim=True)
-                return (mean + (x - mean) * gate, *args[1:])
+                return (torch.lerp(mean, x, gate), *args[1:])
             return (x * gate, *args[1:])
 
         return hook

@@ -171,6 +171,7 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         measure_every=config.measure_every,
         check_every=config.check_every,
         memory=config.memory,
+        width_multiple=config.width_multiple,
         seed=config.seed,
     )
 
@@ -248,6 +249,7 @@ class _Trainer:
         self.dense_latency = latency_ms(self.model, setup.example)
         self.optimizer = make_optimizer(self.model, config)
         self.pruner = make_pruner(setup, self.optimizer)
+        self.compiled = torch.compile(self.model) if config.compile else self.model
         images = setup.images
         common = dict(mean=images.mean, std=images.std, device=config.device, channels_last=config.channels_last)
         self.batches = data.Batches(
@@ -274,7 +276,10 @@ class _Trainer:
             row = self.epoch(epoch)
             row["seconds"] = time.perf_counter() - start
             self.metrics.add([row])
-        self.result(time.perf_counter() - start)
+        seconds, executed = time.perf_counter() - start, count(self.model, self.setup.example).macs
+        if self.pruner is not None:
+            self.pruner.finish()
+        self.result(seconds, executed)
 
     def epoch(self, epoch: int) -> dict:
         self.model.train()
@@ -286,8 +291,10 @@ class _Trainer:
             rate = float(self.setup.schedule[self.step])
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
+            gated = self.pruner is not None and self.pruner.started and not self.pruner.finished
+            forward = self.model if gated else self.compiled
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-                logits = self.model(x)
+                logits = forward(x)
                 loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -392,7 +399,8 @@ class _Trainer:
             },
         )
 
-    def result(self, seconds: float) -> None:
+    def result(self, seconds: float, executed: int) -> None:
+        """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""
         counts = self.counts()
         layers, units, _ = self.left()
         blocks = models.build(
@@ -403,7 +411,7 @@ class _Trainer:
             "accuracy": self.history[-1],
             "accuracy_history": self.history,
             "macs": counts.macs,
-            "macs_executed": count(self.model, self.setup.example).macs,
+            "macs_executed": executed,
             "macs_dense": self.dense.macs,
             "params": counts.params,
             "params_dense": self.dense.params,

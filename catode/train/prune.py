@@ -13,6 +13,7 @@ Source: THEORY sections 2-5 (prices, theta step, tolerance, commitment), CONTRAC
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -28,7 +29,7 @@ from catode.train import compact
 from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, straight_through
 from catode.train.gates import Gates
 from catode.train.measure import GradientProducts, Pool
-from catode.train.structure import Counts, Prunable, describe
+from catode.train.structure import Block, Counts, Prunable, Site, describe
 
 ROW_FIELDS = [
     "step",
@@ -62,6 +63,7 @@ MOST_OF_A_SITE = 0.25  # share of a site's units that one check may remove: thei
 LEAST_EVIDENCE = 8.0  # effective observations of benefit and gain before anything is decided
 COMMIT_FROM, INDIFFERENT_FROM = 0.5, 0.75  # shares of the deciding phase, see Pruner._certain
 INDIFFERENCE = 3.0  # a benefit known to lie within this factor of the price is not worth deciding
+LEAD = 4  # memories before the thetas may move, from which on there are gates and measurements
 LEAST_PRICE = 1e-12  # nats; below it a price is that of a unit whose layer is all but gone
 LEAST_PROBE = 12  # examples, where the batch has as many
 NEARLY_ONE = 0.9  # keep probability from which commitment is considered; the alarm bound uses the actual value
@@ -102,7 +104,7 @@ class Pruner:
         beta: Parameters (1) against MACs (0).
         risk: Accepted probability of removing what would not have gone by itself, in (0, 0.5).
         tolerance: A fixed tolerance on theta in place of the derived one.
-        warmup: Steps before any theta moves.
+        warmup: Steps before any theta moves. Of a long one, all but the last four memories are trained without gates.
         initial_keep_prob: Where every theta starts, in (0, 1].
         estimator: Estimator of the units' benefits, one of `catode.train.estimators.ESTIMATORS`.
         layer_estimator: The same for layers.
@@ -113,12 +115,17 @@ class Pruner:
         measure_every: Steps between probes; probes of curvature and of paired differences take turns.
         check_every: Steps between checks.
         memory: Steps over which measurements are pooled, at least 10.
+        width_multiple: While training, a site that loses units keeps dead channels up to a multiple of this width, which
+            is faster than an odd one. They count nowhere and `finish` takes them out. Needs an activation that maps 0 to
+            0 between the site's producers and consumers.
         seed: Seed of the gate draws.
 
     Attributes:
         complexity: The network's complexity polynomial.
         keep_prob: theta, shape (n,); layers first, then units site by site.
         state: State of every structure, shape (n,).
+        started: Whether gates are in the model (until it is `finished`).
+        finished: Whether everything is decided and the model plain.
 
     Raises:
         ValueError: for arguments out of range or a model without ``structures()``.
@@ -147,6 +154,7 @@ class Pruner:
         measure_every: int = 2,
         check_every: int = 50,
         memory: int = 200,
+        width_multiple: int = 1,
         seed: int = 0,
     ):
         if not isinstance(model, Prunable):
@@ -176,6 +184,7 @@ class Pruner:
         self.measure_every = check_int("measure_every", measure_every, low=1)
         self.check_every = check_int("check_every", check_every, low=1)
         check_int("memory", memory, low=10)
+        self.width_multiple = check_int("width_multiple", width_multiple, low=1)
         if self.warmup >= self.steps:
             raise ValueError(
                 f"`warmup` must be below steps={self.steps}, or nothing is ever decided; got warmup={self.warmup}. Shorten it."
@@ -216,9 +225,11 @@ class Pruner:
         self._captured: dict[str, torch.Tensor] | None = None
         self._probing = False
         self.gates = Gates(model, self.blocks, n)
-        self._install()
-        self._hooks = self._root_hooks()
-        self._draw()
+        self._hooks = []
+        self._begin = max(self.warmup - LEAD * memory, 0)
+        self.started = False
+        if self._begin == 0:
+            self._start()
 
     # --- what a user asks -------------------------------------------------------------------------------------------
 
@@ -278,7 +289,9 @@ class Pruner:
             sites = {}
             for spec in block.sites:
                 sites[spec.name] = (
-                    [int(u - self._site_start[site]) for u in self.present[site]] if self.kept[number] else []
+                    [int(u - self._site_start[site]) for u in self.present[site] if self.kept[u]]
+                    if self.kept[number]
+                    else []
                 )
                 site += 1
             record[block.name] = {"kept": bool(self.kept[number]), "sites": sites}
@@ -286,7 +299,12 @@ class Pruner:
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
         """State dict of the compact network in mean field (theta folded into the weights), and its structure."""
-        return self.gates.folded_state(), self.structure()
+        state = self.gates.folded_state()
+        for _, site, spec in self._sites():
+            live = self.kept[self.present[site]]
+            if not live.all():
+                compact.keep_units_of_state(state, spec, np.flatnonzero(live))
+        return state, self.structure()
 
     # --- the training loop ------------------------------------------------------------------------------------------
 
@@ -303,6 +321,12 @@ class Pruner:
             RuntimeError: if no backward pass through the gated model came before.
         """
         if self.finished:
+            return None
+        if not self.started:
+            self.done += 1
+            self.time += _step_time(self.optimizer)
+            if self.done >= self._begin:
+                self._start()
             return None
         draw, derivative = self._evidence(grad_scale)
         step_time = _step_time(self.optimizer)
@@ -326,13 +350,21 @@ class Pruner:
         return check
 
     def finish(self) -> nn.Module:
-        """Decide what is still undecided by rounding, take the gates out and return the compact, plain model.
+        """Decide what is still undecided by rounding, take gates and dead channels out, return the compact, plain model.
 
         Train a little further after it: the running statistics of the batch norms still know what was removed last.
         """
         if not self.finished:
             self._check(_step_time(self.optimizer), final=True)
+        self._slice(self.kept, multiple=1)
         return self.model
+
+    def _start(self) -> None:
+        """Put the gates in and begin to measure."""
+        self.started = True
+        self._install()
+        self._hooks = self._root_hooks()
+        self._draw()
 
     def _draw(self) -> None:
         """Draw the gates of the next step; whether it is measured is known beforehand."""
@@ -598,7 +630,7 @@ class Pruner:
             allowed[layers[np.argmin(ratio[layers])]] = True
         for present in self.present:
             units = present[safe[present]]
-            most = max(1, int(MOST_OF_A_SITE * len(present)))
+            most = max(1, int(MOST_OF_A_SITE * self.kept[present].sum()))
             allowed[units[np.argsort(ratio[units], kind="stable")[:most]]] = True
         return allowed
 
@@ -659,21 +691,38 @@ class Pruner:
     def _compact(self, before: NDArray[np.bool_]) -> None:
         """Make the network physically what `self.kept` says, its gates anew, and let the optimizer follow."""
         self.gates.remove()
-        change, first = compact.Change(), 0
-        for number, block in enumerate(self.blocks):
-            sites = range(first, first + len(block.sites))
-            first += len(block.sites)
-            if not before[number]:
-                continue
-            if not self.kept[number]:
-                compact.drop_block(self.model, block, change)
-            for i, site in enumerate(sites):
-                left = self.kept[self.present[site]]
-                if self.kept[number] and not left.all():
-                    compact.keep_units(self.model, block, i, np.flatnonzero(left).tolist(), change)
-                self.present[site] = self.present[site][left]
-        change.follow(self.optimizer)
+        self._slice(before, self.width_multiple)
         self._install()
+
+    def _slice(self, before: NDArray[np.bool_], multiple: int) -> None:
+        """Cut the plain network down to `self.kept`, widths rounded up to a multiple by dead channels."""
+        change = compact.Change()
+        for number, block in enumerate(self.blocks):
+            if before[number] and not self.kept[number]:
+                compact.drop_block(self.model, block, change)
+        for block, site, spec in self._sites():
+            live = self.kept[self.present[site]]
+            dead = np.flatnonzero(~live)
+            if not len(dead):
+                continue
+            i = block.sites.index(spec)
+            fill = dead[: -int(live.sum()) % multiple]
+            if len(fill):
+                compact.silence_units(self.model, block, i, fill.tolist(), change)
+            stay = np.union1d(np.flatnonzero(live), fill)
+            if len(stay) < len(live):
+                compact.keep_units(self.model, block, i, stay.tolist(), change)
+            self.present[site] = self.present[site][stay]
+        change.follow(self.optimizer)
+
+    def _sites(self) -> Iterator[tuple[Block, int, Site]]:
+        """The sites that are physically there: their block, number and description."""
+        site = 0
+        for number, block in enumerate(self.blocks):
+            for spec in block.sites:
+                if self.kept[number]:
+                    yield block, site, spec
+                site += 1
 
     def _install(self) -> None:
         alive, present, layers, sites, site = [], [], [], [], 0

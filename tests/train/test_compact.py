@@ -12,14 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from catode.train.compact import Change, drop_block, keep_units, restrict
+from catode.train.compact import (
+    Change,
+    drop_block,
+    keep_units,
+    keep_units_of_state,
+    restrict,
+    silence_units,
+)
 from catode.train.gates import Gates
 from catode.train.models import DenseResNet, build
 from catode.train.structure import count, describe
 
 SHAPE = (1, 8, 8)
 SHALLOW = ["resnet14", "resnet20", "dense", "bottleneck"]
-DEEP = ["resnet32", "resnet56"]
+DEEP = ["resnet32", "resnet56", "resnet110"]
 
 
 def network(name, bottleneck_net=None):
@@ -201,7 +208,7 @@ def test_law_optimizer_follows_and_the_next_step_is_the_gated_networks_restricte
     change = compact(small, other, kept)
     cut = slices(blocks, kept)
     origin = {names[p]: p for p in names}
-    origin |= {names[p]: new for p, (new, _) in change.replaced.items()}  # original name -> parameter now
+    origin |= {names[p]: new for p, (new, _) in change.changed.items()}  # original name -> parameter now
 
     survivors = {n: p for n, p in origin.items() if cut(n, old[n][0]) is not None}
     assert change.removed == {origin[n] for n in origin if n not in survivors}
@@ -251,6 +258,34 @@ def test_two_compactions_compose():
     keep_units(two, block, 0, [1, 5, 9])
     for (name, a), (other, b) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
+
+
+@settings(max_examples=6)
+@pytest.mark.parametrize("name", SHALLOW)
+@given(seed=st.integers(0, 2**16), share=st.floats(0.1, 0.9))
+def test_law_silenced_units_stay_dead_in_training_and_are_as_good_as_gone(name, seed, share, bottleneck_net):
+    model = randomise(network(name, bottleneck_net), seed)
+    optimizer = trained(model)
+    small, other = copy.deepcopy((model, optimizer))
+    block = model.structures()[0]
+    width = block.sites[0].width
+    dead = sorted(np.random.default_rng(seed).permutation(width)[: int(share * (width - 1))].tolist())
+    live = [u for u in range(width) if u not in dead]
+    change = Change()
+    silence_units(model, block, 0, dead, change)
+    change.follow(optimizer)
+    keep_units(small, block, 0, live).follow(other)
+    for step in range(3):
+        one_step(model, optimizer, step)
+        one_step(small, other, step)
+    for name in block.sites[0].producers:
+        assert not any(p[dead].any() for p in model.get_submodule(name).parameters())
+    for name in block.sites[0].consumers:
+        assert not model.get_submodule(name).weight[:, dead].any()
+    state = model.state_dict()
+    keep_units_of_state(state, block.sites[0], np.array(live))
+    for key, value in small.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_shapes_and_widths_after_compaction():

@@ -433,3 +433,53 @@ def test_bad_input_is_refused_and_the_model_left_alone(name, value):
 def test_a_model_without_structures_is_refused():
     with pytest.raises(ValueError, match=r"`model` must have a method structures\(\); got Linear"):
         make(nn.Linear(3, 3))
+
+
+def test_dead_channels_round_widths_up_while_training_and_are_gone_in_the_end():
+    model, optimizer, pruner = make(width_multiple=8)
+    padded = []
+
+    def each(check):
+        if check is None:
+            return
+        for number, block in enumerate(pruner.blocks):
+            if not pruner.kept[number]:
+                continue
+            live = len(pruner.structure()[block.name]["sites"][block.sites[0].name])
+            width = model.get_submodule(block.output).weight.shape[1]
+            assert width == -(-live // 8) * 8
+            padded.append(width > live)
+        assert physical(pruner) == pruner.counts()
+
+    loop(model, optimizer, pruner, 500, each=each)
+    assert any(padded)
+    *_, x, _ = digits()
+    model.eval()
+    before = model(x[:32])
+    final = pruner.finish()
+    assert_plain(final)
+    assert count(final, EXAMPLE) == pruner.counts() and {p for g in optimizer.param_groups for p in g["params"]} == set(
+        final.parameters()
+    )
+    torch.testing.assert_close(final(x[:32]), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_warm_up_begins_without_gates_and_trains_as_the_ungated_network_does():
+    model, optimizer, pruner = make(warmup=60, memory=10)
+    plain = dense()
+    other = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    model.train()
+    plain.train()
+    for step, (x, y) in zip(range(60), batches(0), strict=False):
+        assert pruner.started == (step >= 20)
+        if not pruner.started:
+            assert_plain(model)
+        for net, sgd in ((model, optimizer), (plain, other)):
+            sgd.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            sgd.step()
+        pruner.step()
+    assert pruner.done == 60 and (pruner.keep_prob == 1.0).all()
+    assert np.isfinite(pruner.measured()["benefit_upper"]).all()
+    for a, b in zip(pruner.snapshot()[0].values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
