@@ -1,15 +1,61 @@
-"""Writing a network with its structure, and getting it back."""
+"""Writing a network with its structure, and a run's whole state, and getting them back."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from catode.train import compact, models
+
+STATE, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+
+
+def save_state(folder: Path, state: dict) -> None:
+    """Write a run's whole state for `load_state`; the state before it is kept too.
+
+    Written beside, flushed to the disk and moved into place: whatever kills the process, one whole state is there.
+    """
+    part = folder / f"{STATE}.part"
+    with part.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if (folder / STATE).exists():
+        os.replace(folder / STATE, folder / PREVIOUS)
+    os.replace(part, folder / STATE)
+
+
+def load_state(folder: Path) -> dict | None:
+    """The newest whole state in a run's folder; None if there is none yet.
+
+    Raises:
+        ValueError: if there are only damaged ones.
+    """
+    damaged = []
+    for name in (STATE, PREVIOUS):
+        try:
+            return torch.load(folder / name, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            continue
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            damaged.append(f"{name}: {str(error).splitlines()[0]}")
+    if damaged:
+        raise ValueError(
+            f"`resume` must name a run with a readable checkpoint; got {str(folder)!r}, where {'; '.join(damaged)}. "
+            "Start the run anew."
+        )
+    return None
+
+
+def drop_state(folder: Path) -> None:
+    """Delete the states of a run that is finished."""
+    for name in (STATE, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def whole(model: nn.Module) -> dict:

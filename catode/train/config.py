@@ -429,6 +429,15 @@ class Config:
         identity=False,
         mend="Leave it out for a folder under runs/.",
     )
+    resume: str | None = _text(
+        None,
+        "run",
+        "folder of a run that was cut off, to go on from the end of its last whole epoch; every other setting is the "
+        "run's own, only --threads and --device may be given",
+        optional=True,
+        identity=False,
+        mend="Leave it out to start a run.",
+    )
     dry_run: bool = _switch(
         False, "run", "check everything, print the costs and stop before the first step", identity=False
     )
@@ -472,6 +481,11 @@ class Config:
                 f"`warmup_epochs` must be < decide_until x epochs = {deciding:g}, or nothing is ever decided; "
                 f"got warmup_epochs={self.warmup_epochs:g}. Shorten the warm-up or train longer."
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the course of a run: data set, architecture, seed, and every setting that the tag stands for."""
+        own = ("dataset", "arch", "seed")
+        return {name: getattr(self, name) for name, setting in settings().items() if setting.identity or name in own}
 
     @property
     def tag(self) -> str:
@@ -715,4 +729,26 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     Raises:
         ConfigError: for any wrong argument; print it and exit with status 2.
     """
-    return Config.from_presets(**vars(build_parser().parse_args(argv)))
+    given = vars(build_parser().parse_args(argv))
+    return Config.from_presets(**given) if given.get("resume") is None else _resumed(**given)
+
+
+def _resumed(resume: str, **given: Any) -> Config:
+    """The configuration of a run that goes on."""
+    for name, value in given.items():
+        if name not in ("threads", "device"):
+            raise ConfigError(
+                f"`{name}` must be left out with resume; got {name}={value!r} and resume={resume!r}. "
+                "The run goes on with its own settings."
+            )
+    folder = Path(resume)
+    for name, there, meaning in (
+        ("config.json", True, "which holds no run"),
+        ("result.json", False, "which is finished"),
+    ):
+        if (folder / name).is_file() != there:
+            raise ConfigError(
+                f"`resume` must be the folder of a run that was cut off; got resume={resume!r}, {meaning}. "
+                "Pass the --out of such a run."
+            )
+    return Config.from_json((folder / "config.json").read_text(), **given, out=resume, resume=resume)

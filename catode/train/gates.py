@@ -85,12 +85,14 @@ class Gates:
             hook.remove()
         self._installed, self._hooks = [], []
 
+    def plain_state(self) -> dict[str, torch.Tensor]:
+        """State dict of the network without its gates."""
+        return {plain_name(name): tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
     @torch.no_grad()
     def folded_state(self) -> dict[str, torch.Tensor]:
         """State dict of the plain network that eval mode computes: theta folded into the weights."""
-        state = {}
-        for name, tensor in self.model.state_dict().items():
-            state[name.replace("parametrizations.", "").removesuffix(".original")] = tensor.detach().clone()
+        state = self.plain_state()
         names = {module: name for name, module in self.model.named_modules()}
         for module, name in set(self._installed):
             training = module.training
@@ -131,6 +133,11 @@ class Gates:
             return output * self.rows[:, number].view(-1, *[1] * (output.dim() - 1))
 
         return hook
+
+
+def plain_name(name: str) -> str:
+    """Name that a parameter of the gated model has in the plain one."""
+    return name.replace("parametrizations.", "").removesuffix(".original")
 
 
 class _UnitGate(nn.Module):

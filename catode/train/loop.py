@@ -26,6 +26,7 @@ from catode import __version__
 from catode.train import checkpoint, data, models, report
 from catode.train.config import Config, check_out
 from catode.train.device import keep_freed_memory, latency_ms
+from catode.train.gates import plain_name
 from catode.train.prune import ROW_FIELDS, Pruner
 from catode.train.structure import Counts, count
 
@@ -55,7 +56,7 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs before its first step."""
+    """Everything a run needs before its first step; `state` is that of the run that goes on, if it got that far."""
 
     config: Config
     images: data.ImageData
@@ -63,6 +64,7 @@ class Setup:
     example: torch.Tensor
     steps_per_epoch: int
     schedule: np.ndarray
+    state: dict | None = None
 
     @property
     def ode_time(self) -> float:
@@ -109,7 +111,16 @@ def prepare(config: Config) -> Setup:
     Raises:
         ValueError: for data or settings that do not fit, one line each.
     """
-    check_out(config)
+    state = None
+    if config.resume is None:
+        check_out(config)
+    else:
+        state = checkpoint.load_state(Path(config.resume))
+        if state is not None and state["config"] != config.identity():
+            raise ValueError(
+                f"`resume` must name a folder whose checkpoint and config.json fit; got {config.resume!r}, where they are "
+                "of different runs. Restore the files of one run."
+            )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
@@ -135,9 +146,8 @@ def prepare(config: Config) -> Setup:
             f"{steps * config.epochs} steps in all. Shorten the warm-up or train longer."
         )
     example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
-    return Setup(
-        config, images, model, example, steps, learning_rates(config.schedule, config.lr, steps * config.epochs)
-    )
+    schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
+    return Setup(config, images, model, example, steps, schedule, state)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -194,12 +204,28 @@ def evaluate(model: nn.Module, batches, amp: bool = False) -> float:
 
 
 class _Table:
-    """A CSV file written row by row."""
+    """A CSV file written row by row.
 
-    def __init__(self, path: Path, fields):
-        self._file = path.open("w", newline="")
+    Args:
+        path: The file.
+        fields: Its columns.
+        length: Bytes of an earlier file to go on from; the rest of it is cut off.
+    """
+
+    def __init__(self, path: Path, fields, length: int | None = None):
+        self._file = path.open("w" if length is None else "r+", newline="")
         self._writer = csv.DictWriter(self._file, fields)
-        self._writer.writeheader()
+        if length is None:
+            self._writer.writeheader()
+        else:
+            self._file.truncate(length)
+            self._file.seek(length)
+
+    def length(self) -> int:
+        """Bytes on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def add(self, rows: list[dict]) -> None:
         self._writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
@@ -220,7 +246,7 @@ def run(config: Config, *, progress: bool = True) -> Path:
         The run's folder.
 
     Raises:
-        ValueError: for bad input, before anything is written.
+        ValueError: for bad input or a checkpoint that cannot be read, before anything is written.
         NotFinite: if the loss stops being finite; the folder then holds the last good network.
     """
     return train(prepare(config), progress=progress)
@@ -256,13 +282,25 @@ class _Trainer:
             images.train_images, images.train_labels, config.batch_size, augment=AUGMENT[config.dataset], **common
         )
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(config.to_json() + "\n")
+        state = setup.state
+        if config.resume is None:
+            (folder / "config.json").write_text(config.to_json() + "\n")
         (folder / "env.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
-        self.metrics = _Table(folder / "metrics.csv", METRIC_FIELDS)
-        self.structures = _Table(folder / "structures.csv", ROW_FIELDS)
+        lengths = state["lengths"] if state else [None, None]
+        self.metrics = _Table(folder / "metrics.csv", METRIC_FIELDS, lengths[0])
+        self.structures = _Table(folder / "structures.csv", ROW_FIELDS, lengths[1])
         self.history: list[float] = []
-        self.step, self.time, self.good_step = 0, 0.0, 0
-        self.bar = tqdm(total=len(setup.schedule), unit="step", disable=not progress, file=sys.stderr, mininterval=0.5)
+        self.epochs_done, self.step, self.time, self.seconds, self.good_step = 0, 0, 0.0, 0.0, 0
+        if state:
+            self.restore(state)
+        self.bar = tqdm(
+            total=len(setup.schedule),
+            initial=self.step,
+            unit="step",
+            disable=not progress,
+            file=sys.stderr,
+            mininterval=0.5,
+        )
         self.save()
 
     def close(self) -> None:
@@ -271,15 +309,19 @@ class _Trainer:
         self.structures.close()
 
     def train(self) -> None:
-        start = time.perf_counter()
-        for epoch in range(self.config.epochs):
-            row = self.epoch(epoch)
-            row["seconds"] = time.perf_counter() - start
-            self.metrics.add([row])
-        seconds, executed = time.perf_counter() - start, count(self.model, self.setup.example).macs
+        mark = time.perf_counter()
+        while self.epochs_done < self.config.epochs:
+            row = self.epoch(self.epochs_done)
+            self.epochs_done += 1
+            mark, before = time.perf_counter(), mark
+            self.seconds += mark - before
+            self.metrics.add([{**row, "seconds": self.seconds}])
+            self.save_state()
+        executed = count(self.model, self.setup.example).macs
         if self.pruner is not None:
             self.pruner.finish()
-        self.result(seconds, executed)
+        self.result(executed)
+        checkpoint.drop_state(self.folder)
 
     def epoch(self, epoch: int) -> dict:
         self.model.train()
@@ -399,7 +441,45 @@ class _Trainer:
             },
         )
 
-    def result(self, seconds: float, executed: int) -> None:
+    def save_state(self) -> None:
+        """Keep everything that `restore` needs to go on as if nothing had happened."""
+        names = {parameter: plain_name(name) for name, parameter in self.model.named_parameters()}
+        momentum = {
+            names[parameter]: own["momentum_buffer"]
+            for parameter, own in self.optimizer.state.items()
+            if own.get("momentum_buffer") is not None
+        }
+        checkpoint.save_state(
+            self.folder,
+            {
+                "version": __version__,
+                "config": self.config.identity(),
+                "epochs_done": self.epochs_done,
+                "step": self.step,
+                "time": self.time,
+                "seconds": self.seconds,
+                "history": self.history,
+                "lengths": [self.metrics.length(), self.structures.length()],
+                "momentum": momentum,
+                "pruner": self.pruner.state_dict() if self.pruner else None,
+                "model": None if self.pruner else self.model.state_dict(),
+            },
+        )
+
+    def restore(self, state: dict) -> None:
+        """Take up a state of `save_state`."""
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state["pruner"])
+        else:
+            self.model.load_state_dict(state["model"])
+        parameters = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
+        for name, buffer in state["momentum"].items():
+            buffer = buffer.to(parameters[name].device)
+            self.optimizer.state[parameters[name]] = {"momentum_buffer": buffer}
+        for name in ("epochs_done", "step", "time", "seconds", "history"):
+            setattr(self, name, state[name])
+
+    def result(self, executed: int) -> None:
         """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""
         counts = self.counts()
         layers, units, _ = self.left()
@@ -423,7 +503,7 @@ class _Trainer:
             "decisions": self.pruner.decisions() if self.pruner else {},
             "macs_removed_by_tolerance": self.pruner.macs_removed("pruned_tolerance") if self.pruner else 0,
             "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
-            "seconds": seconds,
+            "seconds": self.seconds,
             "latency_ms": small[0],
             "latency_dense_ms": self.dense_latency[0],
             "latency_ms_128": small[1],

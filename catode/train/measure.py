@@ -28,6 +28,14 @@ class Pool:
         self._forget = 1.0 - 1.0 / window
         self._w, self._w2, self._s, self._s2 = np.zeros((4, size))
 
+    def state(self) -> torch.Tensor:
+        """Everything remembered, shape (4, n)."""
+        return torch.from_numpy(np.stack([self._w, self._w2, self._s, self._s2]))
+
+    def restore(self, state: torch.Tensor) -> None:
+        """Take up a `state`."""
+        self._w, self._w2, self._s, self._s2 = state.numpy().copy()
+
     def add(self, values: NDArray, seen: NDArray[np.bool_]) -> None:
         """Take in one observation of each quantity in `seen`."""
         for total, value in ((self._w, 1.0), (self._s, values), (self._s2, np.square(values))):
@@ -98,7 +106,7 @@ class GradientProducts:
             for name, module in roots:
                 if any(name == f or name.startswith(f + ".") for f in block.fixed):
                     continue
-                for key, parameter in module.named_parameters(recurse=False):
+                for key, parameter in sorted(module.named_parameters(recurse=False)):  # gates change the order
                     owners = np.full((3, *parameter.shape), self.size)
                     owners[0] = number
                     for site, numbers in zip(block.sites, present, strict=True):
@@ -114,6 +122,22 @@ class GradientProducts:
     def begin(self) -> None:
         """Begin a burst of three steps in a row."""
         self._burst, self._weights = [], None
+
+    def state(self) -> dict:
+        """Everything remembered, the burst under way included."""
+        return {
+            "gain": self.gain.state(),
+            "weight_gradient": self.weight_gradient.state(),
+            "burst": [[torch.from_numpy(a) for a in part] for part in self._burst],
+            "weights": None if self._weights is None else torch.from_numpy(self._weights),
+        }
+
+    def restore(self, state: dict) -> None:
+        """Take up a `state`; the network must be attached as it was then."""
+        self.gain.restore(state["gain"])
+        self.weight_gradient.restore(state["weight_gradient"])
+        self._burst = [tuple(a.numpy() for a in part) for part in state["burst"]]
+        self._weights = None if state["weights"] is None else state["weights"].numpy()
 
     def add(self, draw: NDArray) -> None:
         """Take in the gradients of one step, after the optimizer's; call it on three steps in a row.

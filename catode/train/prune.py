@@ -13,7 +13,7 @@ Source: THEORY sections 2-5 (prices, theta step, tolerance, commitment), CONTRAC
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -66,6 +66,9 @@ INDIFFERENCE = 3.0  # a benefit known to lie within this factor of the price is 
 LEAD = 4  # memories before the thetas may move, from which on there are gates and measurements
 LEAST_PRICE = 1e-12  # nats; below it a price is that of a unit whose layer is all but gone
 LEAST_PROBE = 12  # examples, where the batch has as many
+_POOLS = ("_benefit", "_slow", "_when", "_slow_when", "_elapsed", "_estimate", "_successive", "_curvature")
+_ARRAYS = ("keep_prob", "kept", "_zero", "_pending", "_last")
+_SCALARS = ("done", "time", "started", "finished")
 NEARLY_ONE = 0.9  # keep probability from which commitment is considered; the alarm bound uses the actual value
 
 
@@ -306,6 +309,60 @@ class Pruner:
                 compact.keep_units_of_state(state, spec, np.flatnonzero(live))
         return state, self.structure()
 
+    def state_dict(self) -> dict:
+        """Everything that a pruner on a fresh model needs to go on exactly as this one would: tensors, numbers and text.
+
+        The optimizer's state is not in it.
+        """
+        pools = {name: getattr(self, name).state() for name in _POOLS}
+        arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in _ARRAYS}
+        return {
+            "model": self.gates.plain_state(),
+            "state": self.state.tolist(),
+            "present": [torch.from_numpy(units) for units in self.present],
+            "pools": pools,
+            "arrays": arrays,
+            "products": self._products.state(),
+            "turn": [self._turn[True], self._turn[False]],
+            "generators": [self._generator.get_state(), self._labels.get_state()],
+            "draw": self.gates.draw.detach().cpu(),
+            "scalars": {name: getattr(self, name) for name in _SCALARS},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up the `state_dict` of a pruner with the same arguments; the model must be fresh and whole.
+
+        The model is cut down to what it was; the optimizer's parameters follow, its state must be restored after this.
+
+        Raises:
+            ValueError: if the state is of another network.
+        """
+        if len(state["state"]) != self.complexity.size or len(state["present"]) != len(self.present):
+            raise ValueError(
+                f"`state` must be of the same network; got one of {len(state['state'])} structures instead of "
+                f"{self.complexity.size}. Build the model and the pruner with the same arguments."
+            )
+        self.gates.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for name in _ARRAYS:
+            setattr(self, name, state["arrays"][name].numpy().copy())
+        self.state = np.array(state["state"], dtype=self.state.dtype)
+        for name, value in state["scalars"].items():
+            setattr(self, name, value)
+        self._slice(np.ones_like(self.kept), stay=[units.numpy() for units in state["present"]])
+        self.model.load_state_dict(state["model"])
+        for name in _POOLS:
+            getattr(self, name).restore(state["pools"][name])
+        self._turn = dict(zip((True, False), state["turn"], strict=True))
+        if self.started and not self.finished:
+            self._start()
+        self._products.restore(state["products"])
+        self._generator.set_state(state["generators"][0])
+        self._labels.set_state(state["generators"][1])
+        self.gates.set(torch.from_numpy(self.keep_prob), state["draw"])
+
     # --- the training loop ------------------------------------------------------------------------------------------
 
     def step(self, grad_scale: float = 1.0) -> Check | None:
@@ -356,7 +413,7 @@ class Pruner:
         """
         if not self.finished:
             self._check(_step_time(self.optimizer), final=True)
-        self._slice(self.kept, multiple=1)
+        self._slice(self.kept)
         return self.model
 
     def _start(self) -> None:
@@ -694,8 +751,16 @@ class Pruner:
         self._slice(before, self.width_multiple)
         self._install()
 
-    def _slice(self, before: NDArray[np.bool_], multiple: int) -> None:
-        """Cut the plain network down to `self.kept`, widths rounded up to a multiple by dead channels."""
+    def _slice(
+        self, before: NDArray[np.bool_], multiple: int = 1, stay: Sequence[NDArray[np.int64]] | None = None
+    ) -> None:
+        """Cut the plain network down to `self.kept`.
+
+        Args:
+            before: What was kept before, shape (n,).
+            multiple: Widths are rounded up to a multiple of this by dead channels.
+            stay: Instead, the units that stay at each site, dead ones among them.
+        """
         change = compact.Change()
         for number, block in enumerate(self.blocks):
             if before[number] and not self.kept[number]:
@@ -703,16 +768,15 @@ class Pruner:
         for block, site, spec in self._sites():
             live = self.kept[self.present[site]]
             dead = np.flatnonzero(~live)
-            if not len(dead):
-                continue
+            wanted = np.arange(len(dead)) < -int(live.sum()) % multiple
+            fill = dead[wanted if stay is None else np.isin(self.present[site][dead], stay[site])]
             i = block.sites.index(spec)
-            fill = dead[: -int(live.sum()) % multiple]
             if len(fill):
                 compact.silence_units(self.model, block, i, fill.tolist(), change)
-            stay = np.union1d(np.flatnonzero(live), fill)
-            if len(stay) < len(live):
-                compact.keep_units(self.model, block, i, stay.tolist(), change)
-            self.present[site] = self.present[site][stay]
+            left = np.union1d(np.flatnonzero(live), fill)
+            if len(left) < len(live):
+                compact.keep_units(self.model, block, i, left.tolist(), change)
+            self.present[site] = self.present[site][left]
         change.follow(self.optimizer)
 
     def _sites(self) -> Iterator[tuple[Block, int, Site]]:

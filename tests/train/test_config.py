@@ -73,6 +73,7 @@ WRONG_FIELDS = [
     ("threads", 0),
     ("out", ""),
     ("out", 3),
+    ("resume", ""),
     ("dry_run", "no"),
 ]
 
@@ -95,6 +96,11 @@ WRONG_LINES = [
     ("--image-size 3 --dataset folder --data-dir x", "`image_size` must be >= 4; got image_size=3."),
     ("--tol 0.1 --derive-tol", "`tol` must be left out with derive_tol; got tol=0.1 and derive_tol=True."),
     ("--nu 1 --epochs 10 --decide-until 0.8 --warmup-epochs 8", "`warmup_epochs` must be < decide_until x epochs = 8"),
+    ("--resume x --nu 1", "`nu` must be left out with resume; got nu=1.0 and resume='x'."),
+    (
+        "--resume nowhere",
+        "`resume` must be the folder of a run that was cut off; got resume='nowhere', which holds no run.",
+    ),
     ("--seed -1", "`seed` must lie in [0, 4294967295]; got seed=-1."),
 ]
 
