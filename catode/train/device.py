@@ -24,6 +24,22 @@ def keep_freed_memory() -> bool:
     return all([mallopt(option, value) == 1 for option, value in settings])
 
 
+def check_compile(device: str) -> None:
+    """Make sure that torch.compile works here; it needs a compiler that PyTorch does not bring along.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever the compiler, the linker or PyTorch has to say
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"`compile` must be left out where torch.compile does not work; got compile=True on {device} and: {reason}. "
+            "Install a C++ compiler, or leave --compile out."
+        ) from error
+
+
 @torch.no_grad()
 def latency_ms(
     model: nn.Module, example: torch.Tensor, *, batches: tuple[int, ...] = (1, 128), seconds: float = 0.5

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from catode import __version__
 from catode.train import checkpoint, data, models, report
 from catode.train.config import Config, check_out
-from catode.train.device import keep_freed_memory, latency_ms
+from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
 from catode.train.prune import ROW_FIELDS, Pruner
 from catode.train.structure import Counts, count
@@ -124,6 +124,8 @@ def prepare(config: Config) -> Setup:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
+    if config.compile:
+        check_compile(config.device)
     images = data.load(config.dataset, config.data_dir, seed=config.seed, image_size=config.image_size)
     steps = len(images.train_labels) // config.batch_size
     if steps < 1:

@@ -393,3 +393,26 @@ def test_load_refuses_what_is_not_a_run(tmp_path, finished):
     (tmp_path / "structure.json").write_text(json.dumps(structure))
     with pytest.raises(ValueError, match=r"`folder` must hold a model.pt that fits its structure.json"):
         load(Path(tmp_path))
+
+
+def test_compile_where_it_does_not_work_is_one_line(monkeypatch, tmp_path, capsys):
+    def fails(function):
+        raise RuntimeError("No working C++ compiler found\nlong trace")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert main(["--compile", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "error: `compile` must be left out" in error and "No working C++ compiler found." in error
+    assert len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_compiled_steps_train_as_the_others_do(tmp_path):
+    flags = ["--nu", "20", "--epochs", "6", "--warmup-epochs", "3", "--memory", "10", "--threads", "1"]
+    found = []
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        assert main([*flags, *more, "--out", str(tmp_path / name)]) == 0
+        with (tmp_path / name / "metrics.csv").open() as file:
+            found.append([float(row["loss"]) for row in csv.DictReader(file)])
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.02)  # rounding is amplified from step to step
+    assert found[1][-1] < 0.5 * found[1][0]
