@@ -20,15 +20,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import ndtri
 from torch import nn
 
 from catode._validate import check_choice, check_int, check_interval, check_positive
-from catode.theory import tolerance as tolerances
-from catode.train import compact
+from catode.train import compact, decide
 from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, straight_through
 from catode.train.gates import Gates
-from catode.train.measure import GradientProducts, Pool
+from catode.train.measure import LEAST_EVIDENCE, Evidence, GradientProducts, summary
 from catode.train.structure import Block, Counts, Prunable, Site, describe
 
 ROW_FIELDS = [
@@ -59,17 +57,10 @@ ROW_FIELDS = [
 UNDECIDED, COMMITTED, FORCED, PROMOTED = "undecided", "committed", "forced", "promoted"
 PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
 
-MOST_OF_A_SITE = 0.25  # share of a site's units that one check may remove: their benefits were measured one by one
-LEAST_EVIDENCE = 8.0  # effective observations of benefit and gain before anything is decided
-COMMIT_FROM, INDIFFERENT_FROM = 0.5, 0.75  # shares of the deciding phase, see Pruner._certain
-INDIFFERENCE = 3.0  # a benefit known to lie within this factor of the price is not worth deciding
 LEAD = 4  # memories before the thetas may move, from which on there are gates and measurements
-LEAST_PRICE = 1e-12  # nats; below it a price is that of a unit whose layer is all but gone
 LEAST_PROBE = 12  # examples, where the batch has as many
-_POOLS = ("_benefit", "_slow", "_when", "_slow_when", "_elapsed", "_estimate", "_successive", "_curvature")
-_ARRAYS = ("keep_prob", "kept", "_zero", "_pending", "_last")
+_ARRAYS = ("keep_prob", "kept", "_zero", "_pending")
 _SCALARS = ("done", "time", "started", "finished")
-NEARLY_ONE = 0.9  # keep probability from which commitment is considered; the alarm bound uses the actual value
 
 
 @dataclass(frozen=True)
@@ -169,7 +160,6 @@ class Pruner:
         self.alpha = check_interval("alpha", alpha, 0.0, 1.0)
         self.beta = check_interval("beta", beta, 0.0, 1.0)
         self.risk = check_interval("risk", risk, 0.0, 0.5, low_open=True, high_open=True)
-        self._z = float(ndtri(1.0 - self.risk))
         self.tolerance = None if tolerance is None else check_interval("tolerance", tolerance, 0.0, 1.0)
         self.steps = check_int("steps", steps, low=1)
         if rate_ratio is None:
@@ -211,15 +201,13 @@ class Pruner:
 
         self.done, self.time = 0, 0.0
         self.finished = False
-        self._pending = np.zeros(n)
-        window = self._window = np.where(self.is_layer, max(memory / 10, LEAST_EVIDENCE), memory)
-        self._benefit, self._slow, self._when, self._slow_when = (
-            Pool(n, w) for w in (window, 3 * window, window, 3 * window)
+        self._pending = np.zeros(n)  # ODE time since the last estimate
+        self._evidence = Evidence(
+            np.where(self.is_layer, max(memory / 10, LEAST_EVIDENCE), memory),
+            curvature_window=max(memory / (2 * self.measure_every), 10),
+            corrected=np.where(self.is_layer, *(name == "curvature" for name in self.estimators)),
+            risk=self.risk,
         )
-        self._elapsed = Pool(n, window)
-        self._estimate, self._successive = Pool(n, window), Pool(n, window)
-        self._last = np.full(n, np.nan)
-        self._curvature = Pool(n, max(memory / (2 * self.measure_every), 10))
         self._products = GradientProducts(n, max(memory / self._burst_every, 20))
         self._turn = {True: 0, False: 0}
         self._generator = torch.Generator().manual_seed(seed)
@@ -314,13 +302,12 @@ class Pruner:
 
         The optimizer's state is not in it.
         """
-        pools = {name: getattr(self, name).state() for name in _POOLS}
         arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in _ARRAYS}
         return {
             "model": self.gates.plain_state(),
             "state": self.state.tolist(),
             "present": [torch.from_numpy(units) for units in self.present],
-            "pools": pools,
+            "evidence": self._evidence.state(),
             "arrays": arrays,
             "products": self._products.state(),
             "turn": [self._turn[True], self._turn[False]],
@@ -353,8 +340,7 @@ class Pruner:
             setattr(self, name, value)
         self._slice(np.ones_like(self.kept), stay=[units.numpy() for units in state["present"]])
         self.model.load_state_dict(state["model"])
-        for name in _POOLS:
-            getattr(self, name).restore(state["pools"][name])
+        self._evidence.restore(state["evidence"])
         self._turn = dict(zip((True, False), state["turn"], strict=True))
         if self.started and not self.finished:
             self._start()
@@ -385,7 +371,7 @@ class Pruner:
             if self.done >= self._begin:
                 self._start()
             return None
-        draw, derivative = self._evidence(grad_scale)
+        draw, derivative = self._derivative(grad_scale)
         step_time = _step_time(self.optimizer)
         self.done += 1
         self.time += step_time
@@ -453,7 +439,7 @@ class Pruner:
 
         return [self.model.register_forward_pre_hook(before), self.model.register_forward_hook(after)]
 
-    def _evidence(self, grad_scale: float) -> tuple[NDArray, NDArray]:
+    def _derivative(self, grad_scale: float) -> tuple[NDArray, NDArray]:
         """Draw and dL/dxi of this step, each of shape (n,)."""
         rows = self.gates.rows
         source = rows if rows is not None else self.gates.draw
@@ -477,8 +463,8 @@ class Pruner:
             where = kind & open_
             if name == "curvature":
                 # a closed layer may leave the ReLU behind it exactly on its kink, where autograd's derivative is not one-sided
-                where &= (self._curvature.count > 0) & (~self.is_layer | (draw > 0.5))
-                values = curvature_corrected(derivative, draw, self._curvature.mean)
+                where &= (self._evidence.curvature.count > 0) & (~self.is_layer | (draw > 0.5))
+                values = curvature_corrected(derivative, draw, self._evidence.curvature.mean)
             elif name == "straight-through":
                 values = straight_through(derivative, draw)
             else:
@@ -509,7 +495,7 @@ class Pruner:
             probe = Probe(self.model, self.gates, captured["inputs"][part], targets, self._labels)
             if curved and (turn or not chosen):
                 curvature = probe.curvature().double().cpu().numpy()
-                self._curvature.add(curvature, open_ & np.isfinite(curvature))
+                self._evidence.curvature.add(curvature, open_ & np.isfinite(curvature))
                 return {}
             self._turn[True] += self.layers_per_probe
             self._turn[False] += self.layers_per_probe
@@ -528,22 +514,10 @@ class Pruner:
 
     def _move(self, estimate: NDArray, seen: NDArray[np.bool_]) -> None:
         """Projected SGD step of theta with the prices of this moment; pools the evidence."""
-        now = np.full_like(self._pending, self.time)
-        self._estimate.add(estimate, seen)
-        follows = seen & ~np.isnan(self._last)
-        self._successive.add(np.where(follows, estimate * self._last, 0.0), follows)
-        self._last = np.where(seen, estimate, self._last)
-        self._elapsed.add(self._pending, seen)
-        for pool, value in (
-            (self._benefit, -estimate),
-            (self._slow, -estimate),
-            (self._when, now),
-            (self._slow_when, now),
-        ):
-            pool.add(value, seen)
+        self._evidence.add(estimate, seen, self.time, self._pending)
         if self.done > self.warmup:
-            upper = self._limits()[1]
-            moving = seen & ~self._zero & (self._benefit.count >= LEAST_EVIDENCE) & np.isfinite(upper)
+            upper = self._evidence.limits()[1]
+            moving = seen & ~self._zero & self._evidence.enough & np.isfinite(upper)
             speed = self.rate_ratio[moving] * (self.prices() - upper)[moving]
             self.keep_prob[moving] = np.clip(self.keep_prob[moving] - self._pending[moving] * speed, 0.0, 1.0)
             self._zero |= moving & (self.keep_prob == 0.0)  # absorbed: removed at the next check
@@ -555,75 +529,43 @@ class Pruner:
 
     # --- deciding ---------------------------------------------------------------------------------------------------
 
-    def _limits(self) -> tuple[NDArray, NDArray]:
-        """Lower and upper limits of the benefits at the stated risk, shape (n,) each."""
-        corrected = np.where(self.is_layer, *(name == "curvature" for name in self.estimators))
-        error = np.sqrt(self._benefit.error**2 + np.where(corrected, 0.25 * self._curvature.error**2, 0.0))
-        return self._benefit.mean - self._z * error, self._benefit.mean + self._z * error
-
     def measured(self) -> dict[str, NDArray]:
         """Everything measured about every structure, arrays of shape (n,); infinite where nothing is known yet."""
-        z, benefit, products = self._z, self._benefit.mean, self._products
-        lower, upper = self._limits()
-        slope, slope_error = self._slope()
-        gain = np.maximum(products.gain.mean, 0.0) + z * products.gain.error
-        # growth of the benefit beyond what the gain of its own weights explains
-        own = self.keep_prob * np.maximum(products.gain.mean - z * products.gain.error, 0.0)
-        drift = np.maximum(slope + z * slope_error - np.where(np.isfinite(own), own, 0.0), 0.0)
-        price = np.maximum(self.prices(), LEAST_PRICE)
-        weight_decay = min(group["weight_decay"] for group in self.optimizer.param_groups)
-        pull = products.weight_gradient
-        decay = weight_decay * np.maximum(-(pull.mean + z * pull.error), 0.0) / np.maximum(upper, price)
-        elapsed = self._elapsed.mean
-        variance = self._estimate.variance * (1.0 + z * np.sqrt(2.0 / np.maximum(self._estimate.count, 1.0)))
-        return {
-            "keep_prob": self.keep_prob,
-            "benefit": benefit,
-            "benefit_upper": upper,
-            "benefit_lower": lower,
-            "price": price,
-            "gain": gain,
-            "decay": np.where(decay * price > drift, decay, 0.0),  # a lower limit; 0 is always one
-            "rate_ratio": self.rate_ratio,
-            "noise": self.rate_ratio * np.sqrt(np.where(elapsed > 0.0, elapsed, 1.0) * variance),
-            "benefit_noise": self._benefit_noise(),
-            "drift": drift,
-            "step_time": elapsed,
-        }
-
-    def _benefit_noise(self) -> NDArray:
-        """Upper limit of the benefit's own diffusion sigma_b, nats per sqrt(time), from its realised wandering.
-
-        The draws' noise is independent from step to step, the benefit is not: the covariance of successive estimates is
-        the variance of the benefit within the pool's memory T, sigma_b^2 T / 2 for a random walk. It contains what the
-        noise of *all* weights does to the benefit.
-        """
-        wander = self._successive.mean - self._estimate.mean**2 + self._z * self._successive.error
-        elapsed = self._elapsed.mean
-        return np.sqrt(2.0 * np.maximum(wander, 0.0) / np.maximum(self._estimate.weight * elapsed, 1e-12))
-
-    def _slope(self) -> tuple[NDArray, NDArray]:
-        """Growth of the benefits, nats/time, and its standard error, from a fast and a slow pool."""
-        span = self._when.mean - self._slow_when.mean
-        known = span > 0.0
-        span = np.where(known, span, 1.0)
-        error = np.where(known, np.hypot(self._benefit.error, self._slow.error) / span, np.inf)
-        return np.where(known, (self._benefit.mean - self._slow.mean) / span, 0.0), error
+        return summary(
+            self._evidence,
+            self._products,
+            keep_prob=self.keep_prob,
+            price=np.maximum(self.prices(), decide.LEAST_PRICE),
+            rate_ratio=self.rate_ratio,
+            weight_decay=min(group["weight_decay"] for group in self.optimizer.param_groups),
+        )
 
     def _check(self, step_time: float, final: bool = False) -> Check:
         """Decide what can be decided; compact what was removed."""
         open_ = self.state == UNDECIDED
         found = self.measured()
-        separatrix, tolerance = self._tolerances(found, open_)
+        enough = open_ & self._evidence.enough & (self._products.gain.count >= LEAST_EVIDENCE)
+        separatrix, tolerance = decide.tolerances(
+            found, enough, memory=self._evidence.memory(), risk=self.risk, fixed=self.tolerance
+        )
         before = self.kept.copy()
         warnings = []
         known = open_ & ~np.isnan(separatrix)
         zero = open_ & self._zero
         safe = known & ~zero & (found["benefit_upper"] < found["price"]) & (self.keep_prob <= tolerance)
         if not final:
-            safe = self._ration(safe, found)
+            safe = decide.ration(safe, found, self.is_layer, [u[self.kept[u]] for u in self.present])
         kept = self.complexity.close(self.kept & ~zero & ~safe)
-        certain = self._certain(found, known, step_time) & ~zero & ~safe
+        certain = decide.certain(
+            found,
+            known,
+            slope=self._evidence.slope(),
+            progress=(self.done - self.warmup) / max(self.steps - self.warmup, 1),
+            steps_left=max(self.steps - self.done, 1),
+            step_time=step_time,
+            risk=self.risk,
+        )
+        certain &= ~zero & ~safe
         rounded = np.zeros_like(open_)
         if final:
             rounded = open_ & ~zero & ~safe & ~certain
@@ -651,79 +593,6 @@ class Pruner:
         if final or not self.undecided:
             self._leave()
         return Check(rows, warnings, removed)
-
-    def _tolerances(self, found: dict[str, NDArray], open_: NDArray) -> tuple[NDArray, NDArray]:
-        """Separatrix and tolerance of every structure with enough evidence, NaN elsewhere."""
-        separatrix, tolerance = np.full((2, len(open_)), np.nan)
-        evidence = np.minimum(self._benefit.count, self._products.gain.count) >= LEAST_EVIDENCE
-        finite = np.all([np.isfinite(v) for v in found.values()], axis=0)
-        where = open_ & evidence & finite
-        if where.any():
-            part = {k: v[where] for k, v in found.items()}
-            # theta moves by the pool plus its margin: a pool that sees a price lower by the margin
-            price = part["price"] - (part["benefit_upper"] - part["benefit"])
-            derived = tolerances.derive(
-                benefit=part["benefit_upper"],
-                pooled=part["benefit"],
-                price=np.maximum(price, LEAST_PRICE),
-                memory=(self._estimate.weight * found["step_time"])[where],
-                **{k: part[k] for k in ("gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")},
-                risk=self.risk,
-            )
-            separatrix[where], tolerance[where] = derived.separatrix, derived.values
-        if self.tolerance is not None:
-            tolerance = np.where(where, self.tolerance, np.nan)
-        return separatrix, tolerance
-
-    def _ration(self, safe: NDArray[np.bool_], found: dict[str, NDArray]) -> NDArray[np.bool_]:
-        """Let one check remove at most one layer and a quarter of a site, the least useful first.
-
-        Benefits are measured with all the others in place; spreading the removals over checks lets the pools follow.
-        """
-        allowed = np.zeros_like(safe)
-        ratio = np.divide(found["benefit_upper"], found["price"], out=np.zeros(len(safe)), where=safe)
-        layers = np.flatnonzero(safe & self.is_layer)
-        if len(layers):
-            allowed[layers[np.argmin(ratio[layers])]] = True
-        for present in self.present:
-            units = present[safe[present]]
-            most = max(1, int(MOST_OF_A_SITE * self.kept[present].sum()))
-            allowed[units[np.argsort(ratio[units], kind="stable")[:most]]] = True
-        return allowed
-
-    def _certain(self, found: dict[str, NDArray], known: NDArray[np.bool_], step_time: float) -> NDArray[np.bool_]:
-        """Structures to commit: certain to stay until the deciding phase ends, or not worth telling (THEORY 3 and 4.4).
-
-        The gain's lower limit is 0 in practice, so the mirror domain is empty and the finite-horizon test decides: theta
-        is near 1; the benefit's lower limit, carried to the horizon at the rate at which benefits are seen to fall,
-        stays above the price; and noise alone reaches 0 with less than the stated risk. Benefits fall while the loss
-        falls, so nothing is committed in the first half of the phase. In its last quarter a structure whose
-        benefit is known to lie near its price is kept too: it does not matter.
-        """
-        lower, upper, price = (found[k] for k in ("benefit_lower", "benefit_upper", "price"))
-        left = max(self.steps - self.done, 1)
-        near_one = known & (self.keep_prob >= NEARLY_ONE)
-        slope, slope_error = self._slope()
-        near_one &= lower > 0.0
-        fall = np.maximum(-(slope - self._z * slope_error), 0.0)[near_one] / found["benefit"][near_one]
-        last = np.zeros_like(lower)
-        last[near_one] = lower[near_one] * np.exp(-fall * left * step_time)
-        done = (self.done - self.warmup) / max(self.steps - self.warmup, 1)
-        certain = near_one & (lower > price) & (last > price) & (done >= COMMIT_FROM)
-        where = np.flatnonzero(certain)
-        if len(where):
-            alarm = tolerances.commit_alarm(
-                benefit=last[where],
-                price=price[where],
-                rate_ratio=found["rate_ratio"][where] * self.keep_prob[where],
-                noise=found["noise"][where],
-                step_time=found["step_time"][where],
-                steps_left=left,
-            )
-            certain[where] = alarm < self.risk
-        if done >= INDIFFERENT_FROM:
-            certain |= near_one & (lower > price / INDIFFERENCE) & (upper < price * INDIFFERENCE) & (upper >= price)
-        return certain
 
     def _rows(self, found: dict[str, NDArray], separatrix: NDArray, tolerance: NDArray, which: NDArray) -> list[dict]:
         rows, layers = [], len(self.blocks)

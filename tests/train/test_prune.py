@@ -248,7 +248,7 @@ def test_a_short_memory_still_pools_sensibly(memory):
         pruner.done += 1
         pruner._pending += 0.5
         pruner._move(np.full(n, -0.25), np.ones(n, dtype=bool))
-        np.testing.assert_allclose(pruner._benefit.mean, 0.25)
+        np.testing.assert_allclose(pruner._evidence.benefit, 0.25)
 
 
 def test_alpha_zero_gates_no_layers():
