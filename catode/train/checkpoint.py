@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -12,7 +12,15 @@ from torch import nn
 
 from catode.train import compact, models
 
-STATE, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+STATE, PREVIOUS, PART = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint.pt.part"
+FORMAT = 1  # of a state; raise it when what is in one changes
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file in one move."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def save_state(folder: Path, state: dict) -> None:
@@ -20,41 +28,64 @@ def save_state(folder: Path, state: dict) -> None:
 
     Written beside, flushed to the disk and moved into place: whatever kills the process, one whole state is there.
     """
-    part = folder / f"{STATE}.part"
-    with part.open("wb") as file:
-        torch.save(state, file)
+    with (folder / PART).open("wb") as file:
+        torch.save({**state, "format": FORMAT}, file)
         file.flush()
         os.fsync(file.fileno())
     if (folder / STATE).exists():
         os.replace(folder / STATE, folder / PREVIOUS)
-    os.replace(part, folder / STATE)
+    os.replace(folder / PART, folder / STATE)
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def load_state(folder: Path) -> dict | None:
-    """The newest whole state in a run's folder; None if there is none yet.
+    """The newest whole state in a run's folder; None if there is none yet. A damaged newest one is deleted.
 
     Raises:
         ValueError: if there are only damaged ones.
     """
-    damaged = []
-    for name in (STATE, PREVIOUS):
+    damaged = {}
+    for name in (STATE, PREVIOUS, PART):
         try:
-            return torch.load(folder / name, map_location="cpu", weights_only=True)
+            state = _whole_state(folder / name)
         except FileNotFoundError:
             continue
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            damaged.append(f"{name}: {str(error).splitlines()[0]}")
+        except Exception as error:  # unpickling damaged bytes can raise anything
+            damaged[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            continue
+        if STATE in damaged:  # or it would be kept as the good one before the next
+            (folder / STATE).unlink()
+        return state
     if damaged:
         raise ValueError(
-            f"`resume` must name a run with a readable checkpoint; got {str(folder)!r}, where {'; '.join(damaged)}. "
-            "Start the run anew."
+            f"`resume` must name a run with a readable checkpoint; got {str(folder)!r}, where "
+            f"{'; '.join(f'{name}: {reason}' for name, reason in damaged.items())}. Start the run anew in another folder."
         )
     return None
 
 
+def _whole_state(path: Path) -> dict:
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"checksum of {broken} is wrong")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["format"] != FORMAT:
+        raise ValueError(f"it is in format {state['format']}, this version of catode reads format {FORMAT}")
+    return state
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a run's folder holds a state, whole or not."""
+    return any((folder / name).exists() for name in (STATE, PREVIOUS, PART))
+
+
 def drop_state(folder: Path) -> None:
     """Delete the states of a run that is finished."""
-    for name in (STATE, PREVIOUS):
+    for name in (STATE, PREVIOUS, PART):
         (folder / name).unlink(missing_ok=True)
 
 

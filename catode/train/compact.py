@@ -131,6 +131,21 @@ def silence_units(model: nn.Module, block: Block, site: int, index: Iterable[int
         change.silence(model.get_submodule(name), "weight", 1, index)
 
 
+def check_dead(model: nn.Module, spec: Site, index: NDArray[np.int64]) -> None:
+    """Make sure that silenced units are still dead.
+
+    Raises:
+        RuntimeError: if training revived one, which an activation with f(0) != 0 can do.
+    """
+    for name in spec.consumers:
+        weight = model.get_submodule(name).weight
+        if len(index) and weight[:, torch.from_numpy(index).to(weight.device)].any():
+            raise RuntimeError(
+                f"`width_multiple` must be 1 where an activation does not map 0 to 0; dead channels of `{spec.name}` came "
+                "back to life. Pass width_multiple=1."
+            )
+
+
 def keep_units_of_state(state: dict[str, torch.Tensor], spec: Site, index: NDArray[np.int64]) -> None:
     """What `keep_units` does to a network, done to its state dict, in place."""
     kept = torch.from_numpy(index)

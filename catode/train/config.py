@@ -408,6 +408,7 @@ class Config:
         "run",
         "torch.compile the training step while there are no gates: with nu = 0, early in a long warm-up, and when all is "
         "decided; a gated network changes its shapes too often",
+        negatable=True,
         identity=False,
     )
     threads: int | None = _number(
@@ -433,7 +434,7 @@ class Config:
         None,
         "run",
         "folder of a run that was cut off, to go on from the end of its last whole epoch; every other setting is the "
-        "run's own, only --threads and --device may be given",
+        "run's own, only what depends on the machine may be given: --threads, --device, --compile, --data-dir",
         optional=True,
         identity=False,
         mend="Leave it out to start a run.",
@@ -474,6 +475,10 @@ class Config:
             raise ConfigError(
                 f"`image_size` must be left out unless dataset='folder'; got image_size={self.image_size} with "
                 f"dataset={self.dataset!r}. Leave it out."
+            )
+        if self.resume is not None and self.out != self.resume:
+            raise ConfigError(
+                f"`out` must be the same folder as resume; got out={self.out!r} and resume={self.resume!r}. Leave it out."
             )
         deciding = self.decide_until * self.epochs
         if self.nu > 0 and self.warmup_epochs >= deciding:
@@ -736,19 +741,15 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 def _resumed(resume: str, **given: Any) -> Config:
     """The configuration of a run that goes on."""
     for name, value in given.items():
-        if name not in ("threads", "device"):
+        if name not in ("threads", "device", "compile", "data_dir"):
             raise ConfigError(
                 f"`{name}` must be left out with resume; got {name}={value!r} and resume={resume!r}. "
                 "The run goes on with its own settings."
             )
-    folder = Path(resume)
-    for name, there, meaning in (
-        ("config.json", True, "which holds no run"),
-        ("result.json", False, "which is finished"),
-    ):
-        if (folder / name).is_file() != there:
-            raise ConfigError(
-                f"`resume` must be the folder of a run that was cut off; got resume={resume!r}, {meaning}. "
-                "Pass the --out of such a run."
-            )
-    return Config.from_json((folder / "config.json").read_text(), **given, out=resume, resume=resume)
+    file = Path(resume) / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"`resume` must be the folder of a run that was cut off; got resume={resume!r}, which holds no run. "
+            "Pass the --out of such a run."
+        )
+    return Config.from_json(file.read_text(), **given, out=resume, resume=resume)

@@ -115,12 +115,7 @@ def prepare(config: Config) -> Setup:
     if config.resume is None:
         check_out(config)
     else:
-        state = checkpoint.load_state(Path(config.resume))
-        if state is not None and state["config"] != config.identity():
-            raise ValueError(
-                f"`resume` must name a folder whose checkpoint and config.json fit; got {config.resume!r}, where they are "
-                "of different runs. Restore the files of one run."
-            )
+        state = _state_of(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
@@ -149,7 +144,44 @@ def prepare(config: Config) -> Setup:
         )
     example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
     schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
+    if state is not None and (state["steps_per_epoch"], state["classes"]) != (steps, list(images.classes)):
+        raise ValueError(
+            f"`data_dir` must hold the images that the run began with; got {steps} steps an epoch and {len(images.classes)} "
+            f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start anew."
+        )
     return Setup(config, images, model, example, steps, schedule, state)
+
+
+def _state_of(config: Config) -> dict | None:
+    """State of the run to go on with; None if it had none yet.
+
+    Raises:
+        ValueError: if the run is finished, or its files do not fit each other.
+    """
+    folder = Path(config.resume)
+    if (folder / "result.json").exists() and not checkpoint.has_state(folder):
+        raise ValueError(
+            f"`resume` must be the folder of a run that was cut off; got {config.resume!r}, which is finished."
+        )
+    state = checkpoint.load_state(folder)
+    tables = [folder / "metrics.csv", folder / "structures.csv"]
+    if state is None:
+        # one epoch's row may have been written before its state was
+        if tables[0].exists() and tables[0].read_text().count("\n") > 2:
+            raise ValueError(
+                f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs but none. "
+                "Start the run anew in another folder."
+            )
+        return None
+    whole = all(
+        table.is_file() and table.stat().st_size >= n for table, n in zip(tables, state["lengths"], strict=True)
+    )
+    if state["config"] != config.identity() or not whole:
+        raise ValueError(
+            f"`resume` must name a folder whose checkpoint, config.json and tables fit; got {config.resume!r}, where they do "
+            "not. Restore the files of one run."
+        )
+    return state
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -263,6 +295,7 @@ def train(setup: Setup, *, progress: bool = True) -> Path:
     finally:
         trainer.close()
     report.write(folder)
+    checkpoint.drop_state(folder)
     return folder
 
 
@@ -286,7 +319,7 @@ class _Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         state = setup.state
         if config.resume is None:
-            (folder / "config.json").write_text(config.to_json() + "\n")
+            checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
         (folder / "env.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
         lengths = state["lengths"] if state else [None, None]
         self.metrics = _Table(folder / "metrics.csv", METRIC_FIELDS, lengths[0])
@@ -323,7 +356,6 @@ class _Trainer:
         if self.pruner is not None:
             self.pruner.finish()
         self.result(executed)
-        checkpoint.drop_state(self.folder)
 
     def epoch(self, epoch: int) -> dict:
         self.model.train()
@@ -454,8 +486,9 @@ class _Trainer:
         checkpoint.save_state(
             self.folder,
             {
-                "version": __version__,
                 "config": self.config.identity(),
+                "steps_per_epoch": self.setup.steps_per_epoch,
+                "classes": list(self.setup.images.classes),
                 "epochs_done": self.epochs_done,
                 "step": self.step,
                 "time": self.time,
@@ -476,7 +509,7 @@ class _Trainer:
             self.model.load_state_dict(state["model"])
         parameters = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
         for name, buffer in state["momentum"].items():
-            buffer = buffer.to(parameters[name].device)
+            buffer = buffer.to(parameters[name].device, copy=True)
             self.optimizer.state[parameters[name]] = {"momentum_buffer": buffer}
         for name in ("epochs_done", "step", "time", "seconds", "history"):
             setattr(self, name, state[name])
@@ -512,7 +545,7 @@ class _Trainer:
             "latency_dense_ms_128": self.dense_latency[1],
             "seed": self.config.seed,
         }
-        (self.folder / "result.json").write_text(json.dumps(content, indent=2) + "\n")
+        checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
 
 
 def _environment(config: Config) -> dict:

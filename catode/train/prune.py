@@ -12,6 +12,7 @@ Source: THEORY sections 2-5 (prices, theta step, tolerance, commitment), CONTRAC
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
 
 LEAD = 4  # memories before the thetas may move, from which on there are gates and measurements
 LEAST_PROBE = 12  # examples, where the batch has as many
-_ARRAYS = ("keep_prob", "kept", "_zero", "_pending")
+_ARRAYS = ("keep_prob", "kept", "rate_ratio", "_zero", "_pending")
 _SCALARS = ("done", "time", "started", "finished")
 
 
@@ -98,7 +99,8 @@ class Pruner:
         beta: Parameters (1) against MACs (0).
         risk: Accepted probability of removing what would not have gone by itself, in (0, 0.5).
         tolerance: A fixed tolerance on theta in place of the derived one.
-        warmup: Steps before any theta moves. Of a long one, all but the last four memories are trained without gates.
+        warmup: Steps before any theta moves. The first part of a long one is trained without gates (if thetas start at 1):
+            measuring begins four memories before its end, earlier where many layers share the paired probes.
         initial_keep_prob: Where every theta starts, in (0, 1].
         estimator: Estimator of the units' benefits, one of `catode.train.estimators.ESTIMATORS`.
         layer_estimator: The same for layers.
@@ -217,7 +219,9 @@ class Pruner:
         self._probing = False
         self.gates = Gates(model, self.blocks, n)
         self._hooks = []
-        self._begin = max(self.warmup - LEAD * memory, 0)
+        round_of_layers = 2 * self.measure_every * -(-layers // self.layers_per_probe)
+        lead = LEAD * max(memory, round_of_layers * LEAST_EVIDENCE / 2)
+        self._begin = max(self.warmup - math.ceil(lead), 0) if initial_keep_prob == 1.0 else 0
         self.started = False
         if self._begin == 0:
             self._start()
@@ -346,8 +350,11 @@ class Pruner:
             self._start()
         self._products.restore(state["products"])
         self._generator.set_state(state["generators"][0])
-        self._labels.set_state(state["generators"][1])
-        self.gates.set(torch.from_numpy(self.keep_prob), state["draw"])
+        if (
+            state["generators"][1].shape == self._labels.get_state().shape
+        ):  # another kind of device has another generator
+            self._labels.set_state(state["generators"][1])
+        self.gates.set(torch.from_numpy(self.keep_prob), state["draw"].clone())
 
     # --- the training loop ------------------------------------------------------------------------------------------
 
@@ -489,6 +496,8 @@ class Pruner:
         curved = open_[self.is_layer].any() and self.estimators[0] == "curvature"
         curved |= open_[~self.is_layer].any() and self.estimators[1] == "curvature"
         chosen = [s for layers in (True, False) for s in self._next(layers, open_)]
+        if not curved and not chosen:
+            return {}
         turn = (self.done // self.measure_every) % 2 == 0
         self._probing = True
         try:
@@ -637,6 +646,7 @@ class Pruner:
         for block, site, spec in self._sites():
             live = self.kept[self.present[site]]
             dead = np.flatnonzero(~live)
+            compact.check_dead(self.model, spec, np.flatnonzero(~before[self.present[site]]))
             wanted = np.arange(len(dead)) < -int(live.sum()) % multiple
             fill = dead[wanted if stay is None else np.isin(self.present[site][dead], stay[site])]
             i = block.sites.index(spec)

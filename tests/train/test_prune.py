@@ -464,8 +464,39 @@ def test_dead_channels_round_widths_up_while_training_and_are_gone_in_the_end():
     torch.testing.assert_close(final(x[:32]), before, rtol=1e-4, atol=1e-5)
 
 
+def test_thetas_below_one_have_gates_from_the_start():
+    *_, pruner = make(warmup=60, memory=10, measure_every=1, layers_per_probe=3, initial_keep_prob=0.5)
+    assert pruner.started
+
+
+def test_a_dead_channel_that_comes_back_to_life_is_refused():
+    model, optimizer, pruner = make(width_multiple=8)
+    loop(model, optimizer, pruner, 500)
+    block = next(b for n, b in enumerate(pruner.blocks) if pruner.kept[n] and not pruner.kept[pruner.present[n]].all())
+    with torch.no_grad():
+        model.get_submodule(block.output).weight.add_(1e-3)
+    with pytest.raises(RuntimeError, match="`width_multiple` must be 1"):
+        pruner.finish()
+
+
+def test_a_state_is_not_shared_between_pruners():
+    model, optimizer, pruner = make()
+    loop(model, optimizer, pruner, 61)
+    state = pruner.state_dict()
+    before = copy.deepcopy(state)
+    for _ in range(2):
+        other, sgd, again = make(dense(3))
+        again.load_state_dict(state)
+        loop(other, sgd, again, 40, seed=1)
+    assert not state["draw"].requires_grad
+    for key in ("arrays", "model"):
+        assert all(torch.equal(a, before[key][k]) for k, a in state[key].items())
+    with pytest.raises(ValueError, match="`state` must be of the same network"):
+        make(DenseResNet(64, 10, blocks=2, width=32, hidden=HIDDEN))[2].load_state_dict(state)
+
+
 def test_a_long_warm_up_begins_without_gates_and_trains_as_the_ungated_network_does():
-    model, optimizer, pruner = make(warmup=60, memory=10)
+    model, optimizer, pruner = make(warmup=60, memory=10, measure_every=1, layers_per_probe=3)
     plain = dense()
     other = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     model.train()
