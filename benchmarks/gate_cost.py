@@ -99,7 +99,10 @@ def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
     given |= dict(measure_every=config.measure_every, memory=config.memory, nu=config.nu, alpha=config.alpha)
     far = 10**9
     given |= dict(rate_ratio=1.0, steps=far, warmup=far - 1 if settled else 0, check_every=far)
-    return Pruner(lane.model, lane.x[:1], optimizer=lane.optimizer, **{**given, **settings})
+    pruner = Pruner(lane.model, lane.x[:1], optimizer=lane.optimizer, **{**given, **settings})
+    if not pruner.started:
+        pruner._start()  # a long warm-up would begin without gates
+    return pruner
 
 
 # --- gated steps ----------------------------------------------------------------------------------------------------

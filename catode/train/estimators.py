@@ -57,10 +57,20 @@ def curvature_corrected(derivative, draw, curvature):
     return derivative + (0.5 - draw) * curvature
 
 
+def tracking_norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+
+
 @contextmanager
-def batch_statistics_only(model: nn.Module):
-    """Let train-mode batch norms leave their running statistics alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+def batch_statistics_only(model: nn.Module, norms: Sequence[nn.Module] | None = None):
+    """Let train-mode batch norms leave their running statistics alone.
+
+    Args:
+        model: The network.
+        norms: Its `tracking_norms`, where they are known.
+    """
+    norms = tracking_norms(model) if norms is None else norms
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -91,15 +101,16 @@ class Probe:
         self.inputs, self.targets = inputs, targets
         self.draw = gates.draw.detach()
         self.generator = generator
+        self._norms = tracking_norms(model)
 
-    def curvature(self) -> torch.Tensor:
-        """Gauss-Newton curvature of the loss in every gate, shape (n,).
+    def curvature(self, layers: bool = True) -> torch.Tensor:
+        """Gauss-Newton curvature of the loss in every gate, shape (n,); 0 for layers without `layers`, which is cheaper.
 
         The mean over examples of the squared derivative at a label *sampled from the model*, whose expectation is the
         variance over the model's softmax of dz/dxi. NaN if a logit is not finite.
         """
         rows = self.draw.expand(len(self.inputs), -1).clone().requires_grad_()
-        with self._gates(self.draw, rows):
+        with self._gates(self.draw, rows, layers):
             logits = self.model(self.inputs).float()
         if not logits.isfinite().all():
             return torch.full_like(self.draw, torch.nan)
@@ -110,26 +121,62 @@ class Probe:
     @torch.no_grad()
     def paired(self, structures: Sequence[int]) -> torch.Tensor:
         """Loss without minus loss with each of the given structures, shape (len(structures),), nats."""
-        base, differences = self._loss(self.draw), []
+        blocks = [self.model.get_submodule(block.name) for block in self.gates.blocks]
+        with _recorded(blocks) as outputs:
+            base = self._loss(self.draw)
+        differences = []
         for number in structures:
             other = self.draw.clone()
             other[number] = 1.0 - other[number]
-            change = self._loss(other) - base
+            # what comes before a layer is the same with and without it
+            before = blocks[:number] if number < len(blocks) else []
+            with _replayed(before, outputs):
+                change = self._loss(other) - base
             differences.append(change if self.draw[number] > 0.5 else -change)
         return torch.stack(differences) if differences else self.draw.new_zeros(0)
 
     @contextmanager
-    def _gates(self, draw: torch.Tensor, rows: torch.Tensor | None = None):
+    def _gates(self, draw: torch.Tensor, rows: torch.Tensor | None = None, layers: bool = True):
         """The model with other gate values, its running statistics left alone."""
         before = self.gates.draw, self.gates.rows
-        self.gates.draw, self.gates.rows = draw, rows
+        self.gates.draw, self.gates.rows, self.gates.layer_rows = draw, rows, layers
         try:
-            with batch_statistics_only(self.model):
+            with batch_statistics_only(self.model, self._norms):
                 yield
         finally:
             self.gates.draw, self.gates.rows = before
+            self.gates.layer_rows = True
 
     def _loss(self, draw: torch.Tensor) -> torch.Tensor:
         with self._gates(draw):
             logits = self.model(self.inputs).float()
         return -(self.targets * logits.log_softmax(1)).sum(1).mean()
+
+
+@contextmanager
+def _recorded(modules: Sequence[nn.Module]):
+    """Outputs of modules in the forward pass made meanwhile; those of modules that run more than once are left out."""
+    outputs: dict[nn.Module, torch.Tensor | None] = {}
+
+    def keep(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        outputs[module] = None if module in outputs else output
+
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _replayed(modules: Sequence[nn.Module], outputs: dict[nn.Module, torch.Tensor | None]):
+    """Let modules return what they returned before instead of computing it again."""
+    known = [module for module in modules if outputs.get(module) is not None]
+    for module in known:
+        module.forward = lambda *args, output=outputs[module]: output
+    try:
+        yield
+    finally:
+        for module in known:
+            del module.forward

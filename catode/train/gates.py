@@ -28,6 +28,7 @@ class Gates:
         keep_prob: theta, shape (n,); it stands in place of the draw in eval mode.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
+        layer_rows: Whether `rows` holds for layers too; otherwise they keep to `draw`.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], size: int):
@@ -36,6 +37,7 @@ class Gates:
         self.draw = torch.ones(size, device=device, requires_grad=True)
         self.keep_prob = torch.ones(size, device=device)
         self.rows: torch.Tensor | None = None
+        self.layer_rows = True
         self._installed: list[tuple[nn.Module, str]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -128,7 +130,7 @@ class Gates:
 
     def _scale_output(self, number: int):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor):
-            if self.rows is None:
+            if self.rows is None or not self.layer_rows:
                 return None
             return output * self.rows[:, number].view(-1, *[1] * (output.dim() - 1))
 
@@ -161,4 +163,5 @@ class _LayerGate(nn.Module):
         self.gates, self.number = gates, number
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight if self.gates.rows is not None else weight * self.gates.values(self.training)[self.number]
+        by_example = self.gates.rows is not None and self.gates.layer_rows
+        return weight if by_example else weight * self.gates.values(self.training)[self.number]

@@ -272,7 +272,12 @@ class GradientProducts:
             self._weights = torch.cat([p.detach().reshape(-1) for p in self._parameters]).double().cpu().numpy()
         if len(self._burst) == 3:
             (g1, on1, s1), (g2, on2, s2), (g3, on3, s3) = self._burst
-            products = self._sum(g1 * g2) / (s1 * s2) + self._sum(g2 * g3) / (s2 * s3) + self._sum(g1 * g3) / (s1 * s3)
+            if all((s == 1.0).all() for s in (s1, s2, s3)):
+                products = self._sum(g1 * g2 + g2 * g3 + g1 * g3)
+            else:
+                products = (
+                    self._sum(g1 * g2) / (s1 * s2) + self._sum(g2 * g3) / (s2 * s3) + self._sum(g1 * g3) / (s1 * s3)
+                )
             self.gain.add(products / 3.0, on1 & on2 & on3)
             self._burst = []
 

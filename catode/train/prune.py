@@ -503,7 +503,7 @@ class Pruner:
         try:
             probe = Probe(self.model, self.gates, captured["inputs"][part], targets, self._labels)
             if curved and (turn or not chosen):
-                curvature = probe.curvature().double().cpu().numpy()
+                curvature = probe.curvature(self.estimators[0] == "curvature").double().cpu().numpy()
                 self._evidence.curvature.add(curvature, open_ & np.isfinite(curvature))
                 return {}
             self._turn[True] += self.layers_per_probe
