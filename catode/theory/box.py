@@ -1,0 +1,181 @@
+"""Projected flows of one's own: any field on a box, given as a function or as sympy expressions.
+
+Source: THEORY section 3, where the box is [0, 1] for theta; here every coordinate may have faces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from catode._validate import check_real, check_shape, fail
+
+__all__ = ["BoxSystem"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BoxSystem:
+    """A field on a box; the projected flow has no speed out of the box.
+
+    Args:
+        velocity: The raw field: states of shape (..., d) to velocities of shape (..., d).
+        lower: Lower end of every coordinate, shape (d,); `-inf` for none.
+        upper: Upper end of every coordinate, shape (d,); `inf` for none.
+        derivative: Jacobian of the raw field, (..., d) to (..., d, d); None for central differences.
+        names: Names of the coordinates.
+        expressions: The components in sympy, where the field was given so: what can be compiled.
+
+    Raises:
+        ValueError: for an empty or inverted box, or a field that does not return finite velocities of the states' shape.
+
+    Example:
+        >>> spiral = BoxSystem.from_expressions("x, y", "y - 1/4, x/2 - y", lower=(0, 0), upper=(1, 1))
+        >>> spiral.projected_field([[0.0, 0.0]]).tolist()
+        [[0.0, 0.0]]
+    """
+
+    velocity: Callable[[np.ndarray], np.ndarray]
+    lower: Any
+    upper: Any
+    derivative: Callable[[np.ndarray], np.ndarray] | None = None
+    names: tuple[str, ...] = ()
+    expressions: tuple[Any, ...] | None = None
+
+    def __post_init__(self) -> None:
+        ends = []
+        for name in ("lower", "upper"):
+            end = np.asarray(getattr(self, name), dtype=np.float64)
+            check_shape(name, end, "(d,) with d >= 1", end.ndim == 1 and end.size >= 1)
+            if np.isnan(end).any():
+                fail(name, "not be NaN", end.tolist())
+            object.__setattr__(self, name, end)
+            ends.append(end)
+        check_shape("upper", ends[1], f"({ends[0].size},), that of `lower`", ends[0].shape == ends[1].shape)
+        wrong = np.flatnonzero(~(ends[0] < ends[1]))
+        if wrong.size:
+            i = int(wrong[0])
+            fail("upper", f"exceed lower[{i}]={ends[0][i]:g}", float(ends[1][i]), index=(i,))
+        names = tuple(self.names) or tuple(f"x{i}" for i in range(self.dimension))
+        if len(names) != self.dimension:
+            fail("names", f"name {self.dimension} coordinates", names)
+        object.__setattr__(self, "names", names)
+        self._check_field()
+
+    @classmethod
+    def from_expressions(cls, coordinates: Any, expressions: Any, *, lower: Any, upper: Any) -> BoxSystem:
+        """Build from sympy expressions, or text that sympy can read; field and Jacobian are derived from them.
+
+        Args:
+            coordinates: Symbols, or their names in one text, in the order of the state.
+            expressions: One velocity for each coordinate, or all in one text, separated by commas.
+            lower: Lower end of every coordinate, shape (d,).
+            upper: Upper end of every coordinate, shape (d,).
+
+        Raises:
+            ValueError: if an expression cannot be read or holds a symbol that is no coordinate, or for a wrong box.
+        """
+        import sympy
+
+        symbols = sympy.symbols(coordinates, seq=True) if isinstance(coordinates, str) else list(coordinates)
+        try:
+            values = sympy.sympify(expressions, locals={str(s): s for s in symbols})
+        except (sympy.SympifyError, TypeError, AttributeError) as error:
+            fail("expressions", "be sympy expressions or text that sympy reads", expressions, mend=f"{str(error).splitlines()[0]}.")
+        values = tuple(values) if isinstance(values, (tuple, list, sympy.Tuple, sympy.MatrixBase)) else (values,)
+        if len(values) != len(symbols):
+            fail("expressions", f"be one for each of {len(symbols)} coordinates", values)
+        foreign = set().union(*(value.free_symbols for value in values)) - set(symbols)
+        if foreign:
+            fail("expressions", f"hold no other symbols than {', '.join(map(str, symbols))}", sorted(map(str, foreign)))
+        return cls(
+            velocity=_vectorise(symbols, values, (len(values),)),
+            derivative=_vectorise(symbols, sympy.Matrix(values).jacobian(symbols), (len(values), len(values))),
+            lower=lower,
+            upper=upper,
+            names=tuple(map(str, symbols)),
+            expressions=values,
+        )
+
+    @property
+    def dimension(self) -> int:
+        """Number d of coordinates."""
+        return self.lower.size
+
+    def field(self, state: Any) -> np.ndarray:
+        """Raw velocity, shape (..., d)."""
+        return np.asarray(self.velocity(np.asarray(state, dtype=np.float64)), dtype=np.float64)
+
+    def jacobian(self, state: Any) -> np.ndarray:
+        """Derivative of the raw velocity, shape (..., d, d); entry [..., i, j] of component i along coordinate j."""
+        state = np.asarray(state, dtype=np.float64)
+        if self.derivative is not None:
+            return np.asarray(self.derivative(state), dtype=np.float64)
+        columns = []
+        for j in range(self.dimension):
+            step = np.zeros(self.dimension)
+            width = 6e-6 * np.maximum(1.0, np.abs(state[..., j : j + 1]))  # cube root of the rounding error
+            step[j] = 1.0
+            columns.append((self.field(state + width * step) - self.field(state - width * step)) / (2.0 * width))
+        return np.stack(columns, axis=-1)
+
+    def project(self, state: Any) -> np.ndarray:
+        """Nearest state in the box, shape (..., d)."""
+        return np.clip(np.asarray(state, dtype=np.float64), self.lower, self.upper)
+
+    def projected_field(self, state: Any) -> np.ndarray:
+        """Velocity of the projected flow, shape (..., d): no component out of the box."""
+        state = self.project(state)
+        speed = self.field(state)
+        outward = ((state <= self.lower) & (speed < 0.0)) | ((state >= self.upper) & (speed > 0.0))
+        return np.where(outward, 0.0, speed)
+
+    def check_inside(self, name: str, state: Any) -> np.ndarray:
+        """Return `state` as finite states in the box, shape (..., d).
+
+        Raises:
+            ValueError: if it is not.
+        """
+        state = check_real(name, state, array=True)
+        check_shape(name, state, f"(..., {self.dimension})", state.ndim > 0 and state.shape[-1] == self.dimension)
+        outside = np.argwhere((state < self.lower) | (state > self.upper))
+        if outside.size:
+            place = tuple(int(i) for i in outside[0])
+            box = f"[{self.lower[place[-1]]:g}, {self.upper[place[-1]]:g}]"
+            fail(name, f"lie in the box, {self.names[place[-1]]} in {box}", float(state[place]), index=place)
+        return state
+
+    def _check_field(self) -> None:
+        """Try the field on a few states of the box."""
+        low = np.where(np.isfinite(self.lower), self.lower, np.minimum(-1.0, self.upper - 1.0))
+        high = np.where(np.isfinite(self.upper), self.upper, np.maximum(1.0, low + 1.0))
+        states = low + np.linspace(0.1, 0.9, 3)[:, None] * (high - low)
+        try:
+            speed = self.field(states)
+        except (TypeError, ValueError, IndexError) as error:
+            fail(
+                "velocity", f"take states of shape (..., {self.dimension})", self.velocity, mend=f"It raised: {error}."
+            )
+        if speed.shape != states.shape:
+            fail("velocity", f"return shape {states.shape} for states of that shape", speed.shape)
+        if not np.isfinite(speed).all():
+            i = int(np.argwhere(~np.isfinite(speed))[0, 0])
+            fail("velocity", f"be finite in the box, e.g. at {states[i].tolist()}", speed[i].tolist())
+
+
+def _vectorise(symbols: Sequence[Any], expressions: Any, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """Sympy expressions as one function of states (..., d) with values of shape (..., *shape)."""
+    import sympy
+
+    function = sympy.lambdify(symbols, list(expressions), "numpy", cse=True)
+
+    def evaluate(state: np.ndarray) -> np.ndarray:
+        values = function(*np.moveaxis(state, -1, 0))
+        out = np.empty((*state.shape[:-1], len(values)))
+        for i, value in enumerate(values):
+            out[..., i] = value
+        return out.reshape(*state.shape[:-1], *shape)
+
+    return evaluate
