@@ -174,6 +174,95 @@ def phase_portrait(
     return ax
 
 
+def tolerance_over_risk(ax: Axes, inputs: dict[str, Any]) -> Axes:
+    """Draw the tolerance against the accepted risk, at 0 where nothing can be removed safely.
+
+    Args:
+        ax: Where to draw.
+        inputs: Arguments of `catode.theory.tolerance.derive` as numbers; the risk among them is marked.
+
+    Returns:
+        `ax`.
+    """
+    risk = np.geomspace(1e-4, 0.499, 200)
+    ax.set_xscale("log")
+    return _tolerance_curve(ax, inputs, risk, {"risk": risk}, inputs["risk"], "accepted risk")
+
+
+def tolerance_over_batch_size(ax: Axes, inputs: dict[str, Any]) -> Axes:
+    """Draw the tolerance against the batch size, relative to the one at which the noises were measured.
+
+    A batch k times as large has noises smaller by sqrt(k).
+
+    Args:
+        ax: Where to draw.
+        inputs: Arguments of `catode.theory.tolerance.derive` as numbers.
+
+    Returns:
+        `ax`.
+    """
+    factor = np.geomspace(1.0 / 16.0, 64.0, 200)
+    noises = {name: inputs[name] / np.sqrt(factor) for name in ("noise", "benefit_noise")}
+    ax.set_xscale("log", base=2)
+    return _tolerance_curve(ax, inputs, factor, noises, 1.0, "batch size / measured one")
+
+
+def _tolerance_curve(
+    ax: Axes, inputs: dict[str, Any], x: np.ndarray, changed: dict[str, np.ndarray], here: float, label: str
+) -> Axes:
+    from catode.theory.tolerance import derive
+
+    curve, point = derive(**{**inputs, **changed}), derive(**inputs)
+    ax.plot(x, np.clip(curve.values, 0.0, 1.0), color=PALETTE["blue"], label="tolerance")
+    separatrix = float(point.separatrix)
+    if 0.0 <= separatrix <= 1.0:
+        ax.axhline(separatrix, color=PALETTE["black"], linewidth=1.2, label="separatrix (no noise)")
+    ax.plot(here, np.clip(float(point), 0.0, 1.0), "v", color=PALETTE["vermillion"], label="here", zorder=5)
+    unsafe = curve.values <= 0.0
+    if unsafe.any():
+        ax.fill_between(x, 0, 1, where=unsafe, color=PALETTE["grey"], alpha=0.15, linewidth=0, label="nothing is safe")
+    top = max(np.clip(curve.values, 0.0, 1.0).max(), min(max(separatrix, 0.0), 1.0))
+    ax.set_ylim(0.0, 1.15 * top if top > 0.0 else 1.0)
+    ax.set_xlabel(label)
+    ax.set_ylabel("tolerance on θ")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+    return ax
+
+
+def decisions(ax: Axes, rows: Sequence[dict[str, Any]]) -> Axes:
+    """Draw where structures were decided: benefit over price against the keep probability, a colour for each state.
+
+    Args:
+        ax: Where to draw.
+        rows: Rows of a run's structures.csv with `benefit`, `price`, `keep_prob` and `state`.
+
+    Returns:
+        `ax`.
+    """
+    states = {
+        "pruned_tolerance": ("vermillion", "removed by tolerance"),
+        "pruned_zero": ("orange", "removed at theta = 0"),
+        "promoted": ("yellow", "gone with its site or block"),
+        "committed": ("blue", "committed"),
+        "forced": ("purple", "forced"),
+        "undecided": ("grey", "undecided"),
+    }
+    for state, (color, label) in states.items():
+        chosen = [row for row in rows if row["state"] == state and np.isfinite(row["benefit"]) and row["price"] > 0]
+        if chosen:
+            ratio = [row["benefit"] / row["price"] for row in chosen]
+            theta = [row["keep_prob"] for row in chosen]
+            label = f"{label} ({len(chosen)})"
+            ax.scatter(ratio, theta, s=14, color=PALETTE[color], alpha=0.7, linewidths=0, label=label)
+    ax.axvline(1.0, color=PALETTE["grey"], linestyle="--", linewidth=1.2)
+    ax.set_xscale("symlog", linthresh=1.0)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel("benefit / price")
+    ax.set_ylabel("keep probability θ at the last check")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+    return ax
+
+
 def _domains(ax: Axes, system: BenefitSystem, benefit_min: float, benefit_max: float, resolution: int) -> None:
     """Shade D below the separatrix and the mirror domain above its own boundary."""
     benefit = np.linspace(benefit_min, benefit_max, resolution)
