@@ -24,7 +24,7 @@ class BoxSystem:
         velocity: The raw field: states of shape (..., d) to velocities of shape (..., d).
         lower: Lower end of every coordinate, shape (d,); `-inf` for none.
         upper: Upper end of every coordinate, shape (d,); `inf` for none.
-        derivative: Jacobian of the raw field, (..., d) to (..., d, d); None for central differences.
+        derivative: Jacobian of the raw field, (..., d) to (..., d, d); None for differences, taken inside the box.
         names: Names of the coordinates.
         expressions: The components in sympy, where the field was given so: what can be compiled.
 
@@ -47,10 +47,14 @@ class BoxSystem:
     def __post_init__(self) -> None:
         ends = []
         for name in ("lower", "upper"):
-            end = np.asarray(getattr(self, name), dtype=np.float64)
+            try:
+                end = np.array(getattr(self, name), dtype=np.float64)  # a copy: the caller's array may change
+            except (TypeError, ValueError):
+                fail(name, "be an array of real numbers", getattr(self, name))
             check_shape(name, end, "(d,) with d >= 1", end.ndim == 1 and end.size >= 1)
             if np.isnan(end).any():
                 fail(name, "not be NaN", end.tolist())
+            end.setflags(write=False)
             object.__setattr__(self, name, end)
             ends.append(end)
         check_shape("upper", ends[1], f"({ends[0].size},), that of `lower`", ends[0].shape == ends[1].shape)
@@ -59,8 +63,8 @@ class BoxSystem:
             i = int(wrong[0])
             fail("upper", f"exceed lower[{i}]={ends[0][i]:g}", float(ends[1][i]), index=(i,))
         names = tuple(self.names) or tuple(f"x{i}" for i in range(self.dimension))
-        if len(names) != self.dimension:
-            fail("names", f"name {self.dimension} coordinates", names)
+        if len(set(names)) != self.dimension or len(names) != self.dimension:
+            fail("names", f"name {self.dimension} different coordinates", names)
         object.__setattr__(self, "names", names)
         self._check_field()
 
@@ -78,13 +82,20 @@ class BoxSystem:
             ValueError: if an expression cannot be read or holds a symbol that is no coordinate, or for a wrong box.
         """
         import sympy
+        from sympy.core.function import AppliedUndef
 
         symbols = sympy.symbols(coordinates, seq=True) if isinstance(coordinates, str) else list(coordinates)
+        if len(set(symbols)) != len(symbols):
+            fail("coordinates", "be different", [str(s) for s in symbols])
         try:
             values = sympy.sympify(expressions, locals={str(s): s for s in symbols})
-        except (sympy.SympifyError, TypeError, AttributeError) as error:
-            fail("expressions", "be sympy expressions or text that sympy reads", expressions, mend=f"{str(error).splitlines()[0]}.")
+        except (sympy.SympifyError, SyntaxError, TypeError, AttributeError) as error:
+            mend = f"{(str(error).splitlines() or ['It is empty'])[0]}."
+            fail("expressions", "be sympy expressions or text that sympy reads", expressions, mend=mend)
         values = tuple(values) if isinstance(values, (tuple, list, sympy.Tuple, sympy.MatrixBase)) else (values,)
+        unfit = [value for value in values if not isinstance(value, sympy.Expr) or value.has(AppliedUndef)]
+        if unfit:
+            fail("expressions", "be sympy expressions of known functions", unfit[0])
         if len(values) != len(symbols):
             fail("expressions", f"be one for each of {len(symbols)} coordinates", values)
         foreign = set().union(*(value.free_symbols for value in values)) - set(symbols)
@@ -115,10 +126,14 @@ class BoxSystem:
             return np.asarray(self.derivative(state), dtype=np.float64)
         columns = []
         for j in range(self.dimension):
-            step = np.zeros(self.dimension)
-            width = 6e-6 * np.maximum(1.0, np.abs(state[..., j : j + 1]))  # cube root of the rounding error
-            step[j] = 1.0
-            columns.append((self.field(state + width * step) - self.field(state - width * step)) / (2.0 * width))
+            x, low, up = state[..., j : j + 1], self.lower[j], self.upper[j]
+            width = np.minimum(6e-6 * np.maximum(1.0, np.abs(x)), 0.25 * (up - low))  # cube root of the rounding error
+            # Inside the box only: the parabola through three points there, which beside a face are moved inwards.
+            centre = np.where((x < low) | (x > up), x, np.clip(x, low + width, up - width))
+            step = np.arange(self.dimension) == j
+            behind, middle, ahead = (self.field(np.where(step, centre + k * width, state)) for k in (-1, 0, 1))
+            bend = np.where(x == centre, 0.0, (x - centre) * (ahead - 2.0 * middle + behind) / width**2)
+            columns.append((ahead - behind) / (2.0 * width) + bend)
         return np.stack(columns, axis=-1)
 
     def project(self, state: Any) -> np.ndarray:
@@ -153,7 +168,8 @@ class BoxSystem:
         high = np.where(np.isfinite(self.upper), self.upper, np.maximum(1.0, low + 1.0))
         states = low + np.linspace(0.1, 0.9, 3)[:, None] * (high - low)
         try:
-            speed = self.field(states)
+            with np.errstate(all="ignore"):  # reported below
+                speed = self.field(states)
         except (TypeError, ValueError, IndexError) as error:
             fail(
                 "velocity", f"take states of shape (..., {self.dimension})", self.velocity, mend=f"It raised: {error}."
@@ -163,6 +179,13 @@ class BoxSystem:
         if not np.isfinite(speed).all():
             i = int(np.argwhere(~np.isfinite(speed))[0, 0])
             fail("velocity", f"be finite in the box, e.g. at {states[i].tolist()}", speed[i].tolist())
+        shape = (*states.shape, self.dimension)
+        if self.derivative is not None and np.shape(self.derivative(states)) != shape:
+            fail(
+                "derivative",
+                f"return shape {shape} for states of shape {states.shape}",
+                np.shape(self.derivative(states)),
+            )
 
 
 def _vectorise(symbols: Sequence[Any], expressions: Any, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
