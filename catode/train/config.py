@@ -40,8 +40,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         check_every=10,
         width_multiple=1,
     ),
-    ("cifar10", "*"): _REAL_IMAGES,
-    ("cifar100", "*"): _REAL_IMAGES,
+    ("cifar10", "*"): {**_REAL_IMAGES, "nu": 2.4},
+    ("cifar100", "*"): {**_REAL_IMAGES, "nu": 2.4},
     ("folder", "*"): _REAL_IMAGES,
 }
 """Values by (data set, architecture) in place of the field defaults.
