@@ -1,0 +1,206 @@
+"""How fast starts are labelled, how accurate the labels are, and what each further digit costs.
+
+    python -m benchmarks.theory [--quick] [--write]
+
+Starts a second on one core: the grid over the CPU time of the process, the best of several rounds (median and spread
+beside it), the compiling of the first call apart. A busy machine also slows CPU time, so read the load with the numbers.
+Labels count as wrong where they differ from the closed form of THEORY 4.2 further than a band from the separatrix.
+Peers are measured only where they can be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
+from catode.theory import UnitSystem
+from catode.theory.basins import basins_of_attraction
+from catode.theory.batch import integrate_batch
+from catode.theory.box import BoxSystem
+
+UNIT = UnitSystem(price=0.1, weight_decay=0.1, rate_ratio=1.0, benefit_slope=0.5)
+BAND, HORIZON = 1e-3, 200.0
+LABELLING = 1e-4  # tolerance of the labelling that is held against the goals
+GRID_GOAL, SEPARATRIX_GOAL, CUBE_GOAL, PEER_GOAL = 1e6, 5e7, 3e5, 10.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of CPU time of one job, round by round, the first call's extra apart."""
+
+    seconds: np.ndarray
+    first: float
+    result: object
+
+    def rate(self, n: int) -> float:
+        """Starts a second in the best round."""
+        return n / self.seconds.min()
+
+
+def timed(job: Callable[[], object], rounds: int) -> Timing:
+    """Run a job once for what it must compile, then `rounds` times."""
+    mark = time.process_time()
+    job()
+    first = time.process_time() - mark
+    seconds = []
+    for _ in range(rounds):
+        mark = time.process_time()
+        result = job()
+        seconds.append(time.process_time() - mark)
+    return Timing(np.array(seconds), max(first - min(seconds), 0.0), result)
+
+
+def square(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Axes of an n x n grid of 4.2 with the saddle well inside."""
+    return np.linspace(0.0, 5.0 * UNIT.saddle[0], n), np.linspace(0.0, 1.0, n)
+
+
+def starts(n: int) -> np.ndarray:
+    """The states of `square`, shape (n^2, 2)."""
+    return np.stack(np.meshgrid(*square(n), indexing="ij"), axis=-1).reshape(-1, 2)
+
+
+def judge(pruned: np.ndarray, states: np.ndarray) -> tuple[int, int, float]:
+    """Wrong labels, those outside the band, and the largest distance of a wrong one from the separatrix."""
+    wrong = pruned != UNIT.in_basin(states)
+    distance = np.abs(states[:, 1] - UNIT.separatrix(states[:, 0]))
+    return int(wrong.sum()), int((wrong & (distance > BAND)).sum()), float(distance[wrong].max(initial=0.0))
+
+
+def cube() -> BoxSystem:
+    """A unit by its two norms and theta."""
+    return BoxSystem.from_expressions(
+        "x, y, theta",
+        "-0.1*x + 0.5*theta*y, -0.1*y + 0.5*theta*x, 1.0*(0.5*x*y - 0.1)",
+        lower=(0, 0, 0),
+        upper=(np.inf, np.inf, 1),
+    )
+
+
+def ours(states: np.ndarray, tolerance: float, rounds: int) -> Timing:
+    """`integrate_batch` on 4.2."""
+    settings = {"rtol": tolerance, "atol": 1e-2 * tolerance, "absorbing": True}
+    return timed(lambda: integrate_batch(UNIT, states, HORIZON, **settings), rounds)
+
+
+def diffrax_labels(states: np.ndarray, tolerance: float, rounds: int) -> tuple[Timing, np.ndarray]:
+    """Tsit5 under vmap and jit with the same error control, until theta leaves [0, 1]."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    import diffrax
+    import jax.numpy as jnp
+
+    g, decay, rho, kappa = UNIT.price, UNIT.weight_decay, UNIT.rate_ratio, UNIT.benefit_slope
+
+    def field(t, y, args):
+        u, theta = y
+        return jnp.stack([2.0 * u * (kappa * theta - decay), rho * (0.5 * kappa * u - g)])
+
+    term = diffrax.ODETerm(field)
+    out = diffrax.Event(lambda t, y, args, **_: (y[1] < 0.0) | (y[1] > 1.0))
+    control = diffrax.PIDController(rtol=tolerance, atol=1e-2 * tolerance)
+
+    def label(y):
+        solution = diffrax.diffeqsolve(
+            term, diffrax.Tsit5(), 0.0, HORIZON, None, y, stepsize_controller=control, event=out, throw=False
+        )
+        return solution.ys[-1, 1] <= 0.5
+
+    many, states = jax.jit(jax.vmap(label)), jnp.asarray(states)
+    timing = timed(lambda: many(states).block_until_ready(), rounds)
+    return timing, np.asarray(timing.result)
+
+
+def _row(name: str, n: int, timing: Timing, verdict: tuple[int, int, float] | None, steps: str = "") -> list[str]:
+    rates = quartiles(n / timing.seconds / 1e6, "{:.2f}")
+    labels = ["", "", ""] if verdict is None else [str(verdict[0]), str(verdict[1]), f"{verdict[2]:.1e}"]
+    return [name, f"{n:,}", f"{timing.rate(n) / 1e6:.3g}", rates, steps, *labels, f"{timing.first:.1f}"]
+
+
+HEADER = [
+    "4.2",
+    "starts",
+    "10^6 a second, best",
+    "median (quartiles)",
+    "mean steps",
+    "labels wrong",
+    f"wrong beyond {BAND:g}",
+    "furthest wrong",
+    "s for the first call",
+]
+
+
+def _verdict(what: str, value: float, goal: float) -> str:
+    return f"- {'yes' if value >= goal else 'NO'}: {what}: {value:.3g} (at least {goal:g})"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.theory", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds and small grids: a look, not a measurement")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/theory.md")
+    args = parser.parse_args()
+    rounds, n, side = (3, 100, 24) if args.quick else (15, 400, 64)
+    began, before = time.perf_counter(), load()
+    states, rows, verdicts = starts(n), [], []
+
+    closed = timed(lambda: basins_of_attraction(UNIT, square(n), method="separatrix"), 3 * rounds)
+    rows.append(_row("separatrix", n * n, closed, judge(closed.result.labels.ravel() == 0, states)))
+    main_rate, outside = 0.0, 0
+    for tolerance in (1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10):
+        timing = ours(states, tolerance, rounds if tolerance >= 1e-6 else max(3, rounds // 3))
+        batch = timing.result
+        verdict = judge(batch.statuses == "pruned", states)
+        rows.append(_row(f"integration, rtol {tolerance:g}", n * n, timing, verdict, f"{batch.steps.mean():.1f}"))
+        if tolerance == LABELLING:
+            main_rate, outside = timing.rate(n * n), verdict[1] + int((batch.statuses == "horizon").sum())
+    for number in (10, 100, 1000) if not args.quick else (10,):
+        few = starts(number)
+        timing = ours(few, LABELLING, rounds if number < 1000 else 3)
+        verdict = judge(timing.result.statuses == "pruned", few)
+        name = f"integration, rtol {LABELLING:g}"
+        rows.append(_row(name, len(few), timing, verdict, f"{timing.result.steps.mean():.1f}"))
+    plain = BoxSystem(velocity=UNIT.field, lower=(0, 0), upper=(np.inf, 1))
+    some = states[:: max(1, len(states) // 4000)]
+    settings = {"rtol": LABELLING, "atol": 1e-2 * LABELLING, "absorbing": True}
+    timing = timed(lambda: integrate_batch(plain, some, HORIZON, **settings), 3)
+    verdict = judge(timing.result.statuses == "pruned", some)
+    rows.append(_row(f"numpy form, rtol {LABELLING:g}", len(some), timing, verdict))
+    verdicts.append(_verdict(f"starts a second by integration, rtol {LABELLING:g}", main_rate, GRID_GOAL))
+    verdicts.append(f"- {'yes' if not outside else 'NO'}: labels wrong or undecided outside the band: {outside}")
+    verdicts.append(_verdict("starts a second by the separatrix", closed.rate(n * n), SEPARATRIX_GOAL))
+
+    axes = (np.linspace(0.0, 1.2, side), np.linspace(0.0, 1.2, side), np.linspace(0.0, 1.0, side))
+    system = cube()
+    job = {"absorbing": True, "rtol": LABELLING, "atol": 1e-2 * LABELLING}
+    solid = timed(lambda: basins_of_attraction(system, axes, HORIZON, **job), rounds)
+    rows.append(_row(f"three coordinates, rtol {LABELLING:g}", side**3, solid, None))
+    undecided = int((solid.result.labels < 0).sum())
+    verdicts.append(_verdict("starts a second in three coordinates", solid.rate(side**3), CUBE_GOAL))
+    verdicts.append(f"- {'yes' if not undecided else 'NO'}: undecided in three coordinates: {undecided}")
+
+    peers = []
+    if importlib.util.find_spec("diffrax"):
+        few = states[:: max(1, len(states) // 40_000)]
+        timing, pruned = diffrax_labels(few, LABELLING, 3)
+        rows.append(_row(f"diffrax Tsit5, rtol {LABELLING:g}", len(few), timing, judge(pruned, few)))
+        verdicts.append(_verdict("starts a second, ours over diffrax", main_rate / timing.rate(len(few)), PEER_GOAL))
+        peers = [f"diffrax {importlib.metadata.version('diffrax')}, jax {importlib.metadata.version('jax')}"]
+    versions = ", ".join([f"numba {importlib.metadata.version('numba')}", *(peers or ["no peer installed"])])
+    title = (
+        f"Labelling starts on one core (CPU time), horizon {HORIZON:g}; {hardware()}, {versions}; {before} at the start, "
+        f"{load()} at the end; {time.perf_counter() - began:.0f} s"
+    )
+    publish("theory", "\n".join([title + ".", "", markdown(HEADER, rows), "", *verdicts]), args.write)
+
+
+if __name__ == "__main__":
+    guarded(main)
