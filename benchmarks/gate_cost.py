@@ -112,7 +112,7 @@ def kind_of_next(pruner: Pruner) -> str:
     """What the pruner will do at its next step."""
     # the cycle has no public face; a change of it shows up in the counts below the table
     parts = ["probe"] if pruner._captured is not None else []
-    if pruner.done % pruner._burst_every < 3:
+    if pruner.done % pruner._burst_every in pruner._burst:
         parts.append("products")
     return " + ".join([GATED, *parts])
 

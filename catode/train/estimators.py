@@ -109,13 +109,16 @@ class Probe:
         The mean over examples of the squared derivative at a label *sampled from the model*, whose expectation is the
         variance over the model's softmax of dz/dxi. NaN if a logit is not finite.
         """
-        rows = self.draw.expand(len(self.inputs), -1).clone().requires_grad_()
-        with self._gates(self.draw, rows, layers):
+        with self._gates(self.draw), self.gates.tapped(layers) as taps:
             logits = self.model(self.inputs).float()
         if not logits.isfinite().all():
             return torch.full_like(self.draw, torch.nan)
         labels = torch.multinomial(logits.detach().softmax(1), 1, generator=self.generator)[:, 0]
-        (per_example,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), rows)
+        per_example = self.draw.new_zeros(len(logits), len(self.draw))
+        if taps:
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            for tap, gradient in zip(taps, torch.autograd.grad(loss, [tap.after for tap in taps]), strict=True):
+                per_example.index_add_(1, tap.structures, tap.derivative(gradient).to(per_example.dtype))
         return per_example.square().mean(0)
 
     @torch.no_grad()
@@ -136,16 +139,15 @@ class Probe:
         return torch.stack(differences) if differences else self.draw.new_zeros(0)
 
     @contextmanager
-    def _gates(self, draw: torch.Tensor, rows: torch.Tensor | None = None, layers: bool = True):
+    def _gates(self, draw: torch.Tensor):
         """The model with other gate values, its running statistics left alone."""
         before = self.gates.draw, self.gates.rows
-        self.gates.draw, self.gates.rows, self.gates.layer_rows = draw, rows, layers
+        self.gates.draw, self.gates.rows = draw, None
         try:
             with batch_statistics_only(self.model, self._norms):
                 yield
         finally:
             self.gates.draw, self.gates.rows = before
-            self.gates.layer_rows = True
 
     def _loss(self, draw: torch.Tensor) -> torch.Tensor:
         with self._gates(draw):

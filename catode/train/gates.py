@@ -8,13 +8,52 @@ one flat vector, so that after ``loss.backward()`` the vector's ``.grad`` holds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from catode.train.structure import Block
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a gate of every example acts: an activation before and after it.
+
+    Attributes:
+        structures: Numbers of the structures gated here, shape (channels,), or one for all channels of a layer.
+        centred: Whether a norm behind takes out what a gate does to the mean over the batch.
+        channels: Dimension of the channels.
+        before: Activation before the gates, detached, shape (batch, ...).
+        after: The same times the draw: a node of the graph.
+    """
+
+    structures: torch.Tensor
+    centred: bool
+    channels: int
+    before: torch.Tensor
+    after: torch.Tensor
+
+    @torch.no_grad()
+    def derivative(self, gradient: torch.Tensor) -> torch.Tensor:
+        """dL/dxi of each example.
+
+        Args:
+            gradient: dL/d `after`, of its shape.
+
+        Returns:
+            Shape (batch, len(structures)).
+        """
+        x = self.before
+        if self.centred:
+            x = x - x.mean(_all_but(x, self.channels), keepdim=True)
+        own = [0, self.channels] if len(self.structures) > 1 else [0]
+        over = [d for d in range(x.dim()) if d not in own]
+        product = x * gradient
+        return (product.sum(over) if over else product).reshape(len(x), -1)
 
 
 class Gates:
@@ -28,7 +67,6 @@ class Gates:
         keep_prob: theta, shape (n,); it stands in place of the draw in eval mode.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
-        layer_rows: Whether `rows` holds for layers too; otherwise they keep to `draw`.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], size: int):
@@ -37,7 +75,8 @@ class Gates:
         self.draw = torch.ones(size, device=device, requires_grad=True)
         self.keep_prob = torch.ones(size, device=device)
         self.rows: torch.Tensor | None = None
-        self.layer_rows = True
+        self._taps: list[Tap] | None = None
+        self._tap_layers = False
         self._installed: list[tuple[nn.Module, str]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -78,6 +117,19 @@ class Gates:
                         self._parametrize(module, name, _LayerGate(self, number))
                 self._hooks.append(module.register_forward_hook(self._scale_output(number)))
 
+    @contextmanager
+    def tapped(self, layers: bool = True) -> Iterator[list[Tap]]:
+        """Let the forward pass made meanwhile scale activations by the draw, and give out where.
+
+        Args:
+            layers: Whether for layers too; they are gated as ever without it.
+        """
+        self._taps, self._tap_layers = [], layers
+        try:
+            yield self._taps
+        finally:
+            self._taps, self._tap_layers = None, False
+
     def remove(self) -> None:
         """Take all gates out; the model is plain again and holds the same parameter objects."""
         for module, name in self._installed:
@@ -111,30 +163,44 @@ class Gates:
 
     def _scale_input(self, units: torch.Tensor, normalised: bool):
         def hook(module: nn.Module, args: tuple):
-            if self.rows is None:
+            if self.rows is None and self._taps is None:
                 return None
             x = args[0]
-            gate = self.rows[:, units]
-            channels_first = not isinstance(module, nn.Linear)
-            extra = [1] * (x.dim() - 2)
-            gate = gate.view(*gate.shape, *extra) if channels_first else gate.view(len(gate), *extra, -1)
-            if normalised and module.training:
-                # One gate for the whole batch moves the units' means, and the norm behind takes that out again; a gate of
-                # one example alone would not, so it closes towards the mean.
-                over = [d for d in range(x.dim()) if d != (1 if channels_first else x.dim() - 1)]
-                mean = x.detach().mean(over, keepdim=True)
-                return (torch.lerp(mean, x, gate), *args[1:])
+            channels = x.dim() - 1 if isinstance(module, nn.Linear) else 1
+            gate = (self.draw if self.rows is None else self.rows)[..., units]
+            gate = gate.view(-1, *(len(units) if d == channels else 1 for d in range(1, x.dim())))
+            # One gate for the whole batch moves the units' means, and the norm behind takes that out again; a gate of
+            # one example alone would not, so it closes towards the mean.
+            centred = normalised and module.training
+            if self._taps is not None:
+                self._taps.append(Tap(units, centred, channels, x.detach(), _node(x * gate)))
+                return (self._taps[-1].after, *args[1:])
+            if centred:
+                return (torch.lerp(x.detach().mean(_all_but(x, channels), keepdim=True), x, gate), *args[1:])
             return (x * gate, *args[1:])
 
         return hook
 
     def _scale_output(self, number: int):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor):
-            if self.rows is None or not self.layer_rows:
+            if self._taps is not None and self._tap_layers:
+                after, here = _node(output * self.draw[number]), torch.tensor([number], device=output.device)
+                self._taps.append(Tap(here, False, 1, output.detach(), after))
+                return after
+            if self.rows is None:
                 return None
             return output * self.rows[:, number].view(-1, *[1] * (output.dim() - 1))
 
         return hook
+
+
+def _node(x: torch.Tensor) -> torch.Tensor:
+    """A tensor that derivatives can be taken of, also behind frozen weights."""
+    return x if x.requires_grad else x.requires_grad_()
+
+
+def _all_but(x: torch.Tensor, dimension: int) -> list[int]:
+    return [d for d in range(x.dim()) if d != dimension]
 
 
 def plain_name(name: str) -> str:
@@ -150,7 +216,7 @@ class _UnitGate(nn.Module):
         self.gates, self.units = gates, units
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        if self.gates.rows is not None:
+        if self.gates.rows is not None or self.gates._taps is not None:
             return weight
         return weight * self.gates.values(self.training)[self.units].view(1, -1, *[1] * (weight.dim() - 2))
 
@@ -163,5 +229,5 @@ class _LayerGate(nn.Module):
         self.gates, self.number = gates, number
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        by_example = self.gates.rows is not None and self.gates.layer_rows
-        return weight if by_example else weight * self.gates.values(self.training)[self.number]
+        on_activations = self.gates.rows is not None or self.gates._tap_layers
+        return weight if on_activations else weight * self.gates.values(self.training)[self.number]

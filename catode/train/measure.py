@@ -233,8 +233,9 @@ class GradientProducts:
         self._owners = list(np.concatenate(parts, axis=1)) if parts else []
 
     def begin(self) -> None:
-        """Begin a burst of three steps in a row."""
-        self._burst, self._weights = [], None
+        """Begin a burst of three steps."""
+        self._burst: list[tuple[NDArray, ...]] = []
+        self._weights: torch.Tensor | None = None
 
     def state(self) -> dict:
         """Everything remembered, the burst under way included."""
@@ -242,7 +243,7 @@ class GradientProducts:
             "gain": self.gain.state(),
             "weight_gradient": self.weight_gradient.state(),
             "burst": [[torch.from_numpy(a) for a in part] for part in self._burst],
-            "weights": None if self._weights is None else torch.from_numpy(self._weights),
+            "weights": None if self._weights is None else self._weights.cpu(),
         }
 
     def restore(self, state: dict) -> None:
@@ -250,10 +251,15 @@ class GradientProducts:
         self.gain.restore(state["gain"])
         self.weight_gradient.restore(state["weight_gradient"])
         self._burst = [tuple(a.numpy() for a in part) for part in state["burst"]]
-        self._weights = None if state["weights"] is None else state["weights"].numpy()
+        self._weights = state["weights"]
+
+    def note_weights(self) -> None:
+        """Remember the weights that the next step's gradient is taken at; call it after the optimizer's step."""
+        if self._parameters:
+            self._weights = torch.cat([p.detach().reshape(-1) for p in self._parameters])
 
     def add(self, draw: NDArray) -> None:
-        """Take in the gradients of one step, after the optimizer's; call it on three steps in a row.
+        """Take in the gradients of one step, after the optimizer's; call it on three steps close to each other.
 
         Args:
             draw: Gate values of the step (their means over the batch, for gates of single examples), shape (n,). The
@@ -264,12 +270,10 @@ class GradientProducts:
         on = draw > 0.5
         scale = np.where(on, draw, 1.0)
         gradient = torch.cat([p.grad.reshape(-1) for p in self._parameters]).double().cpu().numpy()
-        if self._weights is not None:  # those that this gradient was taken at
-            self.weight_gradient.add(self._sum(self._weights * gradient) / scale, on)
+        if self._weights is not None:
+            self.weight_gradient.add(self._sum(self._weights.double().cpu().numpy() * gradient) / scale, on)
             self._weights = None
         self._burst.append((gradient, on, scale))
-        if len(self._burst) == 1:
-            self._weights = torch.cat([p.detach().reshape(-1) for p in self._parameters]).double().cpu().numpy()
         if len(self._burst) == 3:
             (g1, on1, s1), (g2, on2, s2), (g3, on3, s3) = self._burst
             if all((s == 1.0).all() for s in (s1, s2, s3)):

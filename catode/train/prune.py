@@ -230,7 +230,12 @@ class Pruner:
 
     @property
     def _burst_every(self) -> int:
-        return max(8, 2 * self.measure_every)
+        return self.measure_every * max(-(-8 // self.measure_every), 2)
+
+    @property
+    def _burst(self) -> list[int]:
+        """Steps of a cycle whose gradients are multiplied: three without a probe, so that no step bears both."""
+        return [p for p in range(self._burst_every) if self.measure_every == 1 or p % self.measure_every][:3]
 
     @property
     def expected_complexity(self) -> float:
@@ -388,8 +393,10 @@ class Pruner:
         place = (self.done - 1) % self._burst_every
         if place == 0:
             self._products.begin()
-        if place < 3:
+        if place in self._burst:
             self._products.add(draw)
+        if place == self._burst[1] - 1:
+            self._products.note_weights()
         check = None
         if self.done >= self.steps:
             check = self._check(step_time, final=True)

@@ -160,8 +160,10 @@ def test_gain_and_weight_gradient_by_hand():
     products, size = attached(model)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    for _ in range(3):
-        products.add(np.ones(size))
+    products.add(np.ones(size))
+    products.note_weights()
+    products.add(np.ones(size))
+    products.add(np.ones(size))
     np.testing.assert_allclose(products.gain.mean, by_hand(model.block, lambda p: p.grad.square()), rtol=1e-12)
     expected = by_hand(model.block, lambda p: p.grad * p.detach())
     np.testing.assert_allclose(products.weight_gradient.mean, expected, rtol=1e-10, atol=1e-12)
