@@ -106,12 +106,8 @@ def basins_of_attraction(
     if horizon is None and planar:
         horizon = _LIVES / system.growth_rate
     if horizon is None:
-        fail(
-            "horizon",
-            "be a real number for a BoxSystem",
-            None,
-            mend="Give some multiples of its slowest time constant.",
-        )
+        mend = "Give some multiples of its slowest time constant."
+        fail("horizon", "be a real number for a BoxSystem", None, mend=mend)
     horizon = check_positive("horizon", horizon)
     starts = np.stack(np.meshgrid(*values, indexing="ij"), axis=-1)
     shape, starts = starts.shape[:-1], starts.reshape(-1, len(values))
@@ -177,11 +173,8 @@ def find_attractors(
             points = np.vstack([points, end])
     if not len(points):
         return points
-    lower, upper = (
-        (np.zeros(2), np.array([np.inf, 1.0])) if isinstance(system, PlanarSystem) else (system.lower, system.upper)
-    )
     around = points[:, None] + np.concatenate([np.zeros((1, reach.size)), np.diag(reach), -np.diag(reach)])
-    around = np.clip(around, lower, upper)
+    around = system.project(around)
     later = integrate_batch(system, around.reshape(-1, reach.size), horizon, **tolerances).ends.reshape(around.shape)
     points = later[:, 0]
     good = (np.abs(later - points[:, None]) <= 0.1 * reach).all(axis=(1, 2))
@@ -242,6 +235,6 @@ def _by_separatrix(system: PlanarSystem, axes: tuple[np.ndarray, ...]) -> Basins
         mend = 'The size grows to the price even at theta = 0; use method="integration".'
         fail("system", "have a saddle with theta* >= 0 for the separatrix to bound a basin", star, mend=mend)
     edge = np.full(size.shape, np.inf) if star > 1.0 else system.separatrix(size)
-    edge, theta = np.asarray(edge)[..., None] if theta.ndim else edge, theta
+    edge = np.asarray(edge)[..., None] if theta.ndim else edge
     labels = np.subtract(theta > edge, theta == edge, dtype=np.int16)
     return Basins(np.asarray(labels), axes, _planar_attractors(system), ("pruned", "kept"), 0)

@@ -98,10 +98,10 @@ def integrate_batch(
         rtol: Relative tolerance of each step, for every coordinate.
         atol: Absolute tolerance of each step, likewise.
         absorbing: Stop where the last coordinate, a keep probability, is decided, as `flow.integrate` does: it is on its
-            lower face and pushed down ("pruned"), or on its upper face for ever ("kept"). For ever means, in a planar
-            system, that its size does not fall below the price's level; in a box system, that no other coordinate
-            falls, which is a proof if the system is cooperative (speeds do not fall as other coordinates rise).
-        targets: States near which to stop ("arrived"), shape (m, d).
+            lower face and pushed down ("pruned"), or on its upper face for ever ("kept"). For ever means, in a system
+            of `catode.theory.systems`, that its size does not fall below the price's level; in any other, that no other
+            coordinate falls, which is a proof if it is cooperative (speeds do not fall as other coordinates rise).
+        targets: States near which to stop ("arrived", also where `absorbing` would stop), shape (m, d).
         radius: How near: the largest coordinate distance, each divided by its `scale`.
         scale: Unit of every coordinate for `radius`, shape () or (d,).
         max_steps: Steps after which a start counts as failed.
@@ -141,8 +141,9 @@ def integrate_batch(
     check_shape("scale", reach, f"() or ({d},)", reach.shape in ((), (d,)))
     max_steps = check_int("max_steps", max_steps, low=1)
     results = _outputs(starts)
-    reach = np.broadcast_to(reach, (d,)).copy()
-    options = (horizon, rtol, atol, absorbing, problem.holds, targets, reach, max_steps, problem.lower, problem.upper)
+    arrays = targets, np.broadcast_to(reach, (d,)), problem.lower, problem.upper
+    targets, reach, lower, upper = (a.copy() for a in arrays)  # writable and in C order, as the compiled form expects
+    options = (horizon, rtol, atol, absorbing, problem.holds, targets, reach, max_steps, lower, upper)
     began = time.perf_counter()
     solve = None if problem.source is None else _compile(problem.source)
     seconds = time.perf_counter() - began
@@ -227,7 +228,7 @@ def _pose_planar(system: PlanarSystem) -> _Problem:
     guess = np.stack([sum(c * terms[t] for t, c in row.items()) for row in found], axis=-1)
     size = np.stack([sum(abs(c * terms[t]) for t, c in row.items()) for row in found], axis=-1)
     if not np.all(np.abs(guess - field(probes)) <= 1e-12 * size):  # a planar system of the user's
-        return _Problem(field, lower, upper, holds, None, np.empty(0))
+        return _Problem(field, lower, upper, False, None, np.empty(0))
     shape = next(
         s for s in _SHAPES if all(c == 0.0 or t in row for row, f in zip(s, found, strict=True) for t, c in f.items())
     )
@@ -360,15 +361,14 @@ def solve(
                 continue
             <z>, <q> = <x>, <xq>
             v = passed(<z>, <q>, <a,> h, {ones}, <b,>)
-            if v <= 0.0:
-                {dips}
-                if turn < 1.0:
-                    h *= turn
-                    continue
             grown = h * (min(GROW, SAFETY / math.sqrt(math.sqrt(error))) if error > 0.0 else GROW)
             if v > 0.0:
                 h, <z>, <q> = locate(<y>, <k>, <a,> sliding, h, <z>, <q>, rtol, atol, <p,> <b,>)
-                last = False
+                last, turn = False, 1.0
+            {dips}
+            if turn < 1.0:
+                h *= turn
+                continue
             t = horizon if last else t + h
             <y> = <z>
             <k> = <q>
@@ -427,7 +427,7 @@ def _write(lines: tuple[str, ...], bounded: tuple[bool, ...], n_values: int) -> 
                 f"if a{i} == 0.0 and {beyond}:",
                 f"    guess = min(guess, cross(y{i}, k{i}, z{i}, q{i}, h, {face}{i} - {sign} * aim / w{i}))",
             ]
-            ends = f"k{i} * {sign} < 0.0 and q{i} * {sign} > 0.0"
+            ends = f"k{i} * {sign} < 0.0 and q{i} * {sign} > 0.0 and (z{i} - {face}{i}) * {sign} >= 0.0"
             test = f"dip(y{i}, k{i}, z{i}, q{i}, h, {face}{i}, {sign}, slack)"
             dips += [f"if a{i} == 0.0 and {ends}:", f"    turn = min(turn, {test})"]
         update += [
@@ -613,7 +613,8 @@ class _Faces:
             square, cube = 3.0 * rise - 2.0 * slope - end, slope + end - 2.0 * rise
             s = -slope / (square + np.sqrt(np.maximum(square * square - 3.0 * slope * cube, 0.0)))
             depth = (y - face) * sign + s * (slope + s * (square + s * cube))
-            found = (a == 0.0) & (slope < 0.0) & (end > 0.0) & (depth < -self.slack)
+            inside = (z - face) * sign >= 0.0
+            found = (a == 0.0) & (slope < 0.0) & (end > 0.0) & inside & (depth < -self.slack)
             share = np.minimum(share, np.where(found, s, 1.0).min(axis=1))
         return share
 
@@ -685,15 +686,14 @@ def _solve(
         live = np.nonzero(codes < 0)[0]
         y, k, a, t = ends[live], speeds[live], frozen[live], times[live]
         code = np.where(t >= horizon, _HORIZON, -1)
-        if len(targets):
-            near = (np.abs(y[:, None] - targets) <= reach).all(axis=2)
-            code = np.where(near.any(axis=1), _ARRIVED, code)
-            reached[live] = np.where(near.any(axis=1), near.argmax(axis=1), -1)
         if absorbing:
             rising = holds | (np.where(a == 0.0, k, 0.0)[:, :-1] >= 0.0).all(axis=1)
             code = np.where((a[:, -1] > 0.0) & (k[:, -1] > 0.0) & rising, _KEPT, code)
             code = np.where((a[:, -1] < 0.0) & (k[:, -1] < 0.0), _PRUNED, code)
-            reached[live[code < _FAILED]] = -1
+        if len(targets):
+            near = (np.abs(y[:, None] - targets) <= reach).all(axis=2)
+            code = np.where(near.any(axis=1), _ARRIVED, code)
+            reached[live] = np.where(near.any(axis=1), near.argmax(axis=1), -1)
         last = steps[live] >= horizon - t
         steps[live] = np.where(last, horizon - t, steps[live])
         stuck = (code < 0) & ((counts[live] >= max_steps) | ~(t + steps[live] > t))
@@ -708,17 +708,16 @@ def _solve(
         change = np.where(error > 0.0, _SAFETY / np.sqrt(np.sqrt(error)), _GROW)
         good = error <= 1.0
         steps[live[~good]] *= np.where(error < 1e300, np.maximum(_SHRINK, change), _SHRINK)[~good]
-        v = faces.passed(z, q, a, h)
-        turn = np.where(v <= 0.0, np.minimum(turn, faces.dip(y, k, z, q, a, h)), 1.0)
-        steps[live[good & (turn < 1.0)]] *= turn[good & (turn < 1.0)]
-        good &= turn == 1.0
-        event = good & (v > 0.0)
         grown = h * np.minimum(_GROW, change)
+        event = good & (faces.passed(z, q, a, h) > 0.0)
         if event.any():
-            h = h.copy()
             h[event], z[event], q[event] = faces.locate(y[event], k[event], a[event], h[event], z[event], q[event])
+        turn = np.minimum(np.where(event, 1.0, turn), faces.dip(y, k, z, q, a, h))
+        steps[live[good]] = np.where(turn < 1.0, h * turn, grown)[good]
+        good &= turn == 1.0
+        event &= good
+        if event.any():
             z[event], q[event], a[event] = _touch(faces, z[event], q[event], a[event])
-        steps[live[good]] = grown[good]
         times[live[good]] = np.where(last & ~event, horizon, t + h)[good]
         ends[live[good]], speeds[live[good]], frozen[live[good]] = z[good], q[good], a[good]
 

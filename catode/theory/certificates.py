@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from catode._validate import check_int, check_interval, check_positive, check_real, check_shape, fail
+from catode._validate import check_choice, check_int, check_interval, check_positive, check_real, check_shape, fail
 from catode.theory.box import BoxSystem
 from catode.theory.systems import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem
 
@@ -134,10 +134,9 @@ class Certificate:
         edges = _edges(self.chains[0])
         heads = np.array([[float(x) for x in a] for a, _, _ in edges])
         forms = np.array([[float(x / _dot(n, a)) for x in n] for a, _, n in edges])
-        # the cone of edge k lies between the directions of its ends; directions turn from the theta axis downwards
-        turned = np.searchsorted(
-            -np.arctan2(heads[:, 1], heads[:, 0]), -np.arctan2(state[..., 1], state[..., 0]), side="right"
-        )
+        # the cone of edge k lies between the rays through its ends; size / theta grows from one to the next
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            turned = np.searchsorted(heads[:, 0] / heads[:, 1], state[..., 0] / state[..., 1], side="right")
         return (forms[np.maximum(turned - 1, 0)] * state).sum(axis=-1)
 
     def contains(self, state: Any) -> np.ndarray:
@@ -202,11 +201,10 @@ class Certificate:
         """
         try:
             body = json.loads(text)
-            if body["kind"] not in ("lyapunov", "order"):
-                fail("text", 'hold the kind "lyapunov" or "order"', body["kind"])
-            if body["kind"] == "lyapunov":
+            kind = check_choice("kind", body["kind"], ("lyapunov", "order"))
+            if kind == "lyapunov":
                 name, *pairs = body["system"]
-                system = (name, *((key, _read(value)) for key, value in pairs))
+                system = (str(name), *((str(key), _read(value)) for key, value in pairs))
             else:
                 system = tuple(
                     tuple((tuple(map(int, powers)), _read(value)) for powers, value in component)
@@ -214,7 +212,7 @@ class Certificate:
                 )
             points = functools.partial(map, lambda values: tuple(map(_read, values)))
             return cls(
-                kind=body["kind"],
+                kind=kind,
                 system=system,
                 names=tuple(map(str, body["names"])),
                 lower=tuple(map(_read, body["lower"])),
@@ -224,7 +222,7 @@ class Certificate:
                 goal=tuple(map(_read, body["goal"])),
                 seal=str(body["seal"]),
             )
-        except (json.JSONDecodeError, KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
             fail("text", "be the JSON of a certificate", text, mend=f"{type(error).__name__}: {error}.")
 
     def _body(self) -> dict[str, Any]:
@@ -278,7 +276,7 @@ class Certificate:
         start = [_evaluate(component, self.lower) for component in field]
         segments = _Segments(field)
         for k, (a, b, n) in enumerate(_edges(self.chains[0])):
-            if not (n[0] >= 0 and n[1] > 0):
+            if not (n[0] >= 0 and n[1] > 0 and a[1] > 0):
                 return f"Edge {k} does not fall from left to right."
             if not _dot(n, start) < 0:
                 return f"The field at the removed state does not point below edge {k}."
@@ -357,7 +355,7 @@ def certify(
     slack = check_interval("slack", slack, 0.0, 0.5, True, True)
     if isinstance(system, BoxSystem):
         proposal = _propose_order(system, slack, check_int("directions", directions, low=1, high=200))
-    elif type(system).__name__ in _PARAMETERS and isinstance(system, (LayerSystem, UnitSystem, BenefitSystem)):
+    elif type(system) in (LayerSystem, UnitSystem, BenefitSystem):  # a subclass may have another field
         proposal = _propose_polygon(system, check_positive("size", size), slack)
     else:
         fail("system", "be a LayerSystem, UnitSystem, BenefitSystem or BoxSystem", system)
@@ -387,7 +385,7 @@ def _textual(value: Any) -> Any:
 
 def _read(text: Any) -> Fraction:
     if not isinstance(text, str):
-        fail("text", "hold every number as a rational in quotes", text)
+        fail("number", "be a rational in quotes", text)
     return Fraction(text)
 
 
@@ -582,7 +580,6 @@ def _propose_polygon(system: Any, size: float, slack: float) -> Certificate:
     if kind == "UnitSystem":  # the separatrix is infinite at 0: start with a level edge
         level = vertex(_fall(curve, max(1.0, 1.02 * height), 0.2 * slack * middle, middle))
         polygon = [(Fraction(0), level[1]), level]
-        ends.append(vertex(middle))
     else:
         polygon = [vertex(0.0)]
     while ends:
@@ -623,7 +620,7 @@ def _unit_curve(system: UnitSystem, size: float, slack: float) -> Callable[[floa
 
 def _fall(curve: Callable[[float], float], level: float, low: float, high: float) -> float:
     """Where a falling curve passes a level, from the left; `low` where it does not."""
-    for _ in range(60):
+    for _ in range(40):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if curve(middle) > level else (low, middle)
     return low

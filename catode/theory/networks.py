@@ -15,8 +15,10 @@ derivative: 1 for the squared loss, 1/4 for the logistic. Then, averaged over ex
 * 4.3 q = eta^2. For f homogeneous, w.grad L1 = 2 dL/dxi at xi = 1, at most -2 b + H mean |M|^2: hence a = 2 lambda and
   delta = lambda H m R^4 / 4. For tanh, 0 <= f - z f' <= min(z, 2 z^3 / 3) for z > 0 adds to delta.
 
-Each is an upper bound computed from non-negative numbers, raised by 1e-12 of itself, which is far above the rounding
-error. That the real flow stays in the ball r <= R follows from the comparison solution: see `Bounds.certifies`.
+At the kink of the relu every slope in [0, 1] satisfies all of this. Each is a sum of products of non-negative numbers,
+raised by 1e-12 of itself; e0, the one difference, is raised by 1e-12 of the sizes it is the difference of. That is far
+above the rounding error. That the real flow stays in the ball r <= R follows from the comparison solution: see
+`Bounds.certifies`.
 
 Source: THEORY section 4; the constants are derived here.
 """
@@ -61,7 +63,8 @@ COORDINATES = ("layer", "unit", "benefit")
 
 _ACTIVATIONS = {"identity": lambda z: z, "tanh": np.tanh, "relu": lambda z: np.maximum(z, 0.0)}
 _CURVATURE = {"squared": 1.0, "logistic": 0.25}
-_UP = 1.0 + 1e-12  # more than the rounding error of a few dozen operations on non-negative numbers
+_ROUNDING = 1e-12  # more than the relative rounding error of a few dozen operations on non-negative numbers
+_UP = 1.0 + _ROUNDING
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,17 +213,23 @@ class Structure:
         network = self.network
         x = np.asarray(network.inputs)
         size = np.linalg.norm(x, axis=1)
-        slopes = self._slopes(x)
-        pull = self._odds @ np.linalg.norm(slopes, axis=-1)
-        if not self.isolated:  # the others add at most rest / 2 times |x| to the output
+        slopes = self._slopes
+        others = self._others @ self._others  # units add at most half of their squared norm times |x| to the output
+        error = _ROUNDING * (size * (1.0 + 0.5 * others) + np.linalg.norm(network.targets, axis=1))
+        pull = self._odds @ np.linalg.norm(slopes, axis=-1) + error
+        if not self.isolated:
             pull += 0.5 * _CURVATURE[network.loss] * rest * size
-        first = float(np.mean(pull * size))
+        first = np.mean(pull * size)
         if self.isolated and network.activation == "identity":
             slope = np.tensordot(self._odds, slopes, 1)
-            first = float(np.linalg.norm(slope.T @ x, 2)) / len(x)
-        return tuple(
-            _UP * float(value) for value in (first, np.mean(size**2), np.mean(pull * size**3), np.mean(size**4))
-        )
+            first = np.linalg.norm(slope.T @ x, 2) / len(x) + np.mean(error * size)
+        return tuple(_UP * float(value) for value in (first, *(np.mean(v) for v in (size**2, pull * size**3, size**4))))
+
+    @property
+    def _others(self) -> np.ndarray:
+        """All weights where they stand still; zeros where they move."""
+        k = len(self.network.weights)
+        return np.zeros(k) if self.frozen is None else self.frozen[:k]
 
     def _slope(self, output: np.ndarray) -> np.ndarray:
         """Derivative of the loss of each example by its output."""
@@ -244,11 +253,12 @@ class Structure:
         odds = np.where(self._patterns == 1.0, theta, 1.0 - theta)
         return np.prod(np.delete(odds, self.gate, axis=1), axis=1)
 
-    def _slopes(self, x: np.ndarray) -> np.ndarray:
+    @functools.cached_property
+    def _slopes(self) -> np.ndarray:
         """e0 of each pattern and each example, shape (patterns, n, d); the others count as empty where they move."""
+        x = np.asarray(self.network.inputs)
         (width,), d = self.network.widths, x.shape[1]
-        frozen = np.zeros(len(self.network.weights)) if self.frozen is None else self.frozen
-        inward, outward = frozen[: 2 * width * d].reshape(2, -1)
+        inward, outward = self._others.reshape(2, -1)
         hidden = _ACTIVATIONS[self.network.activation](x @ inward.reshape(width, d).T)
         # In a gated block the only pattern is (0), which broadcasts over all units.
         return np.stack([self._slope(x + (hidden * gates) @ outward.reshape(d, width).T) for gates in self._patterns])
@@ -395,9 +405,7 @@ def bounds(
     half = 0.5 * radius**2
     slope = pull + curvature * half * square
     drift = decay * curvature * square * half**2
-    if (
-        network.activation == "tanh"
-    ):  # |e1| |W_out (f - z f')| with |f - z f'| <= min(z, 2 z^3 / 3), s^3 t <= R^4 3 sqrt(3)/16
+    if network.activation == "tanh":  # mean |e1| |W_out (f - z f')|, where s^3 t <= 3 sqrt(3) R^4 / 16
         bend = math.sqrt(3.0) / 8.0 * radius**4 * (cube + curvature * half * fourth)
         drift += decay * min(slope * half, bend)
     return Bounds(
@@ -415,7 +423,7 @@ def bounds(
 
 
 def _rest(structure: Structure, level: float | None) -> float:
-    """Bound on the squared norm of all weights: (lambda/2) |W|^2 is part of the cost, the rest of which is not negative."""
+    """Bound on the squared norm of all weights that move: (lambda/2) |W|^2 is part of the cost, as are terms >= 0."""
     if structure.isolated:
         if level is not None:
             fail("level", "be None where nothing else moves", level)
@@ -433,8 +441,9 @@ def natural_radius(structure: Structure, coordinates: str, *, level: float | Non
 
     For the layer V* / mu = R, for the unit u* = R^2: the least ball that holds every state which the comparison
     solution visits from D. In benefit coordinates half of the ball is for the start and half for the way of one with
-    b = 0, V_0 = V* / 2: (eta / q)(V* / mu)(log 2 - 1/2) = R / 2. Each left side falls with R, so there is one such R. A
-    smaller ball would cut the domain off, a larger one make the constants worse.
+    b = 0, V_0 = V* / 2: (eta / q)(V* / mu)(log 2 - 1/2) = R / 2; or, where smaller, the ball with delta = a g / 2, for D
+    is empty from delta = a g. Each left side falls with R and delta rises, so there is one such R. A smaller ball would
+    cut the domain off, a larger one make the constants worse.
 
     Args:
         structure: What to bound.
@@ -453,6 +462,8 @@ def natural_radius(structure: Structure, coordinates: str, *, level: float | Non
             filled = math.sqrt(size)
         elif coordinates == "layer":
             filled = size + found.grad_bound * theta / found.system.growth_rate
+        elif found.drift > 0.5 * found.decay * found.system.price:
+            filled = 0.0
         else:
             filled = (2.0 * math.log(2.0) - 1.0) / found.grad_bound
             filled *= size + found.gain * theta / found.system.growth_rate
@@ -548,25 +559,26 @@ def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: flo
     widest = structure.norm(states)
     active = np.arange(len(states))
     y, step = states.copy(), np.full(len(states), 1e-3)
+    speed = moves * network.projected_field(y)
     while active.size:
         h = np.minimum(step, horizon - times[active])
         stages = np.empty((7, *y.shape))
-        stages[0] = moves * network.projected_field(y)
+        stages[0] = speed
         for i in range(1, 7):
             row = RK45.A[i, :i] if i < 6 else RK45.B
             z = y + h[:, None] * np.tensordot(row, stages[:i], 1)
             stages[i] = moves * network.projected_field(clip(z))
         error = h * np.max(np.abs(np.tensordot(RK45.E, stages, 1)) / (rtol * (1.0 + np.abs(y))), axis=1)
         good = (error <= 1.0) | (h <= floor(y))
-        y = np.where(good[:, None], z, y)
+        y, speed = np.where(good[:, None], (z, stages[6]), (y, speed))
         times[active] += np.where(good, h, 0.0)
         step = np.maximum(h * np.clip(0.9 * np.maximum(error, 1e-10) ** -0.2, 0.2, 5.0), floor(y))
         widest[active] = np.maximum(widest[active], structure.norm(y))
         late = times[active] >= horizon * (1.0 - 1e-12)
-        found = judge(y, stages[0]) if settle or late.any() else np.full(len(y), -1)
+        found = judge(y, speed) if settle or late.any() else np.full(len(y), -1)
         over = late | (settle & (found >= 0))
         labels[active[over]], ends[active[over]] = found[over], y[over]
-        active, y, step = active[~over], y[~over], step[~over]
+        active, y, speed, step = (array[~over] for array in (active, y, speed, step))
     return Runs(labels, ends, times, widest)
 
 
@@ -608,7 +620,7 @@ class Coverage:
 
     @property
     def violations(self) -> int:
-        """Starts that are certified but did not converge: 0 unless a bound or the integration is wrong."""
+        """Starts that are certified but did not converge: 0 unless a bound is wrong or the horizon too short."""
         return int(np.sum(self.certified & (self.runs.labels != 1)))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import functools
+from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
@@ -26,12 +27,11 @@ from catode.theory.networks import (
 )
 from catode.theory.symbolic import GatedNetwork
 
-FEW = settings(max_examples=3, deadline=None, derandomize=True)
+# No shrinking: a seed has no simpler form, and each takes a second.
+FEW = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 SEEDS = st.integers(0, 10**6)
 KINDS = pytest.mark.parametrize("kind", ["layer", "unit"])
 EVERY = pytest.mark.parametrize("coordinates", COORDINATES)
-
-drawn = functools.cache(draw)
 
 
 def network(**change):
@@ -168,6 +168,23 @@ def test_linear_units_attain_the_slope_near_zero(name):
     assert climb(structure, 1e-3, claims(structure, found)["kappa 4.2"]) > 0.999
 
 
+@KINDS
+def test_rounding_is_paid_for_where_the_loss_derivative_cancels(kind):
+    """The output of the rest meets the target to the last digits, so that floats know no digit of e0."""
+    if kind == "layer":
+        structure, rest = Structure(network(inputs=[[0.3]], targets=[[0.3]], activation="identity")), Fraction(0)
+    else:
+        structure = Structure(
+            network(**TWO, inputs=[[0.3]], targets=[[0.321]], activation="identity"), 0, [0.0, 0.1, 0.0, 0.7, 0.0, 1.0]
+        )
+        rest = Fraction(0.1) * Fraction(0.3) * Fraction(0.7)
+    x, target = (Fraction(getattr(structure.network, name)[0][0]) for name in ("inputs", "targets"))
+    exact = abs(x + rest - target) * x
+    first, square = structure.moments()[:2]
+    assert exact <= Fraction(first) <= exact + Fraction(1e-11)
+    assert x * x <= Fraction(square)
+
+
 @EVERY
 @pytest.mark.parametrize("name", ["tanh", "identity", "logistic", "unit"])
 def test_the_comparison_system_bounds_the_real_speeds(name, coordinates):
@@ -196,6 +213,10 @@ def test_the_natural_ball_is_just_filled_by_the_domain(name):
         system.price / system.benefit_slope * (mu + lam) / mu, natural_radius(structure, "layer"), rtol=1e-6
     )
     assert np.isclose(bounds(structure, "unit").system.saddle[0], natural_radius(structure, "unit") ** 2, rtol=1e-6)
+    found = bounds(structure, "benefit")
+    theta = found.system.saddle[1]
+    assert not found.system.empty
+    assert theta >= 0.5 * found.decay * found.system.price / found.gain * (1.0 - 1e-6)
     shares = [
         bounds(structure, "unit", radius=f * natural_radius(structure, "unit")).share(50) for f in (0.5, 1.0, 2.0)
     ]
@@ -205,31 +226,36 @@ def test_the_natural_ball_is_just_filled_by_the_domain(name):
 # --- the domains ---------------------------------------------------------------------------------------------------
 
 
-@EVERY
-@CASE
-def test_starts_at_the_edge_of_the_domain_are_pruned_inside_the_ball(name, coordinates):
-    structure = case(name)
-    found = bounds(structure, coordinates)
-    starts = edge(found, 20)
-    assert len(starts) == 20
-    runs = follow(structure, starts)
+def check_domains(structure, seed=0):
+    """Starts at the edge of each domain go, inside the ball; returns the bounds and the starts in benefit coordinates."""
+    founds = [bounds(structure, coordinates) for coordinates in COORDINATES]
+    starts = [edge(found, 20, seed) for found in founds]
+    assert [len(some) for some in starts] == [20, 20, 20]
+    runs = follow(structure, np.concatenate(starts))
     assert np.all(runs.labels == 1)
-    assert np.all(runs.widest <= found.radius * (1.0 + 1e-6))
-    if coordinates == "benefit":
-        state = np.stack([structure.benefit(starts), starts[:, structure.theta]], axis=-1)
-        assert np.all(runs.times <= 5.0 * found.system.time_to_zero(state) + 1.0)
+    assert np.all(runs.widest <= np.repeat([found.radius for found in founds], 20) * (1.0 + 1e-6))
+    return founds[-1], starts[-1]
+
+
+@CASE
+def test_starts_at_the_edge_of_the_domain_are_pruned_inside_the_ball(name):
+    structure = case(name)
+    found, starts = check_domains(structure)
+    state = np.stack([structure.benefit(starts), starts[:, structure.theta]], axis=-1)
+    for start, limit in list(zip(starts, found.system.time_to_zero(state), strict=True))[:2]:
+        path = integrate(structure, start[[*structure.weights, structure.theta]], 1e3, rtol=1e-6)
+        assert path.status == "pruned"
+        assert path.times[-1] <= limit  # when theta first meets 0
 
 
 @FEW
-@given(SEEDS, st.sampled_from(["layer", "unit"]))
-def test_bounds_and_domains_hold_in_networks_drawn_at_random(seed, kind):
+@given(SEEDS, st.sampled_from(["layer", "unit"]), st.floats(1.0, 10.0))
+def test_bounds_and_domains_hold_in_networks_drawn_at_random(seed, kind, wait):
+    """`wait` is the time 1 / (rho g) in which a useless structure goes: in `draw` it may be thousands."""
     structure = draw(seed, kind, width=1 + seed % 2)
-    for coordinates in COORDINATES:
-        found = bounds(structure, coordinates)
-        starts = edge(found, 20, seed)
-        runs = follow(structure, starts)
-        assert np.all(runs.labels == 1)
-        assert np.all(runs.widest <= found.radius * (1.0 + 1e-6))
+    rate_ratio = 1.0 / (wait * structure.price)
+    structure = dataclasses.replace(structure, network=dataclasses.replace(structure.network, rate_ratio=rate_ratio))
+    found = check_domains(structure, seed)[0]
     for claim, ratio in claims(structure, found).items():
         assert climb(structure, found.radius, ratio, rounds=10) <= 1.0 + 1e-9, claim
 
@@ -255,7 +281,7 @@ def test_batches_agree_with_the_integrator_that_treats_the_faces_exactly(name):
     theta = rng.random(6)
     runs = follow(structure, structure.embed(w, theta))
     assert set(runs.labels) <= {0, 1}
-    for i in range(6):
+    for i in range(3):
         exact = integrate(structure, [*w[i], theta[i]], 300.0, events=False, rtol=1e-6, atol=1e-8)
         assert (exact.status == "pruned") == (runs.labels[i] == 1)
     same = follow(structure, structure.embed(w, theta), 3.0, rtol=1e-8, settle=False)
@@ -285,13 +311,17 @@ def test_the_box_holds_the_trained_state():
 @pytest.mark.parametrize("name", ["tanh", "logistic", "linear unit"])
 def test_coverage_is_positive_never_above_one_and_without_violations(name):
     structure = case(name)
-    results = {coordinates: coverage(bounds(structure, coordinates), n=10) for coordinates in COORDINATES}
+    results = {"layer": coverage(bounds(structure, "layer"), n=10)}
+    starts = results["layer"].starts
+    for coordinates in ("unit", "benefit"):  # the same runs on trial against other bounds
+        found = bounds(structure, coordinates)
+        results[coordinates] = dataclasses.replace(results["layer"], bounds=found, certified=found.certifies(starts))
     for result in results.values():
         assert result.violations == 0
         assert result.undecided_share == 0.0
         assert 0.0 < result.ratio <= 1.0
         assert result.certified_share <= result.pruned_share < 1.0  # not everything goes by itself
-        assert result.starts.shape == (100, len(structure.network.state))
+    assert starts.shape == (100, len(structure.network.state))
     assert results["unit"].certified_share > results["layer"].certified_share  # u knows that M is of degree 2
     share = results["unit"].bounds.share()
     assert abs(results["unit"].certified_share - share) < 0.05
@@ -327,9 +357,9 @@ def test_a_vertex_is_never_dearer_and_the_flow_ends_at_one(seed):
     And the projected flow of all weights and all gates goes to vertices: an equilibrium inside a face is never
     attracting (THEORY section 2).
     """
-    structure = dataclasses.replace(draw(seed, "unit", width=1 + seed % 2), frozen=None)
-    assume(structure.network.activation != "relu")  # thousands of steps along its kinks
-    net = structure.network
+    net = draw(seed, "unit", width=1 + seed % 2).network
+    assume(net.activation != "relu")  # thousands of steps along its kinks
+    net = dataclasses.replace(net, rate_ratio=1.0 / net.prices[0])  # a useless gate closes in a time of 1
     rng, k = np.random.default_rng(seed), len(net.weights)
 
     def train(weights, theta):
@@ -353,7 +383,7 @@ def test_a_vertex_is_never_dearer_and_the_flow_ends_at_one(seed):
     assert net.value(np.append(train(weights, theta), theta)) <= vertex + 1e-12
 
     starts = np.column_stack([rng.normal(size=(6, k)), rng.random((6, len(theta)))])
-    runs = follow(structure, starts, 500.0, settle=False, rtol=1e-4)
+    runs = follow(Structure(net), starts, 100.0, settle=False, rtol=1e-4)
     assert np.all(net.value(runs.ends) <= net.value(starts))
     ends = runs.ends[:, k:]
     assert np.mean((ends == 0.0) | (ends == 1.0)) > 0.9
