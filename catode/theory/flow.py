@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from catode._validate import check_interval, check_positive, check_real, check_shape, fail
+from catode.theory.box import BoxSystem
 
-__all__ = ["STATUSES", "Flow", "Trajectory", "integrate", "trace_separatrix"]
+__all__ = ["STATUSES", "FaceEvent", "Flow", "Trajectory", "integrate", "trace_separatrix"]
 
 STATUSES = ("pruned", "kept", "horizon", "failed")
 """How a trajectory can end; see `Trajectory`."""
@@ -42,6 +43,21 @@ class Flow(Protocol):
         """Limit of the other coordinates while theta is frozen, monotone on the way, shape (..., d - 1) or (...)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class FaceEvent:
+    """A coordinate meets a face of the box, or comes off it.
+
+    Args:
+        time: When, in ODE time.
+        coordinate: Which coordinate of the state.
+        kind: "arrive" or "leave"; between the two it slides.
+    """
+
+    time: float
+    coordinate: int
+    kind: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trajectory:
     """A solution of the projected ODE.
@@ -50,14 +66,17 @@ class Trajectory:
         times: Increasing times from 0, shape (n,).
         states: States at those times, theta last, shape (n, d); theta lies in [0, 1].
         status: "pruned" (theta is 0 with the benefit below the price), "kept" (theta is 1 and stays there), "horizon"
-            (neither, when the time was up) or "failed" (numerical failure; the states up to it are valid).
+            (neither, when the time was up; always so in a box of the user's) or "failed" (numerical failure; the states
+            up to it are valid).
         message: One sentence that says the same, with numbers.
+        events: Arrivals at faces and departures, in order.
     """
 
     times: np.ndarray
     states: np.ndarray
     status: str
     message: str
+    events: tuple[FaceEvent, ...] = ()
 
     @property
     def end(self) -> np.ndarray:
@@ -71,7 +90,7 @@ class Trajectory:
 
 
 def integrate(
-    system: Flow,
+    system: Flow | BoxSystem,
     start: Any,
     horizon: float,
     *,
@@ -84,12 +103,14 @@ def integrate(
     Source: THEORY section 3.
 
     Args:
-        system: One of the systems of `catode.theory.systems`, or anything with the same four methods.
-        start: Initial state, theta last and in [0, 1], shape (d,); a negative benefit counts as 0.
+        system: One of the systems of `catode.theory.systems`, anything with the same four methods, or a `BoxSystem`, in
+            which every coordinate may have faces.
+        start: Initial state, theta last and in [0, 1], shape (d,); a negative benefit counts as 0. In the box of a
+            `BoxSystem`.
         horizon: Time at which to stop, in ODE time.
         events: Stop at the first decisive event: theta at 0 and pushed down (the trainer removes the structure
             there), or theta at 1 for ever. Otherwise follow the faces up to the horizon and judge the last state, for
-            which "pruned" then means at 0 for ever.
+            which "pruned" then means at 0 for ever. A `BoxSystem` has no theta and is always followed to the horizon.
         rtol: Relative tolerance of the solver.
         atol: Absolute tolerance of the solver.
 
@@ -97,17 +118,24 @@ def integrate(
         The trajectory. A numerical failure is a status, never an exception.
 
     Raises:
-        ValueError: if `start` is not a finite state with theta in [0, 1], or a number is out of range.
+        ValueError: if `start` is not a finite state with theta in [0, 1], or in the box, or a number is out of range.
     """
+    horizon = check_positive("horizon", horizon)
+    rtol = check_interval("rtol", rtol, 0.0, 0.1, True)
+    atol = check_positive("atol", atol)
+    options = {"method": "DOP853", "rtol": rtol, "atol": atol, "dense_output": True}
+    if isinstance(system, BoxSystem):
+        from catode.theory.faces import ActiveSetRun
+
+        start = system.check_inside("start", start)
+        check_shape("start", start, f"({system.dimension},)", start.ndim == 1)
+        with np.errstate(all="ignore"):
+            return ActiveSetRun(system, np.array(start), horizon, options).solve()
     start = check_real("start", start, array=True)
     check_shape("start", start, "(d,) with d >= 2", start.ndim == 1 and start.size >= 2)
     if not 0.0 <= start[-1] <= 1.0:
         fail("start", "have a keep probability in [0, 1]", float(start[-1]), index=(start.size - 1,))
-    horizon = check_positive("horizon", horizon)
-    rtol = check_interval("rtol", rtol, 0.0, 0.1, True)
-    atol = check_positive("atol", atol)
-    y = np.array(system.project(start), dtype=np.float64)
-    run = _Run(system, horizon, rtol, atol, y)
+    run = _Run(system, horizon, options, np.array(system.project(start), dtype=np.float64))
     with np.errstate(all="ignore"):
         return run.solve(events)
 
@@ -115,10 +143,11 @@ def integrate(
 class _Run:
     """State of one integration: time, state, direction of theta, and the pieces collected so far."""
 
-    def __init__(self, system: Flow, horizon: float, rtol: float, atol: float, start: np.ndarray) -> None:
+    def __init__(self, system: Flow, horizon: float, options: dict[str, Any], start: np.ndarray) -> None:
         self.system = system
         self.horizon = horizon
-        self.options = {"method": "DOP853", "rtol": rtol, "atol": atol, "dense_output": True}
+        self.options = options
+        self.events: list[FaceEvent] = []
         self.t = 0.0
         self.y = start
         self.times = [np.zeros(1)]
@@ -195,6 +224,8 @@ class _Run:
         elif arrived:
             self.turned = False
         self._append(solution, end, (), face if arrived else None)
+        if arrived:
+            self.events.append(FaceEvent(self.t, self.y.size - 1, "arrive"))
         return self._failure(solution)
 
     def _slide(self, direction: int) -> str | None:
@@ -213,6 +244,8 @@ class _Run:
         solution = solve_ivp(field, (self.t, self.horizon), self.y[:-1], events=turn, **self.options)
         self.turned = solution.t_events[0].size > 0
         self._append(solution, solution.t[-1], (theta,), None)
+        if self.turned:
+            self.events.append(FaceEvent(self.t, self.y.size - 1, "leave"))
         return self._failure(solution)
 
     def _append(self, solution: Any, end: float, suffix: tuple[float, ...], face: float | None) -> None:
@@ -265,7 +298,8 @@ class _Run:
         if still:
             self.times.append(np.array([self.horizon]))
             self.states.append(self.y[None])
-        return Trajectory(np.concatenate(self.times), np.concatenate(self.states), status, message)
+        times, states = np.concatenate(self.times), np.concatenate(self.states)
+        return Trajectory(times, states, status, message, tuple(self.events))
 
 
 def trace_separatrix(

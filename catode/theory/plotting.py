@@ -19,7 +19,11 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from catode.theory.systems import BenefitSystem
+    from catode.theory.basins import Basins
+    from catode.theory.box import BoxSystem
+    from catode.theory.equilibria import Equilibrium, Manifolds
+    from catode.theory.flow import Trajectory
+    from catode.theory.systems import BenefitSystem, PlanarSystem
 
 PALETTE = {
     "black": "#000000",
@@ -174,6 +178,157 @@ def phase_portrait(
     return ax
 
 
+def flow_portrait(
+    ax: Axes,
+    system: BoxSystem | PlanarSystem,
+    window: Sequence[Sequence[float]],
+    *,
+    basins: Basins | None = None,
+    equilibria: Sequence[Equilibrium] = (),
+    manifolds: Sequence[Manifolds] = (),
+    trajectories: Sequence[Trajectory] = (),
+    nullclines: bool = True,
+    density: float = 0.7,
+    legend: bool = True,
+) -> Axes:
+    """Draw any planar projected flow: streamlines and what the analysis found about it.
+
+    Args:
+        ax: Where to draw.
+        system: A flow on a box with two coordinates, or a comparison system.
+        window: Lower left and upper right corner, as in `catode.theory.equilibria`.
+        basins: Domains of attraction on a grid, shaded.
+        equilibria: Marked by their class: filled where stable, white where not, a diamond for a saddle.
+        manifolds: Stable manifolds as black lines, unstable ones dashed.
+        trajectories: Drawn with a dot at the end; the parts that slide on a face are thick.
+        nullclines: Whether to draw where one component of the raw field vanishes.
+        density: Density of the streamlines, as in `Axes.streamplot`.
+        legend: Whether to put a legend below the Axes.
+
+    Returns:
+        `ax`.
+
+    Raises:
+        ValueError: if the window is empty.
+    """
+    from catode.theory import equilibria as analysis
+
+    (left, bottom), (right, top) = window
+    if not (left < right and bottom < top):
+        raise ValueError(f"`window` must be a lower left and an upper right corner; got window={tuple(window)}")
+    if basins is not None:
+        basin_map(ax, basins, legend=False)
+    x, y = np.linspace(left, right, 60), np.linspace(bottom, top, 60)
+    flow = np.asarray(system.projected_field(np.stack(np.meshgrid(x, y), axis=-1)), dtype=float)
+    look = {"color": "#B5B5B5", "linewidth": 0.7, "arrowsize": 0.8, "zorder": 1}
+    ax.streamplot(x, y, flow[..., 0], flow[..., 1], density=density, **look)
+    names = getattr(system, "names", ("size", "keep probability θ"))
+    if nullclines:
+        lines = analysis.nullclines(system, window=window)
+        for (name, parts), color in zip(lines.items(), ("blue", "green"), strict=False):
+            for i, part in enumerate(parts):
+                label = f"{name} at rest" if i == 0 else None
+                ax.plot(*part.T, color=PALETTE[color], linestyle=":", linewidth=1.4, zorder=2.5, label=label)
+    for found in manifolds:
+        for branches, style, label in ((found.stable, "-", "separatrix"), (found.unstable, "--", "unstable manifold")):
+            for i, branch in enumerate(branches):
+                label = label if i == 0 and found is manifolds[0] else None
+                ax.plot(*branch.points.T, style, color=PALETTE["black"], linewidth=1.6, zorder=3, label=label)
+    for found in trajectories:
+        ax.plot(*found.states.T, color=PALETTE["vermillion"], linewidth=1.1, zorder=4)
+        for coordinate in (0, 1):
+            arrived = [e.time for e in found.events if e.coordinate == coordinate and e.kind == "arrive"]
+            left_at = [e.time for e in found.events if e.coordinate == coordinate and e.kind == "leave"]
+            for start, end in zip(arrived, [*left_at, np.inf], strict=False):
+                on = (found.times >= start) & (found.times <= end)
+                ax.plot(*found.states[on].T, color=PALETTE["vermillion"], linewidth=3.0, zorder=4, clip_on=False)
+        ax.plot(*found.end, "o", color=PALETTE["vermillion"], markersize=4, zorder=4.5, clip_on=False)
+    for found in equilibria:
+        if left <= found.state[0] <= right and bottom <= found.state[1] <= top:
+            marker = "D" if found.stability == "saddle" else "o"
+            face = PALETTE["black"] if found.stable else "white"
+            look = {"markerfacecolor": face, "markeredgecolor": PALETTE["black"], "markersize": 7, "zorder": 5}
+            ax.plot(*found.state, marker, clip_on=False, **look)
+    ax.set_xlim(left, right)
+    ax.set_ylim(bottom, top)
+    ax.grid(visible=False)
+    ax.set_xlabel(names[0])
+    ax.set_ylabel(names[1])
+    if legend and ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    return ax
+
+
+def basin_map(ax: Axes, basins: Basins, *, legend: bool = True) -> Axes:
+    """Shade a plane of starts by the attractor that each one goes to; what is undecided stays white.
+
+    Args:
+        ax: Where to draw.
+        basins: Labels on a grid along two coordinates; further ones must be held.
+        legend: Whether to name the attractors and their shares below the Axes.
+
+    Returns:
+        `ax`.
+
+    Raises:
+        ValueError: if not exactly two coordinates vary.
+    """
+    axes = [axis for axis in basins.axes if axis.ndim]
+    if len(axes) != 2:
+        raise ValueError(f"`basins` must vary along two coordinates; got {len(axes)}. Use basin_slices for three.")
+    colors = ("yellow", "sky", "orange", "green", "purple", "vermillion", "blue")
+    shades = [to_rgba(PALETTE[colors[i % len(colors)]], 0.45) for i in range(len(basins.names))]
+    image = np.ones((*basins.labels.shape, 4))
+    for label, shade in enumerate(shades):
+        image[basins.labels == label] = shade
+    ax.pcolormesh(*axes, np.swapaxes(image, 0, 1), shading="nearest", zorder=0.4, rasterized=True)
+    if legend:
+        for label, shade in enumerate(shades):
+            share = float((basins.labels == label).mean())
+            if share:
+                ax.fill_between([], [], color=shade, linewidth=0, label=f"{basins.names[label]} ({share:.0%})")
+        undecided = float((basins.labels < 0).mean())
+        if undecided:
+            ax.fill_between([], [], facecolor="white", edgecolor="#444444", label=f"undecided ({undecided:.1%})")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    return ax
+
+
+def basin_slices(figure: Figure, basins: Basins, *, names: Sequence[str] = ("x", "y", "z"), count: int = 4) -> Figure:
+    """Draw a three-dimensional map of basins as slices along its last coordinate, side by side.
+
+    Args:
+        figure: An empty figure.
+        basins: Labels on a grid along three coordinates.
+        names: Names of the coordinates.
+        count: Number of slices, evenly spread.
+
+    Returns:
+        `figure`.
+
+    Raises:
+        ValueError: if not three coordinates vary.
+    """
+    import dataclasses
+
+    if basins.labels.ndim != 3:
+        raise ValueError(
+            f"`basins` must vary along three coordinates; got {basins.labels.ndim}. Use basin_map for two."
+        )
+    with house_style():
+        panels = np.atleast_1d(figure.subplots(1, count, sharey=True))
+    *plane, last = basins.axes
+    chosen = np.linspace(0, len(last) - 1, count).round().astype(int)
+    for ax, i in zip(panels, chosen, strict=True):
+        part = dataclasses.replace(basins, labels=basins.labels[..., i], axes=(*plane, np.asarray(last[i])))
+        basin_map(ax, part, legend=False)
+        ax.set_title(f"{names[2]} = {last[i]:.3g}")
+        ax.set_xlabel(names[0])
+        ax.grid(visible=False)
+    panels[0].set_ylabel(names[1])
+    return figure
+
+
 def tolerance_over_risk(ax: Axes, inputs: dict[str, Any]) -> Axes:
     """Draw the tolerance against the accepted risk, at 0 where nothing can be removed safely.
 
@@ -271,6 +426,7 @@ def _domains(ax: Axes, system: BenefitSystem, benefit_min: float, benefit_max: f
         shade = to_rgba(PALETTE["yellow"], 0.4)
         inside = np.clip(separatrix, 0.0, 1.0)
         ax.fill_between(benefit, 0.0, inside, color=shade, linewidth=0, zorder=0.5, label="certain to go (D)")
+    ax.fill_between([], [], facecolor="white", edgecolor="#444444", linewidth=0.5, label="undecided")
     visible = np.where((separatrix >= 0.0) & (separatrix <= 1.0), separatrix, np.nan)
     if np.isfinite(visible).any():
         ax.plot(benefit, visible, color=PALETTE["black"], linewidth=1.8, zorder=3, label="separatrix")

@@ -144,6 +144,34 @@ def test_law_weights_scaled_equal_activations_scaled(name, seed, theta, bottlene
 
 
 @settings(max_examples=10)
+@pytest.mark.parametrize("layers", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=st.integers(0, 10**6), theta=st.floats(0.0, 1.0))
+def test_law_taps_give_every_examples_derivative(name, layers, seed, theta, bottleneck_net):
+    """The same loss as with the gates on the weights, and the derivatives that gates of single examples have."""
+    model = network(name, bottleneck_net).double()
+    gates = install(model, normalised=())
+    x, y = data(dtype=torch.float64, seed=seed)
+    values = bernoulli(gates.size, seed, theta)
+    double(gates, values)
+    state = copy.deepcopy(model.state_dict())
+    expected = F.cross_entropy(model(x), y)
+    model.load_state_dict(state)
+    with gates.tapped(layers) as taps:
+        loss = F.cross_entropy(model(x), y)
+    found = torch.zeros(len(x), gates.size, dtype=torch.float64)
+    for tap, gradient in zip(taps, torch.autograd.grad(loss, [tap.after for tap in taps]), strict=True):
+        found.index_add_(1, tap.structures, tap.derivative(gradient))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    model.load_state_dict(state)
+    gates.rows = values.double().expand(len(x), -1).clone().requires_grad_()
+    (rows,) = torch.autograd.grad(F.cross_entropy(model(x), y), gates.rows)
+    if not layers:
+        rows[:, : len(gates.blocks)] = 0.0
+    torch.testing.assert_close(found, rows, rtol=1e-8, atol=1e-12)
+
+
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10**6), theta=st.floats(0.2, 1.0))
 def test_law_closing_towards_the_mean_equals_scaling_where_a_batch_norm_follows(seed, theta, bottleneck_net):
     """One draw for all examples and a 1x1 consumer (no border): the norm takes the mean out, so the loss is the same."""
@@ -169,6 +197,12 @@ def test_a_useless_constant_unit_has_no_curvature_where_a_batch_norm_follows(bot
         unit = len(gates.blocks) + 4 + 1
         gates.rows = torch.ones(len(x), gates.size, dtype=torch.float64, requires_grad=True)
         (rows,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), gates.rows)
+        with gates.tapped() as taps:
+            gates.rows = None
+            loss = F.cross_entropy(model(x), y, reduction="sum")
+        for tap, gradient in zip(taps, torch.autograd.grad(loss, [tap.after for tap in taps]), strict=True):
+            if unit in tap.structures:
+                torch.testing.assert_close(tap.derivative(gradient)[:, tap.structures == unit][:, 0], rows[:, unit])
         gradients[normalised] = rows[:, unit].abs().max().item()
         gates.remove()
     assert gradients[True] < 1e-12 < 1e-4 < gradients[False]

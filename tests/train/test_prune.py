@@ -464,6 +464,24 @@ def test_dead_channels_round_widths_up_while_training_and_are_gone_in_the_end():
     torch.testing.assert_close(final(x[:32]), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("measure_every", [1, 2, 3, 4, 7, 12])
+def test_gradient_products_and_probes_take_different_steps(measure_every, monkeypatch):
+    model, optimizer, pruner = make(measure_every=measure_every, warmup=200, initial_keep_prob=0.999)
+    steps = {"probe": [], "products": [], "weights": []}
+    probed, added, noted = pruner._probe, pruner._products.add, pruner._products.note_weights
+    monkeypatch.setattr(pruner, "_probe", lambda open_: steps["probe"].append(pruner.done) or probed(open_))
+    monkeypatch.setattr(pruner._products, "add", lambda draw: steps["products"].append(pruner.done) or added(draw))
+    monkeypatch.setattr(pruner._products, "note_weights", lambda: steps["weights"].append(pruner.done) or noted())
+    cycles = 4
+    loop(model, optimizer, pruner, cycles * pruner._burst_every)
+    assert steps["probe"] == list(range(1, cycles * pruner._burst_every + 1, measure_every))
+    assert measure_every == 1 or not set(steps["probe"]) & set(steps["products"])
+    assert len(steps["products"]) == 3 * cycles and np.diff(steps["products"]).max() <= pruner._burst_every
+    assert [s + 1 for s in steps["weights"]] == steps["products"][1::3], "noted right before the second of each burst"
+    products = pruner._products
+    assert (products.gain.count > 1).all() and (products.weight_gradient.count > 1).all()
+
+
 def test_thetas_below_one_have_gates_from_the_start():
     *_, pruner = make(warmup=60, memory=10, measure_every=1, layers_per_probe=3, initial_keep_prob=0.5)
     assert pruner.started
