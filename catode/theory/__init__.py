@@ -1,27 +1,48 @@
-"""The mathematics of catode: systems, their flow, and the tolerance that training uses.
+"""The mathematics of catode: systems, their flow, domains of attraction, and the tolerance that training uses.
 
-Imports numpy and scipy only; never torch, `catode.train` or, at import time, sympy.
+Imports numpy and scipy only; never torch, `catode.train` or, at import time, sympy, numba or matplotlib.
 
 * `catode.theory.systems`: the comparison systems with their separatrices in closed form (THEORY section 4).
-* `catode.theory.flow`: integration of the projected ODE (THEORY section 3).
-* `catode.theory.tolerance`: how small a keep probability must be for safe removal (THEORY section 5).
+* `catode.theory.box`: any field on a box, as a function or as sympy expressions.
+* `catode.theory.flow`, `faces`, `batch`: the projected ODE, one trajectory or millions, faces met exactly (section 3).
+* `catode.theory.equilibria`, `continuation`: equilibria on every face, nullclines, manifolds, and how they move.
+* `catode.theory.basins`: domains of attraction on grids.
+* `catode.theory.certificates`: inner approximations of them, proved in exact arithmetic.
+* `catode.theory.tolerance`: how small a keep probability must be for safe removal (section 5).
+* `catode.theory.stochastic`: the iterates themselves, and how often they escape.
+* `catode.theory.prior`, `symbolic`, `networks`: the flattening prior and its rivals, gated networks as exact projected
+  ODEs, and bounds that put small ones under a comparison system.
+* `catode.theory.plotting`: pictures of all that.
 """
 
-from catode.theory.flow import Trajectory, integrate, trace_separatrix
+from catode.theory.basins import Basins, basins_fractions, basins_of_attraction
+from catode.theory.batch import Batch, integrate_batch
+from catode.theory.box import BoxSystem
+from catode.theory.certificates import Certificate, certify
+from catode.theory.flow import FaceEvent, Trajectory, integrate, trace_separatrix
 from catode.theory.systems import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem
 from catode.theory.tolerance import Tolerance, commit_alarm, derive, escape_probability, fixed
 
 __all__ = [
+    "Basins",
+    "Batch",
     "BenefitSystem",
+    "BoxSystem",
+    "Certificate",
+    "FaceEvent",
     "LayerSystem",
     "PlanarSystem",
     "Tolerance",
     "Trajectory",
     "UnitSystem",
+    "basins_fractions",
+    "basins_of_attraction",
+    "certify",
     "commit_alarm",
     "derive",
     "escape_probability",
     "fixed",
     "integrate",
+    "integrate_batch",
     "trace_separatrix",
 ]
