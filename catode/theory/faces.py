@@ -146,6 +146,11 @@ class ActiveSetRun:
             self._settle(i, turning=not side or self.t == began)
             if held and not self.side[i]:
                 self.events.append(FaceEvent(self.t, i, "leave"))
+        decided = {watched[k][0] for k in met}
+        for i in (int(i) for i in free if i not in decided and self.y[i] in self.ends[:, i]):
+            self._settle(i, turning=self.t == began)  # it arrived at the same time as another one
+            if self.side[i]:
+                self.events.append(FaceEvent(self.t, i, "arrive"))
         return None
 
     @staticmethod
