@@ -235,14 +235,16 @@ def flow_portrait(
                 label = label if i == 0 and found is manifolds[0] else None
                 ax.plot(*branch.points.T, style, color=PALETTE["black"], linewidth=1.6, zorder=3, label=label)
     for found in trajectories:
+        inside = ((found.states >= [left, bottom]) & (found.states <= [right, top])).all(axis=1)
         ax.plot(*found.states.T, color=PALETTE["vermillion"], linewidth=1.1, zorder=4)
         for coordinate in (0, 1):
             arrived = [e.time for e in found.events if e.coordinate == coordinate and e.kind == "arrive"]
             left_at = [e.time for e in found.events if e.coordinate == coordinate and e.kind == "leave"]
             for start, end in zip(arrived, [*left_at, np.inf], strict=False):
-                on = (found.times >= start) & (found.times <= end)
+                on = (found.times >= start) & (found.times <= end) & inside
                 ax.plot(*found.states[on].T, color=PALETTE["vermillion"], linewidth=3.0, zorder=4, clip_on=False)
-        ax.plot(*found.end, "o", color=PALETTE["vermillion"], markersize=4, zorder=4.5, clip_on=False)
+        if inside[-1]:
+            ax.plot(*found.end, "o", color=PALETTE["vermillion"], markersize=4, zorder=4.5, clip_on=False)
     for found in equilibria:
         if left <= found.state[0] <= right and bottom <= found.state[1] <= top:
             marker = "D" if found.stability == "saddle" else "o"

@@ -1,0 +1,78 @@
+"""Pictures of flows and basins: what is drawn is what was found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from catode.theory import BoxSystem, UnitSystem, basins_of_attraction, integrate, plotting
+from catode.theory.equilibria import find, manifolds
+
+UNIT = UnitSystem(price=0.1, weight_decay=0.1, rate_ratio=1.0, benefit_slope=0.5)
+WINDOW = ((0.0, 0.0), (1.5, 1.0))
+GRID = np.linspace(0.0, 1.5, 40), np.linspace(0.0, 1.0, 30)
+
+
+def axes():
+    figure = plotting.new_figure(6.0, 5.5)
+    with plotting.house_style():
+        return figure, figure.subplots()
+
+
+def test_a_portrait_shows_basins_saddle_manifolds_and_sliding_parts():
+    figure, ax = axes()
+    found = find(UNIT)
+    saddle = next(e for e in found if e.stability == "saddle")
+    path = integrate(UNIT, [0.3, 0.9], 12.0, events=False)
+    assert [e.kind for e in path.events] == ["arrive"]
+    plotting.flow_portrait(
+        ax,
+        UNIT,
+        WINDOW,
+        basins=basins_of_attraction(UNIT, GRID, method="separatrix"),
+        equilibria=found,
+        manifolds=[manifolds(UNIT, saddle, window=WINDOW)],
+        trajectories=[path],
+    )
+    figure.draw_without_rendering()
+    assert ax.get_xlim() == (0.0, 1.5) and ax.get_ylim() == (0.0, 1.0)
+    labels = ax.get_legend_handles_labels()[1]
+    assert "separatrix" in labels and "unstable manifold" in labels and sum("at rest" in name for name in labels) == 2
+    diamonds = [line for line in ax.lines if line.get_marker() == "D"]
+    assert len(diamonds) == 1 and [v[0] for v in diamonds[0].get_data()] == pytest.approx(saddle.state.tolist())
+    sliding = [line for line in ax.lines if line.get_linewidth() == 3.0]
+    assert len(sliding) == 1 and (sliding[0].get_ydata() == 1.0).all() and len(sliding[0].get_ydata()) > 2
+
+
+def test_the_shade_of_every_start_is_its_label():
+    figure, ax = axes()
+    basins = basins_of_attraction(UNIT, GRID, method="separatrix")
+    plotting.basin_map(ax, basins)
+    figure.draw_without_rendering()
+    colors = ax.collections[0].get_facecolors().reshape(30, 40, 4)
+    pruned, kept = (colors[np.swapaxes(basins.labels == label, 0, 1)] for label in (0, 1))
+    assert len(pruned) and len(kept) and len(np.unique(pruned, axis=0)) == len(np.unique(kept, axis=0)) == 1
+    assert not np.allclose(pruned[0], kept[0])
+    shares = [f"{(basins.labels == label).mean():.0%}" for label in (0, 1)]
+    assert all(share in text.get_text() for share, text in zip(shares, ax.get_legend().get_texts(), strict=False))
+
+
+def test_slices_of_a_box():
+    system = BoxSystem.from_expressions("x, y, z", "x - 1/2, -y, -z", lower=(0, 0, 0), upper=(1, 1, 1))
+    grid = (np.linspace(0.01, 0.98, 8),) * 3
+    basins = basins_of_attraction(system, grid, 40.0, attractors=[[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    figure = plotting.basin_slices(plotting.new_figure(8.0, 2.5), basins, count=3)
+    figure.draw_without_rendering()
+    assert [ax.get_title() for ax in figure.axes] == ["z = 0.01", "z = 0.564", "z = 0.98"]
+    _, ax = axes()
+    with pytest.raises(ValueError, match="basin_slices"):
+        plotting.basin_map(ax, basins)
+    flat = basins_of_attraction(UNIT, GRID, method="separatrix")
+    with pytest.raises(ValueError, match="basin_map"):
+        plotting.basin_slices(plotting.new_figure(8.0, 2.5), flat)
+
+
+@pytest.mark.parametrize("window", [((0, 0), (0, 1)), ((0, 1), (1, 0))])
+def test_an_empty_window_is_refused(window):
+    with pytest.raises(ValueError, match="window"):
+        plotting.flow_portrait(axes()[1], UNIT, window)
