@@ -17,7 +17,7 @@ def commands():
 
 def test_there_are_two_setup_commands_and_ci_runs_the_second():
     first, second = commands()
-    assert first.endswith("-m catode.train --derive-tol") and second.endswith("-m pytest")
+    assert first.endswith("-m catode.train --derive-tol") and second.endswith("-m pytest -n 2")
     assert second in (ROOT / ".ci" / "run").read_text()
 
 
