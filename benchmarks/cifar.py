@@ -45,11 +45,13 @@ class Record:
         config: config.json.
         result: result.json.
         env: env.json.
+        last: The last row of every structure in structures.csv, which holds its decision.
     """
 
     config: dict[str, Any]
     result: dict[str, Any]
     env: dict[str, Any]
+    last: list[dict[str, str]]
 
     @property
     def kind(self) -> str:
@@ -98,7 +100,9 @@ def read(folder: Path) -> Record:
     """
     if not (folder / "result.json").is_file():
         raise FileNotFoundError(f"`folder` must hold a finished run; got {str(folder)!r} without result.json.")
-    return Record(*(read_json(folder, f"{name}.json") for name in ("config", "result", "env")))
+    rows = read_rows(folder, "structures.csv")
+    last = [rows[i] for i in sorted(_last(rows).values())]
+    return Record(*(read_json(folder, f"{name}.json") for name in ("config", "result", "env")), last)
 
 
 def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
@@ -129,11 +133,15 @@ def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
     return sum(path.stat().st_size for path in to.iterdir())
 
 
+def _last(rows: list[dict[str, str]]) -> dict[tuple[str, ...], int]:
+    """Number of each structure's last row."""
+    return {(row["kind"], row["block"], row["site"], row["index"]): i for i, row in enumerate(rows)}
+
+
 def _thinned(rows: list[dict[str, str]], every: int) -> list[dict[str, str]]:
     """Rows of every k-th check, and the last row of each structure, which holds its decision."""
     steps = {step: i for i, step in enumerate(dict.fromkeys(row["step"] for row in rows))}
-    last = {(row["kind"], row["block"], row["site"], row["index"]): i for i, row in enumerate(rows)}
-    keep = set(last.values())
+    keep = set(_last(rows).values())
     return [row for i, row in enumerate(rows) if i in keep or steps[row["step"]] % every == 0]
 
 
@@ -213,8 +221,23 @@ def table(records: list[Record]) -> str:
     if rows:
         header = ["difference, paired by seed", "epochs", "n", "accuracy, points", "MACs, % of the rival's"]
         lines += ["", markdown(header, rows)]
+    pruned = [_decisions(r) for r in records if r.last]
+    if pruned:
+        header = ["pruned", "seed", "95 % decided by step", "all by step", "layers that stayed: benefit / price"]
+        lines += ["", markdown([*header, "layers removed by rule: benefit / price"], pruned)]
     machines = sorted({f"{machine(r.env)}; amp {r.config['amp']}" for r in records})
     return "\n".join([*lines, "", *machines])
+
+
+def _decisions(record: Record) -> list[Any]:
+    """When a pruned run's structures were decided, and what its layers were worth then."""
+    steps = sorted(int(row["step"]) for row in record.last)
+    layers = [row for row in record.last if row["kind"] == "layer"]
+    worth = {True: [], False: []}
+    for row in layers:
+        worth[row["state"].startswith("pruned")].append(float(row["benefit"]) / float(row["price"]))
+    ranges = [f"{min(w):.2g} to {max(w):.2g}" if len(w) > 1 else "".join(f"{v:.2g}" for v in w) for w in worth.values()]
+    return [record.variant, record.config["seed"], steps[int(0.95 * len(steps))], steps[-1], *reversed(ranges)]
 
 
 def main() -> None:
