@@ -1,12 +1,14 @@
 """How fast starts are labelled, how accurate the labels are, and what each further digit costs.
 
-    python -m benchmarks.theory [--quick] [--write]
+    python -m benchmarks.theory [--quick] [--write] [--peers FOLDER]
 
 Starts a second on one core: the grid over the CPU time of the process, the best of several rounds (median and spread
 beside it), the compiling of the first call apart. A busy machine also slows CPU time, so read the load with the numbers.
 Labels count as wrong where they are missing or differ from the closed form of THEORY 4.2, and no wrong one may lie
 further than a band from the separatrix.
-Peers are measured only where they can be imported.
+Peers solve the same problem with the same tolerances: theta leaving [0, 1] ends a start, by an event where the library
+has them and by a field that stops where it has not. They are measured only where they can be imported; --peers names a
+site-packages folder to look in after this environment's own. All run on one thread.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
+from benchmarks._common import RESULTS, guarded, hardware, load, markdown, publish, quartiles
 from catode.theory import UnitSystem
 from catode.theory.basins import UNDECIDED, basins_of_attraction
 from catode.theory.batch import Batch, integrate_batch
@@ -56,6 +62,22 @@ def timed(job: Callable[[], object], rounds: int) -> Timing:
         result = job()
         seconds.append(time.process_time() - mark)
     return Timing(np.array(seconds), max(first - min(seconds), 0.0), result)
+
+
+def first_calls() -> tuple[float, float]:
+    """CPU seconds of the first call in a fresh process: with an empty cache of compiled code, then with a filled one."""
+    code = (
+        "import time; from benchmarks.theory import starts, ours; few = starts(10); mark = time.process_time(); "
+        "ours(few, 1e-4, 1); print(time.process_time() - mark)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"NUMBA_CACHE_DIR": folder}
+        runs = [subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for _ in range(2)]
+    for run in runs:
+        if run.returncode:
+            raise OSError(f"The first call failed in a fresh process: {run.stderr.strip().splitlines()[-1]}")
+    cold, warm = (float(run.stdout) for run in runs)
+    return cold, warm
 
 
 def square(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +119,7 @@ def ours(states: np.ndarray, tolerance: float, rounds: int) -> Timing:
 
 
 def diffrax_labels(states: np.ndarray, tolerance: float, rounds: int) -> tuple[Timing, np.ndarray]:
-    """Tsit5 under vmap and jit with the same error control, until theta leaves [0, 1]."""
+    """diffrax: Tsit5 under vmap and jit, with an event."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
@@ -123,6 +145,89 @@ def diffrax_labels(states: np.ndarray, tolerance: float, rounds: int) -> tuple[T
     many, states = jax.jit(jax.vmap(label)), jnp.asarray(states)
     timing = timed(lambda: many(states).block_until_ready(), rounds)
     return timing, np.asarray(timing.result)
+
+
+def torchode_labels(states: np.ndarray, tolerance: float, rounds: int) -> tuple[Timing, np.ndarray]:
+    """torchode: Tsit5 with a step size of its own for each start; it has no events, so the field stops outside."""
+    import torch
+    import torchode
+
+    g, decay, rho, kappa = UNIT.price, UNIT.weight_decay, UNIT.rate_ratio, UNIT.benefit_slope
+
+    def field(t, y):
+        u, theta = y[:, 0], y[:, 1]
+        inside = ((theta >= 0.0) & (theta <= 1.0)).to(y.dtype)
+        return inside[:, None] * torch.stack([2.0 * u * (kappa * theta - decay), rho * (0.5 * kappa * u - g)], dim=1)
+
+    term = torchode.ODETerm(field)
+    control = torchode.IntegralController(atol=1e-2 * tolerance, rtol=tolerance, term=term)
+    solver = torchode.AutoDiffAdjoint(torchode.Tsit5(term=term), control)
+    y = torch.from_numpy(states)
+    ends = torch.tensor([0.0, HORIZON], dtype=y.dtype).expand(len(y), 2)
+
+    def job():
+        with torch.no_grad():
+            return solver.solve(torchode.InitialValueProblem(y0=y, t_start=ends[:, 0], t_end=ends[:, 1]))
+
+    timing = timed(job, rounds)
+    theta = timing.result.ys[:, -1, 1].numpy()
+    return timing, np.select([theta < 0.0, theta > 1.0], [0, 1], UNDECIDED)
+
+
+def scipy_labels(states: np.ndarray, tolerance: float, rounds: int) -> tuple[Timing, np.ndarray]:
+    """scipy: `solve_ivp` with RK45 and a terminal event at each face, one start after another."""
+    from scipy.integrate import solve_ivp
+
+    g, decay, rho, kappa = UNIT.price, UNIT.weight_decay, UNIT.rate_ratio, UNIT.benefit_slope
+
+    def field(t, y):
+        return 2.0 * y[0] * (kappa * y[1] - decay), rho * (0.5 * kappa * y[0] - g)
+
+    def below(t, y):
+        return y[1] + 1e-300  # a start on the face is not yet outside
+
+    def above(t, y):
+        return 1.0 - y[1] + 1e-15
+
+    below.terminal, above.terminal, below.direction, above.direction = True, True, -1, -1
+
+    def job():
+        found = np.full(len(states), UNDECIDED)
+        for i, y in enumerate(states):
+            out = solve_ivp(field, (0.0, HORIZON), y, rtol=tolerance, atol=1e-2 * tolerance, events=(below, above))
+            found[i] = 0 if len(out.t_events[0]) else 1 if len(out.t_events[1]) else UNDECIDED
+        return found
+
+    timing = timed(job, rounds)
+    return timing, timing.result
+
+
+PEERS = {"diffrax": (diffrax_labels, 40_000), "torchode": (torchode_labels, 40_000), "scipy": (scipy_labels, 400)}
+
+
+def draw(costs: dict[float, tuple[float, float]], numbers: dict[int, float]) -> None:
+    """The picture: seconds against the number of starts and against the tolerance, into benchmarks/results/theory.png.
+
+    Args:
+        costs: Tolerance -> (microseconds a start, share of labels wrong) on the largest grid.
+        numbers: Number of starts -> seconds.
+    """
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.0, 3.2), layout="constrained")
+    left.loglog(list(numbers), list(numbers.values()), "o-", color="#0072B2")
+    left.set(xlabel="starts", ylabel="CPU seconds", title=f"rtol {LABELLING:g}")
+    tolerances, (micro, wrong) = list(costs), zip(*costs.values(), strict=True)
+    right.loglog(tolerances, micro, "o-", color="#0072B2")
+    right.invert_xaxis()
+    right.set(xlabel="relative tolerance", ylabel="µs a start", title=f"{max(numbers):,} starts")
+    right.yaxis.label.set_color("#0072B2")
+    other = right.twinx()
+    other.loglog(tolerances, np.maximum(wrong, 1e-7), "s--", color="#D55E00")
+    other.set_ylabel("share of labels wrong (floor 1e-7)", color="#D55E00")
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / "theory.png", dpi=150)
+    plt.close(figure)
 
 
 def _row(name: str, n: int, timing: Timing, verdict: tuple[int, int, float] | None, steps: str = "") -> list[str]:
@@ -152,12 +257,20 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.theory", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds and small grids: a look, not a measurement")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/theory.md")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/theory.md and .png")
+    parser.add_argument("--peers", metavar="FOLDER", help="a site-packages folder with more peers")
     args = parser.parse_args()
+    if args.peers:
+        if not os.path.isdir(args.peers):
+            raise ValueError(f"`--peers` must be a folder; got {args.peers}. Name a site-packages folder.")
+        sys.path.append(args.peers)
     rounds, n, side = (3, 100, 24) if args.quick else (15, 400, 64)
     began, before = time.perf_counter(), load()
     states, rows, verdicts = starts(n), [], []
+    costs: dict[float, tuple[float, float]] = {}
+    numbers: dict[int, float] = {}
 
+    cold, warm = first_calls()
     closed = timed(lambda: basins_of_attraction(UNIT, square(n), method="separatrix"), 3 * rounds)
     rows.append(_row("separatrix", n * n, closed, judge(closed.result.labels.ravel(), states)))
     main_rate, outside = 0.0, 0
@@ -166,12 +279,15 @@ def main() -> None:
         batch = timing.result
         verdict = judge(labels(batch), states)
         rows.append(_row(f"integration, rtol {tolerance:g}", n * n, timing, verdict, f"{batch.steps.mean():.1f}"))
+        costs[tolerance] = (1e6 / timing.rate(n * n), verdict[0] / len(states))
         if tolerance == LABELLING:
             main_rate, outside = timing.rate(n * n), verdict[1]
-    for number in (10, 100, 1000) if not args.quick else (10,):
+            numbers[n * n] = n * n / main_rate
+    for number in (10, 30, 100, 1000) if not args.quick else (10,):
         few = starts(number)
         timing = ours(few, LABELLING, rounds if number < 1000 else 3)
         verdict = judge(labels(timing.result), few)
+        numbers[len(few)] = len(few) / timing.rate(len(few))
         name = f"integration, rtol {LABELLING:g}"
         rows.append(_row(name, len(few), timing, verdict, f"{timing.result.steps.mean():.1f}"))
     plain = BoxSystem(velocity=UNIT.field, lower=(0, 0), upper=(np.inf, 1))
@@ -194,18 +310,24 @@ def main() -> None:
     verdicts.append(f"- {'yes' if not undecided else 'NO'}: undecided in three coordinates: {undecided}")
 
     peers = []
-    if importlib.util.find_spec("diffrax"):
-        few = states[:: max(1, len(states) // 40_000)]
-        timing, found = diffrax_labels(few, LABELLING, 3)
-        rows.append(_row(f"diffrax Tsit5, rtol {LABELLING:g}", len(few), timing, judge(found, few)))
-        verdicts.append(_verdict("starts a second, ours over diffrax", main_rate / timing.rate(len(few)), PEER_GOAL))
-        peers = [f"diffrax {importlib.metadata.version('diffrax')}, jax {importlib.metadata.version('jax')}"]
-    versions = ", ".join([f"numba {importlib.metadata.version('numba')}", *(peers or ["no peer installed"])])
+    for name, (label, number) in PEERS.items():
+        if not importlib.util.find_spec(name):
+            continue
+        few = states[:: max(1, len(states) // number)]
+        timing, found = label(few, LABELLING, 3)
+        rows.append(_row(f"{name}, rtol {LABELLING:g}", len(few), timing, judge(found, few)))
+        ratio, goal = main_rate / timing.rate(len(few)), PEER_GOAL if name == "diffrax" else 1.0
+        verdicts.append(_verdict(f"starts a second, ours over {name}", ratio, goal))
+        peers.append(f"{name} {importlib.metadata.version(name)}")
+    versions = ", ".join([f"numba {importlib.metadata.version('numba')}", *peers])
+    first = f"First call in a fresh process: {cold:.1f} s to compile, {warm:.1f} s with the compiled code in the cache."
     title = (
         f"Labelling starts on one core (CPU time), horizon {HORIZON:g}; {hardware()}, {versions}; {before} at the start, "
         f"{load()} at the end; {time.perf_counter() - began:.0f} s"
     )
-    publish("theory", "\n".join([title + ".", "", markdown(HEADER, rows), "", *verdicts]), args.write)
+    if args.write:
+        draw(costs, dict(sorted(numbers.items())))
+    publish("theory", "\n".join([title + ".", "", markdown(HEADER, rows), "", first, "", *verdicts]), args.write)
 
 
 if __name__ == "__main__":
