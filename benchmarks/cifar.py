@@ -197,10 +197,11 @@ def table(records: list[Record]) -> str:
                 spread([100 * r["decided_by_rule"] for r in results], "{:.1f}") if pruned else "",
                 spread([r["latency_ms_128"] / r["latency_dense_ms_128"] for r in results]) if pruned else "",
                 spread([r["seconds"] / 60 for r in results], "{:.0f}"),
+                spread([r["cpu_seconds"] / 60 for r in results], "{:.0f}") if "cpu_seconds" in results[0] else "",
             ]
         )
     header = ["network", "epochs", "seeds", "accuracy %", "MACs M", "MACs %", "params k", "layers", "units"]
-    lines.append(markdown([*header, "decided by rule %", "latency", "minutes"], rows))
+    lines.append(markdown([*header, "decided by rule %", "latency", "minutes", "CPU minutes"], rows))
     rows = []
     for (epochs, variant), group in groups.items():
         if group[0].kind != "pruned":

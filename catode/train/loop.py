@@ -325,7 +325,8 @@ class _Trainer:
         self.metrics = _Table(folder / "metrics.csv", METRIC_FIELDS, lengths[0])
         self.structures = _Table(folder / "structures.csv", ROW_FIELDS, lengths[1])
         self.history: list[float] = []
-        self.epochs_done, self.step, self.time, self.seconds, self.good_step = 0, 0, 0.0, 0.0, 0
+        self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
+        self.seconds, self.cpu_seconds = 0.0, 0.0
         if state:
             self.restore(state)
         self.bar = tqdm(
@@ -344,12 +345,14 @@ class _Trainer:
         self.structures.close()
 
     def train(self) -> None:
-        mark = time.perf_counter()
+        mark, cpu_mark = time.perf_counter(), time.process_time()
         while self.epochs_done < self.config.epochs:
             row = self.epoch(self.epochs_done)
             self.epochs_done += 1
             mark, before = time.perf_counter(), mark
+            cpu_mark, cpu_before = time.process_time(), cpu_mark
             self.seconds += mark - before
+            self.cpu_seconds += cpu_mark - cpu_before
             self.metrics.add([{**row, "seconds": self.seconds}])
             self.save_state()
         executed = count(self.model, self.setup.example).macs
@@ -493,6 +496,7 @@ class _Trainer:
                 "step": self.step,
                 "time": self.time,
                 "seconds": self.seconds,
+                "cpu_seconds": self.cpu_seconds,
                 "history": self.history,
                 "lengths": [self.metrics.length(), self.structures.length()],
                 "momentum": momentum,
@@ -511,7 +515,7 @@ class _Trainer:
         for name, buffer in state["momentum"].items():
             buffer = buffer.to(parameters[name].device, copy=True)
             self.optimizer.state[parameters[name]] = {"momentum_buffer": buffer}
-        for name in ("epochs_done", "step", "time", "seconds", "history"):
+        for name in ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history"):
             setattr(self, name, state[name])
 
     def result(self, executed: int) -> None:
@@ -539,6 +543,7 @@ class _Trainer:
             "macs_removed_by_tolerance": self.pruner.macs_removed("pruned_tolerance") if self.pruner else 0,
             "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "latency_ms": small[0],
             "latency_dense_ms": self.dense_latency[0],
             "latency_ms_128": small[1],

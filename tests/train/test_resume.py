@@ -30,7 +30,7 @@ FLAGS += ["--check-every=7", "--width-multiple=8", "--threads=1"]
 def end(folder):
     """Everything of a finished run that must not depend on its having been cut off."""
     result = json.loads((folder / "result.json").read_text())
-    result = {k: v for k, v in result.items() if k != "seconds" and "latency" not in k}
+    result = {k: v for k, v in result.items() if "seconds" not in k and "latency" not in k}
     metrics = list(csv.DictReader((folder / "metrics.csv").open()))
     for row in metrics:
         del row["seconds"], row["wait_share"]
