@@ -275,6 +275,30 @@ class Config:
         optional=True,
         mend="Leave it out to derive tolerances.",
     )
+    target_macs: float | None = _number(
+        None,
+        float,
+        "pruning",
+        "share of the MACs to end at; sets nu while training",
+        low=0,
+        high=1,
+        low_open=True,
+        high_open=True,
+        optional=True,
+        mend="Use 0.5 for half of them, or leave it out to set --nu.",
+    )
+    target_params: float | None = _number(
+        None,
+        float,
+        "pruning",
+        "share of the parameters to end at; sets nu while training",
+        low=0,
+        high=1,
+        low_open=True,
+        high_open=True,
+        optional=True,
+        mend="Use 0.5 for half of them, or leave it out to set --nu.",
+    )
     initial_keep_prob: float = _number(
         1.0,
         float,
@@ -480,6 +504,17 @@ class Config:
             raise ConfigError(
                 f"`out` must be the same folder as resume; got out={self.out!r} and resume={self.resume!r}. Leave it out."
             )
+        if self.target_macs is not None and self.target_params is not None:
+            raise ConfigError(
+                f"`target_macs` must be left out with target_params; got target_macs={self.target_macs:g} and "
+                f"target_params={self.target_params:g}. Give one of the two."
+            )
+        for name in ("target_macs", "target_params"):
+            if getattr(self, name) is not None and self.nu == 0:
+                raise ConfigError(
+                    f"`{name}` must be left out for the ungated network, nu=0; got {name}={getattr(self, name):g}. "
+                    "Leave out --nu."
+                )
         deciding = self.decide_until * self.epochs
         if self.nu > 0 and self.warmup_epochs >= deciding:
             raise ConfigError(

@@ -28,7 +28,8 @@ from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
 from catode.train.prune import ROW_FIELDS, Pruner
-from catode.train.structure import Counts, count
+from catode.train.structure import Counts, count, describe
+from catode.train.target import Target
 
 METRIC_FIELDS = [
     "epoch",
@@ -143,6 +144,7 @@ def prepare(config: Config) -> Setup:
             f"{steps * config.epochs} steps in all. Shorten the warm-up or train longer."
         )
     example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
+    Target.choose(describe(model, model.structures(), example), config.target_macs, config.target_params)
     schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
     if state is not None and (state["steps_per_epoch"], state["classes"]) != (steps, list(images.classes)):
         raise ValueError(
@@ -203,6 +205,8 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         beta=config.beta,
         risk=config.risk,
         tolerance=config.tol,
+        target_macs=config.target_macs,
+        target_params=config.target_params,
         rate_ratio=setup.rate_ratio,
         steps=setup.decide_steps,
         warmup=setup.warmup_steps,

@@ -6,6 +6,7 @@ import numpy as np
 
 from catode.train.loop import Setup
 from catode.train.structure import describe
+from catode.train.target import Target
 
 
 def table(setup: Setup) -> str:
@@ -43,4 +44,7 @@ def table(setup: Setup) -> str:
         "",
         f"least possible: {cost.macs(floor):,.0f} MACs ({cost.macs(floor) / macs:.1%}), {cost.params(floor):,.0f} parameters",
     ]
+    target = Target.choose(cost, config.target_macs, config.target_params)
+    if target is not None:
+        lines.append(f"target: {target.share:.1%} of the {target.quantity}, can be met; nu is set while training")
     return "\n".join(lines)

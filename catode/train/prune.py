@@ -29,6 +29,7 @@ from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, stra
 from catode.train.gates import Gates
 from catode.train.measure import LEAST_EVIDENCE, Evidence, GradientProducts, summary
 from catode.train.structure import Block, Counts, Prunable, Site, describe
+from catode.train.target import Target
 
 ROW_FIELDS = [
     "step",
@@ -61,7 +62,7 @@ PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
 LEAD = 4  # memories before the thetas may move, from which on there are gates and measurements
 LEAST_PROBE = 12  # examples, where the batch has as many
 _ARRAYS = ("keep_prob", "kept", "rate_ratio", "_zero", "_pending")
-_SCALARS = ("done", "time", "started", "finished")
+_SCALARS = ("nu", "done", "time", "started", "finished")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Pruner:
         example_input: One input batch; only its shape matters.
         optimizer: The model's optimizer, SGD with one learning rate and momentum, which set the ODE time of a step; its
             state follows every compaction. Where groups differ in weight decay, the least one counts.
-        nu: Nats that the whole network may cost, > 0.
+        nu: Nats that the whole network may cost, > 0. With a target it holds until the first check that sets it.
         rate_ratio: Speed of every theta, 1/time: a useless structure sinks from 1 to 0 within ``1 / rate_ratio`` of ODE
             time (the sum over steps of lr / (1 - momentum)). Divided by a structure's price at the start it is its
             effective rate ratio. None: a tenth of `steps` at the optimizer's present learning rate.
@@ -99,6 +100,8 @@ class Pruner:
         beta: Parameters (1) against MACs (0).
         risk: Accepted probability of removing what would not have gone by itself, in (0, 0.5).
         tolerance: A fixed tolerance on theta in place of the derived one.
+        target_macs: Share of the MACs to end at, in (0, 1); sets nu while training (see `catode.train.target`).
+        target_params: The same for parameters.
         warmup: Steps before any theta moves. The first part of a long one is trained without gates (if thetas start at 1):
             measuring begins four memories before its end, earlier where many layers share the paired probes.
         initial_keep_prob: Where every theta starts, in (0, 1].
@@ -140,6 +143,8 @@ class Pruner:
         beta: float = 0.0,
         risk: float = 0.05,
         tolerance: float | None = None,
+        target_macs: float | None = None,
+        target_params: float | None = None,
         warmup: int = 0,
         initial_keep_prob: float = 1.0,
         estimator: str = "curvature",
@@ -188,6 +193,7 @@ class Pruner:
         self.model, self.optimizer = model, optimizer
         self.blocks = model.structures()
         self.complexity = describe(model, self.blocks, example_input)
+        self.target = Target.choose(self.complexity, target_macs, target_params)
         n, layers = self.complexity.size, len(self.blocks)
         self.is_layer = np.arange(n) < layers
         self.gated = np.where(self.is_layer, self.alpha > 0, self.alpha < 1)
@@ -571,22 +577,29 @@ class Pruner:
         safe = known & ~zero & (found["benefit_upper"] < found["price"]) & (self.keep_prob <= tolerance)
         if not final:
             safe = decide.ration(safe, found, self.is_layer, [u[self.kept[u]] for u in self.present])
-        kept = self.complexity.close(self.kept & ~zero & ~safe)
+        worth = found["benefit_upper"] / found["price"]
+        kept = self._without(self.kept, zero | safe, open_, worth)
+        refused = (zero | safe) & kept  # going past the target
+        zero, safe = zero & ~refused, safe & ~refused
+        progress = (self.done - self.warmup) / max(self.steps - self.warmup, 1)
         certain = decide.certain(
             found,
             known,
             slope=self._evidence.slope(),
-            progress=(self.done - self.warmup) / max(self.steps - self.warmup, 1),
+            progress=progress,
             steps_left=max(self.steps - self.done, 1),
             step_time=step_time,
             risk=self.risk,
         )
+        if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
+            certain = refused if self.target.may_go(kept, open_ & kept).any() else open_ & kept
         certain &= ~zero & ~safe
         rounded = np.zeros_like(open_)
         if final:
             rounded = open_ & ~zero & ~safe & ~certain
-            kept = self.complexity.close(kept & ~(rounded & (self.keep_prob < 0.5)))
-            rounded &= kept | (self.keep_prob < 0.5)  # the others went with their site or block
+            going = rounded & (self.keep_prob < 0.5) if self.target is None else rounded & kept
+            kept = self._without(kept, going, open_, worth)
+            rounded &= kept | going  # the others went with their site or block
         if not kept[self.is_layer].any():
             warnings.append(
                 f"everything would go at step {self.done}: `nu`={self.nu:g} is too large. Pruning stops here and the network "
@@ -608,7 +621,28 @@ class Pruner:
             self._compact(before)
         if final or not self.undecided:
             self._leave()
+        elif self.target is not None:
+            self._aim(enough & (self.state == UNDECIDED), self.nu * found["benefit"] / found["price"], progress)
         return Check(rows, warnings, removed)
+
+    def _without(
+        self, kept: NDArray[np.bool_], going: NDArray[np.bool_], open_: NDArray[np.bool_], worth: NDArray
+    ) -> NDArray[np.bool_]:
+        """What stays if these go, those of the least worth first, and not past the target if there is one."""
+        if self.target is None:
+            return self.complexity.close(kept & ~going)
+        return self.target.remove(kept, kept & going, kept & open_, worth)
+
+    def _aim(self, known: NDArray[np.bool_], worth: NDArray, progress: float) -> None:
+        """Set nu to what the target takes; a useless structure goes on sinking at the same speed."""
+        level = self.target.level(self.kept, known, worth, progress)
+        if self.target.lags(self.keep_prob, self.kept, progress):
+            passed = self.check_every * _step_time(self.optimizer)
+            level = max(level or 0.0, self.nu * math.exp(self._clock * passed))
+        if not level:
+            return
+        self.rate_ratio *= self.nu / level
+        self.nu = level
 
     def _rows(self, found: dict[str, NDArray], separatrix: NDArray, tolerance: NDArray, which: NDArray) -> list[dict]:
         rows, layers = [], len(self.blocks)
