@@ -1,0 +1,83 @@
+"""Digits, default settings with a target: how near the network's MACs or parameters end to the share asked for.
+
+    python -m benchmarks.target [--shares 0.3 0.5 0.7] [--seeds 0 1] [--set NAME=VALUE ...] [--write]
+
+Each share is asked for twice, of the MACs and of the parameters, from each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks._common import guarded, machine, markdown, overrides, publish, read_json
+from catode.train import run
+from catode.train.config import Config
+from catode.train.target import QUANTITIES
+
+NEAR = 0.02
+
+HEADER = [
+    "target",
+    "seed",
+    "ended at",
+    "off by, points",
+    "accuracy",
+    "layers",
+    "units",
+    "decided by rule",
+    "by tolerance",
+]
+
+
+def row(quantity: str, share: float, result: dict) -> tuple[list[str], float]:
+    """One line of the table, and the distance from the target."""
+    ended = result[quantity] / result[f"{quantity}_dense"]
+    cells = [
+        f"{share:.0%} of the {quantity}",
+        str(result["seed"]),
+        f"{ended:.1%}",
+        f"{100 * (ended - share):+.2f}",
+        f"{result['accuracy']:.2%}",
+        f"{result['layers_kept']} of {result['layers_total']}",
+        f"{result['units_kept']} of {result['units_total']}",
+        f"{result['decided_by_rule']:.1%}",
+        str(result["decisions"].get("pruned_tolerance", 0)),
+    ]
+    return cells, abs(ended - share)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.target", description=__doc__.splitlines()[0])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.5, 0.7], help="default: 0.3 0.5 0.7")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than the defaults")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/target.md")
+    args = parser.parse_args()
+    changed, rows, worst, env = overrides(args.set), [], 0.0, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for quantity in QUANTITIES:
+            for share in args.shares:
+                for seed in args.seeds:
+                    given = {**changed, f"target_{quantity}": share, "seed": seed, "out": f"{folder}/{len(rows)}"}
+                    path = run(Config.from_presets(dataset="digits", **given), progress=sys.stderr.isatty())
+                    cells, off = row(quantity, share, read_json(Path(path), "result.json"))
+                    rows.append(cells)
+                    worst, env = max(worst, off), read_json(Path(path), "env.json")
+                    print(markdown(HEADER, [cells]).splitlines()[-1], file=sys.stderr, flush=True)
+    notes = ", ".join(f"{k}={v}" for k, v in changed.items()) or "default settings"
+    lines = [
+        f"Digits, {notes}, with a target; final epoch; {machine(env)}.",
+        "",
+        markdown(HEADER, rows),
+        "",
+        f"- {'yes' if worst <= NEAR else 'NO'}: every run within {100 * NEAR:.0f} points; the worst is off by {100 * worst:.2f}",
+    ]
+    publish("target", "\n".join(lines), args.write)
+
+
+if __name__ == "__main__":
+    guarded(main)
