@@ -495,6 +495,8 @@ class Batches:
         device: Where batches are made and delivered.
         dtype: Floating-point type of the images in a batch.
         channels_last: Deliver images in the channels-last memory format.
+        shard: This process' number and the number of processes (rank, world): rows rank::world of each batch are
+            delivered, those that one process would deliver there.
 
     Raises:
         DataError: if the arguments do not fit together.
@@ -512,6 +514,7 @@ class Batches:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise DataError(
@@ -529,7 +532,14 @@ class Batches:
                 f"`batch_size` must be <= {len(images)}, the number of training images; got batch_size={batch_size}. "
                 "Use a smaller batch."
             )
+        rank, world = shard
+        if not 0 <= rank < world or batch_size % world:
+            raise DataError(
+                "`shard` must be (rank, world), rank in [0, world), batch_size a multiple of world; "
+                f"got shard={shard} with batch_size={batch_size}. Use a batch_size that all processes can share equally."
+            )
         self.batch_size = batch_size
+        self.shard = shard
         self.augment = augment
         self.device = torch.device(device)
         self.dtype = dtype
@@ -552,27 +562,29 @@ class Batches:
         """Batches in an epoch."""
         return len(self._images) // self.batch_size
 
-    def epoch(self, k: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, seed: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch.
 
         Args:
-            k: Number of the epoch, from 0.
+            epoch: Number of the epoch, from 0.
             seed: Seed of the run.
+            start: Number of the first batch; those before it are not made.
 
         Returns:
-            Iterator over `len(self)` pairs of images (batch_size, C, H, W) and labels (batch_size,).
+            Iterator over `len(self) - start` pairs of images (n, C, H, W) and labels (n,), n = batch_size / world.
         """
         count, margin = len(self._images), AUGMENTATIONS[self.augment]
         generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
         )
         order = torch.randperm(count, generator=generator)
         rows, columns = torch.randint(0, 2 * margin + 1, (2, count), generator=generator)
         flip = torch.rand(count, generator=generator) < 0.5
         order, rows, columns = (t.to(self.device) for t in (order, rows, columns))
         canvas = self._canvas(margin)
-        for i in range(len(self)):
-            part = slice(i * self.batch_size, (i + 1) * self.batch_size)
+        rank, world = self.shard
+        for i in range(start, len(self)):
+            part = slice(i * self.batch_size + rank, (i + 1) * self.batch_size, world)
             chosen = order[part]
             images = self._images.index_select(0, chosen)
             if self.augment == "crop-flip":
@@ -615,7 +627,7 @@ class Batches:
 
     def _canvas(self, margin: int) -> torch.Tensor:
         """A batch of blank images, `margin` pixels larger on every side; its border never changes, so one serves an epoch."""
-        shape = [self.batch_size, *self._images.shape[1:]]
+        shape = [self.batch_size // self.shard[1], *self._images.shape[1:]]
         shape[self._rows] += 2 * margin
         shape[self._columns] += 2 * margin
         return self._fill.expand(shape).contiguous()

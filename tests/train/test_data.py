@@ -369,6 +369,24 @@ def test_batches_follow_from_seed_and_epoch_alone(augment):
         assert not torch.equal(y, collect(again, k, seed)[1])
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    augment=st.sampled_from(list(AUGMENTATIONS)),
+    world=st.sampled_from([1, 2, 3]),
+    start=st.integers(0, 3),
+    epoch=st.integers(0, 9),
+    channels_last=st.booleans(),
+)
+def test_shards_and_later_starts_are_parts_of_the_whole_epoch(augment, world, start, epoch, channels_last):
+    whole = list(make(6, augment, channels_last=channels_last).epoch(epoch, 5))
+    shards = [make(6, augment, channels_last=channels_last, shard=(r, world)) for r in range(world)]
+    parts = [list(s.epoch(epoch, 5, start=start)) for s in shards]
+    assert all(len(p) == len(whole) - start for p in parts)
+    for k, (x, y) in enumerate(whole[start:]):
+        for rank in range(world):
+            assert torch.equal(parts[rank][k][0], x[rank::world]) and torch.equal(parts[rank][k][1], y[rank::world])
+
+
 def test_an_epoch_leaves_the_global_random_state_alone():
     torch.manual_seed(1)
     expected = torch.rand(3)
@@ -446,6 +464,8 @@ WRONG_BATCHES = [
     ({"batch_size": 0}, "`batch_size` must be an integer >= 1"),
     ({"batch_size": 2.0}, "`batch_size` must be an integer >= 1"),
     ({"batch_size": 21}, "`batch_size` must be <= 20, the number of training images; got batch_size=21"),
+    ({"shard": (0, 3)}, r"`shard` must be .*; got shard=\(0, 3\) with batch_size=4"),
+    ({"shard": (2, 2)}, r"`shard` must be \(rank, world\)"),
     ({"mean": (0.5,)}, "`mean` and `std` must hold 3 values"),
     ({"std": (0.5, 0.0, 1.0)}, "`mean` and `std` must hold 3 values"),
     ({"images": torch.zeros(20, 3, 8, 8)}, "`images` must be a non-empty uint8 tensor"),
