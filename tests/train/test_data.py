@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from catode.train import data
+from catode.train import cifar
 from catode.train.data import AUGMENTATIONS, Batches, DataError, load
 
 
@@ -259,13 +259,13 @@ def test_no_damage_to_a_pickle_raises_anything_else(tmp_path_factory, noise, pla
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(good[:place] + noise + good[place + len(noise) :])
     with contextlib.suppress(DataError):
-        data._unpickle(path)
+        cifar._unpickle(path)
 
 
 def test_damage_reserves_no_memory(tmp_path):
     """A memo index of 2**32 - 1 makes the unpickler in C fill 64 GiB."""
     (tmp_path / "damaged").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
-    assert data._unpickle(tmp_path / "damaged") == {}
+    assert cifar._unpickle(tmp_path / "damaged") == {}
 
 
 FOLDER_DAMAGE = {
