@@ -10,18 +10,21 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from catode.train.augment import AUGMENTATIONS, MIRRORED, Draws, crop_boxes, draw, mixing_share, resize_crops
+from catode.train.folder import ImageFiles, default_workers, stream
 from catode.train.images import DataError
 
-AUGMENTATIONS = {"none": 0, "shift": 1, "crop-flip": 4}
-"""Name of each augmentation and the pixels it pads on every side."""
+HOME_SHARE = 0.25
+"""Share of an accelerator's free memory that an array of images may take; a larger one stays in the host's memory."""
 
 
 class Batches:
     """Shuffled, augmented, normalised batches of one training set.
 
-    Order and augmentation of an epoch depend on (seed, epoch) alone: not on the batch size, the device or any global
-    random state.
+    Order and augmentation of an epoch depend on (seed, epoch) alone: not on the batch size, the device, the number of
+    workers or any global random state. How much of another image `mixup` mixes in depends on the number of the batch too.
 
     Example:
         >>> data = load("digits")
@@ -30,13 +33,19 @@ class Batches:
         ...     pass
 
     Args:
-        images: Images, uint8, shape (N, C, H, W); copied once to the device.
+        images: Images, uint8, shape (N, C, H, W), copied once to the device if it has room for them; or `ImageFiles`.
         labels: Class indices, int64, shape (N,).
         batch_size: Images in a batch; the incomplete last batch of an epoch is dropped.
         mean: Mean of each channel in [0, 1], shape (C,).
         std: Standard deviation of each channel in [0, 1], positive, shape (C,).
         augment: `none`; `crop-flip` mirrors half of the images, pads 4 pixels of the mean colour and crops at random;
-            `shift` moves by at most one pixel along each axis, black coming in at the edge.
+            `shift` moves by at most one pixel along each axis, black coming in at the edge; `resized-crop` mirrors half of
+            the images and stretches a random box of each (see `crop_boxes`) to full size. The box of `ImageFiles` with an
+            image size is cut from the whole picture when it is decoded.
+        mixup: Each batch is mixed with itself, half of its length on, by a share drawn from Beta(mixup, mixup); 0 for none.
+            Labels are then distributions.
+        classes: Number of classes, needed for `mixup`.
+        workers: Processes that decode `ImageFiles` ahead; 0 decodes in this one, None takes one for each core.
         device: Where batches are made and delivered.
         dtype: Floating-point type of the images in a batch.
         channels_last: Deliver images in the channels-last memory format.
@@ -49,13 +58,16 @@ class Batches:
 
     def __init__(
         self,
-        images: torch.Tensor,
+        images: torch.Tensor | ImageFiles,
         labels: torch.Tensor,
         batch_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         *,
         augment: str = "none",
+        mixup: float = 0.0,
+        classes: int | None = None,
+        workers: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
@@ -77,6 +89,11 @@ class Batches:
                 f"`batch_size` must be <= {len(images)}, the number of training images; got batch_size={batch_size}. "
                 "Use a smaller batch."
             )
+        if mixup < 0 or (mixup and (classes is None or classes <= int(labels.max()))):
+            raise DataError(
+                f"`mixup` must be >= 0, and `classes` beyond every label with it; got mixup={mixup}, classes={classes}. "
+                "Use mixup=0 for none."
+            )
         rank, world = shard
         if not 0 <= rank < world or batch_size % world:
             raise DataError(
@@ -86,18 +103,25 @@ class Batches:
         self.batch_size = batch_size
         self.shard = shard
         self.augment = augment
+        self.mixup = mixup
+        self.classes = classes
+        self.workers = default_workers() if workers is None else workers
         self.device = torch.device(device)
         self.dtype = dtype
         self.channels_last = channels_last
         # Stored as (N, H, W, C) for channels-last: each row of a window is then one run of memory.
-        self._images = self._lay_out(images)
         self._rows, self._columns = (1, 2) if channels_last else (2, 3)
+        self._files = images if isinstance(images, ImageFiles) else None
+        if self._files is None:
+            self._home = self.device if images.nbytes <= _room(self.device) else torch.device("cpu")
+            self._images = self._lay_out(images.to(self._home))
         self._labels = labels.to(self.device)
         shape = (1, 1, 1, channels) if channels_last else (1, channels, 1, 1)
         std_tensor = torch.tensor(std, dtype=torch.float64).view(shape)
         mean_tensor = torch.tensor(mean, dtype=torch.float64).view(shape)
         # Of the full size of an image, not broadcast over pixels: three times as fast for channels-last.
-        like = torch.empty(1, *self._images.shape[1:])
+        height, width = images.shape[2:]
+        like = torch.empty((1, height, width, channels) if channels_last else (1, channels, height, width))
         self._scale = (1 / (255 * std_tensor)).float().expand_as(like).contiguous().to(self.device)
         self._shift = (-mean_tensor / std_tensor).float().expand_as(like).contiguous().to(self.device)
         fill = (mean_tensor * 255).round() if augment == "crop-flip" else torch.zeros_like(mean_tensor)
@@ -105,7 +129,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._images) // self.batch_size
+        return len(self._labels) // self.batch_size
 
     def epoch(self, epoch: int, seed: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch.
@@ -116,36 +140,49 @@ class Batches:
             start: Number of the first batch; those before it are not made.
 
         Returns:
-            Iterator over `len(self) - start` pairs of images (n, C, H, W) and labels (n,), n = batch_size / world.
+            Iterator over `len(self) - start` pairs of images (n, C, H, W) and labels (n,), or with `mixup` distributions
+            over the classes (n, classes), n = batch_size / world.
+
+        Raises:
+            DataError: from the iterator, if an image file cannot be decoded.
         """
-        count, margin = len(self._images), AUGMENTATIONS[self.augment]
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        )
-        order = torch.randperm(count, generator=generator)
-        rows, columns = torch.randint(0, 2 * margin + 1, (2, count), generator=generator)
-        flip = torch.rand(count, generator=generator) < 0.5
-        order, rows, columns = (t.to(self.device) for t in (order, rows, columns))
-        canvas = self._canvas(margin)
+        draws = draw(self.augment, len(self._labels), epoch, seed)
         rank, world = self.shard
-        for i in range(start, len(self)):
-            part = slice(i * self.batch_size + rank, (i + 1) * self.batch_size, world)
-            chosen = order[part]
-            images = self._images.index_select(0, chosen)
-            if self.augment == "crop-flip":
-                mirrored = flip[part].nonzero().squeeze(1).to(self.device)
-                images.index_copy_(0, mirrored, images.index_select(0, mirrored).flip(self._columns))
+        own = torch.arange(rank, self.batch_size, world)
+        places, where = own, None
+        if self.mixup:
+            partner = (own + self.batch_size // 2) % self.batch_size
+            # none but the process' own places where they come in whole pairs
+            places, where = torch.cat([own, partner]).unique(return_inverse=True)
+            where = where.view(2, -1).to(self.device)
+        order, rows, columns, flip = (t.to(self.device) for t in (draws.order, draws.rows, draws.columns, draws.flip))
+        here = places.to(self.device)
+        margin = AUGMENTATIONS[self.augment]
+        canvas = self._canvas(len(places), margin)
+        boxes = None
+        if self.augment == "resized-crop" and not self._cut_when_decoded:
+            boxes = torch.from_numpy(crop_boxes(draws.crop, *self._size)).float().to(self.device)
+        for k, images in enumerate(self._raw(draws, places, start), start):
+            part = k * self.batch_size + here
+            if self.augment in MIRRORED:
+                images = torch.where(flip[part].view(-1, 1, 1, 1), images.flip(self._columns), images)
             if margin:
                 images = self._window(images, canvas, rows[part], columns[part])
-            yield self._normalise(images), self._labels[chosen]
+            if boxes is not None:
+                images = self._resize(images, boxes[part])
+            x, y = self._normalise(images), self._labels[order[part]]
+            if where is not None:
+                y = F.one_hot(y, self.classes).float()
+                x, y = self._mix(x, y, where, mixing_share(self.mixup, epoch, seed, k))
+            yield self._deliver(x), y
 
     def evaluation(
-        self, images: torch.Tensor, labels: torch.Tensor, batch_size: int
+        self, images: torch.Tensor | ImageFiles, labels: torch.Tensor, batch_size: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches in order, without augmentation, normalised like the training images; the last one may be smaller.
 
         Args:
-            images: Images, uint8, shape (M, C, H, W).
+            images: Images, uint8, shape (M, C, H, W), or `ImageFiles`.
             labels: Class indices, int64, shape (M,).
             batch_size: Images in a batch.
 
@@ -153,26 +190,63 @@ class Batches:
             Iterator over pairs of images and labels that covers every image once.
 
         Raises:
-            DataError: if the arguments do not fit together.
+            DataError: if the arguments do not fit together; from the iterator, if an image file cannot be decoded.
         """
         _check_images(images, labels, batch_size)
-        if self._lay_out(images[:1]).shape != self._scale.shape:
+        if tuple(images.shape[1:]) != (self._channels, *self._size):
             raise DataError(
                 f"`images` must have the training images' channels and size; got shape {tuple(images.shape)}. "
                 "Resize them as the training images were."
             )
+        if isinstance(images, ImageFiles):
+            rows = np.arange(len(images))
+            parts = self._stream(images, [(rows[i : i + batch_size], None) for i in range(0, len(rows), batch_size)])
+        else:
+            parts = images.split(batch_size)
         return (
-            (self._normalise(self._lay_out(x)), y.to(self.device))
-            for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+            (self._deliver(self._normalise(self._lay_out(x))), y.to(self.device))
+            for x, y in zip(parts, labels.split(batch_size), strict=True)
         )
+
+    @property
+    def _channels(self) -> int:
+        return self._scale.shape[3 if self.channels_last else 1]
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self._scale.shape[self._rows], self._scale.shape[self._columns]
+
+    @property
+    def _cut_when_decoded(self) -> bool:
+        """Whether random boxes are cut by the decoder, from pictures of all sizes."""
+        return self._files is not None and self._files.image_size is not None and self.augment == "resized-crop"
+
+    def _raw(self, draws: Draws, places: torch.Tensor, start: int) -> Iterator[torch.Tensor]:
+        """The images at some places of each batch from `start` on, uint8, laid out on the device."""
+        parts = (k * self.batch_size + places for k in range(start, len(self)))
+        if self._files is None:
+            order = draws.order.to(self._home)
+            for part in parts:
+                chosen = self._images.index_select(0, order[part.to(self._home)])
+                yield chosen.to(self.device, non_blocking=True)
+            return
+        requests = [
+            (draws.order[part].numpy(), draws.crop[part.numpy()] if self._cut_when_decoded else None) for part in parts
+        ]
+        for images in self._stream(self._files, requests):
+            yield self._lay_out(images)
+
+    def _stream(self, files: ImageFiles, requests: list) -> Iterator[torch.Tensor]:
+        for images in stream(files, requests, self.workers, pin=self.device.type == "cuda"):
+            yield images.to(self.device, non_blocking=True)
 
     def _lay_out(self, images: torch.Tensor) -> torch.Tensor:
         images = images.to(self.device)
         return (images.permute(0, 2, 3, 1) if self.channels_last else images).contiguous()
 
-    def _canvas(self, margin: int) -> torch.Tensor:
-        """A batch of blank images, `margin` pixels larger on every side; its border never changes, so one serves an epoch."""
-        shape = [self.batch_size // self.shard[1], *self._images.shape[1:]]
+    def _canvas(self, count: int, margin: int) -> torch.Tensor:
+        """Blank images, `margin` pixels larger on every side; its border never changes, so one serves an epoch."""
+        shape = [count, *self._scale.shape[1:]]
         shape[self._rows] += 2 * margin
         shape[self._columns] += 2 * margin
         return self._fill.expand(shape).contiguous()
@@ -194,13 +268,35 @@ class Batches:
         )
         return windows[torch.arange(len(canvas), device=canvas.device), rows, columns]
 
+    def _resize(self, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Boxes of the images at full size, floating point."""
+        if self.channels_last:
+            images = images.permute(0, 3, 1, 2)
+        images = resize_crops(images.float().contiguous(), boxes)
+        return self._lay_out(images)
+
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
-        images = torch.addcmul(self._shift, images.to(torch.float32), self._scale).to(self.dtype)
+        return torch.addcmul(self._shift, images.to(torch.float32), self._scale)
+
+    def _mix(
+        self, x: torch.Tensor, y: torch.Tensor, where: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Own rows mixed with their partners', whose places in `x` and `y` are the two rows of `where`."""
+        own, partner = where
+        return tuple(share * t[own] + (1 - share) * t[partner] for t in (x, y))
+
+    def _deliver(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.to(self.dtype)
         return images.permute(0, 3, 1, 2) if self.channels_last else images
 
 
-def _check_images(images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
+def _room(device: torch.device) -> float:
+    """Bytes of images that may be kept on a device."""
+    return HOME_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
+def _check_images(images: torch.Tensor | ImageFiles, labels: torch.Tensor, batch_size: int) -> None:
+    if torch.is_tensor(images) and (images.dtype != torch.uint8 or images.ndim != 4 or not len(images)):
         raise DataError(
             "`images` must be a non-empty uint8 tensor of shape (N, C, H, W); "
             f"got {images.dtype} of shape {tuple(images.shape)}. Use those of an ImageData."

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +14,13 @@ from typing import ClassVar
 
 import numpy as np
 
+from catode.train.download import alone, fetch
 from catode.train.images import DataError, ImageData, assemble
 
 
 @dataclass(frozen=True)
 class _Cifar:
-    """Where the official files of one CIFAR data set keep what."""
+    """Where the official files of one CIFAR data set keep what, and where their archive is to be had."""
 
     name: str
     folder: str
@@ -25,6 +29,13 @@ class _Cifar:
     meta: str
     labels: str
     names: str
+    url: str
+    md5: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that are read."""
+        return (*self.train, *self.test, self.meta)
 
 
 CIFAR = {
@@ -36,25 +47,75 @@ CIFAR = {
         "batches.meta",
         "labels",
         "label_names",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
     ),
     "cifar100": _Cifar(
-        "cifar100", "cifar-100-python", ("train",), ("test",), "meta", "fine_labels", "fine_label_names"
+        "cifar100",
+        "cifar-100-python",
+        ("train",),
+        ("test",),
+        "meta",
+        "fine_labels",
+        "fine_label_names",
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
     ),
 }
 
 
+def _find(root: Path, spec: _Cifar) -> Path | None:
+    """The folder of the official files, `root` or below it."""
+    if (root / spec.folder).is_dir():
+        return root / spec.folder
+    return root if any((root / f).is_file() for f in spec.files) else None
+
+
+def download(root: Path, spec: _Cifar) -> None:
+    """Fetch the official archive and unpack it, unless its folder is there; an archive that lies there is used.
+
+    Args:
+        root: The official folder or its parent; made if it does not exist.
+        spec: The data set.
+
+    Raises:
+        DataError: if the archive cannot be had, is not the official one, or cannot be unpacked there.
+    """
+    if root.name == spec.folder:
+        root = root.parent
+    archive, folder, part = root / spec.url.rpartition("/")[2], root / spec.folder, root / (spec.folder + ".part")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with alone(root / f".{archive.name}.lock"):
+            if _find(root, spec) is not None:
+                return
+            fetch(spec.url, archive, spec.md5)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            with tarfile.open(archive) as packed:
+                for file in spec.files:
+                    with packed.extractfile(f"{spec.folder}/{file}") as source, (part / file).open("wb") as target:
+                        shutil.copyfileobj(source, target)
+            os.replace(part, folder)
+            archive.unlink()
+    except (OSError, KeyError, tarfile.TarError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"`data_dir` must be a folder where {spec.name} can be unpacked; got data_dir={str(root)!r}: {reason}. "
+            "Choose another folder, or unpack the official archive by hand."
+        ) from error
+
+
 def read(root: Path, spec: _Cifar) -> ImageData:
     """Read the official pickles of CIFAR-10 or CIFAR-100 from their folder or its parent."""
-    files = (*spec.train, *spec.test, spec.meta)
-    if (root / spec.folder).is_dir():
-        folder = root / spec.folder
-    elif root.name == spec.folder or any((root / f).is_file() for f in files):
+    folder, files = _find(root, spec), spec.files
+    if folder is None and root.name == spec.folder:
         folder = root
-    else:
+    if folder is None:
         raise DataError(
             f"`data_dir` must be the folder {spec.folder} or its parent; "
             f"got data_dir={str(root)!r}, where it is not found. "
-            f"Unpack the official python version of {spec.name} there."
+            f"Add --download, or unpack the official python version of {spec.name} there."
         )
     for file in files:
         if not (folder / file).is_file():

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from catode.train import cifar, folder
-from catode.train.batches import AUGMENTATIONS, Batches
+from catode.train.augment import AUGMENTATIONS
+from catode.train.batches import Batches
 from catode.train.images import DataError, ImageData, assemble
 
 __all__ = ["AUGMENTATIONS", "DATASETS", "Batches", "DataError", "ImageData", "load"]
@@ -19,9 +20,16 @@ DIGITS_TEST_SHARE = 0.2
 
 
 def load(
-    dataset: str, data_dir: str | os.PathLike | None = None, *, seed: int = 0, image_size: int | None = None
+    dataset: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    seed: int = 0,
+    image_size: int | None = None,
+    augment: str = "none",
+    array_bytes: int | None = None,
+    download: bool = False,
 ) -> ImageData:
-    """Read a whole data set into memory.
+    """Read a data set: into memory, but for a large `folder`.
 
     Args:
         dataset: `digits`, `cifar10`, `cifar100` or `folder`.
@@ -30,12 +38,16 @@ def load(
             stay comparable.
         image_size: For `folder`: the shorter side is resized to this many pixels and the centre cropped to a square.
             Without it all images must share one size.
+        augment: What `Batches` will do; `resized-crop` needs the pictures of a `folder` at their own size.
+        array_bytes: For `folder`: images that take more than this when decoded are left on the disk; None for a quarter
+            of the memory.
+        download: For CIFAR: fetch the official archive first if the data are not there.
 
     Returns:
         The images and labels of both splits with the training statistics.
 
     Raises:
-        DataError: if the data are missing, malformed or do not fit together.
+        DataError: if the data are missing, malformed or do not fit together, or cannot be fetched.
     """
     del seed
     if dataset not in DATASETS:
@@ -60,6 +72,8 @@ def load(
             f"`data_dir` must be given for dataset={dataset!r}; got data_dir=None. Pass the folder that holds the data."
         )
     root = Path(data_dir).expanduser()
+    if download and dataset in cifar.CIFAR:
+        cifar.download(root, cifar.CIFAR[dataset])
     if not root.is_dir():
         found = "a file" if root.exists() else "a path that does not exist"
         raise DataError(
@@ -67,7 +81,7 @@ def load(
             "Pass the folder that holds the data."
         )
     if dataset == "folder":
-        return folder.read(root, image_size)
+        return folder.read(root, image_size, whole_pictures=augment == "resized-crop", array_bytes=array_bytes)
     return cifar.read(root, cifar.CIFAR[dataset])
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from catode.train.folder import ImageFiles
 
 
 class DataError(ValueError):
@@ -14,7 +18,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set for classification, all of it in memory.
+    """A data set for classification.
+
+    Its images are arrays in memory, or `catode.train.folder.ImageFiles` where they are decoded at every use.
 
     Args:
         name: Name of the data set.
@@ -28,9 +34,9 @@ class ImageData:
     """
 
     name: str
-    train_images: torch.Tensor
+    train_images: torch.Tensor | ImageFiles
     train_labels: torch.Tensor
-    test_images: torch.Tensor
+    test_images: torch.Tensor | ImageFiles
     test_labels: torch.Tensor
     classes: tuple[str, ...]
     mean: tuple[float, ...]

@@ -333,12 +333,6 @@ def test_wrong_arguments_are_refused(tmp_path):
         refused("`image_size` must be an integer >= 1", "folder", tmp_path, image_size=size)
 
 
-def test_more_images_than_memory_is_refused(tmp_path, monkeypatch):
-    write_folder(tmp_path)
-    monkeypatch.setattr(os, "sysconf", lambda name: 10)
-    refused("`image_size` must let all images fit in memory", "folder", tmp_path)
-
-
 # Batches
 
 
