@@ -80,7 +80,7 @@ def _receive(url: str, part: Path) -> bool:
             part.open("ab" if resumed else "wb") as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, file=sys.stderr) as bar,
         ):
-            while chunk := response.read(CHUNK):
+            while chunk := response.read1(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
             file.flush()
