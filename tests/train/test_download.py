@@ -62,7 +62,8 @@ def serve(archive, monkeypatch):
     """Starts a server with the archive and makes it the official one."""
     started = []
 
-    def start(content=archive, md5=hashlib.md5(archive).hexdigest(), **options):
+    def start(content=archive, md5=None, **options):
+        md5 = md5 or hashlib.md5(archive).hexdigest()
         started.append(Server(content, **options))
         spec = dataclasses.replace(cifar.CIFAR["cifar10"], url=started[-1].url, md5=md5)
         monkeypatch.setitem(cifar.CIFAR, "cifar10", spec)
@@ -164,7 +165,7 @@ def test_what_came_before_the_network_went_is_kept(tmp_path, serve, archive):
 def test_a_silent_server_is_given_up(tmp_path, serve, monkeypatch):
     monkeypatch.setattr(download, "PATIENCE", 0.05)
     server = serve()
-    server.cuts = [2000]
+    server.cuts = [2000, 0]
     slow = threading.Event()
     monkeypatch.setattr(Handler, "finish", lambda self: slow.wait(20))
     try:
