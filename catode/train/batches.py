@@ -149,12 +149,12 @@ class Batches:
         draws = draw(self.augment, len(self._labels), epoch, seed)
         rank, world = self.shard
         own = torch.arange(rank, self.batch_size, world)
-        places, where = own, None
+        places, partner = own, None
         if self.mixup:
-            partner = (own + self.batch_size // 2) % self.batch_size
             # none but the process' own places where they come in whole pairs
-            places, where = torch.cat([own, partner]).unique(return_inverse=True)
-            where = where.view(2, -1).to(self.device)
+            partner = (own + self.batch_size // 2) % self.batch_size
+            places = torch.cat([own, partner]).unique()
+            own, partner = (torch.searchsorted(places, p).to(self.device) for p in (own, partner))
         order, rows, columns, flip = (t.to(self.device) for t in (draws.order, draws.rows, draws.columns, draws.flip))
         here = places.to(self.device)
         margin = AUGMENTATIONS[self.augment]
@@ -171,9 +171,10 @@ class Batches:
             if boxes is not None:
                 images = self._resize(images, boxes[part])
             x, y = self._normalise(images), self._labels[order[part]]
-            if where is not None:
+            if partner is not None:
+                share = mixing_share(self.mixup, epoch, seed, k)
                 y = F.one_hot(y, self.classes).float()
-                x, y = self._mix(x, y, where, mixing_share(self.mixup, epoch, seed, k))
+                x, y = (t[partner].lerp_(t if len(own) == len(t) else t[own], share) for t in (x, y))
             yield self._deliver(x), y
 
     def evaluation(
@@ -277,13 +278,6 @@ class Batches:
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
         return torch.addcmul(self._shift, images.to(torch.float32), self._scale)
-
-    def _mix(
-        self, x: torch.Tensor, y: torch.Tensor, where: torch.Tensor, share: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Own rows mixed with their partners', whose places in `x` and `y` are the two rows of `where`."""
-        own, partner = where
-        return tuple(share * t[own] + (1 - share) * t[partner] for t in (x, y))
 
     def _deliver(self, images: torch.Tensor) -> torch.Tensor:
         images = images.to(self.dtype)
