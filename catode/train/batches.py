@@ -203,7 +203,7 @@ class Batches:
             rows = np.arange(len(images))
             parts = self._stream(images, [(rows[i : i + batch_size], None) for i in range(0, len(rows), batch_size)])
         else:
-            parts = images.split(batch_size)
+            parts = (part.to(self.device) for part in images.split(batch_size))
         return (
             (self._deliver(self._normalise(self._lay_out(x))), y.to(self.device))
             for x, y in zip(parts, labels.split(batch_size), strict=True)
@@ -242,7 +242,6 @@ class Batches:
             yield images.to(self.device, non_blocking=True)
 
     def _lay_out(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.to(self.device)
         return (images.permute(0, 2, 3, 1) if self.channels_last else images).contiguous()
 
     def _canvas(self, count: int, margin: int) -> torch.Tensor:
