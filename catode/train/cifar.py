@@ -72,7 +72,7 @@ def _find(root: Path, spec: _Cifar) -> Path | None:
 
 
 def download(root: Path, spec: _Cifar) -> None:
-    """Fetch the official archive and unpack it, unless its folder is there; an archive that lies there is used.
+    """Fetch the official archive and unpack it, unless all its files are there; an archive that lies there is used.
 
     Args:
         root: The official folder or its parent; made if it does not exist.
@@ -87,7 +87,7 @@ def download(root: Path, spec: _Cifar) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with alone(root / f".{archive.name}.lock"):
-            if _find(root, spec) is not None:
+            if any(all((place / file).is_file() for file in spec.files) for place in (folder, root)):
                 return
             fetch(spec.url, archive, spec.md5)
             shutil.rmtree(part, ignore_errors=True)
@@ -96,7 +96,10 @@ def download(root: Path, spec: _Cifar) -> None:
                 for file in spec.files:
                     with packed.extractfile(f"{spec.folder}/{file}") as source, (part / file).open("wb") as target:
                         shutil.copyfileobj(source, target)
-            os.replace(part, folder)
+            folder.mkdir(exist_ok=True)
+            for file in spec.files:
+                os.replace(part / file, folder / file)
+            part.rmdir()
             archive.unlink()
     except (OSError, KeyError, tarfile.TarError) as error:
         reason = " ".join(str(error).split())

@@ -129,6 +129,14 @@ def test_an_archive_that_lies_there_is_used(tmp_path, serve, archive):
     assert server.asked == [] and names(tmp_path) == ["cifar-10-batches-py"]
 
 
+def test_an_incomplete_folder_is_filled(tmp_path, serve):
+    server = serve()
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    (tmp_path / "cifar-10-batches-py" / "data_batch_4").unlink()
+    assert len(load("cifar10", tmp_path, download=True).train_labels) == 150
+    assert server.asked == [None] and names(tmp_path) == ["cifar-10-batches-py"]
+
+
 def test_two_processes_fetch_once(tmp_path, serve):
     server = serve()
     threads = [threading.Thread(target=cifar.download, args=(tmp_path, cifar.CIFAR["cifar10"])) for _ in range(3)]
