@@ -32,7 +32,7 @@ from catode.train import data
 from catode.train.config import Config
 from catode.train.estimators import Probe, batch_statistics_only, curvature_corrected, straight_through
 from catode.train.gates import Gates
-from catode.train.loop import AUGMENT, learning_rates, make_optimizer
+from catode.train.loop import learning_rates, make_optimizer
 from catode.train.models import DenseResNet, build
 
 BLOCKS, HIDDEN, WIDTH = 2, 4, 16
@@ -284,7 +284,7 @@ def resnet_probes(epochs: int, length: int, batches: int, units: int, seed: int)
         config.batch_size,
         source.mean,
         source.std,
-        augment=AUGMENT["digits"],
+        augment=config.augment,
         channels_last=True,
     )
     optimizer = make_optimizer(model, config)

@@ -12,7 +12,7 @@ from catode.train import config as configuration
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input, 1 for a loss that is not finite)."""
-    from catode.train import loop, preflight
+    from catode.train import data, loop, preflight
 
     try:
         setup = loop.prepare(configuration.parse(argv))
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except loop.NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except data.DataError as error:
+        print(f"error: {error} Then go on with --resume {setup.config.out}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"interrupted; go on with --resume {setup.config.out}", file=sys.stderr)
         return 130
@@ -36,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summary(folder: Path) -> str:
     """What a finished run has to say, in a few lines."""
+    from catode.train.report import waiting
+
     result = json.loads((folder / "result.json").read_text())
     lines = [
         f"accuracy {result['accuracy']:.2%} (test images, final epoch)",
@@ -46,6 +51,7 @@ def summary(folder: Path) -> str:
     if result["decisions"]:
         lines.append("decided  " + ", ".join(f"{n} {state}" for state, n in result["decisions"].items()))
     lines.append(f"latency  {result['latency_dense_ms']:.2f} -> {result['latency_ms']:.2f} ms (batch 1)")
+    lines.append(f"waiting  {waiting(folder)} of the steps' time, for images")
     lines.append(f"report   {folder / 'report.md'}")
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ _REAL_IMAGES: dict[str, Any] = dict(
 )
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("digits", "*"): dict(
+        augment="shift",
         nu=3.0,
         alpha=0.75,
         memory=400,
@@ -204,6 +205,35 @@ class Config:
         low=4,
         optional=True,
         mend="Use the side in pixels, such as 64.",
+    )
+    download: bool = _switch(
+        False,
+        "data",
+        "for cifar10 and cifar100: fetch the official archive into --data-dir if the data are not there, going on with what "
+        "an earlier try left; its checksum is compared",
+        identity=False,
+    )
+    array_gib: float | None = _number(
+        None,
+        float,
+        "data",
+        "for folder: images that take more GiB than this when decoded are not kept in memory but decoded by worker processes "
+        "at every use, as training images for resized-crop to --image-size always are; without it a quarter of the memory",
+        low=0,
+        optional=True,
+        identity=False,
+        mend="Leave it out for a quarter of the memory.",
+    )
+    workers: int | None = _number(
+        None,
+        int,
+        "data",
+        "for folder: processes that decode images ahead of the step, 0 to decode in between; no result depends on it; "
+        "without it one for each core",
+        low=0,
+        optional=True,
+        identity=False,
+        mend="Leave it out for one for each core.",
     )
     arch: str = _text(
         "resnet20",
@@ -403,6 +433,21 @@ class Config:
     schedule: str = _text(
         "one-cycle", "training", "course of the learning rate", choices=("one-cycle", "cosine", "constant")
     )
+    augment: str = _text(
+        "crop-flip",
+        "training",
+        "random changes to training images: shift by a pixel, crop-flip mirrors, pads 4 pixels and crops, resized-crop mirrors "
+        "and stretches a box of 8 to 100 % of the picture",
+        choices=("none", "shift", "crop-flip", "resized-crop"),
+    )
+    mixup: float = _number(
+        0.0,
+        float,
+        "training",
+        "mix each training batch with itself, labels too, by a share drawn from Beta(mixup, mixup); 0 is off",
+        low=0,
+        mend="Use 0.2 if in doubt, 0 for none.",
+    )
     label_smoothing: float = _number(
         0.0, float, "training", "label smoothing", low=0, high=1, high_open=True, mend="Use 0 for none."
     )
@@ -458,7 +503,8 @@ class Config:
         None,
         "run",
         "folder of a run that was cut off, to go on from the end of its last whole epoch; every other setting is the "
-        "run's own, only what depends on the machine may be given: --threads, --device, --compile, --data-dir",
+        "run's own, only what depends on the machine may be given: --threads, --device, --compile, --data-dir, --array-gib, "
+        "--workers",
         optional=True,
         identity=False,
         mend="Leave it out to start a run.",
@@ -500,6 +546,17 @@ class Config:
                 f"`image_size` must be left out unless dataset='folder'; got image_size={self.image_size} with "
                 f"dataset={self.dataset!r}. Leave it out."
             )
+        if self.download and self.dataset not in ("cifar10", "cifar100"):
+            raise ConfigError(
+                f"`download` must be left out unless dataset is cifar10 or cifar100; got download=True with "
+                f"dataset={self.dataset!r}. Leave it out."
+            )
+        for name in ("array_gib", "workers"):
+            if self.dataset != "folder" and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"`{name}` must be left out unless dataset='folder'; got {name}={getattr(self, name):g} with "
+                    f"dataset={self.dataset!r}. Leave it out."
+                )
         if self.resume is not None and self.out != self.resume:
             raise ConfigError(
                 f"`out` must be the same folder as resume; got out={self.out!r} and resume={self.resume!r}. Leave it out."
@@ -719,7 +776,9 @@ def _default_text(name: str, default: Any) -> str:
     for dataset in settings()["dataset"].choices:
         for (key, arch), preset in PRESETS.items():
             if key == dataset and name in preset:
-                parts.append(f"{dataset if arch == '*' else f'{dataset}/{arch}'} {preset[name]:g}")
+                value = preset[name]
+                value = value if isinstance(value, str) else f"{value:g}"
+                parts.append(f"{dataset if arch == '*' else f'{dataset}/{arch}'} {value}")
     if parts:
         return "default: " + ", ".join(parts)
     if default is None or default is False:
@@ -776,7 +835,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 def _resumed(resume: str, **given: Any) -> Config:
     """The configuration of a run that goes on."""
     for name, value in given.items():
-        if name not in ("threads", "device", "compile", "data_dir"):
+        if name not in ("threads", "device", "compile", "data_dir", "array_gib", "workers"):
             raise ConfigError(
                 f"`{name}` must be left out with resume; got {name}={value!r} and resume={resume!r}. "
                 "The run goes on with its own settings."

@@ -48,7 +48,6 @@ METRIC_FIELDS = [
     "seconds",
     "wait_share",
 ]
-AUGMENT = {"digits": "shift", "cifar10": "crop-flip", "cifar100": "crop-flip", "folder": "crop-flip"}
 
 
 class NotFinite(RuntimeError):
@@ -122,7 +121,15 @@ def prepare(config: Config) -> Setup:
     keep_freed_memory()
     if config.compile:
         check_compile(config.device)
-    images = data.load(config.dataset, config.data_dir, seed=config.seed, image_size=config.image_size)
+    images = data.load(
+        config.dataset,
+        config.data_dir,
+        seed=config.seed,
+        image_size=config.image_size,
+        augment=config.augment,
+        array_bytes=None if config.array_gib is None else int(config.array_gib * 2**30),
+        download=config.download,
+    )
     steps = len(images.train_labels) // config.batch_size
     if steps < 1:
         raise data.DataError(
@@ -318,7 +325,14 @@ class _Trainer:
         images = setup.images
         common = dict(mean=images.mean, std=images.std, device=config.device, channels_last=config.channels_last)
         self.batches = data.Batches(
-            images.train_images, images.train_labels, config.batch_size, augment=AUGMENT[config.dataset], **common
+            images.train_images,
+            images.train_labels,
+            config.batch_size,
+            augment=config.augment,
+            mixup=config.mixup,
+            classes=len(images.classes),
+            workers=config.workers,
+            **common,
         )
         folder.mkdir(parents=True, exist_ok=True)
         state = setup.state
@@ -383,7 +397,7 @@ class _Trainer:
             loss.backward()
             self.optimizer.step()
             losses.append(loss.detach())
-            right += (logits.detach().argmax(1) == y).sum()
+            right += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
             self.step += 1
             self.time += rate / (1.0 - self.config.momentum)
             if not math.isfinite(losses[-1]):

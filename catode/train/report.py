@@ -33,7 +33,17 @@ MAX_PATHS = 30
 
 _TEXT_COLUMNS = ("kind", "block", "site", "index", "state")
 _NUMBER_COLUMNS = ("step", "keep_prob", "benefit", "price", "gain", "decay", "rate_ratio", "drift", "tolerance")
-_METRIC_COLUMNS = ("epoch", "step", "loss", "train_accuracy", "test_accuracy", "expected_complexity", "macs", "params")
+_METRIC_COLUMNS = (
+    "epoch",
+    "step",
+    "loss",
+    "train_accuracy",
+    "test_accuracy",
+    "expected_complexity",
+    "macs",
+    "params",
+    "wait_share",
+)
 _SYSTEM_COLUMNS = ("price", "gain", "decay", "rate_ratio", "drift")
 
 
@@ -804,12 +814,23 @@ def _headline(run: _Run) -> str:
         ("Latency, batch 1, dense → compact", _latency(result, "latency_dense_ms", "latency_ms")),
         ("Latency, batch 128, dense → compact", _latency(result, "latency_dense_ms_128", "latency_ms_128")),
         ("Training time", _format(result, "seconds", _duration)),
+        ("Share of the steps' time spent waiting for images", _waiting(run.metrics)),
         ("Seed", _format(result, "seed", str)),
     ]
     return _table(("", "this run"), rows)
 
 
 _ABSENT = "not recorded"
+
+
+def waiting(folder: Path) -> str:
+    """Share of the steps' time that a run spent waiting for images, mean over its epochs, as text."""
+    return _waiting(_numbers(folder / "metrics.csv", *_read_csv(folder / "metrics.csv", _METRIC_COLUMNS)))
+
+
+def _waiting(metrics: dict[str, np.ndarray]) -> str:
+    shares = metrics["wait_share"]
+    return f"{100 * shares.mean():.1f} %" if shares.size else _ABSENT
 
 
 def _format(result: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:

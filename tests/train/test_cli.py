@@ -178,7 +178,7 @@ def test_structure_json_agrees_with_the_weights_and_the_result(finished):
 def test_a_summary_is_printed_and_a_bar_shown(tmp_path, capsys):
     assert main([*SMALL[:-1], "1", "--nu", "0", "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr()
-    for word in ("accuracy", "MACs", "params", "layers", "latency", "report"):
+    for word in ("accuracy", "MACs", "params", "layers", "latency", "waiting", "report"):
         assert word in printed.out
     for word in ("loss", "accuracy", "expected MACs", "layers", "units"):
         assert word in printed.err

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from catode.train import data
+from catode.train import cifar
 from catode.train.data import AUGMENTATIONS, Batches, DataError, load
 
 
@@ -259,13 +259,13 @@ def test_no_damage_to_a_pickle_raises_anything_else(tmp_path_factory, noise, pla
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(good[:place] + noise + good[place + len(noise) :])
     with contextlib.suppress(DataError):
-        data._unpickle(path)
+        cifar._unpickle(path)
 
 
 def test_damage_reserves_no_memory(tmp_path):
     """A memo index of 2**32 - 1 makes the unpickler in C fill 64 GiB."""
     (tmp_path / "damaged").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
-    assert data._unpickle(tmp_path / "damaged") == {}
+    assert cifar._unpickle(tmp_path / "damaged") == {}
 
 
 FOLDER_DAMAGE = {
@@ -333,12 +333,6 @@ def test_wrong_arguments_are_refused(tmp_path):
         refused("`image_size` must be an integer >= 1", "folder", tmp_path, image_size=size)
 
 
-def test_more_images_than_memory_is_refused(tmp_path, monkeypatch):
-    write_folder(tmp_path)
-    monkeypatch.setattr(os, "sysconf", lambda name: 10)
-    refused("`image_size` must let all images fit in memory", "folder", tmp_path)
-
-
 # Batches
 
 
@@ -367,6 +361,24 @@ def test_batches_follow_from_seed_and_epoch_alone(augment):
         assert torch.equal(y, y2) and torch.equal(x, x2)
     for k, seed in ((4, 7), (3, 8), (7, 3)):
         assert not torch.equal(y, collect(again, k, seed)[1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    augment=st.sampled_from(list(AUGMENTATIONS)),
+    world=st.sampled_from([1, 2, 3]),
+    start=st.integers(0, 3),
+    epoch=st.integers(0, 9),
+    channels_last=st.booleans(),
+)
+def test_shards_and_later_starts_are_parts_of_the_whole_epoch(augment, world, start, epoch, channels_last):
+    whole = list(make(6, augment, channels_last=channels_last).epoch(epoch, 5))
+    shards = [make(6, augment, channels_last=channels_last, shard=(r, world)) for r in range(world)]
+    parts = [list(s.epoch(epoch, 5, start=start)) for s in shards]
+    assert all(len(p) == len(whole) - start for p in parts)
+    for k, (x, y) in enumerate(whole[start:]):
+        for rank in range(world):
+            assert torch.equal(parts[rank][k][0], x[rank::world]) and torch.equal(parts[rank][k][1], y[rank::world])
 
 
 def test_an_epoch_leaves_the_global_random_state_alone():
@@ -446,6 +458,8 @@ WRONG_BATCHES = [
     ({"batch_size": 0}, "`batch_size` must be an integer >= 1"),
     ({"batch_size": 2.0}, "`batch_size` must be an integer >= 1"),
     ({"batch_size": 21}, "`batch_size` must be <= 20, the number of training images; got batch_size=21"),
+    ({"shard": (0, 3)}, r"`shard` must be .*; got shard=\(0, 3\) with batch_size=4"),
+    ({"shard": (2, 2)}, r"`shard` must be \(rank, world\)"),
     ({"mean": (0.5,)}, "`mean` and `std` must hold 3 values"),
     ({"std": (0.5, 0.0, 1.0)}, "`mean` and `std` must hold 3 values"),
     ({"images": torch.zeros(20, 3, 8, 8)}, "`images` must be a non-empty uint8 tensor"),
