@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from catode.train.compact import restrict
-from catode.train.models import CIFAR_DEPTHS, DenseResNet, build
+from catode.train.models import ARCHITECTURES, DenseResNet, build
 from catode.train.structure import Block, Counts, Prunable, Site, count, describe, inference
 
 
@@ -39,7 +39,7 @@ PUBLISHED_MACS = {"resnet20": 40.6e6, "resnet32": 68.9e6, "resnet56": 125.5e6, "
 @pytest.mark.parametrize("arch", PUBLISHED_PARAMS)
 def test_published_counts(arch):
     counted = count(build(arch, in_channels=3, classes=10), torch.zeros(1, 3, 32, 32))
-    conv, norm, params = cifar(CIFAR_DEPTHS[arch])
+    conv, norm, params = cifar(ARCHITECTURES[arch].blocks[0])
     assert counted == Counts(conv + norm, params)
     assert conv == pytest.approx(PUBLISHED_MACS[arch], rel=0.005)
     assert params == pytest.approx(PUBLISHED_PARAMS[arch], rel=0.02)
