@@ -65,10 +65,8 @@ def fill(model: ResNet, state: Mapping[str, torch.Tensor], source: str) -> list[
         ValueError: if the weights are another network's or not finite; the model is then unchanged.
     """
     own, notes = model.state_dict(), []
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-    wanted = {name: tensor for name, tensor in own.items() if not name.endswith("num_batches_tracked")}
-    _refuse(source, "lacks", [name for name in wanted if name not in state])
-    _refuse(source, "also has", [name for name in state if name not in wanted])
+    _refuse(source, "lacks", [n for n in own if n not in state and not n.endswith("num_batches_tracked")])
+    _refuse(source, "also has", [name for name in state if name not in own])
     head = state["fc.weight"]
     if head.dim() == 2 and head.shape[1] == model.fc.in_features and len(head) != model.fc.out_features:
         notes.append(
@@ -76,13 +74,13 @@ def fill(model: ResNet, state: Mapping[str, torch.Tensor], source: str) -> list[
             "it starts from random weights"
         )
         state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-    wrong = [name for name, tensor in state.items() if tensor.shape != wanted[name].shape]
-    if wrong == ["conv1.weight"] and state["conv1.weight"].shape[2:] == wanted["conv1.weight"].shape[2:]:
+    wrong = [name for name, tensor in state.items() if tensor.shape != own[name].shape]
+    if wrong == ["conv1.weight"] and state["conv1.weight"].shape[2:] == own["conv1.weight"].shape[2:]:
         raise ValueError(
-            f"`init` must hold weights for images of {wanted['conv1.weight'].shape[1]} channels; got init={source!r} for "
+            f"`init` must hold weights for images of {own['conv1.weight'].shape[1]} channels; got init={source!r} for "
             f"{state['conv1.weight'].shape[1]}. Convert the images, or leave --init out."
         )
-    shapes = [f"{name} of shape {_shape(state[name])} instead of {_shape(wanted[name])}" for name in wrong]
+    shapes = [f"{name} of shape {_shape(state[name])} instead of {_shape(own[name])}" for name in wrong]
     _refuse(source, "has", shapes)
     _refuse(source, "has values that are not finite in", [n for n, t in state.items() if not t.isfinite().all()])
     model.load_state_dict(state, strict=False)
