@@ -6,12 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from PIL import Image
 
-from catode.train import load
+from catode.train import count, load, loop
 from catode.train.__main__ import main
+from catode.train.config import parse
 from catode.train.models import Architecture, BasicBlock, ResNet, build
 from catode.train.weights import fill, read
 
@@ -156,25 +158,68 @@ def test_a_wrong_file_is_one_line_and_leaves_nothing(kind, tmp_path, capsys):
     assert printed.out == "" and {p.name for p in tmp_path.iterdir()} <= {"weights.pt"}
 
 
-def test_a_run_starts_from_the_weights_of_another(tmp_path, capsys):
-    """A learning rate of next to nothing leaves them where they were; the classifier had other classes."""
+def prepared(*flags):
+    return loop.prepare(parse(["--arch", "resnet14", "--threads", "1", *flags]))
+
+
+def test_a_run_starts_from_the_weights(tmp_path, capsys):
     torch.manual_seed(7)
-    source = build("resnet14", in_channels=1, classes=3, shortcut="B")
-    path = saved(tmp_path / "weights.pt", source.state_dict())
-    flags = ["--init", str(path), "--arch", "resnet14", "--shortcut", "B", "--nu", "0", "--threads", "1"]
-    assert main([*flags, "--dry-run", "--out", str(tmp_path / "run")]) == 0
-    assert f"note: the classifier in {path} is for 3 classes" in capsys.readouterr().out
-    flags += ["--epochs", "1", "--lr", "1e-12", "--weight-decay", "0"]
-    assert main([*flags, "--out", str(tmp_path / "run")]) == 0
-    assert f"note: the classifier in {path} is for 3 classes" in capsys.readouterr().err
-    model = load(tmp_path / "run")
-    assert isinstance(model.layer2[0].downsample, nn.Sequential)
-    for name, parameter in model.named_parameters():
-        if not name.startswith("fc."):
-            torch.testing.assert_close(parameter, source.get_parameter(name), rtol=1e-4, atol=1e-6)
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["init"], config["shortcut"], config["stem"]) == (str(path), "B", "cifar")
-    # and the run's own model.pt is such a file again, its classifier included
-    again = build("resnet14", in_channels=1, classes=10, shortcut="B")
-    assert fill(again, read(tmp_path / "run" / "model.pt"), "model.pt") == []
-    assert_same(again, model.state_dict())
+    source = build("resnet14", in_channels=1, classes=10, shortcut="B")
+    path = str(saved(tmp_path / "weights.pt", source.state_dict()))
+    setup = prepared("--shortcut", "B", "--init", path)
+    assert setup.notes == () and setup.config.init == path
+    assert_same(setup.model, source.state_dict())
+    with pytest.raises(
+        ValueError, match=r"^`init` must hold the weights of the very network; .* also has layer2.0.downsample"
+    ):
+        prepared("--init", path)
+    saved(Path(path), build("resnet14", in_channels=1, classes=3).state_dict())
+    assert main(["--arch", "resnet14", "--init", path, "--dry-run"]) == 0
+    assert f"note: the classifier in {path} is for 3 classes, these images have 10" in capsys.readouterr().out
+
+
+def images(root):
+    random = np.random.default_rng(0)
+    for split, number in (("train", 24), ("val", 4)):
+        for k, name in enumerate(("ant", "bee")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = random.integers(0, 128, (16, 16, 3), dtype=np.uint8) + np.uint8(100 * k)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_a_resnet50_starts_from_weights_prunes_is_cut_off_resumed_and_loaded(tmp_path, monkeypatch, capsys):
+    """Bottlenecks with projections from end to end; the weights are not asked for again once there is a checkpoint."""
+    path = saved(tmp_path / "w.pt", build("resnet50", in_channels=3, classes=3, hidden_scale=0.08).state_dict())
+    flags = ["--dataset=folder", f"--data-dir={images(tmp_path / 'images')}", "--arch=resnet50", "--hidden-scale=0.08"]
+    flags += [f"--init={path}", "--threads=1", "--epochs=3", "--batch-size=8", "--lr=0.01", "--warmup-epochs=1.5"]
+    flags += ["--nu=200", "--sink-share=0.02", "--layer-estimator=curvature", "--memory=10", "--measure-every=1"]
+    flags += ["--check-every=4", "--probe-size=8", "--width-multiple=4"]
+    folder = tmp_path / "run"
+    save_state = loop._Trainer.save_state
+
+    def interrupted(self):
+        save_state(self)
+        if self.epochs_done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Trainer, "save_state", interrupted)
+    assert main([*flags, "--out", str(folder)]) == 130
+    assert "is for 3 classes, these images have 2" in capsys.readouterr().err
+    monkeypatch.undo()
+    path.unlink()
+    assert main(["--resume", str(folder), "--threads=1"]) == 0
+    found, model = json.loads((folder / "result.json").read_text()), load(folder)
+    structure = json.loads((folder / "structure.json").read_text())
+    assert (structure["shortcut"], structure["stem"]) == ("B", "imagenet")
+    kept = {name for name, block in structure["blocks"].items() if block["kept"]}
+    assert {block.name for block in model.structures()} == kept and 0 < len(kept) == found["layers_kept"] < 16
+    assert found["layers_total"] == 16 and found["units_kept"] < found["units_total"] == 596
+    example = torch.zeros(1, 3, 16, 16)
+    counted = count(model, example)
+    assert (counted.macs, counted.params) == (found["macs"], found["params"])
+    assert counted.params == sum(p.numel() for p in model.parameters()) < found["params_dense"]
+    assert found["macs"] < found["macs_dense"] and model(example).shape == (1, 2)
+    report = (folder / "report.md").read_text()
+    assert all(f"{name} | {'kept' if name in kept else 'removed'}" in report for name in structure["blocks"])
