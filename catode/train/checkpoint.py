@@ -134,7 +134,7 @@ def load(folder: str | os.PathLike) -> nn.Module:
         structure["arch"],
         in_channels=structure["in_channels"],
         classes=len(structure["classes"]),
-        hidden_scale=structure["hidden_scale"],
+        **{name: structure[name] for name in ("hidden_scale", "shortcut", "stem") if name in structure},
     )
     compact.restrict(model, model.structures(), structure["blocks"])
     state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)

@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from catode import _validate
+from catode.train.models import ARCHITECTURES, SHORTCUTS, STEMS
 
 __all__ = ["PRESETS", "Config", "ConfigError", "build_parser", "check_out", "parse"]
 
 _REAL_IMAGES: dict[str, Any] = dict(
     nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0, probe_size=8
 )
+_IMAGENET_NETS = [name for name, architecture in ARCHITECTURES.items() if architecture.stem == "imagenet"]
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    **{("*", name): dict(shortcut=own.shortcut, stem=own.stem) for name, own in ARCHITECTURES.items()},
     ("digits", "*"): dict(
         augment="shift",
         nu=3.0,
@@ -44,10 +47,15 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("cifar10", "*"): {**_REAL_IMAGES, "nu": 2.4},
     ("cifar100", "*"): {**_REAL_IMAGES, "nu": 2.4},
     ("folder", "*"): _REAL_IMAGES,
+    **{
+        ("folder", name): dict(nu=0.24, beta=0.5, epochs=90, batch_size=256, weight_decay=1e-4, probe_size=None)
+        for name in _IMAGENET_NETS
+    },
 }
 """Values by (data set, architecture) in place of the field defaults.
 
-`*` holds for every architecture; an exact entry goes over it.
+`*` holds for every data set or architecture; what holds for the data set goes over what holds for the architecture, and
+an exact entry over both.
 """
 
 _GROUPS = {
@@ -238,9 +246,31 @@ class Config:
     arch: str = _text(
         "resnet20",
         "data",
-        "CIFAR-style residual network; resnet14 is a shortened rival",
-        choices=("resnet14", "resnet20", "resnet32", "resnet56", "resnet110"),
+        "residual network, of those for CIFAR (resnet14, a shortened rival, to resnet110) or for ImageNet (resnet18, 34, 50 "
+        "and 101)",
+        choices=tuple(ARCHITECTURES),
         identity=False,
+    )
+    shortcut: str = _text(
+        "A",
+        "data",
+        "shortcut where the shape changes: A pads with zeros and strides, B is a 1x1 convolution with batch norm",
+        choices=SHORTCUTS,
+    )
+    stem: str = _text(
+        "cifar",
+        "data",
+        "how the network begins: cifar with a 3x3 convolution at full resolution; imagenet with a 7x7 one of stride 2 and a "
+        "maximum of stride 2, a sixteenth of the pixels",
+        choices=STEMS,
+    )
+    init: str | None = _text(
+        None,
+        "data",
+        "file of weights to start from, saved by torch.save: a state dict of this network, such as torchvision's; a "
+        "classifier for another number of classes is left fresh",
+        optional=True,
+        mend="Give a file of weights, or leave it out for random ones.",
     )
     hidden_scale: float = _number(
         1.0,
@@ -663,7 +693,9 @@ def settings() -> dict[str, Setting]:
 def _preset(dataset: str, arch: str) -> dict[str, Any]:
     """Default of every field for one data set and architecture."""
     values = {f.name: f.default for f in dataclasses.fields(Config)}
-    return {**values, **PRESETS.get((dataset, "*"), {}), **PRESETS.get((dataset, arch), {})}
+    for key in (("*", arch), (dataset, "*"), (dataset, arch)):
+        values |= PRESETS.get(key, {})
+    return values
 
 
 def _check_names(given: dict[str, Any]) -> None:
@@ -772,18 +804,23 @@ def _convert(name: str, setting: Setting) -> Any:
 
 def _default_text(name: str, default: Any) -> str:
     """The default and the presets of a field, for `--help`."""
-    parts = []
-    for dataset in settings()["dataset"].choices:
-        for (key, arch), preset in PRESETS.items():
-            if key == dataset and name in preset:
-                value = preset[name]
-                value = value if isinstance(value, str) else f"{value:g}"
-                parts.append(f"{dataset if arch == '*' else f'{dataset}/{arch}'} {value}")
-    if parts:
-        return "default: " + ", ".join(parts)
-    if default is None or default is False:
-        return ""
-    return f"default: {'on' if default is True else f'{default:g}' if isinstance(default, float) else default}"
+    groups: dict[tuple[str, Any], list[str]] = {}
+    for (dataset, arch), preset in PRESETS.items():
+        if name in preset and (dataset, preset[name]) != ("*", default):
+            groups.setdefault((dataset, preset[name]), []).append(arch)
+    everywhere = all(name in PRESETS.get((dataset, "*"), {}) for dataset in settings()["dataset"].choices)
+    parts = [] if default in (None, False) or everywhere else [_shown(default)]
+    for (dataset, value), archs in groups.items():
+        where = [] if dataset == "*" else [dataset]
+        where += [] if archs == ["*"] else [" ".join(archs)]
+        parts.append(f"{' with '.join(where)} {_shown(value)}")
+    return "default: " + ", ".join(parts) if parts else ""
+
+
+def _shown(value: Any) -> str:
+    return (
+        "on" if value is True else "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:

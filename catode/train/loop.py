@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from catode import __version__
-from catode.train import checkpoint, data, models, report
+from catode.train import checkpoint, data, models, report, weights
 from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
@@ -56,7 +56,10 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs before its first step; `state` is that of the run that goes on, if it got that far."""
+    """Everything a run needs before its first step.
+
+    `state` is that of the run that goes on, if it got that far; `notes` are what its user should know, one line each.
+    """
 
     config: Config
     images: data.ImageData
@@ -65,6 +68,7 @@ class Setup:
     steps_per_epoch: int
     schedule: np.ndarray
     state: dict | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def ode_time(self) -> float:
@@ -130,6 +134,7 @@ def prepare(config: Config) -> Setup:
         array_bytes=None if config.array_gib is None else int(config.array_gib * 2**30),
         download=config.download,
     )
+    initial = weights.read(config.init) if config.init is not None and state is None else None
     steps = len(images.train_labels) // config.batch_size
     if steps < 1:
         raise data.DataError(
@@ -142,7 +147,10 @@ def prepare(config: Config) -> Setup:
         in_channels=images.train_images.shape[1],
         classes=len(images.classes),
         hidden_scale=config.hidden_scale,
+        shortcut=config.shortcut,
+        stem=config.stem,
     )
+    notes = weights.fill(model, initial, config.init) if initial is not None else []
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(config.device, memory_format=memory_format)
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
@@ -158,7 +166,7 @@ def prepare(config: Config) -> Setup:
             f"`data_dir` must hold the images that the run began with; got {steps} steps an epoch and {len(images.classes)} "
             f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start anew."
         )
-    return Setup(config, images, model, example, steps, schedule, state)
+    return Setup(config, images, model, example, steps, schedule, state, tuple(notes))
 
 
 def _state_of(config: Config) -> dict | None:
@@ -318,6 +326,8 @@ class _Trainer:
         self.setup, self.config, self.folder = setup, config, folder
         self.model, self.amp = setup.model, config.amp == "bf16"
         self.dense = count(self.model, setup.example)
+        blocks = self.model.structures()
+        self.total = len(blocks), sum(site.width for b in blocks for site in b.sites)
         self.dense_latency = latency_ms(self.model, setup.example)
         self.optimizer = make_optimizer(self.model, config)
         self.pruner = make_pruner(setup, self.optimizer)
@@ -355,6 +365,8 @@ class _Trainer:
             file=sys.stderr,
             mininterval=0.5,
         )
+        for note in setup.notes:
+            self.bar.write(f"note: {note}", file=sys.stderr)
         self.save()
 
     def close(self) -> None:
@@ -462,8 +474,7 @@ class _Trainer:
         """Layers and units left, and how many structures are undecided."""
         if self.pruner is not None:
             return self.pruner.layers_kept, self.pruner.units_kept, self.pruner.undecided
-        blocks = self.model.structures()
-        return len(blocks), sum(site.width for b in blocks for site in b.sites), 0
+        return *self.total, 0
 
     def show(self, losses: list[torch.Tensor]) -> None:
         layers, units, undecided = self.left()
@@ -489,6 +500,8 @@ class _Trainer:
                 "in_channels": images.train_images.shape[1],
                 "classes": list(images.classes),
                 "hidden_scale": self.config.hidden_scale,
+                "shortcut": self.config.shortcut,
+                "stem": self.config.stem,
                 "image_shape": list(images.train_images.shape[1:]),
                 "mean": list(images.mean),
                 "std": list(images.std),
@@ -540,9 +553,6 @@ class _Trainer:
         """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""
         counts = self.counts()
         layers, units, _ = self.left()
-        blocks = models.build(
-            self.config.arch, in_channels=1, classes=2, hidden_scale=self.config.hidden_scale
-        ).structures()
         small = self.dense_latency if self.pruner is None else latency_ms(self.model, self.setup.example)
         content = {
             "accuracy": self.history[-1],
@@ -554,9 +564,9 @@ class _Trainer:
             "params_dense": self.dense.params,
             "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
             "layers_kept": layers,
-            "layers_total": len(blocks),
+            "layers_total": self.total[0],
             "units_kept": units,
-            "units_total": sum(site.width for b in blocks for site in b.sites),
+            "units_total": self.total[1],
             "decisions": self.pruner.decisions() if self.pruner else {},
             "macs_removed_by_tolerance": self.pruner.macs_removed("pruned_tolerance") if self.pruner else 0,
             "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,

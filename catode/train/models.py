@@ -1,21 +1,25 @@
 """Architectures and how they describe their structures.
 
-CIFAR ResNets after He et al. (2016), with parameter-free option A shortcuts, and a fully-connected residual network.
+The residual networks of He et al. (2016) for CIFAR and for ImageNet, the latter's parameters named and shaped as
+torchvision's, and a fully-connected residual network.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from catode._validate import check_choice
 from catode.train.structure import Block, Site
 
-CIFAR_DEPTHS = {"resnet14": 2, "resnet20": 3, "resnet32": 5, "resnet56": 9, "resnet110": 18}
+SHORTCUTS, STEMS = ("A", "B"), ("cifar", "imagenet")
 
 
 class PadShortcut(nn.Module):
-    """Option A shortcut: every second pixel, new channels zero; no weights."""
+    """Option A shortcut: one pixel in `stride` each way, new channels zero; no weights."""
 
     def __init__(self, stride: int, channels: int):
         super().__init__()
@@ -28,82 +32,179 @@ class PadShortcut(nn.Module):
         return f"stride={self.stride}, channels={self.channels}"
 
 
-class BasicBlock(nn.Module):
-    """``relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x))))))`` with one hidden site.
+class Projection(nn.Module):
+    """What is left of a block with a projecting shortcut when its branch is gone; the shortcut keeps its name."""
+
+    def __init__(self, downsample: nn.Module):
+        super().__init__()
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.downsample(x))
+
+
+class ResidualBlock(nn.Module):
+    """What the residual blocks share. Each is ``relu(branch(x) + downsample(x))`` of an ``x >= 0``.
+
+    The branch is conv1, bn1, relu, conv2, bn2 and so on; every width inside it is a site.
+    """
+
+    convolutions: int
+
+    def shortcut_only(self) -> nn.Module:
+        """What is left without the branch; a shortcut without weights maps ``x >= 0`` to its like, and needs no ReLU."""
+        projects = isinstance(self.downsample, nn.Sequential)
+        return Projection(self.downsample) if projects else self.downsample
+
+    def structure(self, name: str) -> Block:
+        """The block's description under its path `name` in the model."""
+        sites = tuple(
+            Site(
+                name=f"{name}.conv{i}",
+                width=self.get_submodule(f"conv{i}").out_channels,
+                producers=(f"{name}.conv{i}", f"{name}.bn{i}"),
+                consumers=(f"{name}.conv{i + 1}",),
+                normalised=True,
+            )
+            for i in range(1, self.convolutions)
+        )
+        return Block(name, output=f"{name}.bn{self.convolutions}", sites=sites, fixed=(f"{name}.downsample",))
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions with one site between them.
 
     Args:
         width_in: Input channels.
         hidden: Channels between the two convolutions.
         width_out: Output channels.
         stride: Stride of the first convolution.
+        shortcut: Where the shape changes: option `A`, padding and striding, or `B`, a 1x1 convolution with batch norm.
     """
 
-    def __init__(self, width_in: int, hidden: int, width_out: int, stride: int):
+    convolutions, expansion = 2, 1
+
+    def __init__(self, width_in: int, hidden: int, width_out: int, stride: int, shortcut: str = "A"):
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, hidden, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
         self.conv2 = nn.Conv2d(hidden, width_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width_out)
-        same = stride == 1 and width_in == width_out
-        self.shortcut = nn.Identity() if same else PadShortcut(stride, width_out - width_in)
+        self.downsample = _downsample(width_in, width_out, stride, shortcut)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-    def shortcut_only(self) -> nn.Module:
-        """What is left without the branch; the input is already non-negative, so the ReLU is the identity."""
-        return self.shortcut
-
-    def structure(self, name: str) -> Block:
-        """The block's description under its path `name` in the model."""
-        site = Site(
-            name=f"{name}.conv1",
-            width=self.conv1.out_channels,
-            producers=(f"{name}.conv1", f"{name}.bn1"),
-            consumers=(f"{name}.conv2",),
-            normalised=True,
-        )
-        return Block(name=name, output=f"{name}.bn2", sites=(site,))
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
-class CifarResNet(nn.Module):
-    """ResNet for small images: a stem, three stages, global average pooling, a classifier.
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolution with two sites between them; the 3x3 one strides, as torchvision's does.
 
     Args:
-        blocks: Residual blocks in each stage; depth = 6 blocks + 2.
+        width_in: Input channels.
+        hidden: Channels before and behind the 3x3 convolution.
+        width_out: Output channels.
+        stride: Stride of the 3x3 convolution.
+        shortcut: As of `BasicBlock`.
+    """
+
+    convolutions, expansion = 3, 4
+
+    def __init__(self, width_in: int, hidden: int, width_out: int, stride: int, shortcut: str = "B"):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, hidden, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.conv3 = nn.Conv2d(hidden, width_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width_out)
+        self.downsample = _downsample(width_in, width_out, stride, shortcut)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+def _downsample(width_in: int, width_out: int, stride: int, shortcut: str) -> nn.Module:
+    if stride == 1 and width_in == width_out:
+        return nn.Identity()
+    if shortcut == "A":
+        return PadShortcut(stride, width_out - width_in)
+    return nn.Sequential(nn.Conv2d(width_in, width_out, 1, stride, bias=False), nn.BatchNorm2d(width_out))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A named residual network.
+
+    Args:
+        block: Kind of its residual blocks.
+        blocks: Their number in each stage.
+        width: Width of the first stage's branches, doubled at each further one.
+        shortcut: Option that it has if no other is asked for, of `SHORTCUTS`.
+        stem: The same of `STEMS`: `cifar` is a 3x3 convolution at full resolution, `imagenet` a 7x7 one of stride 2 and a
+            3x3 maximum of stride 2.
+    """
+
+    block: type[BasicBlock | Bottleneck]
+    blocks: tuple[int, ...]
+    width: int
+    shortcut: str
+    stem: str
+
+
+ARCHITECTURES = {
+    f"resnet{6 * n + 2}": Architecture(BasicBlock, (n, n, n), 16, "A", "cifar") for n in (2, 3, 5, 7, 9, 18)
+} | {
+    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2), 64, "B", "imagenet"),
+    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3), 64, "B", "imagenet"),
+    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3), 64, "B", "imagenet"),
+    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3), 64, "B", "imagenet"),
+}
+
+
+class ResNet(nn.Module):
+    """Residual network: a stem, stages that halve the resolution from the second on, average pooling, a classifier.
+
+    Args:
+        architecture: Its blocks, widths, shortcuts and stem.
         in_channels: Image channels.
         classes: Number of classes.
-        width: Channels of the first stage, doubled at each further one.
         hidden_scale: Factor on every hidden width, for networks narrowed from the start.
     """
 
-    def __init__(self, blocks: int, in_channels: int, classes: int, width: int = 16, hidden_scale: float = 1.0):
+    def __init__(self, architecture: Architecture, in_channels: int, classes: int, hidden_scale: float = 1.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        before = width
-        for stage in range(3):
-            channels = width * 2**stage
-            hidden = max(1, round(channels * hidden_scale))
+        imagenet = architecture.stem == "imagenet"
+        before = architecture.width
+        self.conv1 = nn.Conv2d(in_channels, before, *((7, 2, 3) if imagenet else (3, 1, 1)), bias=False)
+        self.bn1 = nn.BatchNorm2d(before)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
+        self.stages = len(architecture.blocks)
+        for stage, blocks in enumerate(architecture.blocks):
+            width = architecture.width * 2**stage
+            hidden, out = max(1, round(width * hidden_scale)), width * architecture.block.expansion
             layers = []
             for i in range(blocks):
-                layers.append(BasicBlock(before, hidden, channels, 2 if stage and i == 0 else 1))
-                before = channels
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+                stride = 2 if stage and i == 0 else 1
+                layers.append(architecture.block(before, hidden, out, stride, architecture.shortcut))
+                before = out
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.fc = nn.Linear(before, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        for stage in range(self.stages):
+            x = getattr(self, f"layer{stage + 1}")(x)
         return self.fc(x.mean((2, 3)))
 
     def structures(self) -> list[Block]:
         """The residual blocks, in the order of the forward pass."""
-        return [m.structure(name) for name, m in self.named_modules() if isinstance(m, BasicBlock)]
+        return [m.structure(name) for name, m in self.named_modules() if isinstance(m, ResidualBlock)]
 
 
 class DenseBlock(nn.Module):
@@ -159,18 +260,29 @@ class DenseResNet(nn.Module):
         return found
 
 
-def build(arch: str, *, in_channels: int, classes: int, hidden_scale: float = 1.0) -> CifarResNet:
+def build(
+    arch: str,
+    *,
+    in_channels: int,
+    classes: int,
+    hidden_scale: float = 1.0,
+    shortcut: str | None = None,
+    stem: str | None = None,
+) -> ResNet:
     """A fresh network of a named architecture.
 
     Args:
-        arch: A key of `CIFAR_DEPTHS`.
+        arch: A key of `ARCHITECTURES`.
         in_channels: Image channels.
         classes: Number of classes.
         hidden_scale: Factor on every hidden width.
+        shortcut: One of `SHORTCUTS`; None for the architecture's own.
+        stem: One of `STEMS`; None for the architecture's own.
 
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if a name is unknown.
     """
-    if arch not in CIFAR_DEPTHS:
-        raise ValueError(f"`arch` must be one of {', '.join(CIFAR_DEPTHS)}; got arch={arch}")
-    return CifarResNet(CIFAR_DEPTHS[arch], in_channels, classes, hidden_scale=hidden_scale)
+    own = ARCHITECTURES[check_choice("arch", arch, ARCHITECTURES)]
+    shortcut = check_choice("shortcut", own.shortcut if shortcut is None else shortcut, SHORTCUTS)
+    stem = check_choice("stem", own.stem if stem is None else stem, STEMS)
+    return ResNet(replace(own, shortcut=shortcut, stem=stem), in_channels, classes, hidden_scale)

@@ -22,6 +22,7 @@ def table(setup: Setup) -> str:
     prices = cost.prices(ones, nu=config.nu, alpha=config.alpha, beta=config.beta)
     macs, params = cost.macs(ones), cost.params(ones)
     lines = [
+        *(f"note: {note}" for note in setup.notes),
         f"{config.dataset}: {len(setup.images.train_labels)} training and {len(setup.images.test_labels)} test images, "
         f"{len(setup.images.classes)} classes",
         f"{config.arch}: {macs:,.0f} MACs, {params:,.0f} parameters; removable {cost.removable_macs / macs:.1%} of the MACs, "
@@ -29,15 +30,17 @@ def table(setup: Setup) -> str:
         f"nu {config.nu:g}, alpha {config.alpha:g}, beta {config.beta:g}; {len(setup.schedule)} steps, ODE time "
         f"{setup.ode_time:.4g}, rate_ratio {setup.rate_ratio:.4g}, deciding from step {setup.warmup_steps} to {setup.decide_steps}",
         "",
-        f"{'block':<12} {'width':>6} {'MACs':>12} {'params':>10} {'layer price':>12} {'unit price':>12}",
+        f"{'block':<12} {'width':>9} {'MACs':>13} {'params':>11} {'layer price':>12} {'unit price':>18}",
     ]
     for number, block in enumerate(blocks):
         without = ones.copy()
         without[number] = 0.0
-        units = np.flatnonzero(cost.unit_block == number)
+        sites = np.flatnonzero(cost.site_block == number)
+        widths = "+".join(str(cost.widths[site]) for site in sites)
+        units = " ".join(f"{prices[layers + np.argmax(cost.unit_site == site)]:.3g}" for site in sites)
         lines.append(
-            f"{block.name:<12} {len(units):>6} {macs - cost.macs(without):>12,.0f} {params - cost.params(without):>10,.0f} "
-            f"{prices[number]:>12.3g} {prices[layers + units[0]]:>12.3g}"
+            f"{block.name:<12} {widths:>9} {macs - cost.macs(without):>13,.0f} {params - cost.params(without):>11,.0f} "
+            f"{prices[number]:>12.3g} {units:>18}"
         )
     floor = np.zeros(cost.size)
     lines += [

@@ -21,17 +21,24 @@ from catode.train.compact import (
     silence_units,
 )
 from catode.train.gates import Gates
-from catode.train.models import DenseResNet, build
+from catode.train.models import Architecture, BasicBlock, Bottleneck, DenseResNet, ResNet, build
 from catode.train.structure import count, describe
 
 SHAPE = (1, 8, 8)
-SHALLOW = ["resnet14", "resnet20", "dense", "bottleneck"]
+SMALL = {
+    "projected": Architecture(BasicBlock, (1, 1), 8, "B", "cifar"),
+    "bottlenecks": Architecture(Bottleneck, (1, 2), 4, "B", "cifar"),
+    "padded bottlenecks": Architecture(Bottleneck, (1, 1), 4, "A", "imagenet"),
+}
+SHALLOW = ["resnet14", "resnet20", "dense", "bottleneck", *SMALL]
 DEEP = ["resnet32", "resnet56", "resnet110"]
 
 
 def network(name, bottleneck_net=None):
     if name == "dense":
         return DenseResNet(64, 10, blocks=3, width=12, hidden=9)
+    if name in SMALL:
+        return ResNet(SMALL[name], 1, 10)
     return bottleneck_net() if name == "bottleneck" else build(name, in_channels=1, classes=10)
 
 
@@ -319,6 +326,17 @@ def test_a_dropped_block_is_its_shortcut(bottleneck_net):
     change = drop_block(model, model.structures()[1])
     assert torch.equal(model.blocks[1](x), F.relu(shortcut(x)))
     assert not change.removed & set(shortcut.parameters())
+
+
+def test_a_dropped_block_with_a_projection_keeps_it_by_its_name():
+    model = randomise(network("bottlenecks"), 0)
+    before, x = model.layer2[0].downsample, torch.rand(2, 16, 5, 5)
+    change = drop_block(model, model.structures()[1])
+    assert torch.equal(model.layer2[0](x), F.relu(before(x)))
+    assert not change.removed & set(before.parameters()) and len(change.removed) == 9
+    names = [name for name in model.state_dict() if name.startswith("layer2.0.")]
+    assert names and all(name.startswith("layer2.0.downsample.") for name in names)
+    assert [block.name for block in model.structures()] == ["layer1.0", "layer2.1"]
 
 
 def test_an_emptied_site_is_refused():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from catode.train import config as module
 from catode.train.config import PRESETS, Config, ConfigError, build_parser, check_out, parse, settings
+from catode.train.models import ARCHITECTURES
 
 MESSAGE = re.compile(r"^`[-\w.]+` must [^\n]+; got [^\n]+\. [^\n]+[.?]$|^`[-\w.]+` must [^\n]+; got [^\n]+[.?]$")
 
@@ -26,6 +27,9 @@ WRONG_FIELDS = [
     ("workers", 1.5),
     ("augment", "cutout"),
     ("mixup", -0.1),
+    ("shortcut", "a"),
+    ("stem", "small"),
+    ("init", ""),
     ("hidden_scale", 0),
     ("hidden_scale", 1.01),
     ("nu", -1),
@@ -218,7 +222,7 @@ def test_every_preset_is_admitted(dataset, arch):
 
 def test_preset_keys_are_known():
     for (dataset, arch), preset in PRESETS.items():
-        assert dataset in settings()["dataset"].choices
+        assert dataset in ("*", *settings()["dataset"].choices)
         assert arch in ("*", *settings()["arch"].choices)
         assert set(preset) <= set(settings())
 
@@ -229,6 +233,22 @@ def test_warm_up_of_the_preset_shrinks_with_the_epochs():
     assert short.warmup_epochs == pytest.approx(full.warmup_epochs / full.epochs)
     assert parse(["--epochs", "5000"]).warmup_epochs == full.warmup_epochs
     assert parse(["--epochs", "10", "--warmup-epochs", "3"]).warmup_epochs == 3
+
+
+@pytest.mark.parametrize("dataset", settings()["dataset"].choices)
+def test_shortcut_and_stem_are_the_architectures_own_unless_given(dataset):
+    given = {} if dataset == "digits" else {"data_dir": "somewhere"}
+    for arch, own in ARCHITECTURES.items():
+        config = Config.from_presets(dataset=dataset, arch=arch, **given)
+        assert (config.shortcut, config.stem) == (own.shortcut, own.stem)
+    config = Config.from_presets(dataset=dataset, arch="resnet18", stem="cifar", shortcut="A", **given)
+    assert (config.shortcut, config.stem) == ("A", "cifar") and config.tag != "default"
+
+
+def test_image_folders_and_imagenet_networks_take_the_papers_setting():
+    config = parse(["--dataset", "folder", "--data-dir", "x", "--arch", "resnet50"])
+    assert (config.nu, config.alpha, config.beta, config.epochs) == (0.24, 0.5, 0.5, 90)
+    assert parse(["--dataset", "folder", "--data-dir", "x", "--arch", "resnet20"]).beta == 0.0
 
 
 def test_fixed_tolerance_turns_derivation_off():

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from catode.train.gates import Gates
-from catode.train.models import DenseResNet, build
+from catode.train.models import Architecture, Bottleneck, DenseResNet, ResNet, build
 
-NAMES = ["resnet14", "dense", "bottleneck"]
+NAMES = ["resnet14", "dense", "bottleneck", "bottlenecks"]
 
 
 def network(name, bottleneck_net):
@@ -24,6 +24,7 @@ def network(name, bottleneck_net):
         "resnet14": lambda: build("resnet14", in_channels=1, classes=10),
         "dense": lambda: DenseResNet(36, 10, blocks=3, width=8, hidden=6),
         "bottleneck": bottleneck_net,
+        "bottlenecks": lambda: ResNet(Architecture(Bottleneck, (1, 1), 4, "B", "cifar"), 1, 10),
     }[name]()
     with torch.no_grad():
         for module in model.modules():
