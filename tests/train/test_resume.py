@@ -103,21 +103,19 @@ def test_kill_at_random_moments_and_resume(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "catode.train"]
     arguments = [*flags, "--out", str(folder)]
+    table = folder / "metrics.csv"
     while True:
+        written = table.stat().st_size if table.exists() else 0
         process = subprocess.Popen(command + arguments, env=environment, stderr=subprocess.DEVNULL)
-        limit = time.monotonic() + 120
-        patience = chance.uniform(0.0, 0.6)
-        while not (folder / "config.json").exists() and process.poll() is None and time.monotonic() < limit:
-            time.sleep(0.02)
-        if kills < 3:
-            seen = os.path.getmtime(folder / "metrics.csv") if (folder / "metrics.csv").exists() else 0
-            while process.poll() is None and os.path.getmtime(folder / "metrics.csv") == seen:
+        if kills < 3:  # soon after the next row, while or after its state is written
+            while process.poll() is None and not (table.exists() and table.stat().st_size > written):
                 time.sleep(0.005)
-            time.sleep(patience)
+            time.sleep(chance.uniform(0.0, 0.6))
             process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
         if process.wait() == 0:
             break
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
         arguments = ["--resume", str(folder), "--threads", "1"]
     assert kills >= 2
     assert_same_end(folder, tmp_path / "whole")
