@@ -552,26 +552,27 @@ class Batches:
         """Batches in an epoch."""
         return len(self._images) // self.batch_size
 
-    def epoch(self, k: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, seed: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch.
 
         Args:
-            k: Number of the epoch, from 0.
+            epoch: Number of the epoch, from 0.
             seed: Seed of the run.
+            start: Number of the first batch; those before it are not made.
 
         Returns:
-            Iterator over `len(self)` pairs of images (batch_size, C, H, W) and labels (batch_size,).
+            Iterator over `len(self) - start` pairs of images (batch_size, C, H, W) and labels (batch_size,).
         """
         count, margin = len(self._images), AUGMENTATIONS[self.augment]
         generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
         )
         order = torch.randperm(count, generator=generator)
         rows, columns = torch.randint(0, 2 * margin + 1, (2, count), generator=generator)
         flip = torch.rand(count, generator=generator) < 0.5
         order, rows, columns = (t.to(self.device) for t in (order, rows, columns))
         canvas = self._canvas(margin)
-        for i in range(len(self)):
+        for i in range(start, len(self)):
             part = slice(i * self.batch_size, (i + 1) * self.batch_size)
             chosen = order[part]
             images = self._images.index_select(0, chosen)
