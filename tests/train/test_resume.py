@@ -248,6 +248,7 @@ def test_a_finished_run_is_not_resumed_but_one_without_its_report_is(ungated, tm
 
 SERVER = """
 import importlib, json, os, signal, sys, traceback
+import torch._dynamo  # or every child would import it with its first optimizer
 from catode.train import data, loop
 from catode.train.__main__ import main
 
