@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -81,7 +82,7 @@ def load_state(folder: Path, check: Callable[[dict], None] = lambda state: None)
             state = _whole_state(path)
             check(state)
         except Exception as error:  # unpickling damaged bytes can raise anything
-            bad[path.name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            bad[path.name] = _reason(error)
         else:
             return state, bad
     if bad:
@@ -91,6 +92,17 @@ def load_state(folder: Path, check: Callable[[dict], None] = lambda state: None)
             "in another folder."
         )
     return None, {}
+
+
+def _reason(error: Exception) -> str:
+    """Why a state cannot be used, in one line."""
+    if isinstance(error, zipfile.BadZipFile):
+        return "it is cut short, or no checkpoint"
+    if isinstance(error, pickle.UnpicklingError):  # whose message tells how to load it unsafely
+        return "it holds more than tensors, numbers and text"
+    if type(error) is ValueError:
+        return str(error)
+    return f"it cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 
 def _whole_state(path: Path) -> dict:

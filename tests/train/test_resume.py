@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from catode.train import checkpoint, loop
+from catode.train import checkpoint, lock, loop, models
 from catode.train.__main__ import main
-from catode.train.config import Config
+from catode.train.config import Config, ConfigError, parse
 
 # units and layers go, dead channels stay, every state of a pruner is passed through
 FLAGS = ["--arch=resnet14", "--hidden-scale=0.5", "--batch-size=256", "--nu=20", "--epochs=6", "--warmup-epochs=1.4"]
@@ -137,17 +138,100 @@ def rewrite(path):
     path.write_bytes(b"nonsense")
 
 
-def age(path):
-    torch.save({**torch.load(path, weights_only=True), "format": 0}, path)
+def empty(path):
+    path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [truncate, zero, rewrite, age, Path.unlink])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(damage, interrupted):
+def other_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", "nonsense")
+
+
+def change(path, **changes):
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+
+def other_tool(path):
+    torch.save(models.build("resnet14", in_channels=1, classes=10).state_dict(), path)
+
+
+def tensor(path):
+    torch.save(torch.zeros(3), path)
+
+
+def code(path):
+    torch.save({"format": checkpoint.FORMAT, "step": Path("x")}, path)
+
+
+def legacy(path):
+    torch.save({"format": checkpoint.FORMAT}, path, _use_new_zipfile_serialization=False)
+
+
+def incomplete(path):
+    torch.save({"format": checkpoint.FORMAT, "step": 1}, path)
+
+
+def other_run(path):
+    change(path, config={**torch.load(path, weights_only=True)["config"], "seed": 7, "nu": 3.0})
+
+
+DAMAGES = [
+    (truncate, "it is cut short, or no checkpoint"),
+    (zero, "checksum of"),
+    (rewrite, "it is cut short, or no checkpoint"),
+    (empty, "it is cut short, or no checkpoint"),
+    (other_zip, "it cannot be read (RuntimeError: "),
+    (legacy, "it is cut short, or no checkpoint"),
+    (lambda path: change(path, format=0), "it is in format 0, this version of catode reads format"),
+    (other_tool, "it is not a checkpoint of catode"),
+    (tensor, "it is not a checkpoint of catode"),
+    (code, "it holds more than tensors, numbers and text"),
+    (incomplete, "it lacks epochs_done, time"),
+    (other_run, "it is of a run with another nu, seed"),
+    (lambda path: change(path, lengths=[10**6, 0]), "metrics.csv is shorter than it was then"),
+    (lambda path: change(path, lengths=None), "it cannot be read (TypeError: "),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=lambda value: None if callable(value) else value[:20])
+def test_a_bad_checkpoint_gives_way_to_the_one_before_it(damage, reason, interrupted, capsys):
     newest, before = checkpoint.states(interrupted)
     damage(newest)
-    state, passed_over = checkpoint.load_state(interrupted)
-    assert f"checkpoint-{state['step']}.pt" == before.name
-    assert set(passed_over) == ({newest.name} if newest.exists() else set())
+    bytes_then = newest.read_bytes()
+    setup = loop.prepare(parse(["--resume", str(interrupted)]))
+    assert before.name == f"checkpoint-{setup.state['step']}.pt"
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {newest.name} is passed over: ") and reason in warning
+    assert len(warning.splitlines()) == 1 and newest.read_bytes() == bytes_then
+
+
+def test_a_folder_or_link_named_like_a_checkpoint_is_none(interrupted):
+    found = checkpoint.states(interrupted)
+    (interrupted / "checkpoint-99.pt").mkdir()
+    (interrupted / "checkpoint-100.pt").symlink_to(interrupted / "nowhere")
+    (interrupted / "checkpoint-.pt").touch()
+    assert checkpoint.states(interrupted) == found
+
+
+def test_a_checkpoint_holds_what_a_resume_asks_for(interrupted):
+    state, _ = checkpoint.load_state(interrupted)
+    assert state.keys() == {*loop.STATE_FIELDS, "format"}
+    assert len(state["sums"]["losses"]) == state["step"] - 5 * state["epochs_done"] > 0
+
+
+@given(steps=st.lists(st.integers(0, 30), max_size=6), last=st.integers(0, 30), keep=st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_law_the_last_checkpoints_are_kept(tmp_path_factory, steps, last, keep):
+    folder = tmp_path_factory.mktemp("kept")
+    for step in steps:
+        (folder / f"checkpoint-{step}.pt").touch()
+    (folder / f"checkpoint-{last}.pt.part").touch()
+    checkpoint.save_state(folder, {"step": last}, keep)
+    kept = sorted({step for step in steps if step < last} | {last}, reverse=True)[:keep]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"checkpoint-{step}.pt" for step in kept)
+    assert checkpoint.load_state(folder)[0]["step"] == last
+    checkpoint.drop_states(folder)
+    assert not list(folder.iterdir())
 
 
 @given(position=st.floats(0, 1), bit=st.integers(0, 7))
@@ -412,23 +496,30 @@ def test_twenty_kills_at_random_moments(server, pruned, tmp_path):
     assert_same_end(folder, pruned[1])
 
 
+def test_one_folder_is_begun_once(tmp_path):
+    setups = [loop.prepare(parse([*FLAGS, "--out", str(tmp_path / "run")])) for _ in range(2)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(setups[0].config.to_json())  # by the first of the two
+    with pytest.raises(ConfigError, match="must be a folder without a run"):
+        loop.train(setups[1])
+    with pytest.raises(ConfigError, match="`resume` must be a folder that can be written; got resume="):
+        lock.hold(tmp_path / "nowhere", "resume")
+
+
 def test_torch_load_is_never_called_unsafely():
     root = Path(checkpoint.__file__).parents[2]
-    files = [*(root / "catode").rglob("*.py"), *(root / "benchmarks").rglob("*.py")]
-    calls = [
-        (file.name, call)
-        for file in files
-        for call in ast.walk(ast.parse(file.read_text()))
-        if isinstance(call, ast.Call)
-        and ast.unparse(call.func) in ("torch.load", "load_state_dict_from_url", "torch.hub.load")
-    ]
-    assert calls
-    for name, call in calls:
-        assert "weights_only=True" in map(ast.unparse, call.keywords), f"{name}:{call.lineno}"
-    for file in files:  # the call is always written out, so that the above finds it
-        tree = ast.walk(ast.parse(file.read_text()))
-        assert not [
-            node
-            for node in tree
-            if isinstance(node, ast.ImportFrom) and node.module == "torch" and "load" in {a.name for a in node.names}
-        ]
+    found = 0
+    for file in (f for part in ("catode", "benchmarks") for f in (root / part).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            where = f"{file}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "torch.load",
+                "torch.hub.load_state_dict_from_url",
+            ):
+                assert "weights_only=True" in map(ast.unparse, node.keywords), where
+                found += 1
+            if (
+                isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch"
+            ):  # it would hide from the above
+                assert not {alias.name for alias in node.names} & {"load", "load_state_dict_from_url"}, where
+    assert found
