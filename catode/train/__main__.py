@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         folder = loop.train(setup)
+    except configuration.ConfigError as error:  # another process is at work in the folder
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except loop.NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

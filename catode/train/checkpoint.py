@@ -4,67 +4,105 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
 
 from catode.train import compact, models
 
-STATE, PREVIOUS, PART = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint.pt.part"
-FORMAT = 2  # of a state; raise it when what is in one changes
+PART = ".part"  # ending of a file that is being written
+_NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a state and the step after which it was written
+FORMAT = 3  # of a state; raise it when what is in one changes
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file in one move."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    os.replace(_beside(path, lambda file: file.write(text.encode())), path)
 
 
-def save_state(folder: Path, state: dict) -> None:
-    """Write a run's whole state for `load_state`; the state before it is kept too.
-
-    Written beside, flushed to the disk and moved into place: whatever kills the process, one whole state is there.
-    """
-    with (folder / PART).open("wb") as file:
-        torch.save({**state, "format": FORMAT}, file)
+def _beside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file under another name and flush it to the disk; it need only be moved into place."""
+    part = path.with_name(path.name + PART)
+    with part.open("wb") as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
-    if (folder / STATE).exists():
-        os.replace(folder / STATE, folder / PREVIOUS)
-    os.replace(folder / PART, folder / STATE)
+    return part
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush to the disk what was moved or deleted in a folder."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
 
 
-def load_state(folder: Path) -> dict | None:
-    """The newest whole state in a run's folder; None if there is none yet. A damaged newest one is deleted.
+def save_state(folder: Path, state: dict, keep: int = 2) -> None:
+    """Write a run's whole state for `load_state`, as checkpoint-STEP.pt.
+
+    Written beside, flushed to the disk and moved into place: whatever kills the process, one whole state is there.
+
+    Args:
+        folder: The run's folder.
+        state: What to write, of types that `torch.load` reads with weights_only; "step" is its number.
+        keep: States kept, this one included; those of later steps, left over from before a resume, go too.
+    """
+    path = folder / f"checkpoint-{state['step']}.pt"
+    os.replace(_beside(path, lambda file: torch.save({**state, "format": FORMAT}, file)), path)
+    _flush_folder(folder)
+    found = states(folder)
+    kept = found[found.index(path) :][:keep]
+    for stale in (*folder.glob("checkpoint-*" + PART), *(other for other in found if other not in kept)):
+        stale.unlink()
+
+
+def load_state(folder: Path, check: Callable[[dict], None] = lambda state: None) -> tuple[dict | None, dict[str, str]]:
+    """The newest good state in a run's folder; deletes nothing.
+
+    Args:
+        folder: The run's folder.
+        check: Raises a ValueError that says why a whole state cannot be used.
+
+    Returns:
+        The state, None if there is none yet; and why each newer file was passed over.
 
     Raises:
-        ValueError: if there are only damaged ones.
+        ValueError: if there are only bad ones.
     """
-    damaged = {}
-    for name in (STATE, PREVIOUS, PART):
+    bad = {}
+    for path in states(folder):
         try:
-            state = _whole_state(folder / name)
-        except FileNotFoundError:
-            continue
+            state = _whole_state(path)
+            check(state)
         except Exception as error:  # unpickling damaged bytes can raise anything
-            damaged[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
-            continue
-        if STATE in damaged:  # or it would be kept as the good one before the next
-            (folder / STATE).unlink()
-        return state
-    if damaged:
+            bad[path.name] = _reason(error)
+        else:
+            return state, bad
+    if bad:
         raise ValueError(
-            f"`resume` must name a run with a readable checkpoint; got {str(folder)!r}, where "
-            f"{'; '.join(f'{name}: {reason}' for name, reason in damaged.items())}. Start the run anew in another folder."
+            f"`resume` must name a run with a good checkpoint; got {str(folder)!r}, where of "
+            f"{'; of '.join(f'{name}: {reason}' for name, reason in bad.items())}. Restore the files of one run, or start anew "
+            "in another folder."
         )
-    return None
+    return None, {}
+
+
+def _reason(error: Exception) -> str:
+    """Why a state cannot be used, in one line."""
+    if isinstance(error, zipfile.BadZipFile):
+        return "it is cut short, or no checkpoint"
+    if isinstance(error, pickle.UnpicklingError):  # whose message tells how to load it unsafely
+        return "it holds more than tensors, numbers and text"
+    if type(error) is ValueError:
+        return str(error)
+    return f"it cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 
 def _whole_state(path: Path) -> dict:
@@ -73,20 +111,23 @@ def _whole_state(path: Path) -> dict:
     if broken is not None:
         raise ValueError(f"checksum of {broken} is wrong")
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError("it is not a checkpoint of catode")
     if state["format"] != FORMAT:
         raise ValueError(f"it is in format {state['format']}, this version of catode reads format {FORMAT}")
     return state
 
 
-def has_state(folder: Path) -> bool:
-    """Whether a run's folder holds a state, whole or not."""
-    return any((folder / name).exists() for name in (STATE, PREVIOUS, PART))
+def states(folder: Path) -> list[Path]:
+    """The files of a folder that are named like a state, the newest first."""
+    steps = {path: _NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_file()}
+    return sorted((p for p, found in steps.items() if found), key=lambda path: int(steps[path][1]), reverse=True)
 
 
-def drop_state(folder: Path) -> None:
-    """Delete the states of a run that is finished."""
-    for name in (STATE, PREVIOUS, PART):
-        (folder / name).unlink(missing_ok=True)
+def drop_states(folder: Path) -> None:
+    """Delete the states of a run that is finished, the newest last: until then the run can go on."""
+    for path in (*folder.glob("checkpoint-*" + PART), *reversed(states(folder))):
+        path.unlink()
 
 
 def whole(model: nn.Module) -> dict:
@@ -106,11 +147,14 @@ def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:
         structure: What structure.json holds: architecture, its arguments, and the kept blocks and units.
     """
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    files = {
+        folder / "model.pt": lambda file: torch.save(state, file),
+        folder / "structure.json": lambda file: file.write((json.dumps(structure, indent=1) + "\n").encode()),
+    }
     # both are moved into place only after both are written, so that they always fit each other closely in time
-    torch.save(state, folder / "model.pt.part")
-    (folder / "structure.json.part").write_text(json.dumps(structure, indent=1) + "\n")
-    os.replace(folder / "model.pt.part", folder / "model.pt")
-    os.replace(folder / "structure.json.part", folder / "structure.json")
+    parts = {_beside(path, write): path for path, write in files.items()}
+    for part, path in parts.items():
+        os.replace(part, path)
 
 
 def load(folder: str | os.PathLike) -> nn.Module:

@@ -529,12 +529,30 @@ class Config:
         identity=False,
         mend="Leave it out for a folder under runs/.",
     )
+    checkpoint_every: int = _number(
+        500,
+        int,
+        "run",
+        "steps of an epoch from one checkpoint to the next; there is one at the end of every epoch too",
+        low=1,
+        identity=False,
+        mend="Use as many steps as may be lost.",
+    )
+    keep_checkpoints: int = _number(
+        2,
+        int,
+        "run",
+        "checkpoints kept while the run goes on; the newest good one is gone on from",
+        low=1,
+        identity=False,
+        mend="Use 2 to survive the loss of one.",
+    )
     resume: str | None = _text(
         None,
         "run",
-        "folder of a run that was cut off, to go on from the end of its last whole epoch; every other setting is the "
-        "run's own, only what depends on the machine may be given: --threads, --device, --compile, --data-dir, --array-gib, "
-        "--workers",
+        "folder of a run that was cut off, to go on from its newest good checkpoint; every other setting is the run's own, "
+        "only what does not change its course may be given: --threads, --device, --compile, --data-dir, --array-gib, "
+        "--workers, --checkpoint-every, --keep-checkpoints",
         optional=True,
         identity=False,
         mend="Leave it out to start a run.",
@@ -869,10 +887,22 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     return Config.from_presets(**given) if given.get("resume") is None else _resumed(**given)
 
 
+_OWN_ON_RESUME = (
+    "threads",
+    "device",
+    "compile",
+    "data_dir",
+    "array_gib",
+    "workers",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+
+
 def _resumed(resume: str, **given: Any) -> Config:
     """The configuration of a run that goes on."""
     for name, value in given.items():
-        if name not in ("threads", "device", "compile", "data_dir", "array_gib", "workers"):
+        if name not in _OWN_ON_RESUME:
             raise ConfigError(
                 f"`{name}` must be left out with resume; got {name}={value!r} and resume={resume!r}. "
                 "The run goes on with its own settings."

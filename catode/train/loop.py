@@ -13,8 +13,9 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from catode import __version__
-from catode.train import checkpoint, data, models, report, weights
+from catode.train import checkpoint, data, lock, models, report, weights
 from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
@@ -48,6 +49,20 @@ METRIC_FIELDS = [
     "seconds",
     "wait_share",
 ]
+TABLES = ("metrics.csv", "structures.csv")
+_PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history")  # of a trainer
+STATE_FIELDS = (
+    *_PROGRESS,
+    "config",
+    "steps_per_epoch",
+    "classes",
+    "sums",
+    "lengths",
+    "momentum",
+    "pruner",
+    "model",
+    "rng",
+)
 
 
 class NotFinite(RuntimeError):
@@ -58,7 +73,8 @@ class NotFinite(RuntimeError):
 class Setup:
     """Everything a run needs before its first step.
 
-    `state` is that of the run that goes on, if it got that far; `notes` are what its user should know, one line each.
+    Of a run that goes on, `state` is what it had reached, if it got so far, and `lock` keeps other processes out of it.
+    `notes` are what its user should know, one line each.
     """
 
     config: Config
@@ -69,6 +85,7 @@ class Setup:
     schedule: np.ndarray
     state: dict | None = None
     notes: tuple[str, ...] = ()
+    lock: TextIO | None = None
 
     @property
     def ode_time(self) -> float:
@@ -110,15 +127,16 @@ def learning_rates(schedule: str, peak: float, steps: int) -> np.ndarray:
 
 
 def prepare(config: Config) -> Setup:
-    """Load the data and build the network; writes nothing.
+    """Load the data and build the network; writes nothing, but locks the folder of a run that goes on.
 
     Raises:
         ValueError: for data or settings that do not fit, one line each.
     """
-    state = None
+    state = held = None
     if config.resume is None:
         check_out(config)
     else:
+        held = lock.hold(Path(config.resume), "resume")
         state = _state_of(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -166,7 +184,7 @@ def prepare(config: Config) -> Setup:
             f"`data_dir` must hold the images that the run began with; got {steps} steps an epoch and {len(images.classes)} "
             f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start anew."
         )
-    return Setup(config, images, model, example, steps, schedule, state, tuple(notes))
+    return Setup(config, images, model, example, steps, schedule, state, tuple(notes), held)
 
 
 def _state_of(config: Config) -> dict | None:
@@ -176,29 +194,39 @@ def _state_of(config: Config) -> dict | None:
         ValueError: if the run is finished, or its files do not fit each other.
     """
     folder = Path(config.resume)
-    if (folder / "result.json").exists() and not checkpoint.has_state(folder):
+    if (folder / "result.json").exists() and not checkpoint.states(folder):
         raise ValueError(
             f"`resume` must be the folder of a run that was cut off; got {config.resume!r}, which is finished."
         )
-    state = checkpoint.load_state(folder)
-    tables = [folder / "metrics.csv", folder / "structures.csv"]
-    if state is None:
-        # one epoch's row may have been written before its state was
-        if tables[0].exists() and tables[0].read_text().count("\n") > 2:
-            raise ValueError(
-                f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs but none. "
-                "Start the run anew in another folder."
-            )
-        return None
-    whole = all(
-        table.is_file() and table.stat().st_size >= n for table, n in zip(tables, state["lengths"], strict=True)
-    )
-    if state["config"] != config.identity() or not whole:
+    state, passed_over = checkpoint.load_state(folder, lambda state: _check_state(config, folder, state))
+    for name, reason in passed_over.items():
+        print(f"warning: {name} is passed over: {reason}", file=sys.stderr)
+    metrics = folder / "metrics.csv"
+    # one epoch's row may have been written before its state was
+    if state is None and metrics.exists() and metrics.read_text().count("\n") > 2:
         raise ValueError(
-            f"`resume` must name a folder whose checkpoint, config.json and tables fit; got {config.resume!r}, where they do "
-            "not. Restore the files of one run."
+            f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs but none. "
+            "Start the run anew in another folder."
         )
     return state
+
+
+def _check_state(config: Config, folder: Path, state: dict) -> None:
+    """Make sure that a state is complete, of this run, and that the run's tables reach as far as it.
+
+    Raises:
+        ValueError: if not.
+    """
+    missing = [name for name in STATE_FIELDS if name not in state]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    own = config.identity()
+    other = sorted(name for name in own | state["config"] if own.get(name) != state["config"].get(name))
+    if other:
+        raise ValueError(f"it is of a run with another {', '.join(other)}")
+    for name, length in zip(TABLES, state["lengths"], strict=True):
+        if not (folder / name).is_file() or (folder / name).stat().st_size < length:
+            raise ValueError(f"{name} is shorter than it was then")
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -299,7 +327,7 @@ def run(config: Config, *, progress: bool = True) -> Path:
         The run's folder.
 
     Raises:
-        ValueError: for bad input or a checkpoint that cannot be read, before anything is written.
+        ValueError: for bad input, a folder that is in use or a checkpoint that cannot be read, before anything is written.
         NotFinite: if the loss stops being finite; the folder then holds the last good network.
     """
     return train(prepare(config), progress=progress)
@@ -308,14 +336,47 @@ def run(config: Config, *, progress: bool = True) -> Path:
 def train(setup: Setup, *, progress: bool = True) -> Path:
     """The same for a prepared run; see `run`."""
     folder = Path(setup.config.out)
-    trainer = _Trainer(setup, folder, progress)
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
-    report.write(folder)
-    checkpoint.drop_state(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with setup.lock or lock.hold(folder):
+        if setup.config.resume is None:
+            check_out(setup.config)  # another process may have begun and ended here meanwhile
+        trainer = _Trainer(setup, folder, progress)
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
+        report.write(folder)
+        checkpoint.drop_states(folder)
+        lock.drop(folder)
     return folder
+
+
+@dataclass
+class _Sums:
+    """What an epoch has added up so far: its row in metrics.csv is made of it.
+
+    Attributes:
+        right: Correct predictions, a count on the device.
+        losses: Loss of each step, on the device.
+        waited: Seconds spent waiting for batches.
+        seconds: Seconds spent on steps, the waiting included.
+    """
+
+    right: torch.Tensor
+    losses: list[torch.Tensor] = field(default_factory=list)
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    def state(self) -> dict:
+        """The same for a checkpoint."""
+        losses = torch.stack(self.losses) if self.losses else torch.empty(0)
+        return {"right": self.right.cpu(), "losses": losses.cpu(), "waited": self.waited, "seconds": self.seconds}
+
+    @classmethod
+    def of(cls, state: dict, device: str) -> _Sums:
+        """The sums of a `state`."""
+        tensors = {"right": state["right"].to(device, copy=True), "losses": list(state["losses"].to(device).unbind())}
+        return cls(**{**state, **tensors})
 
 
 class _Trainer:
@@ -344,17 +405,17 @@ class _Trainer:
             workers=config.workers,
             **common,
         )
-        folder.mkdir(parents=True, exist_ok=True)
         state = setup.state
         if config.resume is None:
             checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
         (folder / "env.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
         lengths = state["lengths"] if state else [None, None]
-        self.metrics = _Table(folder / "metrics.csv", METRIC_FIELDS, lengths[0])
-        self.structures = _Table(folder / "structures.csv", ROW_FIELDS, lengths[1])
+        self.metrics = _Table(folder / TABLES[0], METRIC_FIELDS, lengths[0])
+        self.structures = _Table(folder / TABLES[1], ROW_FIELDS, lengths[1])
         self.history: list[float] = []
         self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
         self.seconds, self.cpu_seconds = 0.0, 0.0
+        self.sums = self.no_sums()
         if state:
             self.restore(state)
         self.bar = tqdm(
@@ -375,14 +436,12 @@ class _Trainer:
         self.structures.close()
 
     def train(self) -> None:
-        mark, cpu_mark = time.perf_counter(), time.process_time()
+        self.mark = time.perf_counter(), time.process_time()
         while self.epochs_done < self.config.epochs:
             row = self.epoch(self.epochs_done)
             self.epochs_done += 1
-            mark, before = time.perf_counter(), mark
-            cpu_mark, cpu_before = time.process_time(), cpu_mark
-            self.seconds += mark - before
-            self.cpu_seconds += cpu_mark - cpu_before
+            self.sums = self.no_sums()
+            self.tick()
             self.metrics.add([{**row, "seconds": self.seconds}])
             self.save_state()
         executed = count(self.model, self.setup.example).macs
@@ -392,11 +451,11 @@ class _Trainer:
 
     def epoch(self, epoch: int) -> dict:
         self.model.train()
-        losses, right, waited = [], torch.zeros((), dtype=torch.long, device=self.config.device), 0.0
-        began = mark = time.perf_counter()
+        sums, losses = self.sums, self.sums.losses
+        mark = time.perf_counter()
         rate = self.config.lr
-        for x, y in self.batches.epoch(epoch, self.config.seed):
-            waited += time.perf_counter() - mark
+        for x, y in self.batches.epoch(epoch, self.config.seed, start=len(losses)):
+            sums.waited += time.perf_counter() - mark
             rate = float(self.setup.schedule[self.step])
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -409,7 +468,7 @@ class _Trainer:
             loss.backward()
             self.optimizer.step()
             losses.append(loss.detach())
-            right += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
+            sums.right += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
             self.step += 1
             self.time += rate / (1.0 - self.config.momentum)
             if not math.isfinite(losses[-1]):
@@ -419,8 +478,10 @@ class _Trainer:
             self.bar.update()
             if self.step % 10 == 0:
                 self.show(losses)
-            mark = time.perf_counter()
-        seconds = time.perf_counter() - began
+            if len(losses) % self.config.checkpoint_every == 0 and len(losses) < self.setup.steps_per_epoch:
+                self.save_state()
+            mark, before = time.perf_counter(), mark
+            sums.seconds += mark - before
         accuracy = evaluate(self.model, self.test_batches(), self.amp)
         if math.isnan(accuracy):  # the last loss was finite, the step after it ruinous
             self.not_finite()
@@ -436,7 +497,7 @@ class _Trainer:
             "time": self.time,
             "lr": rate,
             "loss": float(torch.stack(losses).mean()),
-            "train_accuracy": float(right) / seen,
+            "train_accuracy": float(sums.right) / seen,
             "test_accuracy": accuracy,
             "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
             "macs": counts.macs,
@@ -444,8 +505,17 @@ class _Trainer:
             "layers_kept": layers,
             "units_kept": units,
             "undecided": undecided,
-            "wait_share": waited / seconds,
+            "wait_share": sums.waited / sums.seconds,
         }
+
+    def no_sums(self) -> _Sums:
+        return _Sums(torch.zeros((), dtype=torch.long, device=self.config.device))
+
+    def tick(self) -> None:
+        """Add the time since the last tick to that of the run."""
+        mark, self.mark = self.mark, (time.perf_counter(), time.process_time())
+        self.seconds += self.mark[0] - mark[0]
+        self.cpu_seconds += self.mark[1] - mark[1]
 
     def test_batches(self):
         images = self.setup.images
@@ -510,7 +580,8 @@ class _Trainer:
         )
 
     def save_state(self) -> None:
-        """Keep everything that `restore` needs to go on as if nothing had happened."""
+        """Keep everything that `restore` needs to go on as if nothing had happened, between any two steps."""
+        self.tick()
         names = {parameter: plain_name(name) for name, parameter in self.model.named_parameters()}
         momentum = {
             names[parameter]: own["momentum_buffer"]
@@ -523,17 +594,15 @@ class _Trainer:
                 "config": self.config.identity(),
                 "steps_per_epoch": self.setup.steps_per_epoch,
                 "classes": list(self.setup.images.classes),
-                "epochs_done": self.epochs_done,
-                "step": self.step,
-                "time": self.time,
-                "seconds": self.seconds,
-                "cpu_seconds": self.cpu_seconds,
-                "history": self.history,
+                **{name: getattr(self, name) for name in _PROGRESS},
+                "sums": self.sums.state(),
                 "lengths": [self.metrics.length(), self.structures.length()],
                 "momentum": momentum,
                 "pruner": self.pruner.state_dict() if self.pruner else None,
                 "model": None if self.pruner else self.model.state_dict(),
+                "rng": _random_state(self.config.device),
             },
+            keep=self.config.keep_checkpoints,
         )
 
     def restore(self, state: dict) -> None:
@@ -546,8 +615,12 @@ class _Trainer:
         for name, buffer in state["momentum"].items():
             buffer = buffer.to(parameters[name].device, copy=True)
             self.optimizer.state[parameters[name]] = {"momentum_buffer": buffer}
-        for name in ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history"):
+        for name in _PROGRESS:
             setattr(self, name, state[name])
+        self.sums = _Sums.of(state["sums"], self.config.device)
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and torch.device(self.config.device).type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.config.device)
 
     def result(self, executed: int) -> None:
         """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""
@@ -579,6 +652,14 @@ class _Trainer:
             "seed": self.config.seed,
         }
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
+
+
+def _random_state(device: str) -> dict[str, torch.Tensor]:
+    """State of PyTorch's own generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.device(device).type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def _environment(config: Config) -> dict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import json
 import os
@@ -11,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,16 +21,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from catode.train import checkpoint, loop
+from catode.train import checkpoint, lock, loop, models
 from catode.train.__main__ import main
-from catode.train.config import Config
+from catode.train.config import Config, ConfigError, parse
 
 # units and layers go, dead channels stay, every state of a pruner is passed through
-FLAGS = ["--nu=20", "--epochs=6", "--warmup-epochs=3", "--memory=10", "--measure-every=1", "--layers-per-probe=9"]
-FLAGS += ["--check-every=7", "--width-multiple=8", "--threads=1"]
+FLAGS = ["--arch=resnet14", "--hidden-scale=0.5", "--batch-size=256", "--nu=20", "--epochs=6", "--warmup-epochs=1.4"]
+FLAGS += ["--memory=10", "--measure-every=1", "--layers-per-probe=3", "--check-every=3", "--threads=1"]
+FLAGS += ["--width-multiple=8", "--checkpoint-every=2"]
 
 
-def end(folder):
+def end(folder: Path) -> tuple:
     """Everything of a finished run that must not depend on its having been cut off."""
     result = json.loads((folder / "result.json").read_text())
     result = {k: v for k, v in result.items() if "seconds" not in k and "latency" not in k}
@@ -38,11 +42,20 @@ def end(folder):
     return result, metrics, (folder / "structures.csv").read_text(), (folder / "structure.json").read_text(), weights
 
 
-def assert_same_end(a, b):
+def assert_same_end(a: Path, b: Path) -> None:
     *others, weights = end(a)
     *expected, expected_weights = end(b)
     assert others == expected and weights.keys() == expected_weights.keys()
     assert all(torch.equal(weights[k], expected_weights[k]) for k in weights)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Neither latencies nor pictures are of interest here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "latency_ms", lambda *args: [0.0, 0.0])
+        patch.setattr(loop.report, "write", lambda folder: None)
+        yield
 
 
 def run_whole(flags, folder):
@@ -61,72 +74,54 @@ def pruned(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ungated(tmp_path_factory):
-    return run_whole(["--nu=0", "--epochs=3", "--threads=1"], tmp_path_factory.mktemp("whole") / "ungated")
-
-
-@pytest.fixture(params=["pruned", "ungated"])
-def whole(request):
-    return request.getfixturevalue(request.param)
+    return run_whole(
+        [*FLAGS, "--nu=0", "--epochs=2", "--warmup-epochs=0"], tmp_path_factory.mktemp("whole") / "ungated"
+    )
 
 
 def cut_off(monkeypatch, flags, folder, step):
     """Run until `step`, as far as an interrupt lets it."""
-    before = loop._Trainer.prune if "--nu=20" in flags else loop._Trainer.show
-    name = before.__name__
+    before = loop._Trainer.show if "--nu=0" in flags else loop._Trainer.prune
 
     def interrupt(self, *args):
         if self.step >= step:
             raise KeyboardInterrupt
         return before(self, *args)
 
-    monkeypatch.setattr(loop._Trainer, name, interrupt)
-    assert main([*flags, "--out", str(folder)]) == 130
-    monkeypatch.setattr(loop._Trainer, name, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, before.__name__, interrupt)
+        assert main([*flags, "--out", str(folder)]) == 130
 
 
-@pytest.mark.parametrize("step", [5, 25, 61, 100, 120])
-def test_a_resumed_run_ends_as_the_whole_one(whole, step, tmp_path, monkeypatch, capsys):
-    flags, expected = whole
-    if "--nu=0" in flags and step > 61:
-        pytest.skip("the ungated run is shorter")
+@pytest.mark.parametrize("step", [1, 13, 18, 29])
+def test_a_resumed_run_ends_as_the_whole_one(pruned, step, tmp_path, monkeypatch, capsys):
+    flags, expected = pruned
     cut_off(monkeypatch, flags, tmp_path / "run", step)
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
     assert_same_end(tmp_path / "run", expected)
-    assert not list((tmp_path / "run").glob("checkpoint*"))
+    assert not [name for name in os.listdir(tmp_path / "run") if name.startswith("checkpoint") or name == "lock"]
 
 
-def test_kill_at_random_moments_and_resume(tmp_path):
-    flags = [*FLAGS, "--epochs=4"]
-    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    folder, chance, kills = tmp_path / "run", random.Random(0), 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "catode.train"]
-    arguments = [*flags, "--out", str(folder)]
-    while True:
-        process = subprocess.Popen(command + arguments, env=environment, stderr=subprocess.DEVNULL)
-        limit = time.monotonic() + 120
-        patience = chance.uniform(0.0, 0.6)
-        while not (folder / "config.json").exists() and process.poll() is None and time.monotonic() < limit:
-            time.sleep(0.02)
-        if kills < 3:
-            seen = os.path.getmtime(folder / "metrics.csv") if (folder / "metrics.csv").exists() else 0
-            while process.poll() is None and os.path.getmtime(folder / "metrics.csv") == seen:
-                time.sleep(0.005)
-            time.sleep(patience)
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        if process.wait() == 0:
-            break
-        arguments = ["--resume", str(folder), "--threads", "1"]
-    assert kills >= 2
-    assert_same_end(folder, tmp_path / "whole")
+def test_a_resumed_ungated_run_ends_as_the_whole_one(ungated, tmp_path, monkeypatch):
+    flags, expected = ungated
+    cut_off(monkeypatch, flags, tmp_path / "run", 5)
+    assert [path.name for path in checkpoint.states(tmp_path / "run")] == ["checkpoint-4.pt", "checkpoint-2.pt"]
+    assert main(["--resume", str(tmp_path / "run"), "--threads", "1", "--checkpoint-every=1"]) == 0
+    assert_same_end(tmp_path / "run", expected)
+
+
+@pytest.fixture(scope="module")
+def cut_off_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        cut_off(patch, FLAGS, folder, 18)
+    return folder
 
 
 @pytest.fixture
-def interrupted(tmp_path, monkeypatch):
-    cut_off(monkeypatch, FLAGS, tmp_path / "run", 75)
-    return tmp_path / "run"
+def interrupted(cut_off_run, tmp_path):
+    return shutil.copytree(cut_off_run, tmp_path / "run")
 
 
 def truncate(path):
@@ -143,16 +138,100 @@ def rewrite(path):
     path.write_bytes(b"nonsense")
 
 
-def age(path):
-    torch.save({**torch.load(path, weights_only=True), "format": 0}, path)
+def empty(path):
+    path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [truncate, zero, rewrite, age, Path.unlink])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(damage, interrupted):
-    before = torch.load(interrupted / checkpoint.PREVIOUS, weights_only=True)["step"]
-    damage(interrupted / checkpoint.STATE)
-    assert checkpoint.load_state(interrupted)["step"] == before
-    assert not (interrupted / checkpoint.STATE).exists()
+def other_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", "nonsense")
+
+
+def change(path, **changes):
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+
+def other_tool(path):
+    torch.save(models.build("resnet14", in_channels=1, classes=10).state_dict(), path)
+
+
+def tensor(path):
+    torch.save(torch.zeros(3), path)
+
+
+def code(path):
+    torch.save({"format": checkpoint.FORMAT, "step": Path("x")}, path)
+
+
+def legacy(path):
+    torch.save({"format": checkpoint.FORMAT}, path, _use_new_zipfile_serialization=False)
+
+
+def incomplete(path):
+    torch.save({"format": checkpoint.FORMAT, "step": 1}, path)
+
+
+def other_run(path):
+    change(path, config={**torch.load(path, weights_only=True)["config"], "seed": 7, "nu": 3.0})
+
+
+DAMAGES = [
+    (truncate, "it is cut short, or no checkpoint"),
+    (zero, "checksum of"),
+    (rewrite, "it is cut short, or no checkpoint"),
+    (empty, "it is cut short, or no checkpoint"),
+    (other_zip, "it cannot be read (RuntimeError: "),
+    (legacy, "it is cut short, or no checkpoint"),
+    (lambda path: change(path, format=0), "it is in format 0, this version of catode reads format"),
+    (other_tool, "it is not a checkpoint of catode"),
+    (tensor, "it is not a checkpoint of catode"),
+    (code, "it holds more than tensors, numbers and text"),
+    (incomplete, "it lacks epochs_done, time"),
+    (other_run, "it is of a run with another nu, seed"),
+    (lambda path: change(path, lengths=[10**6, 0]), "metrics.csv is shorter than it was then"),
+    (lambda path: change(path, lengths=None), "it cannot be read (TypeError: "),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=lambda value: None if callable(value) else value[:20])
+def test_a_bad_checkpoint_gives_way_to_the_one_before_it(damage, reason, interrupted, capsys):
+    newest, before = checkpoint.states(interrupted)
+    damage(newest)
+    bytes_then = newest.read_bytes()
+    setup = loop.prepare(parse(["--resume", str(interrupted)]))
+    assert before.name == f"checkpoint-{setup.state['step']}.pt"
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {newest.name} is passed over: ") and reason in warning
+    assert len(warning.splitlines()) == 1 and newest.read_bytes() == bytes_then
+
+
+def test_a_folder_or_link_named_like_a_checkpoint_is_none(interrupted):
+    found = checkpoint.states(interrupted)
+    (interrupted / "checkpoint-99.pt").mkdir()
+    (interrupted / "checkpoint-100.pt").symlink_to(interrupted / "nowhere")
+    (interrupted / "checkpoint-.pt").touch()
+    assert checkpoint.states(interrupted) == found
+
+
+def test_a_checkpoint_holds_what_a_resume_asks_for(interrupted):
+    state, _ = checkpoint.load_state(interrupted)
+    assert state.keys() == {*loop.STATE_FIELDS, "format"}
+    assert len(state["sums"]["losses"]) == state["step"] - 5 * state["epochs_done"] > 0
+
+
+@given(steps=st.lists(st.integers(0, 30), max_size=6), last=st.integers(0, 30), keep=st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_law_the_last_checkpoints_are_kept(tmp_path_factory, steps, last, keep):
+    folder = tmp_path_factory.mktemp("kept")
+    for step in steps:
+        (folder / f"checkpoint-{step}.pt").touch()
+    (folder / f"checkpoint-{last}.pt.part").touch()
+    checkpoint.save_state(folder, {"step": last}, keep)
+    kept = sorted({step for step in steps if step < last} | {last}, reverse=True)[:keep]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"checkpoint-{step}.pt" for step in kept)
+    assert checkpoint.load_state(folder)[0]["step"] == last
+    checkpoint.drop_states(folder)
+    assert not list(folder.iterdir())
 
 
 @given(position=st.floats(0, 1), bit=st.integers(0, 7))
@@ -162,15 +241,16 @@ def test_law_a_flipped_bit_never_passes_unseen(tmp_path_factory, position, bit):
     state = {"lengths": [1, 2], "momentum": {"a": torch.arange(50.0)}, "text": ["undecided"] * 3}
     checkpoint.save_state(folder, {**state, "step": 1})
     checkpoint.save_state(folder, {**state, "step": 2})
-    content = bytearray((folder / checkpoint.STATE).read_bytes())
+    newest = folder / "checkpoint-2.pt"
+    content = bytearray(newest.read_bytes())
     content[int(position * (len(content) - 1))] ^= 1 << bit
-    (folder / checkpoint.STATE).write_bytes(content)
-    found = checkpoint.load_state(folder)
+    newest.write_bytes(content)
+    found, _ = checkpoint.load_state(folder)
     assert torch.equal(found["momentum"]["a"], state["momentum"]["a"]) and found["step"] in (1, 2)
 
 
 def test_a_fallback_ends_as_the_whole_run(interrupted, pruned):
-    truncate(interrupted / checkpoint.STATE)
+    truncate(checkpoint.states(interrupted)[0])
     assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
     assert_same_end(interrupted, pruned[1])
 
@@ -206,10 +286,10 @@ def half_config(folder):
 
 REFUSED = [
     (nothing_left, "which has epochs but none"),
-    (all_damaged, "must name a run with a readable checkpoint"),
-    (other_seed, "checkpoint, config.json and tables fit"),
-    (short_table, "checkpoint, config.json and tables fit"),
-    (lost_table, "checkpoint, config.json and tables fit"),
+    (all_damaged, "must name a run with a good checkpoint"),
+    (other_seed, "it is of a run with another seed"),
+    (short_table, "metrics.csv is shorter than it was then"),
+    (lost_table, "structures.csv is shorter than it was then"),
     (half_config, "`config.json` must be valid JSON"),
 ]
 
@@ -242,6 +322,204 @@ def test_a_finished_run_is_not_resumed_but_one_without_its_report_is(ungated, tm
     with monkeypatch.context() as patch:
         patch.setattr(loop.report, "write", fail)
         assert main([*flags, "--out", str(tmp_path / "run")]) == 130
+    monkeypatch.setattr(loop.report, "write", lambda folder: (folder / "report.md").write_text("written"))
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
-    assert (tmp_path / "run" / "report.md").is_file()
+    assert (tmp_path / "run" / "report.md").read_text() == "written"
     assert_same_end(tmp_path / "run", folder)
+
+
+# Killed for real: a process that has imported everything forks one child a run, which is killed or kills itself.
+
+SERVER = """
+import importlib, json, os, signal, sys, traceback
+import torch._dynamo  # or every child would import it with its first optimizer
+from catode.train import data, loop
+from catode.train.__main__ import main
+
+loop.latency_ms = lambda *args: [0.0, 0.0]
+loop.report.write = lambda folder: None
+data.load("digits", None, seed=0)
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def arm(place, count, how):
+    "Let the count-th call of a function be the last: before it, after it, half through a file, or paused to be killed."
+    module, _, names = place.partition(":")
+    owner = importlib.import_module(module)
+    *parents, name = names.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    call, calls = getattr(owner, name), []
+    def armed(*args, **kwargs):
+        calls.append(None)
+        if len(calls) != count:
+            return call(*args, **kwargs)
+        if how == "half":
+            call(args[0], lambda file: (args[1](file), file.truncate(file.tell() // 2), die()))
+        if how == "after":
+            call(*args, **kwargs)
+        if how == "pause":
+            signal.pause()
+        die()
+    setattr(owner, name, armed)
+
+for line in sys.stdin:
+    arguments, armed = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            if armed:
+                arm(*armed)
+            status = main(arguments)
+        except BaseException:
+            traceback.print_exc()
+            status = 70
+        os._exit(status)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+def start(server, arguments, armed=None):
+    """Begin a run in a process of its own; returns its number."""
+    server.stdin.write(json.dumps([arguments, armed]) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+def status(server):
+    """Wait for the end of the run that was begun last."""
+    return int(server.stdout.readline())
+
+
+def going_on(folder):
+    """Arguments that begin a run or go on with it."""
+    return (
+        ["--resume", str(folder), "--threads=1"]
+        if (folder / "config.json").exists()
+        else [*FLAGS, "--out", str(folder)]
+    )
+
+
+KILLS = [  # where, at which call and how; and the newest checkpoint that is there then, where that is certain
+    ("catode.train.prune:Pruner.step", 2, "before", ""),
+    ("catode.train.checkpoint:_beside", 4, "half", "checkpoint-2.pt"),
+    ("catode.train.checkpoint:_beside", 3, "after", "checkpoint-2.pt"),
+    ("catode.train.checkpoint:_flush_folder", 1, "before", "checkpoint-4.pt"),
+    ("catode.train.loop:_Table.add", 1, "after", "checkpoint-4.pt"),
+    ("os:fsync", 7, "pause", "checkpoint-4.pt"),
+    ("catode.train.compact:Change.follow", 2, "before", None),
+    ("catode.train.gates:Gates.install", 2, "before", None),
+    ("catode.train.prune:Pruner._compact", 1, "after", None),
+    ("catode.train.prune:Pruner.step", 4, "after", None),
+    ("catode.train.loop:_Trainer.result", 1, "after", "checkpoint-30.pt"),
+    ("pathlib:Path.unlink", 1, "after", "checkpoint-30.pt"),
+]
+
+
+def test_kills_wherever_it_hurts_and_resumes(server, pruned, tmp_path, capsys):
+    folder = tmp_path / "run"
+    for place, count, how, newest in KILLS:
+        process = start(server, going_on(folder), [place, count, how])
+        if how == "pause":
+            while not (folder / "checkpoint-5.pt.part").exists():
+                time.sleep(0.001)
+            assert main(["--resume", str(folder)]) == 2
+            held = f"no other process is at work; got resume={str(folder)!r}, held by process {process} "
+            assert held in capsys.readouterr().err
+            os.kill(process, signal.SIGKILL)
+        assert status(server) == -signal.SIGKILL, place
+        found = [path.name for path in checkpoint.states(folder)]
+        assert newest is None or found[:1] == ([newest] if newest else []), place
+    assert main(going_on(folder)) == 0
+    assert_same_end(folder, pruned[1])
+
+
+def alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(server, pruned, tmp_path):
+    chance, runs = random.Random(0), 0
+    begun = time.monotonic()
+    start(server, going_on(tmp_path / "timed"))
+    assert status(server) == 0
+    seconds = time.monotonic() - begun
+    kills = {"anywhere": 0, "writing": 0, "compaction": 0}
+    while sum(kills.values()) < 20:
+        folder = tmp_path / str(runs)
+        old = {(part.name, part.stat().st_mtime_ns) for part in folder.glob("checkpoint-*.part")}
+        kind, appearances = chance.choice(list(kills)), chance.randint(1, 4)
+        inside = ("catode.train.compact:Change.follow", chance.randint(1, 3), "before")
+        process = start(server, going_on(folder), inside if kind == "compaction" else None)
+        if kind == "anywhere":
+            limit = time.monotonic() + chance.uniform(0.0, seconds)
+            while alive(process) and time.monotonic() < limit:
+                time.sleep(0.001)
+        while kind == "writing" and alive(process) and appearances:
+            with contextlib.suppress(FileNotFoundError):  # moved into place meanwhile
+                new = {(part.name, part.stat().st_mtime_ns) for part in folder.glob("checkpoint-*.part")} - old
+                appearances -= bool(new)
+                old |= new
+        if kind != "compaction":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        ended = status(server)
+        assert ended in (0, -signal.SIGKILL)
+        kills[kind] += ended != 0
+        if (folder / "result.json").exists() and not checkpoint.states(folder):
+            assert_same_end(folder, pruned[1])
+            runs += 1
+    print(kills, runs, "runs")
+    assert min(kills.values()) >= 4
+    folder = tmp_path / str(runs)
+    start(server, going_on(folder))
+    assert status(server) == 0
+    assert_same_end(folder, pruned[1])
+
+
+def test_one_folder_is_begun_once(tmp_path):
+    setups = [loop.prepare(parse([*FLAGS, "--out", str(tmp_path / "run")])) for _ in range(2)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(setups[0].config.to_json())  # by the first of the two
+    with pytest.raises(ConfigError, match="must be a folder without a run"):
+        loop.train(setups[1])
+    with pytest.raises(ConfigError, match="`resume` must be a folder that can be written; got resume="):
+        lock.hold(tmp_path / "nowhere", "resume")
+
+
+def test_torch_load_is_never_called_unsafely():
+    root = Path(checkpoint.__file__).parents[2]
+    found = 0
+    for file in (f for part in ("catode", "benchmarks") for f in (root / part).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            where = f"{file}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "torch.load",
+                "torch.hub.load_state_dict_from_url",
+            ):
+                assert "weights_only=True" in map(ast.unparse, node.keywords), where
+                found += 1
+            if (
+                isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch"
+            ):  # it would hide from the above
+                assert not {alias.name for alias in node.names} & {"load", "load_state_dict_from_url"}, where
+    assert found
