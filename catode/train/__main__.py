@@ -45,7 +45,9 @@ def summary(folder: Path) -> str:
     ]
     if result["decisions"]:
         lines.append("decided  " + ", ".join(f"{n} {state}" for state, n in result["decisions"].items()))
-    lines.append(f"latency  {result['latency_dense_ms']:.2f} -> {result['latency_ms']:.2f} ms (batch 1)")
+    for batch, key in ((1, "ms"), (128, "ms_128")):
+        before, after = result[f"latency_dense_{key}"], result[f"latency_{key}"]
+        lines.append(f"latency  {before:.2f} -> {after:.2f} ms ({after / before:.1%}, batch {batch})")
     lines.append(f"report   {folder / 'report.md'}")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from torch import nn
 from catode.train import compact, models
 
 STATE, PREVIOUS, PART = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint.pt.part"
+STRUCTURE = ("arch", "in_channels", "classes", "hidden_scale", "image_shape", "mean", "std", "blocks")
 FORMAT = 2  # of a state; raise it when what is in one changes
 
 
@@ -113,6 +114,41 @@ def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:
     os.replace(folder / "structure.json.part", folder / "structure.json")
 
 
+def read_structure(folder: Path) -> dict:
+    """What structure.json in a run's folder says.
+
+    Raises:
+        FileNotFoundError: if the folder holds no network.
+        ValueError: if the file is damaged.
+    """
+    for name in ("structure.json", "model.pt"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"`folder` must be a run's folder; got {str(folder)!r} without {name}. Pass the --out of a run."
+            )
+    try:
+        structure = json.loads((folder / "structure.json").read_text())
+        missing = [key for key in STRUCTURE if key not in structure]
+    except (ValueError, TypeError) as error:
+        missing = [str(error)]
+    if missing:
+        raise ValueError(
+            f"`folder` must hold a whole structure.json; got {str(folder)!r}, where it lacks or breaks at {missing[0]}. "
+            "Restore the file from the run."
+        )
+    return structure
+
+
+def fresh(structure: dict) -> nn.Module:
+    """A fresh, whole network of the architecture that structure.json names."""
+    return models.build(
+        structure["arch"],
+        in_channels=structure["in_channels"],
+        classes=len(structure["classes"]),
+        hidden_scale=structure["hidden_scale"],
+    )
+
+
 def load(folder: str | os.PathLike) -> nn.Module:
     """The compact network of a finished run, in eval mode on the CPU.
 
@@ -124,18 +160,8 @@ def load(folder: str | os.PathLike) -> nn.Module:
         ValueError: if its files do not fit each other.
     """
     folder = Path(folder)
-    for name in ("structure.json", "model.pt"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"`folder` must be a run's folder; got {str(folder)!r} without {name}. Pass the --out of a run."
-            )
-    structure = json.loads((folder / "structure.json").read_text())
-    model = models.build(
-        structure["arch"],
-        in_channels=structure["in_channels"],
-        classes=len(structure["classes"]),
-        hidden_scale=structure["hidden_scale"],
-    )
+    structure = read_structure(folder)
+    model = fresh(structure)
     compact.restrict(model, model.structures(), structure["blocks"])
     state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from catode import _validate
 
-__all__ = ["PRESETS", "Config", "ConfigError", "build_parser", "check_out", "parse"]
+__all__ = ["PRESETS", "CommandLine", "Config", "ConfigError", "build_parser", "check_device", "check_out", "parse"]
 
 _REAL_IMAGES: dict[str, Any] = dict(
     nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0, probe_size=8
@@ -451,7 +451,7 @@ class Config:
                 raise ConfigError(str(error)) from None
             object.__setattr__(self, name, value)
         self._check_together()
-        _check_device(self.device)
+        check_device(self.device)
         object.__setattr__(self, "derive_tol", self.tol is None)
         if self.out is None:
             object.__setattr__(self, "out", f"runs/{self.dataset}-{self.arch}-{self.tag}-s{self.seed}")
@@ -583,8 +583,8 @@ def _check_names(given: dict[str, Any]) -> None:
             raise ConfigError(f"`{name}` must be the name of a setting; got {name}={value!r}. {mend}")
 
 
-def _check_device(device: str) -> None:
-    """Refuse a device that PyTorch does not know or that is not there."""
+def check_device(device: str) -> None:
+    """Refuse a device that PyTorch does not know or that is not there, by a `ConfigError`."""
     if device == "cpu":
         return
     import torch
@@ -633,7 +633,7 @@ def check_out(config: Config) -> None:
         )
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandLine(argparse.ArgumentParser):
     """An argument parser whose every complaint is a `ConfigError` in the one message form."""
 
     def error(self, message: str) -> None:
@@ -698,7 +698,7 @@ def build_parser() -> argparse.ArgumentParser:
     Returns:
         The parser; its `error` raises `ConfigError`.
     """
-    parser = _Parser(
+    parser = CommandLine(
         prog="python -m catode.train",
         description="Train a residual network once, pruning units and layers on the way, and keep the compact network.",
         allow_abbrev=False,

@@ -129,14 +129,7 @@ def prepare(config: Config) -> Setup:
             f"{len(images.train_labels)} images. Choose a smaller one."
         )
     torch.manual_seed(config.seed)
-    model = models.build(
-        config.arch,
-        in_channels=images.train_images.shape[1],
-        classes=len(images.classes),
-        hidden_scale=config.hidden_scale,
-    )
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(config.device, memory_format=memory_format)
+    model = build_model(config, images)
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
         raise data.DataError(
             f"`warmup_epochs` must end before the deciding phase does; got warmup_epochs={config.warmup_epochs:g} with "
@@ -150,6 +143,18 @@ def prepare(config: Config) -> Setup:
             f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start anew."
         )
     return Setup(config, images, model, example, steps, schedule, state)
+
+
+def build_model(config: Config, images: data.ImageData) -> nn.Module:
+    """A fresh, whole network for the images, on its device."""
+    model = models.build(
+        config.arch,
+        in_channels=images.train_images.shape[1],
+        classes=len(images.classes),
+        hidden_scale=config.hidden_scale,
+    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return model.to(config.device, memory_format=memory_format)
 
 
 def _state_of(config: Config) -> dict | None:
@@ -307,7 +312,6 @@ class _Trainer:
         self.setup, self.config, self.folder = setup, config, folder
         self.model, self.amp = setup.model, config.amp == "bf16"
         self.dense = count(self.model, setup.example)
-        self.dense_latency = latency_ms(self.model, setup.example)
         self.optimizer = make_optimizer(self.model, config)
         self.pruner = make_pruner(setup, self.optimizer)
         self.compiled = torch.compile(self.model) if config.compile else self.model
@@ -522,10 +526,9 @@ class _Trainer:
         """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""
         counts = self.counts()
         layers, units, _ = self.left()
-        blocks = models.build(
-            self.config.arch, in_channels=1, classes=2, hidden_scale=self.config.hidden_scale
-        ).structures()
-        small = self.dense_latency if self.pruner is None else latency_ms(self.model, self.setup.example)
+        dense = build_model(self.config, self.setup.images)
+        blocks = dense.structures()
+        latencies = latency_ms([dense, self.model] if self.pruner else [dense], self.setup.example)
         content = {
             "accuracy": self.history[-1],
             "accuracy_history": self.history,
@@ -544,10 +547,10 @@ class _Trainer:
             "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
-            "latency_ms": small[0],
-            "latency_dense_ms": self.dense_latency[0],
-            "latency_ms_128": small[1],
-            "latency_dense_ms_128": self.dense_latency[1],
+            "latency_ms": latencies[0][-1],
+            "latency_dense_ms": latencies[0][0],
+            "latency_ms_128": latencies[1][-1],
+            "latency_dense_ms_128": latencies[1][0],
             "seed": self.config.seed,
         }
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
