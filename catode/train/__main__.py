@@ -43,6 +43,8 @@ def summary(folder: Path) -> str:
         f"params   {result['params_dense']:,} -> {result['params']:,} ({result['params'] / result['params_dense']:.1%})",
         f"layers   {result['layers_total']} -> {result['layers_kept']}, units {result['units_total']} -> {result['units_kept']}",
     ]
+    if result["units_kept_for_rounding"]:
+        lines.append(f"rounding {result['units_kept_for_rounding']} of the units kept for round widths alone")
     if result["decisions"]:
         lines.append("decided  " + ", ".join(f"{n} {state}" for state, n in result["decisions"].items()))
     for batch, key in ((1, "ms"), (128, "ms_128")):

@@ -14,7 +14,7 @@ from catode.train import compact, models
 
 STATE, PREVIOUS, PART = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint.pt.part"
 STRUCTURE = ("arch", "in_channels", "classes", "hidden_scale", "image_shape", "mean", "std", "blocks")
-FORMAT = 2  # of a state; raise it when what is in one changes
+FORMAT = 3  # of a state; raise it when what is in one changes
 
 
 def write_text(path: Path, text: str) -> None:

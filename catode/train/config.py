@@ -249,6 +249,13 @@ class Config:
         high=1,
         mend="Use 0 to price MACs alone.",
     )
+    cost: str = _text(
+        "macs",
+        "pruning",
+        "what the complexity counts beside parameters: macs, or latency, the time of a training step in each layer measured "
+        "on this device before the run and kept in latency_table.csv",
+        choices=("macs", "latency"),
+    )
     risk: float = _number(
         0.05,
         float,
@@ -323,6 +330,16 @@ class Config:
         high=1,
         low_open=True,
         mend="Use 0.1 if in doubt.",
+    )
+
+    round_to: int = _number(
+        1,
+        int,
+        "pruning",
+        "make the final width of every pruned site a multiple of this: units leave in whole groups, and what is left over "
+        "in the end is kept",
+        low=1,
+        mend="Use 1 for any width.",
     )
 
     estimator: str = _text(

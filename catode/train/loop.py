@@ -23,12 +23,12 @@ from torch import nn
 from tqdm import tqdm
 
 from catode import __version__
-from catode.train import checkpoint, data, models, report
+from catode.train import checkpoint, data, models, report, steptime
 from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
 from catode.train.prune import ROW_FIELDS, Pruner
-from catode.train.structure import Counts, count
+from catode.train.structure import Counts, count, describe
 
 METRIC_FIELDS = [
     "epoch",
@@ -56,7 +56,10 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs before its first step; `state` is that of the run that goes on, if it got that far."""
+    """Everything a run needs before its first step.
+
+    `state` is that of the run that goes on, if it got that far; `step_times` are what it prices by, if not by MACs.
+    """
 
     config: Config
     images: data.ImageData
@@ -65,6 +68,7 @@ class Setup:
     steps_per_epoch: int
     schedule: np.ndarray
     state: dict | None = None
+    step_times: list[steptime.Table] | None = None
 
     @property
     def ode_time(self) -> float:
@@ -142,7 +146,18 @@ def prepare(config: Config) -> Setup:
             f"`data_dir` must hold the images that the run began with; got {steps} steps an epoch and {len(images.classes)} "
             f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start anew."
         )
-    return Setup(config, images, model, example, steps, schedule, state)
+    return Setup(config, images, model, example, steps, schedule, state, _step_times(config, model, example, state))
+
+
+def _step_times(config: Config, model: nn.Module, example: torch.Tensor, state: dict | None) -> list | None:
+    """Measured step times of a run priced by them: those that it began with, or new ones."""
+    if config.cost != "latency" or config.nu == 0:
+        return None
+    complexity = describe(model, model.structures(), example)
+    if state is not None:
+        return steptime.read(Path(config.resume) / steptime.FILE, model, complexity)
+    settings = dict(amp=config.amp == "bf16", channels_last=config.channels_last)
+    return steptime.measure(model, complexity, example, batch=config.batch_size, **settings)
 
 
 def build_model(config: Config, images: data.ImageData) -> nn.Module:
@@ -221,6 +236,8 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         check_every=config.check_every,
         memory=config.memory,
         width_multiple=config.width_multiple,
+        round_to=config.round_to,
+        step_times=setup.step_times,
         seed=config.seed,
     )
 
@@ -325,6 +342,8 @@ class _Trainer:
         if config.resume is None:
             checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
         (folder / "env.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
+        if setup.step_times is not None:
+            steptime.write(folder / steptime.FILE, setup.step_times)
         lengths = state["lengths"] if state else [None, None]
         self.metrics = _Table(folder / "metrics.csv", METRIC_FIELDS, lengths[0])
         self.structures = _Table(folder / "structures.csv", ROW_FIELDS, lengths[1])
@@ -542,6 +561,7 @@ class _Trainer:
             "layers_total": len(blocks),
             "units_kept": units,
             "units_total": sum(site.width for b in blocks for site in b.sites),
+            "units_kept_for_rounding": self.pruner.kept_for_rounding if self.pruner else 0,
             "decisions": self.pruner.decisions() if self.pruner else {},
             "macs_removed_by_tolerance": self.pruner.macs_removed("pruned_tolerance") if self.pruner else 0,
             "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,

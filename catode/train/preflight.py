@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from catode.train.loop import Setup
+from catode.train.steptime import MeasuredComplexity
 from catode.train.structure import describe
 
 
@@ -17,6 +18,8 @@ def table(setup: Setup) -> str:
     config = setup.config
     blocks = setup.model.structures()
     cost = describe(setup.model, blocks, setup.example)
+    if setup.step_times is not None:
+        cost = MeasuredComplexity(cost, setup.step_times)
     ones, layers = np.ones(cost.size), len(blocks)
     prices = cost.prices(ones, nu=config.nu, alpha=config.alpha, beta=config.beta)
     macs, params = cost.macs(ones), cost.params(ones)
@@ -27,6 +30,13 @@ def table(setup: Setup) -> str:
         f"{cost.removable_params / params:.1%} of the parameters",
         f"nu {config.nu:g}, alpha {config.alpha:g}, beta {config.beta:g}; {len(setup.schedule)} steps, ODE time "
         f"{setup.ode_time:.4g}, rate_ratio {setup.rate_ratio:.4g}, deciding from step {setup.warmup_steps} to {setup.decide_steps}",
+        *(
+            [
+                f"prices by time: {cost.removable_ms:.4g} ms a step of {config.batch_size} images in the blocks, measured now"
+            ]
+            if setup.step_times is not None
+            else []
+        ),
         "",
         f"{'block':<12} {'width':>6} {'MACs':>12} {'params':>10} {'layer price':>12} {'unit price':>12}",
     ]
