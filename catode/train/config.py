@@ -428,6 +428,13 @@ class Config:
         negatable=True,
         identity=False,
     )
+    tensorboard: bool = _switch(
+        False,
+        "run",
+        "also write the metrics and histograms of the keep probabilities for TensorBoard, into the run's tensorboard/",
+        negatable=True,
+        identity=False,
+    )
     threads: int | None = _number(
         None,
         int,
@@ -451,7 +458,7 @@ class Config:
         None,
         "run",
         "folder of a run that was cut off, to go on from the end of its last whole epoch; every other setting is the "
-        "run's own, only what depends on the machine may be given: --threads, --device, --compile, --data-dir",
+        "run's own, only what depends on the machine may be given: --threads, --device, --compile, --tensorboard, --data-dir",
         optional=True,
         identity=False,
         mend="Leave it out to start a run.",
@@ -758,7 +765,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 def _resumed(resume: str, **given: Any) -> Config:
     """The configuration of a run that goes on."""
     for name, value in given.items():
-        if name not in ("threads", "device", "compile", "data_dir"):
+        if name not in ("threads", "device", "compile", "tensorboard", "data_dir"):
             raise ConfigError(
                 f"`{name}` must be left out with resume; got {name}={value!r} and resume={resume!r}. "
                 "The run goes on with its own settings."

@@ -45,7 +45,7 @@ def check_compile(device: str) -> None:
 
 @torch.no_grad()
 def latency_ms(
-    networks: Sequence[nn.Module], example: torch.Tensor, *, batches: tuple[int, ...] = (1, 128), seconds: float = 1.0
+    networks: Sequence[nn.Module], example: torch.Tensor, *, batches: tuple[int, ...] = (1, 128), seconds: float = 0.5
 ) -> list[list[float]]:
     """Median time of one forward pass in eval mode, milliseconds, one list for each batch size, one number a network.
 

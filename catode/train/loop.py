@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from catode import __version__
-from catode.train import checkpoint, data, models, report, steptime
+from catode.train import board, checkpoint, data, models, report, steptime
 from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
@@ -125,6 +125,8 @@ def prepare(config: Config) -> Setup:
     keep_freed_memory()
     if config.compile:
         check_compile(config.device)
+    if config.tensorboard:
+        board.check_package()
     images = data.load(config.dataset, config.data_dir, seed=config.seed, image_size=config.image_size)
     steps = len(images.train_labels) // config.batch_size
     if steps < 1:
@@ -352,6 +354,7 @@ class _Trainer:
         self.seconds, self.cpu_seconds = 0.0, 0.0
         if state:
             self.restore(state)
+        self.board = board.Board(folder, self.step) if config.tensorboard else None
         self.bar = tqdm(
             total=len(setup.schedule),
             initial=self.step,
@@ -366,6 +369,8 @@ class _Trainer:
         self.bar.close()
         self.metrics.close()
         self.structures.close()
+        if self.board is not None:
+            self.board.close()
 
     def train(self) -> None:
         mark, cpu_mark = time.perf_counter(), time.process_time()
@@ -376,7 +381,10 @@ class _Trainer:
             cpu_mark, cpu_before = time.process_time(), cpu_mark
             self.seconds += mark - before
             self.cpu_seconds += cpu_mark - cpu_before
-            self.metrics.add([{**row, "seconds": self.seconds}])
+            row["seconds"] = self.seconds
+            self.metrics.add([row])
+            if self.board is not None:
+                self.board.add(row, self.pruner.keep_prob_by_kind() if self.pruner else {})
             self.save_state()
         executed = count(self.model, self.setup.example).macs
         if self.pruner is not None:

@@ -286,6 +286,11 @@ class Pruner:
         decided = self.gated & ~np.isin(self.state, (UNDECIDED, FORCED))
         return float(decided.sum() / self.gated.sum())
 
+    def keep_prob_by_kind(self) -> dict[str, NDArray]:
+        """theta of the gated layers and of the gated units."""
+        kinds = (("layers", self.is_layer), ("units", ~self.is_layer))
+        return {name: self.keep_prob[kind & self.gated] for name, kind in kinds if (kind & self.gated).any()}
+
     def decisions(self) -> dict[str, int]:
         """Number of gated structures in each state."""
         return dict(sorted(Counter(self.state[self.gated].tolist()).items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from dataclasses import replace
 
@@ -23,10 +24,14 @@ EXAMPLE = torch.zeros(1, 1, 8, 8)
 NETWORKS = ["resnet14", "dense", "bottleneck"]
 
 
+@functools.cache
 def network(name, bottleneck_net):
+    """A network and its complexity."""
     if name == "bottleneck":
-        return bottleneck_net()
-    return DenseResNet(64, 10, hidden=9) if name == "dense" else build(name, in_channels=1, classes=10)
+        model = bottleneck_net()
+    else:
+        model = DenseResNet(64, 10, hidden=9) if name == "dense" else build(name, in_channels=1, classes=10)
+    return model, describe(model, model.structures(), EXAMPLE)
 
 
 def tables_of(model, plain, time):
@@ -45,11 +50,10 @@ def proportional(term, inner, outer):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**31), beta=st.floats(0, 1), scale=st.floats(1e-6, 1e3))
 def test_times_proportional_to_macs_give_the_prices_of_macs(name, seed, beta, scale, bottleneck_net):
-    model = network(name, bottleneck_net)
-    plain = describe(model, model.structures(), EXAMPLE)
+    model, plain = network(name, bottleneck_net)
     measured = MeasuredComplexity(plain, tables_of(model, plain, lambda *a: scale * proportional(*a)))
     assert measured.removable_ms == pytest.approx(scale * plain.removable_macs)
     theta = np.random.default_rng(seed).random(plain.size)
@@ -66,11 +70,10 @@ def random_times(seed):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**31))
 def test_prices_of_any_table_are_the_slopes_of_j_and_never_negative(name, seed, bottleneck_net):
-    model = network(name, bottleneck_net)
-    plain = describe(model, model.structures(), EXAMPLE)
+    model, plain = network(name, bottleneck_net)
     measured = MeasuredComplexity(plain, tables_of(model, plain, random_times(seed)))
     theta = 0.05 + 0.9 * np.random.default_rng(seed).random(plain.size)
     gradient = measured.gradient(theta, 0.25)
@@ -83,6 +86,7 @@ def test_prices_of_any_table_are_the_slopes_of_j_and_never_negative(name, seed, 
         assert slope == pytest.approx(gradient[s], abs=1e-6)
 
 
+@settings(max_examples=25)
 @given(arrays(float, (GRID, GRID), elements=st.floats(-5, 100)))
 def test_tables_become_monotone_and_monotone_ones_stay(times):
     table = Table("a", (1, 2, 3, 4), (1, 2, 3, 4), times)
@@ -93,8 +97,7 @@ def test_tables_become_monotone_and_monotone_ones_stay(times):
 
 def test_a_price_is_the_time_that_the_next_removal_saves():
     """One conv reads 16 units in 1, 2, 6, 6 ms at 4, 8, 12, 16 of them; nothing else takes time."""
-    model = build("resnet14", in_channels=1, classes=10)
-    plain = describe(model, model.structures(), EXAMPLE)
+    model, plain = network("resnet14", None)
     first = next(t.name for t in steptime.timed_terms(plain) if t.name.endswith("conv2"))
     steps = {4: 1.0, 8: 2.0, 12: 6.0, 16: 6.0}
     times = lambda term, inner, outer: steps[inner] if term.name == first else 0.0  # noqa: E731
@@ -111,8 +114,7 @@ def test_a_price_is_the_time_that_the_next_removal_saves():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_real_measurement_covers_every_layer_and_survives_its_file(name, tmp_path, bottleneck_net):
-    model = network(name, bottleneck_net)
-    plain = describe(model, model.structures(), EXAMPLE)
+    model, plain = network(name, bottleneck_net)
     state = torch.get_rng_state()
     tables = steptime.measure(model, plain, EXAMPLE, batch=4)
     assert torch.equal(torch.get_rng_state(), state)
@@ -128,7 +130,14 @@ def test_a_real_measurement_covers_every_layer_and_survives_its_file(name, tmp_p
 
 
 FLAGS = ["--arch=resnet14", "--epochs=2", "--nu=20", "--cost=latency", "--round-to=8", "--threads=1"]
-FLAGS += ["--sink-share=0.2", "--check-every=5", "--measure-every=1", "--memory=10", "--warmup-epochs=0.2"]
+FLAGS += [
+    "--batch-size=128",
+    "--sink-share=0.2",
+    "--check-every=5",
+    "--measure-every=1",
+    "--memory=10",
+    "--warmup-epochs=0.2",
+]
 
 
 def ends(folder):
@@ -153,8 +162,7 @@ def test_a_run_keeps_its_table_and_goes_on_with_it(whole, tmp_path, monkeypatch,
         return before(self, epoch)
 
     # the whole run's table instead of a measurement of its own, so that the two must end alike
-    model = build("resnet14", in_channels=1, classes=10)
-    same = steptime.read(whole / steptime.FILE, model, describe(model, model.structures(), EXAMPLE))
+    same = steptime.read(whole / steptime.FILE, *network("resnet14", None))
     monkeypatch.setattr(steptime, "measure", lambda *a, **k: same)
     monkeypatch.setattr(loop._Trainer, "epoch", interrupt)
     folder = tmp_path / "run"
@@ -179,8 +187,7 @@ def test_widths_of_a_run_are_round_and_its_prices_those_of_its_table(whole):
     widths = [len(u) for block in structure["blocks"].values() for u in block["sites"].values()]
     assert result["units_kept"] == sum(widths) < result["units_total"] and not any(w % 8 for w in widths)
     assert 0 <= result["units_kept_for_rounding"] <= 7 * len(widths)
-    model = build("resnet14", in_channels=1, classes=10)
-    plain = describe(model, model.structures(), EXAMPLE)
+    model, plain = network("resnet14", None)
     cost = MeasuredComplexity(plain, steptime.read(whole / steptime.FILE, model, plain))
     prices = cost.prices(np.ones(cost.size), nu=20, alpha=0.75, beta=0.0)
     with (whole / "structures.csv").open() as file:
