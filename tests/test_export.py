@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import random
@@ -21,6 +22,7 @@ ARCHITECTURES = settings()["arch"].choices
 IMAGE = (3, 16, 16)
 
 
+@functools.cache
 def compacted(arch, most_blocks=1, seed=0):
     """A network of random affines and statistics with a random few of its blocks and units, and its structure.json."""
     torch.manual_seed(seed)

@@ -28,13 +28,13 @@ class Board:
 
     Args:
         folder: The run's folder.
-        step: Steps done already; later events of a run that was cut off are dropped.
+        step: Steps done already; events of later ones, from before a run was cut off, are dropped.
     """
 
     def __init__(self, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / FOLDER), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(folder / FOLDER), purge_step=step + 1)
 
     def add(self, row: dict, keep_prob: dict[str, NDArray]) -> None:
         """Write one epoch.

@@ -151,7 +151,9 @@ def prepare(config: Config) -> Setup:
     return Setup(config, images, model, example, steps, schedule, state, _step_times(config, model, example, state))
 
 
-def _step_times(config: Config, model: nn.Module, example: torch.Tensor, state: dict | None) -> list | None:
+def _step_times(
+    config: Config, model: nn.Module, example: torch.Tensor, state: dict | None
+) -> list[steptime.Table] | None:
     """Measured step times of a run priced by them: those that it began with, or new ones."""
     if config.cost != "latency" or config.nu == 0:
         return None
@@ -344,8 +346,8 @@ class _Trainer:
         if config.resume is None:
             checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
         (folder / "env.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
-        if setup.step_times is not None:
-            steptime.write(folder / steptime.FILE, setup.step_times)
+        if setup.step_times is not None and state is None:
+            checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
         lengths = state["lengths"] if state else [None, None]
         self.metrics = _Table(folder / "metrics.csv", METRIC_FIELDS, lengths[0])
         self.structures = _Table(folder / "structures.csv", ROW_FIELDS, lengths[1])

@@ -30,16 +30,12 @@ def table(setup: Setup) -> str:
         f"{cost.removable_params / params:.1%} of the parameters",
         f"nu {config.nu:g}, alpha {config.alpha:g}, beta {config.beta:g}; {len(setup.schedule)} steps, ODE time "
         f"{setup.ode_time:.4g}, rate_ratio {setup.rate_ratio:.4g}, deciding from step {setup.warmup_steps} to {setup.decide_steps}",
-        *(
-            [
-                f"prices by time: {cost.removable_ms:.4g} ms a step of {config.batch_size} images in the blocks, measured now"
-            ]
-            if setup.step_times is not None
-            else []
-        ),
         "",
         f"{'block':<12} {'width':>6} {'MACs':>12} {'params':>10} {'layer price':>12} {'unit price':>12}",
     ]
+    if setup.step_times is not None:
+        time = f"{cost.removable_ms:.4g} ms a step of {config.batch_size} images in the blocks, measured now"
+        lines.insert(-2, f"prices by time: {time}")
     for number, block in enumerate(blocks):
         without = ones.copy()
         without[number] = 0.0

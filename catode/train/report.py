@@ -569,8 +569,9 @@ def _complexity(run: _Run) -> _Picture | None:
     _epoch_axis(ax, run)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     beta = run.config.get("beta")
+    counted = "the measured step time" if run.config.get("cost") == "latency" else "operations"
     mixture = (
-        f" (here β = {beta}: 0 counts operations alone, 1 parameters alone)" if isinstance(beta, (int, float)) else ""
+        f" (here β = {beta}: 0 counts {counted} alone, 1 parameters alone)" if isinstance(beta, (int, float)) else ""
     )
     caption = (
         "The index J that training minimises is computed from the keep probabilities and covers only what can be "
@@ -578,7 +579,7 @@ def _complexity(run: _Run) -> _Picture | None:
         "multiply-accumulate operations (MACs) for one image, and parameters. They fall in steps, each time "
         "structures are removed. Once all is decided, J and the counts describe the same network; what then "
         "remains between them are the parts that can never go (first layer, shortcuts, classifier), which are in "
-        "the counts and not in J, and the weighting of operations against parameters."
+        f"the counts and not in J, and the weighting of {counted} against parameters."
     )
     return _Picture("complexity", "Expected against actual complexity", caption, figure)
 

@@ -4,15 +4,18 @@ Forward and backward pass of each layer inside a residual block are timed on a s
 Between the grid's points times are interpolated bilinearly, down to 0 at width 0; `MeasuredComplexity` puts the expected
 widths in. A measured table need not grow with the widths, because of noise and because devices like some widths better;
 isotonic regression along one axis, then along the other (which keeps what the first did), makes it grow, so that no price
-is negative.
+is negative. On a GPU the time of a small layer is that of its launch, which overlaps with others' work in a real step; the
+table does not see that.
 """
 
 from __future__ import annotations
 
 import copy
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -174,8 +177,8 @@ def measure(
     for term in timed_terms(plain):
         module = modules[term.name]
         inner, outer = _widths(module, term, plain)
-        keys = [[(_kind(module), shapes[term.name], i, o) for o in outer] for i in inner]
-        for key in (key for row in keys for key in row):
+        keys = [(_kind(module), shapes[term.name], i, o) for i, o in product(inner, outer)]
+        for key in keys:
             cases.setdefault(key, (module, []))
         layers.append((term.name, inner, outer, keys))
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -186,23 +189,24 @@ def measure(
                 times.append(_step_ms(_resized(module, i, o), (batch, channels, *shape), example.device, amp, layout))
     least = {key: min(times) for key, (_, times) in cases.items()}
     return [
-        Table(name, inner, outer, np.array([[least[key] for key in row] for row in keys]))
+        Table(name, inner, outer, np.reshape([least[key] for key in keys], (len(inner), len(outer))))
         for name, inner, outer, keys in layers
     ]
 
 
-def write(path: Path, tables: Sequence[Table]) -> None:
-    """Write tables as CSV, one row for each point: what was measured and what is used."""
-    with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(FIELDS)
-        for t in tables:
-            for (i, inner), (o, outer) in ((a, b) for a in enumerate(t.inner) for b in enumerate(t.outer)):
-                table.writerow([t.layer, inner, outer, repr(float(t.measured[i, o])), repr(float(t.ms[i, o]))])
+def text(tables: Sequence[Table]) -> str:
+    """Tables as CSV, one row for each point: what was measured and what is used."""
+    file = io.StringIO(newline="")
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(FIELDS)
+    for t in tables:
+        for (i, inner), (o, outer) in product(enumerate(t.inner), enumerate(t.outer)):
+            rows.writerow([t.layer, inner, outer, repr(float(t.measured[i, o])), repr(float(t.ms[i, o]))])
+    return file.getvalue()
 
 
 def read(path: Path, model: nn.Module, plain: Complexity) -> list[Table]:
-    """The tables of `write`, exactly.
+    """The tables of a file that holds a `text`, exactly.
 
     Raises:
         ValueError: if the file is not there, damaged, or of another network.
