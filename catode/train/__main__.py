@@ -51,9 +51,13 @@ def summary(folder: Path) -> str:
         f"params   {result['params_dense']:,} -> {result['params']:,} ({result['params'] / result['params_dense']:.1%})",
         f"layers   {result['layers_total']} -> {result['layers_kept']}, units {result['units_total']} -> {result['units_kept']}",
     ]
+    if result["units_kept_for_rounding"]:
+        lines.append(f"rounding {result['units_kept_for_rounding']} of the units kept for round widths alone")
     if result["decisions"]:
         lines.append("decided  " + ", ".join(f"{n} {state}" for state, n in result["decisions"].items()))
-    lines.append(f"latency  {result['latency_dense_ms']:.2f} -> {result['latency_ms']:.2f} ms (batch 1)")
+    for batch, key in ((1, "ms"), (128, "ms_128")):
+        before, after = result[f"latency_dense_{key}"], result[f"latency_{key}"]
+        lines.append(f"latency  {before:.2f} -> {after:.2f} ms ({after / before:.1%}, batch {batch})")
     lines.append(f"waiting  {waiting(folder)} of the steps' time, for images")
     lines.append(f"report   {folder / 'report.md'}")
     return "\n".join(lines)

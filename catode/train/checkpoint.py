@@ -17,6 +17,18 @@ from torch import nn
 from catode.train import compact, models
 
 PART = ".part"  # ending of a file that is being written
+STRUCTURE = (
+    "arch",
+    "in_channels",
+    "classes",
+    "hidden_scale",
+    "shortcut",
+    "stem",
+    "image_shape",
+    "mean",
+    "std",
+    "blocks",
+)
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a state and the step after which it was written
 FORMAT = 3  # of a state; raise it when what is in one changes
 
@@ -157,6 +169,41 @@ def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:
         os.replace(part, path)
 
 
+def read_structure(folder: Path) -> dict:
+    """What structure.json in a run's folder says.
+
+    Raises:
+        FileNotFoundError: if the folder holds no network.
+        ValueError: if the file is damaged.
+    """
+    for name in ("structure.json", "model.pt"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"`folder` must be a run's folder; got {str(folder)!r} without {name}. Pass the --out of a run."
+            )
+    try:
+        structure = json.loads((folder / "structure.json").read_text())
+        missing = [key for key in STRUCTURE if key not in structure]
+    except (ValueError, TypeError) as error:
+        missing = [str(error)]
+    if missing:
+        raise ValueError(
+            f"`folder` must hold a whole structure.json; got {str(folder)!r}, where it lacks or breaks at {missing[0]}. "
+            "Restore the file from the run."
+        )
+    return structure
+
+
+def fresh(structure: dict) -> nn.Module:
+    """A fresh, whole network of the architecture that structure.json names."""
+    return models.build(
+        structure["arch"],
+        in_channels=structure["in_channels"],
+        classes=len(structure["classes"]),
+        **{name: structure[name] for name in ("hidden_scale", "shortcut", "stem")},
+    )
+
+
 def load(folder: str | os.PathLike) -> nn.Module:
     """The compact network of a finished run, in eval mode on the CPU.
 
@@ -168,18 +215,8 @@ def load(folder: str | os.PathLike) -> nn.Module:
         ValueError: if its files do not fit each other.
     """
     folder = Path(folder)
-    for name in ("structure.json", "model.pt"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"`folder` must be a run's folder; got {str(folder)!r} without {name}. Pass the --out of a run."
-            )
-    structure = json.loads((folder / "structure.json").read_text())
-    model = models.build(
-        structure["arch"],
-        in_channels=structure["in_channels"],
-        classes=len(structure["classes"]),
-        **{name: structure[name] for name in ("hidden_scale", "shortcut", "stem") if name in structure},
-    )
+    structure = read_structure(folder)
+    model = fresh(structure)
     compact.restrict(model, model.structures(), structure["blocks"])
     state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
     try:

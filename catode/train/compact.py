@@ -39,6 +39,13 @@ class Change:
             parameter.copy_(_zero(parameter, dim, index))
         self._record(parameter, parameter, (_zero, dim, index))
 
+    def scale(self, module: nn.Module, name: str, dim: int, factors: torch.Tensor) -> None:
+        """Multiply the slices of the parameter `module.name` along `dim` by `factors`, in place."""
+        parameter = getattr(module, name)
+        with torch.no_grad():
+            parameter.copy_(_scale(parameter, dim, factors))
+        self._record(parameter, parameter, (_scale, dim, factors))
+
     def _record(self, old: nn.Parameter, new: nn.Parameter, step: tuple[Callable, int, torch.Tensor]) -> None:
         first, steps = next(((o, s) for o, (n, s) in self.changed.items() if n is old), (old, []))
         self.changed[first] = (new, [*steps, step])
@@ -72,6 +79,10 @@ def _take(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
 
 def _zero(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     return tensor.index_fill(dim, index.to(tensor.device), 0.0)
+
+
+def _scale(tensor: torch.Tensor, dim: int, factors: torch.Tensor) -> torch.Tensor:
+    return tensor * factors.to(tensor).view([-1 if d == dim else 1 for d in range(tensor.dim())])
 
 
 def keep_units(model: nn.Module, block: Block, site: int, index: Iterable[int], change: Change | None = None) -> Change:
@@ -129,6 +140,12 @@ def silence_units(model: nn.Module, block: Block, site: int, index: Iterable[int
                 change.silence(model.get_submodule(name), parameter, 0, index)
     for name in spec.consumers:
         change.silence(model.get_submodule(name), "weight", 1, index)
+
+
+def fold_units(model: nn.Module, block: Block, site: int, factors: NDArray, change: Change) -> None:
+    """Multiply the weights that read a site's units by `factors`, shape (units present,): gates made part of the weights."""
+    for name in block.sites[site].consumers:
+        change.scale(model.get_submodule(name), "weight", 1, torch.from_numpy(factors))
 
 
 def check_dead(model: nn.Module, spec: Site, index: NDArray[np.int64]) -> None:

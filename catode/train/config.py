@@ -20,7 +20,7 @@ from typing import Any
 from catode import _validate
 from catode.train.models import ARCHITECTURES, SHORTCUTS, STEMS
 
-__all__ = ["PRESETS", "Config", "ConfigError", "build_parser", "check_out", "parse"]
+__all__ = ["PRESETS", "CommandLine", "Config", "ConfigError", "build_parser", "check_device", "check_out", "parse"]
 
 _REAL_IMAGES: dict[str, Any] = dict(
     nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0, probe_size=8
@@ -309,6 +309,13 @@ class Config:
         high=1,
         mend="Use 0 to price MACs alone.",
     )
+    cost: str = _text(
+        "macs",
+        "pruning",
+        "what the complexity counts beside parameters: macs, or latency, the time of a training step in each layer measured "
+        "on this device before the run and kept in latency_table.csv",
+        choices=("macs", "latency"),
+    )
     risk: float = _number(
         0.05,
         float,
@@ -407,6 +414,16 @@ class Config:
         high=1,
         low_open=True,
         mend="Use 0.1 if in doubt.",
+    )
+
+    round_to: int = _number(
+        1,
+        int,
+        "pruning",
+        "make the final width of every pruned site a multiple of this: units leave in whole groups, and what is left over "
+        "in the end is kept",
+        low=1,
+        mend="Use 1 for any width.",
     )
 
     estimator: str = _text(
@@ -510,6 +527,13 @@ class Config:
         negatable=True,
         identity=False,
     )
+    tensorboard: bool = _switch(
+        False,
+        "run",
+        "also write the metrics and histograms of the keep probabilities for TensorBoard, into the run's tensorboard/",
+        negatable=True,
+        identity=False,
+    )
     threads: int | None = _number(
         None,
         int,
@@ -551,8 +575,8 @@ class Config:
         None,
         "run",
         "folder of a run that was cut off, to go on from its newest good checkpoint; every other setting is the run's own, "
-        "only what does not change its course may be given: --threads, --device, --compile, --data-dir, --array-gib, "
-        "--workers, --checkpoint-every, --keep-checkpoints",
+        "only what does not change its course may be given: --threads, --device, --compile, --tensorboard, --data-dir, "
+        "--array-gib, --workers, --checkpoint-every, --keep-checkpoints",
         optional=True,
         identity=False,
         mend="Leave it out to start a run.",
@@ -569,7 +593,7 @@ class Config:
                 raise ConfigError(str(error)) from None
             object.__setattr__(self, name, value)
         self._check_together()
-        _check_device(self.device)
+        check_device(self.device)
         object.__setattr__(self, "derive_tol", self.tol is None)
         if self.out is None:
             object.__setattr__(self, "out", f"runs/{self.dataset}-{self.arch}-{self.tag}-s{self.seed}")
@@ -725,8 +749,8 @@ def _check_names(given: dict[str, Any]) -> None:
             raise ConfigError(f"`{name}` must be the name of a setting; got {name}={value!r}. {mend}")
 
 
-def _check_device(device: str) -> None:
-    """Refuse a device that PyTorch does not know or that is not there."""
+def check_device(device: str) -> None:
+    """Refuse a device that PyTorch does not know or that is not there, by a `ConfigError`."""
     if device == "cpu":
         return
     import torch
@@ -775,7 +799,7 @@ def check_out(config: Config) -> None:
         )
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandLine(argparse.ArgumentParser):
     """An argument parser whose every complaint is a `ConfigError` in the one message form."""
 
     def error(self, message: str) -> None:
@@ -847,7 +871,7 @@ def build_parser() -> argparse.ArgumentParser:
     Returns:
         The parser; its `error` raises `ConfigError`.
     """
-    parser = _Parser(
+    parser = CommandLine(
         prog="python -m catode.train",
         description="Train a residual network once, pruning units and layers on the way, and keep the compact network.",
         allow_abbrev=False,
@@ -891,6 +915,7 @@ _OWN_ON_RESUME = (
     "threads",
     "device",
     "compile",
+    "tensorboard",
     "data_dir",
     "array_gib",
     "workers",

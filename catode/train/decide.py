@@ -82,6 +82,29 @@ def ration(
     return allowed
 
 
+def hold_back(
+    leaving: NDArray[np.bool_], found: dict[str, NDArray], sites: Sequence[NDArray[np.int64]], multiple: int
+) -> NDArray[np.bool_]:
+    """Units that must wait so that each site is left with a multiple of some number of units, with none, or with all.
+
+    Only whole groups go: of the units that may leave, those of the largest keep probability (then of the largest benefit
+    for their price) wait for others. Fewer than `multiple` wait at a site, and nothing goes that might not have.
+
+    Args:
+        leaving: Structures that may go, shape (n,).
+        found: What was measured.
+        sites: Numbers of the units left at each site.
+        multiple: What widths are rounded up to.
+    """
+    held = np.zeros_like(leaving)
+    worth = np.where(np.isfinite(found["benefit"]), found["benefit"], 0.0) / found["price"]
+    for left in sites:
+        units = left[leaving[left]]
+        order = np.lexsort((worth[units], found["keep_prob"][units]))[::-1]
+        held[units[order[: -(len(left) - len(units)) % multiple]]] = True
+    return held
+
+
 def certain(
     found: dict[str, NDArray],
     known: NDArray[np.bool_],

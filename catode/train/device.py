@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import statistics
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
+WARM_UP, LEAST_ROUNDS = 2, 7
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
@@ -42,33 +45,49 @@ def check_compile(device: str) -> None:
 
 @torch.no_grad()
 def latency_ms(
-    model: nn.Module, example: torch.Tensor, *, batches: tuple[int, ...] = (1, 128), seconds: float = 0.5
-) -> list[float]:
-    """Median time of one forward pass in eval mode, milliseconds, for each batch size.
+    networks: Sequence[nn.Module], example: torch.Tensor, *, batches: tuple[int, ...] = (1, 128), seconds: float = 0.5
+) -> list[list[float]]:
+    """Median time of one forward pass in eval mode, milliseconds, one list for each batch size, one number a network.
+
+    The networks take turns, one pass each a round, so that whatever else the machine does meanwhile meets all of them.
 
     Args:
-        model: The network, on its device.
-        example: One input batch; its shape behind the first dimension is used.
+        networks: On one device.
+        example: One input batch on that device; its shape behind the first dimension is used.
         batches: Batch sizes.
-        seconds: Time to spend on each batch size, after two passes to warm up.
+        seconds: Time to spend on each batch size, after two rounds to warm up; at least seven rounds are measured.
     """
-    training = model.training
-    model.eval()
-    weight = next(model.parameters())
-    channels_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    training = [network.training for network in networks]
     medians = []
     for size in batches:
-        x = torch.zeros(size, *example.shape[1:], device=example.device)
-        if channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        inputs = [
+            _like_weights(torch.randn(size, *example.shape[1:], device=example.device), n.eval()) for n in networks
+        ]
         times, begin = [], time.perf_counter()
-        while len(times) < 7 or time.perf_counter() - begin < seconds:
-            mark = time.perf_counter()
-            model(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - mark)
-        times = sorted(times[2:])
-        medians.append(1e3 * times[len(times) // 2])
-    model.train(training)
+        while len(times) < WARM_UP + LEAST_ROUNDS or time.perf_counter() - begin < seconds:
+            times.append([passing_ms(lambda n=n, x=x: n(x), x.device) for n, x in zip(networks, inputs, strict=True)])
+        medians.append([statistics.median(column) for column in zip(*times[WARM_UP:], strict=True)])
+    for network, flag in zip(networks, training, strict=True):
+        network.train(flag)
     return medians
+
+
+def passing_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Time that some work takes, the device's queue included, milliseconds."""
+    _finish(device)
+    begin = time.perf_counter()
+    work()
+    _finish(device)
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def _like_weights(x: torch.Tensor, network: nn.Module) -> torch.Tensor:
+    """The images in the memory format of the network's weights."""
+    weight = next(network.parameters())
+    channels_last = x.dim() == 4 and weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from catode import __version__
-from catode.train import checkpoint, data, lock, models, report, weights
+from catode.train import board, checkpoint, data, lock, models, report, steptime, weights
 from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
@@ -74,7 +74,7 @@ class Setup:
     """Everything a run needs before its first step.
 
     Of a run that goes on, `state` is what it had reached, if it got so far, and `lock` keeps other processes out of it.
-    `notes` are what its user should know, one line each.
+    `step_times` are what it prices by, if not by MACs; `notes` are what its user should know, one line each.
     """
 
     config: Config
@@ -86,6 +86,7 @@ class Setup:
     state: dict | None = None
     notes: tuple[str, ...] = ()
     lock: TextIO | None = None
+    step_times: list[steptime.Table] | None = None
 
     @property
     def ode_time(self) -> float:
@@ -143,6 +144,8 @@ def prepare(config: Config) -> Setup:
     keep_freed_memory()
     if config.compile:
         check_compile(config.device)
+    if config.tensorboard:
+        board.check_package()
     images = data.load(
         config.dataset,
         config.data_dir,
@@ -160,17 +163,8 @@ def prepare(config: Config) -> Setup:
             f"{len(images.train_labels)} images. Choose a smaller one."
         )
     torch.manual_seed(config.seed)
-    model = models.build(
-        config.arch,
-        in_channels=images.train_images.shape[1],
-        classes=len(images.classes),
-        hidden_scale=config.hidden_scale,
-        shortcut=config.shortcut,
-        stem=config.stem,
-    )
+    model = build_model(config, images)
     notes = weights.fill(model, initial, config.init) if initial is not None else []
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(config.device, memory_format=memory_format)
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
         raise data.DataError(
             f"`warmup_epochs` must end before the deciding phase does; got warmup_epochs={config.warmup_epochs:g} with "
@@ -184,7 +178,35 @@ def prepare(config: Config) -> Setup:
             f"`data_dir` must hold the images that the run began with; got {steps} steps an epoch and {len(images.classes)} "
             f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start anew."
         )
-    return Setup(config, images, model, example, steps, schedule, state, tuple(notes), held)
+    step_times = _step_times(config, model, example, state)
+    return Setup(config, images, model, example, steps, schedule, state, tuple(notes), held, step_times)
+
+
+def _step_times(
+    config: Config, model: nn.Module, example: torch.Tensor, state: dict | None
+) -> list[steptime.Table] | None:
+    """Measured step times of a run priced by them: those that it began with, or new ones."""
+    if config.cost != "latency" or config.nu == 0:
+        return None
+    complexity = describe(model, model.structures(), example)
+    if state is not None:
+        return steptime.read(Path(config.resume) / steptime.FILE, model, complexity)
+    settings = dict(amp=config.amp == "bf16", channels_last=config.channels_last)
+    return steptime.measure(model, complexity, example, batch=config.batch_size, **settings)
+
+
+def build_model(config: Config, images: data.ImageData) -> nn.Module:
+    """A fresh, whole network for the images, on its device."""
+    model = models.build(
+        config.arch,
+        in_channels=images.train_images.shape[1],
+        classes=len(images.classes),
+        hidden_scale=config.hidden_scale,
+        shortcut=config.shortcut,
+        stem=config.stem,
+    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return model.to(config.device, memory_format=memory_format)
 
 
 def _state_of(config: Config) -> dict | None:
@@ -263,6 +285,8 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         check_every=config.check_every,
         memory=config.memory,
         width_multiple=config.width_multiple,
+        round_to=config.round_to,
+        step_times=setup.step_times,
         seed=config.seed,
     )
 
@@ -389,7 +413,6 @@ class _Trainer:
         self.dense = count(self.model, setup.example)
         blocks = self.model.structures()
         self.total = len(blocks), sum(site.width for b in blocks for site in b.sites)
-        self.dense_latency = latency_ms(self.model, setup.example)
         self.optimizer = make_optimizer(self.model, config)
         self.pruner = make_pruner(setup, self.optimizer)
         self.compiled = torch.compile(self.model) if config.compile else self.model
@@ -409,6 +432,8 @@ class _Trainer:
         if config.resume is None:
             checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
         (folder / "env.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
+        if setup.step_times is not None and state is None:
+            checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
         lengths = state["lengths"] if state else [None, None]
         self.metrics = _Table(folder / TABLES[0], METRIC_FIELDS, lengths[0])
         self.structures = _Table(folder / TABLES[1], ROW_FIELDS, lengths[1])
@@ -418,6 +443,7 @@ class _Trainer:
         self.sums = self.no_sums()
         if state:
             self.restore(state)
+        self.board = board.Board(folder, self.step) if config.tensorboard else None
         self.bar = tqdm(
             total=len(setup.schedule),
             initial=self.step,
@@ -434,6 +460,8 @@ class _Trainer:
         self.bar.close()
         self.metrics.close()
         self.structures.close()
+        if self.board is not None:
+            self.board.close()
 
     def train(self) -> None:
         self.mark = time.perf_counter(), time.process_time()
@@ -442,7 +470,10 @@ class _Trainer:
             self.epochs_done += 1
             self.sums = self.no_sums()
             self.tick()
-            self.metrics.add([{**row, "seconds": self.seconds}])
+            row["seconds"] = self.seconds
+            self.metrics.add([row])
+            if self.board is not None:
+                self.board.add(row, self.pruner.keep_prob_by_kind() if self.pruner else {})
             self.save_state()
         executed = count(self.model, self.setup.example).macs
         if self.pruner is not None:
@@ -626,7 +657,8 @@ class _Trainer:
         """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""
         counts = self.counts()
         layers, units, _ = self.left()
-        small = self.dense_latency if self.pruner is None else latency_ms(self.model, self.setup.example)
+        dense = build_model(self.config, self.setup.images)
+        latencies = latency_ms([dense, self.model] if self.pruner else [dense], self.setup.example)
         content = {
             "accuracy": self.history[-1],
             "accuracy_history": self.history,
@@ -640,15 +672,16 @@ class _Trainer:
             "layers_total": self.total[0],
             "units_kept": units,
             "units_total": self.total[1],
+            "units_kept_for_rounding": self.pruner.kept_for_rounding if self.pruner else 0,
             "decisions": self.pruner.decisions() if self.pruner else {},
             "macs_removed_by_tolerance": self.pruner.macs_removed("pruned_tolerance") if self.pruner else 0,
             "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
-            "latency_ms": small[0],
-            "latency_dense_ms": self.dense_latency[0],
-            "latency_ms_128": small[1],
-            "latency_dense_ms_128": self.dense_latency[1],
+            "latency_ms": latencies[0][-1],
+            "latency_dense_ms": latencies[0][0],
+            "latency_ms_128": latencies[1][-1],
+            "latency_dense_ms_128": latencies[1][0],
             "seed": self.config.seed,
         }
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")

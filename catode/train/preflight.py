@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from catode.train.loop import Setup
+from catode.train.steptime import MeasuredComplexity
 from catode.train.structure import describe
 from catode.train.target import Target
 
@@ -18,6 +19,8 @@ def table(setup: Setup) -> str:
     config = setup.config
     blocks = setup.model.structures()
     cost = describe(setup.model, blocks, setup.example)
+    if setup.step_times is not None:
+        cost = MeasuredComplexity(cost, setup.step_times)
     ones, layers = np.ones(cost.size), len(blocks)
     prices = cost.prices(ones, nu=config.nu, alpha=config.alpha, beta=config.beta)
     macs, params = cost.macs(ones), cost.params(ones)
@@ -32,6 +35,9 @@ def table(setup: Setup) -> str:
         "",
         f"{'block':<12} {'width':>9} {'MACs':>13} {'params':>11} {'layer price':>12} {'unit price':>18}",
     ]
+    if setup.step_times is not None:
+        time = f"{cost.removable_ms:.4g} ms a step of {config.batch_size} images in the blocks, measured now"
+        lines.insert(-2, f"prices by time: {time}")
     for number, block in enumerate(blocks):
         without = ones.copy()
         without[number] = 0.0

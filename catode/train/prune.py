@@ -28,6 +28,7 @@ from catode.train import compact, decide
 from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, straight_through
 from catode.train.gates import Gates
 from catode.train.measure import LEAST_EVIDENCE, Evidence, GradientProducts, summary
+from catode.train.steptime import MeasuredComplexity, Table
 from catode.train.structure import Block, Counts, Prunable, Site, describe
 from catode.train.target import Target
 
@@ -60,8 +61,9 @@ UNDECIDED, COMMITTED, FORCED, PROMOTED = "undecided", "committed", "forced", "pr
 PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
 
 LEAD = 4  # memories before the thetas may move, from which on there are gates and measurements
+LEAST_OF_MEAN = 0.05  # of the mean price of its kind: below it, a structure's theta is slower than `rate_ratio`
 LEAST_PROBE = 12  # examples, where the batch has as many
-_ARRAYS = ("keep_prob", "kept", "rate_ratio", "_zero", "_pending")
+_ARRAYS = ("keep_prob", "kept", "rate_ratio", "_zero", "_pending", "_rounded_up")
 _SCALARS = ("nu", "done", "time", "started", "finished")
 
 
@@ -117,6 +119,10 @@ class Pruner:
         width_multiple: While training, a site that loses units keeps dead channels up to a multiple of this width, which
             is faster than an odd one. They count nowhere and `finish` takes them out. Needs an activation that maps 0 to
             0 between the site's producers and consumers.
+        round_to: Units leave a site only in groups that leave a multiple of this many, or none; those that wait for a
+            group stay gated. What still waits when nothing else is undecided at the site is kept for the width alone, its
+            keep probability folded into its weights, so that the network does not change, and trained on without a gate.
+        step_times: Price by these measured times (see `catode.train.steptime`) in place of MACs.
         seed: Seed of the gate draws.
 
     Attributes:
@@ -156,6 +162,8 @@ class Pruner:
         check_every: int = 50,
         memory: int = 200,
         width_multiple: int = 1,
+        round_to: int = 1,
+        step_times: Sequence[Table] | None = None,
         seed: int = 0,
     ):
         if not isinstance(model, Prunable):
@@ -185,6 +193,7 @@ class Pruner:
         self.check_every = check_int("check_every", check_every, low=1)
         check_int("memory", memory, low=10)
         self.width_multiple = check_int("width_multiple", width_multiple, low=1)
+        self.round_to = check_int("round_to", round_to, low=1)
         if self.warmup >= self.steps:
             raise ValueError(
                 f"`warmup` must be below steps={self.steps}, or nothing is ever decided; got warmup={self.warmup}. Shorten it."
@@ -194,17 +203,21 @@ class Pruner:
         self.blocks = model.structures()
         self.complexity = describe(model, self.blocks, example_input)
         self.target = Target.choose(self.complexity, target_macs, target_params)
+        if step_times is not None:
+            self.complexity = MeasuredComplexity(self.complexity, step_times)
         n, layers = self.complexity.size, len(self.blocks)
         self.is_layer = np.arange(n) < layers
         self.gated = np.where(self.is_layer, self.alpha > 0, self.alpha < 1)
         self.state = np.where(self.gated, UNDECIDED, COMMITTED).astype("<U16")
         self.keep_prob = np.where(self.gated, initial_keep_prob, 1.0)
         self.kept = np.ones(n, dtype=bool)
-        self._zero = np.zeros(n, dtype=bool)
+        self._zero, self._rounded_up = np.zeros((2, n), dtype=bool)
         starts = layers + np.concatenate([[0], np.cumsum(self.complexity.widths)])
         self.present = [np.arange(a, b) for a, b in pairwise(starts)]
         self._site_start = starts
         full = self.complexity.prices(np.ones(n), nu=self.nu, alpha=self.alpha, beta=self.beta)
+        for kind in (self.is_layer, ~self.is_layer):  # a price of next to nothing must not make a theta jump
+            full[kind] = np.maximum(full[kind], LEAST_OF_MEAN * full[kind].mean())
         self.rate_ratio = np.divide(self._clock, full, out=np.ones(n), where=full > 0)
 
         self.done, self.time = 0, 0.0
@@ -269,10 +282,20 @@ class Pruner:
         return int(self.kept[~self.is_layer].sum())
 
     @property
+    def kept_for_rounding(self) -> int:
+        """Units that are there only because of `round_to`; their state is `forced`."""
+        return int((self.kept & self._rounded_up).sum())
+
+    @property
     def decided_by_rule(self) -> float:
         """Share of the gated structures decided otherwise than by `forced` rounding."""
         decided = self.gated & ~np.isin(self.state, (UNDECIDED, FORCED))
         return float(decided.sum() / self.gated.sum())
+
+    def keep_prob_by_kind(self) -> dict[str, NDArray]:
+        """theta of the gated layers and of the gated units."""
+        kinds = (("layers", self.is_layer), ("units", ~self.is_layer))
+        return {name: self.keep_prob[kind & self.gated] for name, kind in kinds if (kind & self.gated).any()}
 
     def decisions(self) -> dict[str, int]:
         """Number of gated structures in each state."""
@@ -594,19 +617,24 @@ class Pruner:
         if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
             certain = refused if self.target.may_go(kept, open_ & kept).any() else open_ & kept
         certain &= ~zero & ~safe
-        rounded = np.zeros_like(open_)
-        if final:
-            rounded = open_ & ~zero & ~safe & ~certain
-            going = rounded & (self.keep_prob < 0.5) if self.target is None else rounded & kept
-            kept = self._without(kept, going, open_, worth)
-            rounded &= kept | going  # the others went with their site or block
+        down = open_ & ~zero & ~safe & ~certain & final
+        if self.target is None:
+            down &= self.keep_prob < 0.5
+        else:
+            down &= ~self._without(kept, down, open_, worth)
+        waits = self._wait(zero | safe | down, found)
+        zero, safe, down = zero & ~waits, safe & ~waits, down & ~waits
+        kept = self.complexity.close(self.kept & ~zero & ~safe & ~down)
+        rounded = open_ & ~zero & ~safe & ~certain & (kept | down) & final  # the others went with their site or block
+        rounded_up = waits & kept & (final | self._settled(open_ & ~certain & kept, waits))
+        rounded |= rounded_up
         if not kept[self.is_layer].any():
             warnings.append(
                 f"everything would go at step {self.done}: `nu`={self.nu:g} is too large. Pruning stops here and the network "
                 "as it stands is kept; choose a smaller nu."
             )
             kept, rounded, final = self.kept.copy(), open_, True
-            zero, safe, certain = zero & False, safe & False, certain & False
+            zero, safe, certain, rounded_up = np.zeros((4, len(open_)), dtype=bool)
         old = self.state.copy()
         self.state[certain] = COMMITTED
         self.state[safe] = PRUNED_TOLERANCE
@@ -614,11 +642,13 @@ class Pruner:
         self.state[rounded] = FORCED
         self.state[self.kept & ~kept & ~safe & ~zero & ~rounded] = PROMOTED
         self.kept = kept
+        self._rounded_up |= rounded_up
+        fold = np.where(rounded_up, self.keep_prob, 1.0)
         self.keep_prob = np.where(kept, np.where(self.state == UNDECIDED, self.keep_prob, 1.0), 0.0)
         rows = self._rows(found, separatrix, tolerance, np.flatnonzero(open_ | (self.state != old)))
         removed = int((before & ~kept).sum())
         if removed or (self.state != UNDECIDED).sum() != (~open_).sum():
-            self._compact(before)
+            self._compact(before, fold)
         if final or not self.undecided:
             self._leave()
         elif self.target is not None:
@@ -644,6 +674,17 @@ class Pruner:
         self.rate_ratio *= self.nu / level
         self.nu = level
 
+    def _wait(self, leaving: NDArray[np.bool_], found: dict[str, NDArray]) -> NDArray[np.bool_]:
+        """Units that stay for now because the rest of their site would not be a multiple of `round_to`."""
+        return decide.hold_back(leaving, found, [u[self.kept[u]] for u in self.present], self.round_to)
+
+    def _settled(self, open_: NDArray[np.bool_], waits: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Units of the sites where everything that is `open_` waits at theta 0, so that no group can come together."""
+        settled = np.zeros_like(open_)
+        for units in self.present:
+            settled[units] = not (open_ & ~(waits & self._zero))[units].any()
+        return settled
+
     def _rows(self, found: dict[str, NDArray], separatrix: NDArray, tolerance: NDArray, which: NDArray) -> list[dict]:
         rows, layers = [], len(self.blocks)
         sites = [(block.name, site.name) for block in self.blocks for site in block.sites]
@@ -664,14 +705,19 @@ class Pruner:
 
     # --- the physical network ---------------------------------------------------------------------------------------
 
-    def _compact(self, before: NDArray[np.bool_]) -> None:
+    def _compact(self, before: NDArray[np.bool_], fold: NDArray) -> None:
         """Make the network physically what `self.kept` says, its gates anew, and let the optimizer follow."""
         self.gates.remove()
-        self._slice(before, self.width_multiple)
+        self._slice(before, self.width_multiple, fold=fold)
         self._install()
 
     def _slice(
-        self, before: NDArray[np.bool_], multiple: int = 1, stay: Sequence[NDArray[np.int64]] | None = None
+        self,
+        before: NDArray[np.bool_],
+        multiple: int = 1,
+        *,
+        stay: Sequence[NDArray[np.int64]] | None = None,
+        fold: NDArray | None = None,
     ) -> None:
         """Cut the plain network down to `self.kept`.
 
@@ -679,6 +725,7 @@ class Pruner:
             before: What was kept before, shape (n,).
             multiple: Widths are rounded up to a multiple of this by dead channels.
             stay: Instead, the units that stay at each site, dead ones among them.
+            fold: Factors of the weights that read each unit, shape (n,).
         """
         change = compact.Change()
         for number, block in enumerate(self.blocks):
@@ -691,6 +738,8 @@ class Pruner:
             wanted = np.arange(len(dead)) < -int(live.sum()) % multiple
             fill = dead[wanted if stay is None else np.isin(self.present[site][dead], stay[site])]
             i = block.sites.index(spec)
+            if fold is not None and (fold[self.present[site]] != 1.0).any():
+                compact.fold_units(self.model, block, i, fold[self.present[site]], change)
             if len(fill):
                 compact.silence_units(self.model, block, i, fill.tolist(), change)
             left = np.union1d(np.flatnonzero(live), fill)

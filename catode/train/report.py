@@ -579,8 +579,9 @@ def _complexity(run: _Run) -> _Picture | None:
     _epoch_axis(ax, run)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     beta = run.config.get("beta")
+    counted = "the measured step time" if run.config.get("cost") == "latency" else "operations"
     mixture = (
-        f" (here β = {beta}: 0 counts operations alone, 1 parameters alone)" if isinstance(beta, (int, float)) else ""
+        f" (here β = {beta}: 0 counts {counted} alone, 1 parameters alone)" if isinstance(beta, (int, float)) else ""
     )
     caption = (
         "The index J that training minimises is computed from the keep probabilities and covers only what can be "
@@ -588,7 +589,7 @@ def _complexity(run: _Run) -> _Picture | None:
         "multiply-accumulate operations (MACs) for one image, and parameters. They fall in steps, each time "
         "structures are removed. Once all is decided, J and the counts describe the same network; what then "
         "remains between them are the parts that can never go (first layer, shortcuts, classifier), which are in "
-        "the counts and not in J, and the weighting of operations against parameters."
+        f"the counts and not in J, and the weighting of {counted} against parameters."
     )
     return _Picture("complexity", "Expected against actual complexity", caption, figure)
 
@@ -802,6 +803,7 @@ def _headline(run: _Run) -> str:
         ("Expected complexity J of the removable part", _format(result, "expected_complexity", "{:.4f}".format)),
         ("Layers kept", _of(result, "layers_kept", "layers_total")),
         ("Units kept", _of(result, "units_kept", "units_total")),
+        ("Units kept for round widths alone (`round_to`)", _format(result, "units_kept_for_rounding", str)),
         ("Decisions by state", _decisions(result)),
         (
             "Decided by the rule (not `forced`)",

@@ -112,7 +112,7 @@ def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     try:
         for name, module in model.named_modules():
             if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, *_NORMS)):
-                hooks.append(module.register_forward_hook(record(name, _out_width(module))))
+                hooks.append(module.register_forward_hook(record(name, out_width(module))))
             elif any(True for _ in module.parameters(recurse=False)):
                 raise TypeError(
                     f"cannot count `{name}` ({type(module).__name__}): only convolutions, linear and norm layers may have "
@@ -126,7 +126,8 @@ def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     return found
 
 
-def _out_width(module: nn.Module) -> int:
+def out_width(module: nn.Module) -> int:
+    """Channels that a counted layer gives out."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.out_channels
     if isinstance(module, nn.Linear):
@@ -147,7 +148,8 @@ def _costs(module: nn.Module, positions: int) -> tuple[int, int, int, int]:
     return 0, 0, positions, affine
 
 
-def _in_width(module: nn.Module) -> int:
+def in_width(module: nn.Module) -> int:
+    """Channels that each output of a convolution or linear layer reads; 0 for a norm."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.in_channels // module.groups
     return module.in_features if isinstance(module, nn.Linear) else 0
@@ -165,7 +167,7 @@ def count(model: nn.Module, example: torch.Tensor) -> Counts:
     for name, positions in _positions(model, example).items():
         module = modules[name]
         pair_macs, pair_params, unit_macs, unit_params = _costs(module, positions)
-        n_in, n_out = _in_width(module), _out_width(module)
+        n_in, n_out = in_width(module), out_width(module)
         macs += n_out * (pair_macs * n_in + unit_macs)
         params += n_out * (pair_params * n_in + unit_params)
     return Counts(macs, params)
@@ -186,7 +188,7 @@ def describe(model: nn.Module, blocks: Sequence[Block], example: torch.Tensor) -
     sites = [(b, site) for b, block in enumerate(blocks) for site in block.sites]
     inner, outer = {}, {}
     for s, (_, site) in enumerate(sites):
-        for table, names, width_of in ((outer, site.producers, _out_width), (inner, site.consumers, _in_width)):
+        for table, names, width_of in ((outer, site.producers, out_width), (inner, site.consumers, in_width)):
             for name in names:
                 if name not in modules:
                     raise ValueError(f"`structures()` names `{name}`, which the model does not have")
@@ -206,9 +208,9 @@ def describe(model: nn.Module, blocks: Sequence[Block], example: torch.Tensor) -
         pair_macs, pair_params, unit_macs, unit_params = _costs(module, positions)
         block = next((i for i, b in enumerate(blocks) if _inside(name, b.name) and not _inside(name, *b.fixed)), None)
         s_in, s_out = inner.get(name), outer.get(name)
-        rows = 1 if s_out is not None else _out_width(module)
+        rows = 1 if s_out is not None else out_width(module)
         if pair_macs or pair_params:
-            size = rows * (1 if s_in is not None else _in_width(module))
+            size = rows * (1 if s_in is not None else in_width(module))
             terms.append(Term(name, size * pair_macs, size * pair_params, block, s_in, s_out))
         if unit_macs or unit_params:
             terms.append(Term(name, rows * unit_macs, rows * unit_params, block, None, s_out))

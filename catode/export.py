@@ -1,0 +1,254 @@
+"""The compact network of a run as a program for elsewhere: ``python -m catode.export FOLDER --format torch-export|onnx``.
+
+The program computes exactly what `catode.train.load` gives: logits from *normalised* images, ``(pixel / 255 - mean) /
+std`` channel by channel. Normalisation stays outside, so that one check compares like with like and whoever decodes
+images elsewhere folds it in; `mean`, `std`, `classes` and `image_shape` are in the program's metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from catode._validate import check_int, fail
+from catode.train import checkpoint
+from catode.train.config import CommandLine, check_device
+from catode.train.device import latency_ms
+from catode.train.structure import count
+
+__all__ = ["TOLERANCE", "Mismatch", "main", "write"]
+
+SUFFIX = {"torch-export": ".pt2", "onnx": ".onnx"}
+NEEDS = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+TOLERANCE = 1e-4  # largest difference between program and network, relative to the largest logit where that is above 1
+OPSET = 18
+METADATA = ("arch", "classes", "mean", "std", "image_shape")  # of structure.json
+EXTRA_FILE = "catode.json"  # that holds it in a torch.export program
+
+
+class Mismatch(RuntimeError):
+    """The written program did not compute what the network computes; it was deleted."""
+
+
+def write(
+    model: nn.Module,
+    example: torch.Tensor,
+    path: Path,
+    *,
+    format: str,
+    batch: int | None = None,
+    opset: int = OPSET,
+    metadata: dict | None = None,
+) -> float:
+    """Write a network as a program and compare the two on random images.
+
+    Args:
+        model: A plain network on the CPU.
+        example: One input batch; only its shape behind the first dimension matters.
+        path: The file; it is there only if the program is right.
+        format: `torch-export` or `onnx`.
+        batch: Batch size of the program; None for any.
+        opset: ONNX operator set.
+        metadata: What to store beside the program, as JSON.
+
+    Returns:
+        The largest difference of an output.
+
+    Raises:
+        Mismatch: if it is above `TOLERANCE`.
+        ValueError: if the packages for the format are missing.
+    """
+    _check_packages(format)
+    model.eval()
+    metadata = metadata or {}
+    part = path.with_name(path.stem + ".part" + path.suffix)
+    try:
+        with torch.no_grad(), _quiet():
+            images = torch.zeros(batch or 2, *example.shape[1:])
+            shapes = ({0: torch.export.Dim("batch")},) if batch is None else None
+            program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+            if format == "onnx":
+                _save_onnx(program, images, part, opset, metadata)
+                run = _onnx_runner(part)
+            else:
+                torch.export.save(program, part, extra_files={EXTRA_FILE: json.dumps(metadata)})
+                run = torch.export.load(part).module()
+            difference, scale = _compare(model, run, images, (batch,) if batch else (1, 2, 7))
+        if not difference <= TOLERANCE * max(1.0, scale):
+            raise Mismatch(
+                f"the exported program must compute what the network does to {TOLERANCE:g}; got a difference of "
+                f"{difference:.3g} in outputs up to {scale:.3g}. No file was left; try another --format or --opset."
+            )
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return difference
+
+
+def _compare(model: nn.Module, run: Callable, images: torch.Tensor, sizes: Sequence[int]) -> tuple[float, float]:
+    """Largest difference and largest output over random images of some batch sizes."""
+    generator = torch.Generator().manual_seed(0)
+    differences, outputs = [], []
+    for size in sizes:
+        x = torch.randn(size, *images.shape[1:], generator=generator)
+        expected = model(x)
+        differences.append((run(x) - expected).abs().max())
+        outputs.append(expected.abs().max())
+    return float(torch.stack(differences).max()), float(torch.stack(outputs).max())
+
+
+def _save_onnx(program, images: torch.Tensor, path: Path, opset: int, metadata: dict) -> None:
+    names = dict(input_names=["images"], output_names=["logits"])
+    written = torch.onnx.export(program, (images,), dynamo=True, verbose=False, opset_version=opset, **names)
+    written.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
+    written.save(path)
+
+
+def _onnx_runner(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+@contextmanager
+def _quiet():
+    """Keep the exporters' remarks about packages that nobody needs from the screen."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _check_packages(format: str) -> None:
+    missing = [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"`format` must be one that can be written here; got format={format!r} without the package {missing[0]}. "
+            "Install it: pip install 'catode[export]'."
+        )
+
+
+def latency_table(folder: Path, device: str = "cpu") -> str:
+    """MACs beside measured latencies of a run's whole and compact network on a device, as text."""
+    structure = checkpoint.read_structure(folder)
+    networks = [checkpoint.fresh(structure).to(device), checkpoint.load(folder).to(device)]
+    example = torch.zeros(1, *structure["image_shape"], device=device)
+    counts = [count(model, example) for model in networks]
+    small, large = latency_ms(networks, example)
+    lines = [f"{device:<12} {'MACs':>14} {'parameters':>12} {'ms, batch 1':>12} {'ms, batch 128':>14}"]
+    for name, counted, one, many in zip(("dense", "compact"), counts, small, large, strict=True):
+        lines.append(f"{name:<12} {counted.macs:>14,} {counted.params:>12,} {one:>12.3f} {many:>14.3f}")
+    shares = [counts[1].macs / counts[0].macs, counts[1].params / counts[0].params]
+    shares += [small[1] / small[0], large[1] / large[0]]
+    widths = (14, 12, 12, 14)
+    lines.append(" ".join([f"{'share':<12}", *(f"{v:>{w}.3f}" for v, w in zip(shares, widths, strict=True))]))
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m catode.export``."""
+    parser = CommandLine(
+        prog="python -m catode.export",
+        description="Export the compact network of a run and check the program against it, or measure its latency here. "
+        "The program takes normalised float images, (pixel / 255 - mean) / std, and returns logits; mean, std, classes and "
+        "image_shape are in its metadata.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", nargs="?", help="folder of a run, finished or cut off")
+    parser.add_argument("--format", metavar="{torch-export,onnx}", help="kind of program; onnx needs catode[export]")
+    parser.add_argument(
+        "--out", metavar="FILE", help="the file, replaced if it is there [default: FOLDER/model.pt2, .onnx]"
+    )
+    parser.add_argument("--batch", default="dynamic", help="dynamic, or the one batch size [default: dynamic]")
+    parser.add_argument("--opset", help=f"ONNX operator set, {OPSET} or newer [default: {OPSET}]")
+    parser.add_argument(
+        "--latency",
+        action="store_true",
+        help="measure dense and compact network in turns, batch 1 and 128, on this device",
+    )
+    parser.add_argument("--device", default="cpu", help="where to measure: cpu, cuda, cuda:N or mps [default: cpu]")
+    return parser
+
+
+def _checked(given: argparse.Namespace) -> tuple[Path, int | None, int]:
+    """File, batch size and opset of the arguments.
+
+    Raises:
+        ValueError: if they are wrong or do not go together.
+    """
+    if given.folder is None:
+        fail("folder", "be given", None, mend="Name the folder of a run, its --out.")
+    if given.format is None and not given.latency:
+        fail(
+            "format",
+            "be given unless --latency is",
+            None,
+            mend="Add --format torch-export, --format onnx or --latency.",
+        )
+    if given.format is not None and given.format not in SUFFIX:
+        fail("format", "be torch-export or onnx", given.format, mend="Use one of the two.")
+    for name in ("out", "opset"):
+        if getattr(given, name) is not None and given.format is None:
+            fail(name, "be left out without --format", getattr(given, name), mend="Add --format, or leave it out.")
+    if given.opset is not None and given.format != "onnx":
+        fail("opset", "be left out unless format='onnx'", given.opset, mend="Leave it out.")
+    check_device(given.device)
+    if given.format is None:
+        return Path(), None, OPSET
+    path = Path(given.out or Path(given.folder) / f"model{SUFFIX[given.format]}")
+    if path.suffix != SUFFIX[given.format]:
+        fail("out", f"end in {SUFFIX[given.format]}", given.out, mend="Other tools go by it; rename it.")
+    if not path.parent.is_dir() or path.is_dir():
+        fail("out", "be a file in a folder that is there", str(path), mend="Make the folder first.")
+    batch = None if given.batch == "dynamic" else _integer("batch", given.batch, 1, "Use dynamic, or a size such as 1.")
+    opset = OPSET if given.opset is None else _integer("opset", given.opset, OPSET, f"Leave it out for {OPSET}.")
+    _check_packages(given.format)
+    return path, batch, opset
+
+
+def _integer(name: str, text: str, low: int, mend: str) -> int:
+    return check_int(name, int(text) if text.lstrip("-").isdecimal() else text, low=low, mend=mend)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (2 for bad input, 1 for a program that is not right)."""
+    try:
+        given = build_parser().parse_args(argv)
+        path, batch, opset = _checked(given)
+        folder = Path(given.folder)
+        model, structure = checkpoint.load(folder), checkpoint.read_structure(folder)
+        if given.format is not None:
+            example = torch.zeros(1, *structure["image_shape"])
+            metadata = {name: structure[name] for name in METADATA}
+            settings = dict(format=given.format, batch=batch, opset=opset, metadata=metadata)
+            difference = write(model, example, path, **settings)
+            print(f"{path}: {given.format}, batch {given.batch}, largest difference {difference:.2g}")
+        if given.latency:
+            print(latency_table(folder, given.device))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Mismatch as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
