@@ -504,9 +504,9 @@ def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: flo
     Runge-Kutta 5(4), each start with its own step. A start ends as pruned once theta = 0 and A r^2 / 2 < g: there b < g,
     r no longer grows, and so theta stays (for weight decay > 0 the weights then go to 0). Where nothing else moves it
     ends as not pruned once its cost is below that of the removed state, for the cost never rises. Up to the error of
-    integration both are proofs. A state with theta = 1 that has come to rest also counts as not pruned. The relu gets
-    steps of at least 0.05, or half a time constant: along its kinks the flow slides, which steps can only follow by
-    crossing to and fro.
+    integration both are proofs. A state with theta = 1 that has come to rest, every speed below ten times `rtol` (its
+    steps reach no smaller one), also counts as not pruned. The relu gets steps of at least 0.2, or half a time
+    constant: along its kinks the flow slides, which steps can only follow by crossing to and fro.
 
     Args:
         structure: The structure to watch.
@@ -545,11 +545,11 @@ def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: flo
         if network.activation != "relu":
             return np.full(len(y), 1e-6)
         curvature = pull + 1.5 * _CURVATURE[network.loss] * square * structure.norm(y) ** 2
-        return np.minimum(0.05, 0.5 / (network.weight_decay + curvature))
+        return np.minimum(0.2, 0.5 / (network.weight_decay + curvature))
 
     def judge(y: np.ndarray, speed: np.ndarray) -> np.ndarray:
         label = np.full(len(y), -1)
-        label[(y[:, theta] == 1.0) & np.all(np.abs(speed) < 1e-6, axis=1)] = 0
+        label[(y[:, theta] == 1.0) & np.all(np.abs(speed) < 10.0 * rtol, axis=1)] = 0
         if structure.isolated:
             label[network.value(y) < removed] = 0
         label[(y[:, theta] == 0.0) & (0.5 * pull * structure.norm(y) ** 2 < structure.price) & provable] = 1
@@ -597,6 +597,10 @@ class Coverage:
     starts: np.ndarray
     certified: np.ndarray
     runs: Runs
+
+    def under(self, other: Bounds) -> Coverage:
+        """The same runs with other bounds of the same structure on trial."""
+        return dataclasses.replace(self, bounds=other, certified=other.certifies(self.starts))
 
     @property
     def certified_share(self) -> float:

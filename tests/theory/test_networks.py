@@ -314,8 +314,7 @@ def test_coverage_is_positive_never_above_one_and_without_violations(name):
     results = {"layer": coverage(bounds(structure, "layer"), n=10)}
     starts = results["layer"].starts
     for coordinates in ("unit", "benefit"):  # the same runs on trial against other bounds
-        found = bounds(structure, coordinates)
-        results[coordinates] = dataclasses.replace(results["layer"], bounds=found, certified=found.certifies(starts))
+        results[coordinates] = results["layer"].under(bounds(structure, coordinates))
     for result in results.values():
         assert result.violations == 0
         assert result.undecided_share == 0.0
