@@ -6,9 +6,10 @@ Networks are drawn by `catode.theory.networks.draw`, seeds 0, 1, ..: the block o
 is 0 <= theta <= 1 and norms of the structure's weights up to twice those of Glorot's initialisation; it knows nothing of
 the data, the price or the bounds. From a grid of starts in it, with directions at random, the real flow of all weights of
 the structure is followed to its end, and the domains of THEORY 4.1 (layer), 4.2 (unit) and 4.3 (benefit), with constants
-that are proven bounds of that network, are held against it: *certified* is the share of starts inside a domain,
-*converging* the share that really goes to the removed state, *ratio* the first over the second. A certified start that
-does not converge is a violation; one undecided at the horizon counts as not converging.
+that are proven bounds of that network, are held against it: *certified* is the share of the box inside a domain (of a
+finer grid, for nothing need be followed to know it), *converging* the share that really goes to the removed state,
+*ratio* the first over the second. A start that is certified and does not converge is a violation; one that is undecided
+at the horizon counts as not converging.
 
 A second table is about the comparison systems themselves: the share of the exact area of D for which
 `catode.theory.certify` finds a proof in rational numbers, and the CPU seconds that it takes, for systems drawn with the
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,20 +30,34 @@ from catode._validate import check_int
 from catode.theory import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem, certify
 from catode.theory.networks import COORDINATES, Coverage, Structure, bounds, coverage, draw
 
-KINDS = ("layer", "unit")
+KINDS = {"layer": "block", "unit": "unit"}
 SHARE_GOAL, AREA_GOAL = 0.01, 0.99
 
 
-def measure(structure: Structure, kind: str, points: int) -> dict[str, Coverage]:
+@dataclass(frozen=True)
+class Trial:
+    """One domain of one network against its real flow."""
+
+    coverage: Coverage
+    share: float
+
+    @property
+    def ratio(self) -> float:
+        """Certified share over converging share; 0 where nothing converges."""
+        return self.share / self.coverage.pruned_share if self.coverage.pruned_share else 0.0
+
+
+def measure(structure: Structure, kind: str, points: int) -> dict[str, Trial]:
     """Follow the real flow once and put the domains of all coordinates on trial.
 
     Args:
         structure: A structure of a drawn network.
-        kind: Its kind, whose coordinates come first.
+        kind: Its kind, "layer" or "unit".
         points: Starts along each side of the box.
     """
     first = coverage(bounds(structure, kind), n=points)
-    return {name: first if name == kind else first.under(bounds(structure, name)) for name in COORDINATES}
+    found = {name: first.under(bounds(structure, name)) for name in COORDINATES}
+    return {name: Trial(one, one.bounds.share(100)) for name, one in found.items()}
 
 
 def draw_system(rng: np.random.Generator, kind: str, low: float = 0.1, high: float = 0.9) -> PlanarSystem:
@@ -95,51 +111,57 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{quartiles(values, form)}, {low} to {high}"
 
 
-def _row(name: str, found: Sequence[Coverage]) -> list[str]:
-    certified = [100.0 * c.certified_share for c in found]
+def _row(name: str, found: Sequence[Trial]) -> list[str]:
+    runs = [trial.coverage for trial in found]
+    undecided = sum(int((run.runs.labels < 0).sum()) for run in runs)
     return [
         name,
         str(len(found)),
-        _spread(certified, "{:.1f}"),
-        _spread([100.0 * c.pruned_share for c in found], "{:.0f}"),
-        _spread([c.ratio for c in found], "{:.3f}"),
-        f"{np.mean(np.array(certified) >= 100.0 * SHARE_GOAL):.0%}",
-        str(sum(c.violations for c in found)),
-        f"{sum(int((c.runs.labels < 0).sum()) for c in found):,} of {sum(len(c.starts) for c in found):,}",
+        _spread([100.0 * trial.share for trial in found], "{:.1f}"),
+        _spread([100.0 * run.pruned_share for run in runs], "{:.0f}"),
+        _spread([trial.ratio for trial in found], "{:.3f}"),
+        f"{_large(found):.0%}",
+        f"{sum(run.violations for run in runs)} of {sum(int(run.certified.sum()) for run in runs):,}",
+        f"{undecided} of {sum(len(run.starts) for run in runs):,}",
     ]
+
+
+def _large(found: Sequence[Trial]) -> float:
+    """Share of the networks in which the domain is large enough for the claim not to be empty."""
+    return float(np.mean([trial.share >= SHARE_GOAL for trial in found]))
 
 
 HEADER = ["structure", "networks", "certified, % of the box", "converging, %", "ratio"]
 HEADER += [f"domain >= {SHARE_GOAL:.0%}", "violations", "undecided starts"]
 
 
-def picture(results: dict[str, list[dict[str, Coverage]]], floor: float) -> None:
+def picture(results: dict[str, list[dict[str, Trial]]]) -> None:
     """Certified share against converging share, a point for each network, into benchmarks/results/networks.png.
 
     Args:
-        results: Kind -> one dictionary of coverages for each network.
-        floor: Certified share at which nothing certified is drawn, half a start.
+        results: Kind -> the trials of each network by coordinates.
     """
     from catode.theory import plotting
 
     figure = plotting.new_figure(9.6, 4.6)
     with plotting.house_style():
-        panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+        panels = figure.subplots(1, len(results), sharey=True)
     looks = {"layer": ("o", "blue"), "unit": ("^", "vermillion"), "benefit": ("s", "green")}
+    floor = 0.01  # percent; what is certified of less of the box is drawn there
     for ax, (kind, found) in zip(panels, results.items(), strict=True):
         for name, (marker, color) in looks.items():
-            x = [100.0 * network[name].pruned_share for network in found]
-            y = [100.0 * max(network[name].certified_share, floor) for network in found]
-            ax.scatter(x, y, s=22, marker=marker, color=plotting.PALETTE[color], alpha=0.6, linewidths=0, label=name)
-        line = np.array([100.0 * floor, 100.0])
-        ax.plot(line, line, color=plotting.PALETTE["black"], linewidth=1.2, label="everything that converges")
-        look = {"color": plotting.PALETTE["grey"], "linestyle": "--", "linewidth": 1.2}
-        ax.axhline(100.0 * SHARE_GOAL, **look, label=f"{SHARE_GOAL:.0%} of the box")
-        ax.set(xlim=(0.0, 103.0), yscale="log", xlabel="share of the box that converges, %")
-        ax.set_title({"layer": "the whole block", "unit": "one unit"}[kind])
-    panels[0].set_ylabel(f"certified share, % (none: {100.0 * floor:.2g})")
-    handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
+            x = [100.0 * network[name].coverage.pruned_share for network in found]
+            y = [max(100.0 * network[name].share, floor) for network in found]
+            look = {"color": plotting.PALETTE[color], "alpha": 0.6, "linewidths": 0, "clip_on": False, "zorder": 3}
+            ax.scatter(x, y, s=22, marker=marker, label=f"{name} coordinates", **look)
+        line = np.geomspace(floor, 100.0, 200)
+        ax.plot(line, line, color=plotting.PALETTE["black"], linewidth=1.2, label="all that converges")
+        goal = {"color": plotting.PALETTE["grey"], "linestyle": "--", "linewidth": 1.2}
+        ax.axhline(100.0 * SHARE_GOAL, **goal, label=f"{SHARE_GOAL:.0%} of the box")
+        ax.set(xlim=(0.0, 100.0), ylim=(floor, 100.0), yscale="log", xlabel="share of the box that converges, %")
+        ax.set_title(f"drawn networks: one {KINDS[kind]}")
+    panels[0].set_ylabel("certified share of the box, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / "networks.png", dpi=150)
 
@@ -159,20 +181,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     results = {kind: [measure(draw(seed, kind), kind, points) for seed in range(networks)] for kind in KINDS}
     rows, verdicts = [], []
-    for kind, found in results.items():
-        what = {"layer": "block", "unit": "unit"}[kind]
+    for kind, what in KINDS.items():
         for name in COORDINATES:
-            rows.append(_row(f"{what}, in {name} coordinates", [network[name] for network in found]))
-        large = np.mean([network[kind].certified_share >= SHARE_GOAL for network in found])
+            rows.append(_row(f"{what}, {name} coordinates", [network[name] for network in results[kind]]))
+        large = _large([network[kind] for network in results[kind]])
         verdict = "yes" if large >= 0.5 else "NO"
         verdicts.append(
             f"- {verdict}: domain of a {what} at least {SHARE_GOAL:.0%} of the box: {large:.0%} of networks"
         )
+    own = [network[kind] for kind in KINDS for network in results[kind]]
     for name in ("activation", "loss"):
-        own = [(getattr(n[kind].bounds.structure.network, name), n[kind]) for kind in KINDS for n in results[kind]]
-        for value in sorted({value for value, _ in own}):
-            rows.append(_row(f"{name} {value}, own coordinates", [c for v, c in own if v == value]))
-    violations = sum(c.violations for found in results.values() for network in found for c in network.values())
+        groups = [getattr(trial.coverage.bounds.structure.network, name) for trial in own]
+        for group in sorted(set(groups)):
+            chosen = [trial for trial, value in zip(own, groups, strict=True) if value == group]
+            rows.append(_row(f"{name} {group}, own coordinates", chosen))
+    violations = sum(t.coverage.violations for found in results.values() for network in found for t in network.values())
     verdicts.append(f"- {'NO' if violations else 'yes'}: certified starts that did not converge: {violations}")
     spent = time.process_time() - mark
 
@@ -180,8 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind in KINDS:
         shares, seconds = certificates(kind, 3 if args.quick else 50)
         proofs.append(
-            [kind, str(len(shares)), f"{shares.min():.2%}", f"{np.median(shares):.2%}"]
-            + [f"{seconds.sum():.1f}", f"{np.median(seconds):.2f}", f"{seconds.max():.2f}"]
+            [kind, str(len(shares))]
+            + [f"{value:.2%}" for value in (shares.min(), np.median(shares))]
+            + [f"{value:.2f}" for value in (seconds.sum(), np.median(seconds), seconds.max())]
         )
         worst = shares.min()
         verdict = "yes" if worst >= AREA_GOAL else "NO"
@@ -192,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"the start, {load()} at the end; {spent:.0f} s of CPU for the networks."
     )
     if args.write:
-        picture(results, 0.5 / points**2)
+        picture(results)
     parts = [title, "", markdown(HEADER, rows), "", "Certificates in exact arithmetic:", ""]
     publish("networks", "\n".join([*parts, markdown(header, proofs), "", *verdicts]), args.write)
 

@@ -353,20 +353,16 @@ class Bounds:
         stays = (limit >= system.saddle[0]) | (kappa * rise**2 <= room)
         return system.contains(np.stack([u, theta], axis=-1)) & (u <= limit) & stays
 
-    def share(self, n: int = 400) -> float:
-        """Certified share of the box r <= `usual_norm`, 0 <= theta <= 1, in the coordinates "layer" and "unit".
+    def share(self, n: int = 400, *, seed: int = 0) -> float:
+        """Certified share of the box r <= `usual_norm`, 0 <= theta <= 1.
 
         Args:
             n: Points along each side of the grid of midpoints.
-
-        Raises:
-            ValueError: in benefit coordinates, where the norm does not decide (see `coverage`).
+            seed: Seed of the directions, which matter in benefit coordinates only.
         """
         if self.coordinates == "benefit":
-            fail("coordinates", "be 'layer' or 'unit'", self.coordinates, mend="Use `coverage`.")
-        grid = (np.arange(check_int("n", n, low=1)) + 0.5) / n
-        r, theta = np.meshgrid(grid * usual_norm(self.structure), grid)
-        return float(np.mean(self._certifies(r, theta)))
+            return float(np.mean(self.certifies(_starts(self.structure, n, seed))))
+        return float(np.mean(self._certifies(*_box(self.structure, n))))
 
 
 def bounds(
@@ -646,12 +642,23 @@ def coverage(found: Bounds, *, n: int = 20, seed: int = 0, horizon: float = 1e3)
     structure = found.structure
     if not structure.isolated:
         fail("found", "bound a structure with nothing else that moves", found.coordinates, mend="Give `frozen`.")
+    starts = _starts(structure, n, seed)
+    return Coverage(found, starts, found.certifies(starts), follow(structure, starts, horizon))
+
+
+def _box(structure: Structure, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Norms r and keep probabilities on a grid of midpoints of the box, each of shape (n^2,)."""
     grid = (np.arange(check_int("n", n, low=1)) + 0.5) / n
-    r, theta = (axis.ravel() for axis in np.meshgrid(grid * usual_norm(structure), grid))
+    r, theta = np.meshgrid(grid * usual_norm(structure), grid)
+    return r.ravel(), theta.ravel()
+
+
+def _starts(structure: Structure, n: int, seed: int) -> np.ndarray:
+    """States of the network on that grid, each with weights in a direction at random, shape (n^2, d)."""
+    r, theta = _box(structure, n)
     directions = np.random.default_rng(check_int("seed", seed, low=0)).normal(size=(n * n, len(structure.weights)))
     directions *= (r / np.linalg.norm(directions, axis=1))[:, None]
-    starts = structure.embed(directions, theta)
-    return Coverage(found, starts, found.certifies(starts), follow(structure, starts, horizon))
+    return structure.embed(directions, theta)
 
 
 def draw(seed: int, kind: str = "layer", *, width: int | None = None) -> Structure:
