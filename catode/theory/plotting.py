@@ -268,12 +268,13 @@ def flow_portrait(
     return ax
 
 
-def basin_map(ax: Axes, basins: Basins, *, legend: bool = True) -> Axes:
+def basin_map(ax: Axes, basins: Basins, *, names: Sequence[str] = ("", ""), legend: bool = True) -> Axes:
     """Shade a plane of starts by the attractor that each one goes to; what is undecided stays white.
 
     Args:
         ax: Where to draw.
         basins: Labels on a grid along two coordinates; further ones must be held.
+        names: Names of the two coordinates.
         legend: Whether to name the attractors and their shares below the Axes.
 
     Returns:
@@ -291,14 +292,17 @@ def basin_map(ax: Axes, basins: Basins, *, legend: bool = True) -> Axes:
     for label, shade in enumerate(shades):
         image[basins.labels == label] = shade
     ax.pcolormesh(*axes, np.swapaxes(image, 0, 1), shading="nearest", zorder=0.4, rasterized=True)
+    for label, shade in enumerate(shades):
+        share = float((basins.labels == label).mean())
+        if share:
+            ax.fill_between([], [], color=shade, linewidth=0, label=f"{basins.names[label]} ({share:.0%})")
+    undecided = float((basins.labels < 0).mean())
+    if undecided:
+        ax.fill_between([], [], facecolor="white", edgecolor="#444444", label=f"undecided ({undecided:.1%})")
+    ax.grid(visible=False)
+    ax.set_xlabel(names[0])
+    ax.set_ylabel(names[1])
     if legend:
-        for label, shade in enumerate(shades):
-            share = float((basins.labels == label).mean())
-            if share:
-                ax.fill_between([], [], color=shade, linewidth=0, label=f"{basins.names[label]} ({share:.0%})")
-        undecided = float((basins.labels < 0).mean())
-        if undecided:
-            ax.fill_between([], [], facecolor="white", edgecolor="#444444", label=f"undecided ({undecided:.1%})")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     return ax
 
@@ -330,11 +334,8 @@ def basin_slices(figure: Figure, basins: Basins, *, names: Sequence[str] = ("x",
     chosen = np.linspace(0, len(last) - 1, count).round().astype(int)
     for ax, i in zip(panels, chosen, strict=True):
         part = dataclasses.replace(basins, labels=basins.labels[..., i], axes=(*plane, np.asarray(last[i])))
-        basin_map(ax, part, legend=False)
+        basin_map(ax, part, names=(names[0], names[1] if i == 0 else ""), legend=False)
         ax.set_title(f"{names[2]} = {last[i]:.3g}")
-        ax.set_xlabel(names[0])
-        ax.grid(visible=False)
-    panels[0].set_ylabel(names[1])
     return figure
 
 

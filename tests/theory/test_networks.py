@@ -13,6 +13,8 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from benchmarks import _common
+from benchmarks import networks as benchmark
 from catode.theory import networks as module
 from catode.theory.flow import integrate
 from catode.theory.networks import (
@@ -342,6 +344,25 @@ def test_the_domain_holds_while_everything_else_moves():
     assert found.unit_slope > bounds(dataclasses.replace(structure, frozen=np.zeros(6)), radius=found.radius).unit_slope
     with pytest.raises(ValueError, match="`structure` must stand alone for benefit coordinates"):
         bounds(structure, "benefit", radius=1.0, level=level).certifies(starts)
+
+
+def test_the_benchmark_writes_its_tables_and_picture(tmp_path, monkeypatch, capsys):
+    for where in (benchmark, _common):
+        monkeypatch.setattr(where, "RESULTS", tmp_path)
+    benchmark.main(["--quick", "--networks", "1", "--points", "3", "--write"])
+    text = (tmp_path / "networks.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    trials = {row[0]: row for row in rows if row[0].endswith("coordinates")}
+    assert len(trials) >= 8 and all(row[-2].startswith("0 of ") for row in trials.values())
+    block = draw(0).network
+    assert trials[f"activation {block.activation}, own coordinates"][1] in ("1", "2")
+    share = f"{100 * bounds(draw(0)).share(100):.1f}"
+    assert trials["block, layer coordinates"][2] == f"{share} ({share}-{share}), {share} to {share}"
+    assert "- yes: certified starts that did not converge: 0" in text
+    assert (tmp_path / "networks.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="`networks` must be an integer of at least 1; got networks=0"):
+        benchmark.main(["--networks", "0"])
 
 
 # --- Theorem 3.1 ---------------------------------------------------------------------------------------------------
