@@ -147,7 +147,7 @@ def picture(results: dict[str, list[dict[str, Trial]]]) -> None:
     with plotting.house_style():
         panels = figure.subplots(1, len(results), sharey=True)
     looks = {"layer": ("o", "blue"), "unit": ("^", "vermillion"), "benefit": ("s", "green")}
-    floor = 0.01  # percent; what is certified of less of the box is drawn there
+    floor = 0.1  # percent; what is certified of less of the box is drawn there
     for ax, (kind, found) in zip(panels, results.items(), strict=True):
         for name, (marker, color) in looks.items():
             x = [100.0 * network[name].coverage.pruned_share for network in found]

@@ -63,6 +63,7 @@ COORDINATES = ("layer", "unit", "benefit")
 
 _ACTIVATIONS = {"identity": lambda z: z, "tanh": np.tanh, "relu": lambda z: np.maximum(z, 0.0)}
 _CURVATURE = {"squared": 1.0, "logistic": 0.25}
+_LONGEST = 200.0  # time in which a useless structure of a drawn network goes, at most
 _ROUNDING = 1e-12  # more than the relative rounding error of a few dozen operations on non-negative numbers
 _UP = 1.0 + _ROUNDING
 
@@ -667,7 +668,8 @@ def draw(seed: int, kind: str = "layer", *, width: int | None = None) -> Structu
     Sizes, activation and loss are uniform over what `GatedNetwork` admits (at most 4 examples, Lipschitz activations);
     inputs are normal, targets those of a network of the same shape with Glorot weights and a noise of 0.1 (their signs
     for the logistic loss). The weight decay is log-uniform in [0.01, 0.3], the rate ratio in [0.3, 3], the price in
-    [0.03, 0.3] of the loss of the empty network. The other units stand at the weights of that network, with keep
+    [0.03, 0.3] of the loss of the empty network; where a useless structure would take longer than 200 to go from 1 to
+    0, 1 / (rho g), the rate ratio is raised so that it takes 200. The other units stand at the weights of that network, with keep
     probabilities that are 1 or uniform.
 
     Args:
@@ -704,7 +706,7 @@ def draw(seed: int, kind: str = "layer", *, width: int | None = None) -> Structu
         widths=(width,),
         prices=float(price * empty),
         weight_decay=float(decay),
-        rate_ratio=float(ratio),
+        rate_ratio=float(max(ratio, 1.0 / (_LONGEST * price * empty))),
         activation=activation,
         loss=loss,
         gated=f"{kind}s",

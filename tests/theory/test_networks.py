@@ -253,7 +253,7 @@ def test_starts_at_the_edge_of_the_domain_are_pruned_inside_the_ball(name):
 @FEW
 @given(SEEDS, st.sampled_from(["layer", "unit"]), st.floats(1.0, 10.0))
 def test_bounds_and_domains_hold_in_networks_drawn_at_random(seed, kind, wait):
-    """`wait` is the time 1 / (rho g) in which a useless structure goes: in `draw` it may be thousands."""
+    """`wait` is the time 1 / (rho g) in which a useless structure goes: in `draw` it may be 200."""
     structure = draw(seed, kind, width=1 + seed % 2)
     rate_ratio = 1.0 / (wait * structure.price)
     structure = dataclasses.replace(structure, network=dataclasses.replace(structure.network, rate_ratio=rate_ratio))
@@ -417,6 +417,8 @@ def test_draws_repeat_and_differ():
     assert np.array_equal(one.frozen, other.frozen)
     assert draw(4, "unit").network != one.network
     networks = [draw(seed).network for seed in range(30)]
+    assert all(net.rate_ratio * net.prices[0] >= 1.0 / 200.1 for net in networks)
+    assert any(net.rate_ratio > 3.0 for net in networks) and any(0.3 <= net.rate_ratio <= 3.0 for net in networks)
     assert {net.activation for net in networks} == {"identity", "tanh", "relu"}
     assert {net.loss for net in networks} == {"squared", "logistic"}
     assert {net.widths for net in networks} == {(1,), (2,), (3,)}
