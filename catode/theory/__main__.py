@@ -13,6 +13,7 @@ from typing import NoReturn
 import numpy as np
 
 from catode.theory import tolerance
+from catode.theory.flow import Trajectory, integrate
 from catode.theory.systems import BenefitSystem
 
 _NEEDED = {
@@ -28,6 +29,10 @@ _OPTIONAL = {
     "drift": "bound delta on the growth of the benefit, nats/time",
     "step-time": "ODE time of one step, lr/(1 - momentum)",
     "memory": "time constant of the pool through which theta sees the benefit",
+}
+_MIRROR = {
+    "gain-lower": "lower bound on the squared gradient norm, nats/time",
+    "decay-upper": "upper limit on the decay of the benefit, 1/time",
 }
 _COLUMNS = ("gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")
 
@@ -45,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         one.add_argument(f"--{name}", type=float, metavar="FLOAT", help=f"{text} (needed)")
     for name, text in _OPTIONAL.items():
         one.add_argument(f"--{name}", type=float, metavar="FLOAT", help=f"{text} (0)")
+    for name, text in _MIRROR.items():
+        one.add_argument(f"--{name}", type=float, metavar="FLOAT", help=f"{text}; both draw the mirror domain")
     one.add_argument("--risk", type=float, metavar="FLOAT", help="accepted probability of a regret, in (0, 0.5) (0.05)")
     parser.add_argument("--from-run", type=Path, metavar="FOLDER", help="every structure of a run, at its last check")
     parser.add_argument(
@@ -83,22 +90,36 @@ def _one(given: dict[str, float], out: Path) -> str:
     if missing:
         raise ValueError(f"`{missing[0]}` must be given; got none. Add --{missing[0]} FLOAT, or use --from-run FOLDER.")
     inputs = {name.replace("-", "_"): 0.0 for name in _OPTIONAL} | {"risk": 0.05} | given
+    mirror = {name: inputs.pop(name) for name in ("gain_lower", "decay_upper") if name in inputs}
     found = tolerance.derive(**inputs)
-    system = BenefitSystem(**{k: inputs[k] for k in ("price", "gain", "rate_ratio", "decay", "drift")})
+    system = BenefitSystem(**{k: inputs[k] for k in ("price", "gain", "rate_ratio", "decay", "drift")}, **mirror)
     from catode.theory import plotting
 
-    figure = plotting.new_figure(12.0, 4.4)
+    figure = plotting.new_figure(13.0, 5.2)
     with plotting.house_style():
-        axes = figure.subplots(1, 3)
-    span = max(3.0 * inputs["price"], 1.2 * inputs["benefit"])
-    plotting.phase_portrait(axes[0], system, benefit_max=span)
-    axes[0].plot(
-        inputs["benefit"], min(max(float(found), 0.0), 1.0), "v", color=plotting.PALETTE["vermillion"], zorder=6
-    )
+        axes = figure.subplots(1, 3, width_ratios=(1.5, 1.0, 1.0))
+    span = max(2.0 * inputs["price"], 1.2 * inputs["benefit"])
+    plotting.phase_portrait(axes[0], system, benefit_max=span, nullclines=True, trajectories=_trajectories(system))
+    here = inputs["benefit"], min(max(float(found), 0.0), 1.0)
+    look = {"color": plotting.PALETTE["purple"], "markersize": 9, "linestyle": "none", "clip_on": False, "zorder": 6}
+    axes[0].plot(*here, "v", label="tolerance here", **look)
+    axes[0].legend(loc="upper center", bbox_to_anchor=(0.45, -0.12), ncols=3, columnspacing=1.2, frameon=False)
     plotting.tolerance_over_risk(axes[1], inputs)
     plotting.tolerance_over_batch_size(axes[2], inputs)
     figure.savefig(out)
     return f"theta_tol  {float(found):.6g}\nseparatrix {float(found.separatrix):.6g}\nreason     {found.reason()}"
+
+
+def _trajectories(system: BenefitSystem) -> list[Trajectory]:
+    """A few solutions of the projected flow: either side of the separatrix, and along either face."""
+    edge = min(max(float(system.separatrix(0.0)), 0.0), 1.0)
+    starts = [
+        (0.0, 0.6 * edge),
+        (0.0, min(0.6 * edge + 0.4, 1.0)),
+        (0.5 * system.price, 1.0),
+        (0.8 * system.price, 0.0),
+    ]
+    return [integrate(system, start, 8.0 / system.growth_rate, events=False) for start in starts]
 
 
 def read_run(folder: Path) -> list[dict]:
@@ -146,23 +167,25 @@ def _run(folder: Path, out: Path) -> str:
     lines = [
         f"{'structure':28} {'state':17} {'step':>6} {'theta':>7} {'benefit':>10} {'price':>10} {'theta_tol':>10} {'anew':>10}"
     ]
-    gaps = []
-    for row in rows:
-        anew = _anew(row, memory)
+    tolerances = [_anew(row, memory) for row in rows]
+    for row, anew in zip(rows, tolerances, strict=True):
         name = row["block"] if row["kind"] == "layer" else f"{row['site']}[{row['index']}]"
         values = f"{row['benefit']:10.3g} {row['price']:10.3g} {row['tolerance']:10.3g} {anew:10.3g}"
         lines.append(f"{name:28} {row['state']:17} {row['step']:6.0f} {row['keep_prob']:7.3f} {values}")
-        if np.isfinite(anew) and np.isfinite(row["tolerance"]):
-            gaps.append(abs(anew - row["tolerance"]))
-    lines.append(
-        f"{len(rows)} structures; recorded and derived anew for a full pool: they differ by {np.median(gaps):.2g} in the median"
-    )
+    both = np.array([tolerances, [row["tolerance"] for row in rows]])
+    gaps = np.abs(np.diff(both[:, np.isfinite(both).all(axis=0)], axis=0))
+    lines.append(f"{len(rows)} structures; {np.sum(np.array(tolerances) > 0.0)} have a positive tolerance.")
+    if gaps.size:
+        lines.append(
+            f"Recorded and derived anew for a full pool, {gaps.size} of them differ by {np.median(gaps):.2g} in the median."
+        )
     from catode.theory import plotting
 
-    figure = plotting.new_figure(7.0, 5.0)
+    figure = plotting.new_figure(11.0, 5.0)
     with plotting.house_style():
-        ax = figure.subplots()
-    plotting.decisions(ax, rows)
+        left, right = figure.subplots(1, 2)
+    plotting.decisions(left, rows)
+    plotting.tolerances(right, rows, tolerances)
     figure.savefig(out)
     return "\n".join(lines)
 

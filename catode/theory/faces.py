@@ -48,6 +48,8 @@ class ActiveSetRun:
         stalls = 0
         for _ in range(_MAX_STAGES):
             velocity = self._velocity(self.y)
+            if not np.isfinite(velocity).all():
+                return self._finish("failed", f"The field is not finite at time {self.t:.6g}, state {self.y.tolist()}.")
             if not velocity.any():
                 self.times.append(np.array([self.horizon]))
                 self.states.append(self.y[None].copy())

@@ -118,7 +118,8 @@ def integrate(
         The trajectory. A numerical failure is a status, never an exception.
 
     Raises:
-        ValueError: if `start` is not a finite state with theta in [0, 1], or in the box, or a number is out of range.
+        ValueError: if `start` is not a finite state with theta in [0, 1], or in the box, a number is out of range, or
+            `system` lacks a method or returns velocities of another shape than the states'.
     """
     horizon = check_positive("horizon", horizon)
     rtol = check_interval("rtol", rtol, 0.0, 0.1, True)
@@ -135,9 +136,13 @@ def integrate(
     check_shape("start", start, "(d,) with d >= 2", start.ndim == 1 and start.size >= 2)
     if not 0.0 <= start[-1] <= 1.0:
         fail("start", "have a keep probability in [0, 1]", float(start[-1]), index=(start.size - 1,))
-    run = _Run(system, horizon, options, np.array(system.project(start), dtype=np.float64))
+    if not all(callable(getattr(system, name, None)) for name in ("field", "jacobian", "project", "rest")):
+        fail("system", "have the methods field, jacobian, project and rest", system, mend="Or make it a BoxSystem.")
+    start = np.array(system.project(start), dtype=np.float64)
     with np.errstate(all="ignore"):
-        return run.solve(events)
+        speed = np.asarray(system.field(start))
+        check_shape("system.field(start)", speed, f"({start.size},), that of `start`", speed.shape == start.shape)
+        return _Run(system, horizon, options, start).solve(events)
 
 
 class _Run:
@@ -155,6 +160,8 @@ class _Run:
         self.turned = self.overflow = False
 
     def solve(self, events: bool) -> Trajectory:
+        if not self._defined():
+            return self._undefined()
         direction = self._direction()
         if direction == 0:
             return self._finish("horizon", "The state is an equilibrium.", still=True)
@@ -169,6 +176,8 @@ class _Run:
                     return self._finish("kept", f"theta reached 1 at time {self.t:.6g} and stays there.")
             if self.t >= self.horizon:
                 return self._judge()
+            if not self._defined():
+                return self._undefined()
             before = self.t
             failure = self._slide(direction) if on_face else self._move(direction, face)
             if failure:
@@ -179,6 +188,13 @@ class _Run:
                 if stalls == 3:  # theta turns both ways without any time passing
                     return self._finish("horizon", "The state is an equilibrium to rounding error.", still=True)
         return self._finish("failed", f"theta changed direction {_MAX_STAGES} times before time {self.t:.6g}.")
+
+    def _defined(self) -> bool:
+        """Whether the field is finite here: from a velocity of NaN the solver would not return."""
+        return bool(np.isfinite(self.system.field(self.y)).all())
+
+    def _undefined(self) -> Trajectory:
+        return self._finish("failed", f"The field is not finite at time {self.t:.6g}, state {self.y.tolist()}.")
 
     def _speed(self) -> float:
         return float(self.system.field(self.y)[-1])

@@ -63,6 +63,7 @@ COORDINATES = ("layer", "unit", "benefit")
 
 _ACTIVATIONS = {"identity": lambda z: z, "tanh": np.tanh, "relu": lambda z: np.maximum(z, 0.0)}
 _CURVATURE = {"squared": 1.0, "logistic": 0.25}
+_LONGEST = 200.0  # time in which a useless structure of a drawn network goes, at most
 _ROUNDING = 1e-12  # more than the relative rounding error of a few dozen operations on non-negative numbers
 _UP = 1.0 + _ROUNDING
 
@@ -353,20 +354,16 @@ class Bounds:
         stays = (limit >= system.saddle[0]) | (kappa * rise**2 <= room)
         return system.contains(np.stack([u, theta], axis=-1)) & (u <= limit) & stays
 
-    def share(self, n: int = 400) -> float:
-        """Certified share of the box r <= `usual_norm`, 0 <= theta <= 1, in the coordinates "layer" and "unit".
+    def share(self, n: int = 400, *, seed: int = 0) -> float:
+        """Certified share of the box r <= `usual_norm`, 0 <= theta <= 1.
 
         Args:
             n: Points along each side of the grid of midpoints.
-
-        Raises:
-            ValueError: in benefit coordinates, where the norm does not decide (see `coverage`).
+            seed: Seed of the directions, which matter in benefit coordinates only.
         """
         if self.coordinates == "benefit":
-            fail("coordinates", "be 'layer' or 'unit'", self.coordinates, mend="Use `coverage`.")
-        grid = (np.arange(check_int("n", n, low=1)) + 0.5) / n
-        r, theta = np.meshgrid(grid * usual_norm(self.structure), grid)
-        return float(np.mean(self._certifies(r, theta)))
+            return float(np.mean(self.certifies(_starts(self.structure, n, seed))))
+        return float(np.mean(self._certifies(*_box(self.structure, n))))
 
 
 def bounds(
@@ -504,9 +501,9 @@ def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: flo
     Runge-Kutta 5(4), each start with its own step. A start ends as pruned once theta = 0 and A r^2 / 2 < g: there b < g,
     r no longer grows, and so theta stays (for weight decay > 0 the weights then go to 0). Where nothing else moves it
     ends as not pruned once its cost is below that of the removed state, for the cost never rises. Up to the error of
-    integration both are proofs. A state with theta = 1 that has come to rest also counts as not pruned. The relu gets
-    steps of at least 0.05, or half a time constant: along its kinks the flow slides, which steps can only follow by
-    crossing to and fro.
+    integration both are proofs. A state with theta = 1 that has come to rest, every speed below ten times `rtol` (its
+    steps reach no smaller one), also counts as not pruned. The relu gets steps of at least 0.2, or half a time
+    constant: along its kinks the flow slides, which steps can only follow by crossing to and fro.
 
     Args:
         structure: The structure to watch.
@@ -545,11 +542,11 @@ def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: flo
         if network.activation != "relu":
             return np.full(len(y), 1e-6)
         curvature = pull + 1.5 * _CURVATURE[network.loss] * square * structure.norm(y) ** 2
-        return np.minimum(0.05, 0.5 / (network.weight_decay + curvature))
+        return np.minimum(0.2, 0.5 / (network.weight_decay + curvature))
 
     def judge(y: np.ndarray, speed: np.ndarray) -> np.ndarray:
         label = np.full(len(y), -1)
-        label[(y[:, theta] == 1.0) & np.all(np.abs(speed) < 1e-6, axis=1)] = 0
+        label[(y[:, theta] == 1.0) & np.all(np.abs(speed) < 10.0 * rtol, axis=1)] = 0
         if structure.isolated:
             label[network.value(y) < removed] = 0
         label[(y[:, theta] == 0.0) & (0.5 * pull * structure.norm(y) ** 2 < structure.price) & provable] = 1
@@ -598,6 +595,10 @@ class Coverage:
     certified: np.ndarray
     runs: Runs
 
+    def under(self, other: Bounds) -> Coverage:
+        """The same runs with other bounds of the same structure on trial."""
+        return dataclasses.replace(self, bounds=other, certified=other.certifies(self.starts))
+
     @property
     def certified_share(self) -> float:
         """Share of the box that is certified."""
@@ -642,12 +643,23 @@ def coverage(found: Bounds, *, n: int = 20, seed: int = 0, horizon: float = 1e3)
     structure = found.structure
     if not structure.isolated:
         fail("found", "bound a structure with nothing else that moves", found.coordinates, mend="Give `frozen`.")
+    starts = _starts(structure, n, seed)
+    return Coverage(found, starts, found.certifies(starts), follow(structure, starts, horizon))
+
+
+def _box(structure: Structure, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Norms r and keep probabilities on a grid of midpoints of the box, each of shape (n^2,)."""
     grid = (np.arange(check_int("n", n, low=1)) + 0.5) / n
-    r, theta = (axis.ravel() for axis in np.meshgrid(grid * usual_norm(structure), grid))
+    r, theta = np.meshgrid(grid * usual_norm(structure), grid)
+    return r.ravel(), theta.ravel()
+
+
+def _starts(structure: Structure, n: int, seed: int) -> np.ndarray:
+    """States of the network on that grid, each with weights in a direction at random, shape (n^2, d)."""
+    r, theta = _box(structure, n)
     directions = np.random.default_rng(check_int("seed", seed, low=0)).normal(size=(n * n, len(structure.weights)))
     directions *= (r / np.linalg.norm(directions, axis=1))[:, None]
-    starts = structure.embed(directions, theta)
-    return Coverage(found, starts, found.certifies(starts), follow(structure, starts, horizon))
+    return structure.embed(directions, theta)
 
 
 def draw(seed: int, kind: str = "layer", *, width: int | None = None) -> Structure:
@@ -656,7 +668,8 @@ def draw(seed: int, kind: str = "layer", *, width: int | None = None) -> Structu
     Sizes, activation and loss are uniform over what `GatedNetwork` admits (at most 4 examples, Lipschitz activations);
     inputs are normal, targets those of a network of the same shape with Glorot weights and a noise of 0.1 (their signs
     for the logistic loss). The weight decay is log-uniform in [0.01, 0.3], the rate ratio in [0.3, 3], the price in
-    [0.03, 0.3] of the loss of the empty network. The other units stand at the weights of that network, with keep
+    [0.03, 0.3] of the loss of the empty network; where a useless structure would take longer than 200 to go from 1 to
+    0, 1 / (rho g), the rate ratio is raised so that it takes 200. The other units stand at the weights of that network, with keep
     probabilities that are 1 or uniform.
 
     Args:
@@ -693,7 +706,7 @@ def draw(seed: int, kind: str = "layer", *, width: int | None = None) -> Structu
         widths=(width,),
         prices=float(price * empty),
         weight_decay=float(decay),
-        rate_ratio=float(ratio),
+        rate_ratio=float(max(ratio, 1.0 / (_LONGEST * price * empty))),
         activation=activation,
         loss=loss,
         gated=f"{kind}s",

@@ -38,6 +38,15 @@ PALETTE = {
 }
 """The colour-blind-safe colours of Okabe and Ito, and a grey for what is in the background."""
 
+_STATES = (
+    ("pruned_tolerance", "vermillion", "removed by tolerance"),
+    ("pruned_zero", "orange", "removed at θ = 0"),
+    ("promoted", "yellow", "gone with its site or block"),
+    ("committed", "blue", "committed"),
+    ("forced", "purple", "forced"),
+    ("undecided", "grey", "undecided"),
+)
+
 STYLE: dict[str, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 100,
@@ -93,6 +102,7 @@ def phase_portrait(
     *,
     paths: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     path_colors: Sequence[str] | None = None,
+    trajectories: Sequence[Trajectory] = (),
     benefit_min: float = 0.0,
     benefit_max: float | None = None,
     nullclines: bool = False,
@@ -114,6 +124,7 @@ def phase_portrait(
         paths: Measured trajectories to draw on top, each the pair (benefit, keep probability) of arrays of shape (n,)
             in the system's units. A dot marks the end of each.
         path_colors: One colour a path.
+        trajectories: Solutions of the projected flow, in vermillion; the parts that slide on a face are thick.
         benefit_min: Left edge of the window, nats. The system counts a negative benefit as 0.
         benefit_max: Right edge of the window, nats; three times the price when not given.
         nullclines: Whether to draw the line where the benefit stands still; that of the keep probability is the price.
@@ -142,13 +153,13 @@ def phase_portrait(
     _domains(ax, system, benefit_min, benefit_max, resolution)
     _streamlines(ax, system, benefit_min, benefit_max, density)
 
-    ax.axvline(price, color=PALETTE["grey"], linestyle="--", linewidth=1.3, zorder=2.5, label="price")
+    label = "price: θ at rest" if nullclines else "price"
+    ax.axvline(price, color=PALETTE["grey"], linestyle="--", linewidth=1.3, zorder=2.5, label=label)
     if nullclines:
         benefit = np.array([max(benefit_min, 0.0), benefit_max])
         still = (float(system.decay) * benefit - float(system.drift)) / float(system.gain)
-        ax.plot(
-            benefit, still, color=PALETTE["grey"], linestyle=":", linewidth=1.3, zorder=2.5, label="benefit at rest"
-        )
+        look = {"color": PALETTE["blue"], "linestyle": ":", "linewidth": 1.4, "zorder": 2.5}
+        ax.plot(benefit, still, label="benefit at rest", **look)
     saddle = np.asarray(system.saddle, dtype=float)
     if benefit_min <= saddle[0] <= benefit_max and 0.0 <= saddle[1] <= 1.0:
         ax.plot(
@@ -166,6 +177,10 @@ def phase_portrait(
         benefit, theta = np.asarray(benefit, dtype=float), np.asarray(theta, dtype=float)
         ax.plot(benefit, theta, color=color, linewidth=1.1, alpha=0.8, zorder=4)
         ax.plot(benefit[-1:], theta[-1:], color=color, marker="o", markersize=3.5, linestyle="none", zorder=4.5)
+
+    for i, found in enumerate(trajectories):
+        window = (benefit_min, 0.0), (benefit_max, 1.0)
+        _trajectory(ax, found, ((np.nan, 0.0), (np.nan, 1.0)), window, label=i == 0)
 
     margin = 0.02
     ax.set_xlim(benefit_min, benefit_max)
@@ -234,17 +249,9 @@ def flow_portrait(
             for i, branch in enumerate(branches):
                 label = label if i == 0 and found is manifolds[0] else None
                 ax.plot(*branch.points.T, style, color=PALETTE["black"], linewidth=1.6, zorder=3, label=label)
-    for found in trajectories:
-        inside = ((found.states >= [left, bottom]) & (found.states <= [right, top])).all(axis=1)
-        ax.plot(*found.states.T, color=PALETTE["vermillion"], linewidth=1.1, zorder=4)
-        for coordinate in (0, 1):
-            arrived = [e.time for e in found.events if e.coordinate == coordinate and e.kind == "arrive"]
-            left_at = [e.time for e in found.events if e.coordinate == coordinate and e.kind == "leave"]
-            for start, end in zip(arrived, [*left_at, np.inf], strict=False):
-                on = (found.times >= start) & (found.times <= end) & inside
-                ax.plot(*found.states[on].T, color=PALETTE["vermillion"], linewidth=3.0, zorder=4, clip_on=False)
-        if inside[-1]:
-            ax.plot(*found.end, "o", color=PALETTE["vermillion"], markersize=4, zorder=4.5, clip_on=False)
+    for i, found in enumerate(trajectories):
+        faces = getattr(system, "lower", (np.nan, 0.0)), getattr(system, "upper", (np.nan, 1.0))
+        _trajectory(ax, found, faces, window, label=i == 0)
     for found in equilibria:
         if left <= found.state[0] <= right and bottom <= found.state[1] <= top:
             marker = "D" if found.stability == "saddle" else "o"
@@ -261,12 +268,13 @@ def flow_portrait(
     return ax
 
 
-def basin_map(ax: Axes, basins: Basins, *, legend: bool = True) -> Axes:
+def basin_map(ax: Axes, basins: Basins, *, names: Sequence[str] = ("", ""), legend: bool = True) -> Axes:
     """Shade a plane of starts by the attractor that each one goes to; what is undecided stays white.
 
     Args:
         ax: Where to draw.
         basins: Labels on a grid along two coordinates; further ones must be held.
+        names: Names of the two coordinates.
         legend: Whether to name the attractors and their shares below the Axes.
 
     Returns:
@@ -284,14 +292,17 @@ def basin_map(ax: Axes, basins: Basins, *, legend: bool = True) -> Axes:
     for label, shade in enumerate(shades):
         image[basins.labels == label] = shade
     ax.pcolormesh(*axes, np.swapaxes(image, 0, 1), shading="nearest", zorder=0.4, rasterized=True)
+    for label, shade in enumerate(shades):
+        share = float((basins.labels == label).mean())
+        if share:
+            ax.fill_between([], [], color=shade, linewidth=0, label=f"{basins.names[label]} ({share:.0%})")
+    undecided = float((basins.labels < 0).mean())
+    if undecided:
+        ax.fill_between([], [], facecolor="white", edgecolor="#444444", label=f"undecided ({undecided:.1%})")
+    ax.grid(visible=False)
+    ax.set_xlabel(names[0])
+    ax.set_ylabel(names[1])
     if legend:
-        for label, shade in enumerate(shades):
-            share = float((basins.labels == label).mean())
-            if share:
-                ax.fill_between([], [], color=shade, linewidth=0, label=f"{basins.names[label]} ({share:.0%})")
-        undecided = float((basins.labels < 0).mean())
-        if undecided:
-            ax.fill_between([], [], facecolor="white", edgecolor="#444444", label=f"undecided ({undecided:.1%})")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     return ax
 
@@ -323,11 +334,8 @@ def basin_slices(figure: Figure, basins: Basins, *, names: Sequence[str] = ("x",
     chosen = np.linspace(0, len(last) - 1, count).round().astype(int)
     for ax, i in zip(panels, chosen, strict=True):
         part = dataclasses.replace(basins, labels=basins.labels[..., i], axes=(*plane, np.asarray(last[i])))
-        basin_map(ax, part, legend=False)
+        basin_map(ax, part, names=(names[0], names[1] if i == 0 else ""), legend=False)
         ax.set_title(f"{names[2]} = {last[i]:.3g}")
-        ax.set_xlabel(names[0])
-        ax.grid(visible=False)
-    panels[0].set_ylabel(names[1])
     return figure
 
 
@@ -396,28 +404,67 @@ def decisions(ax: Axes, rows: Sequence[dict[str, Any]]) -> Axes:
     Returns:
         `ax`.
     """
-    states = {
-        "pruned_tolerance": ("vermillion", "removed by tolerance"),
-        "pruned_zero": ("orange", "removed at theta = 0"),
-        "promoted": ("yellow", "gone with its site or block"),
-        "committed": ("blue", "committed"),
-        "forced": ("purple", "forced"),
-        "undecided": ("grey", "undecided"),
-    }
-    for state, (color, label) in states.items():
+    window = -10.0, 100.0
+    for state, color, label in _STATES:
         chosen = [row for row in rows if row["state"] == state and np.isfinite(row["benefit"]) and row["price"] > 0]
         if chosen:
-            ratio = [row["benefit"] / row["price"] for row in chosen]
+            ratio = np.clip([row["benefit"] / row["price"] for row in chosen], *window)
             theta = [row["keep_prob"] for row in chosen]
             label = f"{label} ({len(chosen)})"
             ax.scatter(ratio, theta, s=14, color=PALETTE[color], alpha=0.7, linewidths=0, label=label)
     ax.axvline(1.0, color=PALETTE["grey"], linestyle="--", linewidth=1.2)
     ax.set_xscale("symlog", linthresh=1.0)
     ax.set_ylim(-0.02, 1.02)
-    ax.set_xlabel("benefit / price")
+    ax.set_xlim(1.2 * window[0], 1.2 * window[1])
+    ax.set_xlabel(f"benefit / price, cut at {window[0]:g} and {window[1]:g}")
     ax.set_ylabel("keep probability θ at the last check")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     return ax
+
+
+def tolerances(ax: Axes, rows: Sequence[dict[str, Any]], anew: Sequence[float]) -> Axes:
+    """Draw the keep probability of every structure against its tolerance; on and below the diagonal it may be removed.
+
+    Args:
+        ax: Where to draw.
+        rows: Rows of a run's structures.csv, as in `decisions`.
+        anew: The tolerance of each; those that are not positive, or not known, lie in the grey band on the left.
+
+    Returns:
+        `ax`.
+    """
+    x = np.asarray(anew, dtype=float)
+    known, floor = x > 0.0, 1e-3
+    ax.axvspan(floor / 3.0, floor, color=PALETTE["grey"], alpha=0.15, linewidth=0)
+    line = np.geomspace(floor, 1.0, 100)
+    ax.plot(line, line, color=PALETTE["black"], linewidth=1.2, label="θ = tolerance")
+    x = np.where(known, np.maximum(x, floor), floor / 3.0**0.5)
+    for state, color, _ in _STATES:
+        chosen = np.array([row["state"] == state for row in rows], dtype=bool)
+        if chosen.any():
+            theta = np.array([row["keep_prob"] for row in rows])[chosen]
+            ax.scatter(x[chosen], theta, s=14, color=PALETTE[color], alpha=0.7, linewidths=0, clip_on=False)
+    ax.set_xscale("log")
+    ax.set_xlim(floor / 3.0, 1.0)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel(f"tolerance on θ (grey: none is safe, or unknown: {np.sum(~known)})")
+    ax.set_ylabel("keep probability θ at the last check")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    return ax
+
+
+def _trajectory(ax: Axes, found: Trajectory, faces: Sequence[Any], window: Sequence[Any], *, label: bool) -> None:
+    """Draw a trajectory, thick where it slides on a face, with a dot where it ends inside the window."""
+    color, states = PALETTE["vermillion"], found.states
+    inside = ((states >= window[0]) & (states <= window[1])).all(axis=1)
+    ax.plot(*states.T, color=color, linewidth=1.1, zorder=4, label="trajectory" if label else None)
+    for face in faces:
+        for on in (states == face).T & (np.clip(states, *window) == face).T:
+            if (on[1:] & on[:-1]).any():
+                slides = np.where(on[:, None], np.clip(states, *window), np.nan)
+                ax.plot(*slides.T, color=color, linewidth=3.0, solid_capstyle="butt", zorder=4, clip_on=False)
+    if inside[-1]:
+        ax.plot(*found.end, "o", color=color, markersize=4, zorder=4.5, clip_on=False)
 
 
 def _domains(ax: Axes, system: BenefitSystem, benefit_min: float, benefit_max: float, resolution: int) -> None:
@@ -439,7 +486,7 @@ def _domains(ax: Axes, system: BenefitSystem, benefit_min: float, benefit_max: f
     if mirror.any():
         shade = to_rgba(PALETTE["sky"], 0.25)
         ax.contourf(benefit, theta, mirror, levels=[0.5, 1.5], colors=[shade], zorder=0.5)
-        ax.fill_between([], [], color=shade, linewidth=0, label="certain to stay (mirror domain)")
+        ax.fill_between([], [], color=shade, linewidth=0, label="certain to stay (mirror)")
 
 
 def _streamlines(ax: Axes, system: BenefitSystem, benefit_min: float, benefit_max: float, density: float) -> None:

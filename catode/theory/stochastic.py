@@ -330,7 +330,7 @@ def ode_error(
     for tau, count in zip(step_times, counts, strict=True):
         run = iterate(
             system,
-            np.tile(np.asarray(start, dtype=np.float64), (replicas, 1)),
+            _copies(start, replicas),
             step_time=float(tau),
             steps=count,
             noise=math.sqrt(tau) * scale[0],
@@ -445,18 +445,16 @@ def escape_frequency(
         >>> escape.lower < 0.021 < escape.upper < escape.bound
         True
     """
-    start = check_real("start", start, array=True)
-    check_shape("start", start, "(d,) with d >= 2", start.ndim == 1 and start.size >= 2)
     tau = check_positive("step_time", step_time)
     if horizon is None and not hasattr(system, "growth_rate"):
         fail("horizon", "be given for a system without a growth rate", horizon)
     horizon = check_positive("horizon", _LONG / system.growth_rate if horizon is None else horizon)
-    replicas = check_int("replicas", replicas, low=1)
+    starts = _copies(start, check_int("replicas", replicas, low=1))
     confidence = check_interval("confidence", confidence, 0.0, 1.0, True, True)
     steps = math.ceil(horizon / tau * (1.0 - 1e-12))
     run = iterate(
         system,
-        np.tile(start, (replicas, 1)),
+        starts,
         step_time=tau,
         steps=steps,
         noise=noise,
@@ -469,12 +467,12 @@ def escape_frequency(
     if run.status == "failed":
         raise FloatingPointError(run.message)
     escaped = int(np.isinf(run.absorbed_at).sum())
-    lower, upper = _clopper_pearson(escaped, replicas, confidence)
+    lower, upper = _clopper_pearson(escaped, len(starts), confidence)
     scale = {"step_time": tau, "noise": float(noise), "benefit_noise": float(benefit_noise)}
-    bounds = escape_bounds(system, start, **scale) if isinstance(system, BenefitSystem) else (None, None)
+    bounds = escape_bounds(system, starts[0], **scale) if isinstance(system, BenefitSystem) else (None, None)
     return Escape(
-        start=tuple(start.tolist()),
-        replicas=replicas,
+        start=tuple(starts[0].tolist()),
+        replicas=len(starts),
         escaped=escaped,
         lower=lower,
         upper=upper,
@@ -676,6 +674,13 @@ def _case(system: BenefitSystem, rule: str, risk: float, benefit: float, toleran
 def _inputs(system: BenefitSystem) -> dict[str, float]:
     """What `derive` and `escape_probability` need to know of a system."""
     return {name: getattr(system, name) for name in ("price", "gain", "decay", "rate_ratio", "drift")}
+
+
+def _copies(start: Any, replicas: int) -> np.ndarray:
+    """The same start for every replica, shape (replicas, d)."""
+    start = check_real("start", start, array=True)
+    check_shape("start", start, "(d,) with d >= 2", start.ndim == 1 and start.size >= 2)
+    return np.tile(start, (replicas, 1))
 
 
 def _clopper_pearson(count: int, n: int, confidence: float) -> tuple[float, float]:

@@ -118,6 +118,14 @@ def test_at_rest_at_once_and_blow_up_and_undefined():
     )
 
 
+@pytest.mark.parametrize("start", [0.97, 1.0], ids=["inside", "on a face"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_field_undefined_at_the_start_is_a_status(start, value):
+    hole = BoxSystem(velocity=lambda s: np.where(s > 0.95, value, 1.0), lower=[0.0], upper=[1.0])
+    found = integrate(hole, [start], 5.0)
+    assert found.status == "failed" and "not finite at time 0" in found.message and found.end.tolist() == [start]
+
+
 @pytest.mark.parametrize(
     ("start", "words"),
     [([2.0, 0.0], "lie in the box"), ([0.0], "shape"), ([np.nan, 0.0], "finite"), ([[0.0, 0.0]], "shape")],

@@ -215,14 +215,61 @@ def test_growth_beyond_the_range_of_floats_is_a_status():
     assert integrate(system, [0.3, 0.3], 300.0).status == "kept"
 
 
+class Field:
+    """A flow of one's own, theta last, by its velocity alone."""
+
+    def __init__(self, velocity):
+        self.velocity = velocity
+
+    def field(self, state):
+        return self.velocity(np.asarray(state, dtype=float))
+
+    def jacobian(self, state):
+        return np.zeros((2, 2))
+
+    def project(self, state):
+        return np.asarray(state, dtype=float)
+
+    def rest(self, state):
+        return np.asarray(state)[..., :-1]
+
+
+def hole(undefined, value=np.nan):
+    """A speed of 0.1 in both coordinates, `value` where a condition on the state holds."""
+    return Field(lambda y: np.where(undefined(y)[..., None], value, 0.1) * np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("system", "time"),
+    [
+        (hole(lambda y: y[..., 0] < 2.0), 0.0),
+        (hole(lambda y: y[..., 0] < 2.0, np.inf), 0.0),
+        (hole(lambda y: y[..., 0] > 0.7), 2.0),
+        (hole(lambda y: y[..., 1] >= 1.0), 5.0),
+    ],
+    ids=["nan at the start", "inf at the start", "nan on the way", "nan on a face"],
+)
+@pytest.mark.parametrize("events", [True, False])
+def test_a_field_that_is_not_finite_is_a_status_and_never_a_silent_nan(system, time, events):
+    result = integrate(system, [0.5, 0.5], 20.0, events=events)
+    assert result.status == "failed" and f"at time {time:g}" in result.message
+    assert np.isfinite(result.states).all() and np.isclose(result.times[-1], time, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"system": Field(lambda y: y[..., 0])},
+            r"`system.field\(start\)` must have shape \(2,\), that of `start`; got",
+        ),
+        ({"system": Field(lambda y: np.zeros(3))}, r"`system.field\(start\)` must have shape \(2,\)"),
+        ({"system": np.negative}, "`system` must have the methods field, jacobian, project and rest; got .* BoxSystem"),
         ({"start": [0.1, 1.5]}, r"`start` must have a keep probability in \[0, 1\]; got start\[1\]=1.5"),
         ({"start": [0.1]}, "`start` must have shape"),
         ({"start": [[0.1, 0.2]]}, "`start` must have shape"),
         ({"start": [np.nan, 0.2]}, "`start` must be finite"),
-        ({"horizon": 0.0}, "`horizon` must be positive"),
+        *[({"horizon": time}, "`horizon` must be positive") for time in (0.0, -1.0, np.nan, np.inf)],
         ({"rtol": 0.5}, r"`rtol` must lie in \(0, 0.1\]"),
         ({"atol": -1.0}, "`atol` must be positive"),
     ],

@@ -6,9 +6,11 @@ import csv
 import json
 
 import matplotlib.image
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from catode.theory import tolerance
+from catode.theory import plotting, tolerance
 from catode.theory.__main__ import main, read_run
 
 GIVEN = dict(price=0.1, gain=0.5, rate_ratio=1.0, noise=0.02, decay=0.05)
@@ -49,7 +51,20 @@ def test_one_structure_gets_its_tolerance_reason_and_picture(tmp_path, capsys):
     expected = tolerance.derive(benefit=0.0, benefit_noise=0.0, drift=0.0, step_time=0.0, **GIVEN)
     assert f"theta_tol  {float(expected):.6g}\n" in said and expected.reason() in said
     picture = matplotlib.image.imread(tmp_path / "t.png")
-    assert picture.shape[:2] == (440, 1200) and picture[..., :3].std() > 0.05
+    assert picture.shape[:2] == (520, 1300) and picture[..., :3].std() > 0.05
+
+
+def test_the_portrait_has_the_domains_the_price_and_trajectories_that_slide(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plotting, "new_figure", lambda *size: figures.append(Figure(size)) or figures[-1])
+    assert main([*FLAGS, "--gain-lower", "0.4", "--decay-upper", "0.1", "--out", str(tmp_path / "t.png")]) == 0
+    ax = figures[0].axes[0]
+    labels = set(ax.get_legend_handles_labels()[1])
+    assert {"certain to go (D)", "undecided", "certain to stay (mirror)", "separatrix", "saddle"} <= labels
+    assert {"price: θ at rest", "benefit at rest", "trajectory", "tolerance here"} <= labels
+    slides = [line.get_ydata() for line in ax.lines if line.get_linewidth() == 3.0]
+    assert {float(np.nanmax(y)) for y in slides} == {0.0, 1.0}
+    assert [ax.get_xlabel() for ax in figures[0].axes[1:]] == ["accepted risk", "batch size / measured one"]
 
 
 def test_nothing_safe_is_an_answer(tmp_path, capsys):
@@ -76,7 +91,21 @@ def test_a_run_is_read_at_the_last_check_of_each_structure(run, capsys):
         "0.07",
         f"{float(expected):.3g}",
     ]
+    assert lines[3].startswith("2 structures; 1 have a positive tolerance") and lines[4].startswith("Recorded and")
     assert (run / "t.pdf").stat().st_size > 5000
+
+
+def test_a_run_in_which_nothing_was_measured_says_so_and_no_more(run, capsys):
+    table = run / "structures.csv"
+    with table.open(newline="") as file:
+        rows = [row | {"noise": "inf", "tolerance": "nan"} for row in csv.DictReader(file)]
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert main(["--from-run", str(run), "--out", str(run / "t.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:] == ["2 structures; 0 have a positive tolerance.", f"picture {run / 't.png'}"]
 
 
 WRONG = [
@@ -87,6 +116,8 @@ WRONG = [
     ([*FLAGS, "--noise", "nan"], "`noise` must be"),
     ([*FLAGS, "--risk", "0.5"], "`risk` must lie in (0, 0.5); got risk=0.5"),
     ([*FLAGS, "--benefit", "inf"], "`benefit` must be finite"),
+    ([*FLAGS, "--gain-lower", "0.9", "--decay-upper", "1"], "`gain_lower` must lie in [0, 0.5]"),
+    ([*FLAGS, "--decay-upper", "1"], "`gain_lower` must be a real number; got gain_lower=None. Give"),
     ([*FLAGS, "--zzz"], "unrecognized arguments: --zzz."),
     ([*FLAGS, "--out", "t.txt"], "`out` must end in .png, .pdf or .svg; got out='t.txt'."),
     ([*FLAGS, "--out", "nowhere/t.png"], "`out` must lie in a folder that exists"),

@@ -13,6 +13,8 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from benchmarks import _common
+from benchmarks import networks as benchmark
 from catode.theory import networks as module
 from catode.theory.flow import integrate
 from catode.theory.networks import (
@@ -251,7 +253,7 @@ def test_starts_at_the_edge_of_the_domain_are_pruned_inside_the_ball(name):
 @FEW
 @given(SEEDS, st.sampled_from(["layer", "unit"]), st.floats(1.0, 10.0))
 def test_bounds_and_domains_hold_in_networks_drawn_at_random(seed, kind, wait):
-    """`wait` is the time 1 / (rho g) in which a useless structure goes: in `draw` it may be thousands."""
+    """`wait` is the time 1 / (rho g) in which a useless structure goes: in `draw` it may be 200."""
     structure = draw(seed, kind, width=1 + seed % 2)
     rate_ratio = 1.0 / (wait * structure.price)
     structure = dataclasses.replace(structure, network=dataclasses.replace(structure.network, rate_ratio=rate_ratio))
@@ -314,17 +316,15 @@ def test_coverage_is_positive_never_above_one_and_without_violations(name):
     results = {"layer": coverage(bounds(structure, "layer"), n=10)}
     starts = results["layer"].starts
     for coordinates in ("unit", "benefit"):  # the same runs on trial against other bounds
-        found = bounds(structure, coordinates)
-        results[coordinates] = dataclasses.replace(results["layer"], bounds=found, certified=found.certifies(starts))
+        results[coordinates] = results["layer"].under(bounds(structure, coordinates))
     for result in results.values():
         assert result.violations == 0
         assert result.undecided_share == 0.0
         assert 0.0 < result.ratio <= 1.0
         assert result.certified_share <= result.pruned_share < 1.0  # not everything goes by itself
+        assert abs(result.certified_share - result.bounds.share(100)) < 0.05
     assert starts.shape == (100, len(structure.network.state))
     assert results["unit"].certified_share > results["layer"].certified_share  # u knows that M is of degree 2
-    share = results["unit"].bounds.share()
-    assert abs(results["unit"].certified_share - share) < 0.05
 
 
 def test_the_domain_holds_while_everything_else_moves():
@@ -344,6 +344,25 @@ def test_the_domain_holds_while_everything_else_moves():
     assert found.unit_slope > bounds(dataclasses.replace(structure, frozen=np.zeros(6)), radius=found.radius).unit_slope
     with pytest.raises(ValueError, match="`structure` must stand alone for benefit coordinates"):
         bounds(structure, "benefit", radius=1.0, level=level).certifies(starts)
+
+
+def test_the_benchmark_writes_its_tables_and_picture(tmp_path, monkeypatch, capsys):
+    for where in (benchmark, _common):
+        monkeypatch.setattr(where, "RESULTS", tmp_path)
+    benchmark.main(["--quick", "--networks", "1", "--points", "3", "--write"])
+    text = (tmp_path / "networks.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    trials = {row[0]: row for row in rows if row[0].endswith("coordinates")}
+    assert len(trials) >= 8 and all(row[-2].startswith("0 of ") for row in trials.values())
+    block = draw(0).network
+    assert trials[f"activation {block.activation}, own coordinates"][1] in ("1", "2")
+    share = f"{100 * bounds(draw(0)).share(100):.1f}"
+    assert trials["block, layer coordinates"][2] == f"{share} ({share}-{share}), {share} to {share}"
+    assert "- yes: certified starts that did not converge: 0" in text
+    assert (tmp_path / "networks.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="`networks` must be an integer of at least 1; got networks=0"):
+        benchmark.main(["--networks", "0"])
 
 
 # --- Theorem 3.1 ---------------------------------------------------------------------------------------------------
@@ -398,6 +417,8 @@ def test_draws_repeat_and_differ():
     assert np.array_equal(one.frozen, other.frozen)
     assert draw(4, "unit").network != one.network
     networks = [draw(seed).network for seed in range(30)]
+    assert all(net.rate_ratio * net.prices[0] >= 1.0 / 200.1 for net in networks)
+    assert any(net.rate_ratio > 3.0 for net in networks) and any(0.3 <= net.rate_ratio <= 3.0 for net in networks)
     assert {net.activation for net in networks} == {"identity", "tanh", "relu"}
     assert {net.loss for net in networks} == {"squared", "logistic"}
     assert {net.widths for net in networks} == {(1,), (2,), (3,)}
@@ -425,7 +446,6 @@ PLAIN = functools.cache(lambda: Structure(network(**TWO)))
             lambda: bounds(Structure(network(**TWO, weight_decay=0.0)), level=1.0),
             "`weight_decay` must be positive where",
         ),
-        (lambda: bounds(case("tanh"), "benefit").share(), "`coordinates` must be 'layer' or 'unit'"),
         (lambda: bounds(case("tanh")).share(0), "`n` must be an integer of at least 1"),
         (lambda: bounds(case("tanh")).certifies([0.0, 0.0]), r"`states` must have shape \(..., 3\)"),
         (lambda: PLAIN().embed([0.0, 0.0], 0.5), "`frozen` must be a state of the network here"),

@@ -41,7 +41,17 @@ def test_a_portrait_shows_basins_saddle_manifolds_and_sliding_parts():
     diamonds = [line for line in ax.lines if line.get_marker() == "D"]
     assert len(diamonds) == 1 and [v[0] for v in diamonds[0].get_data()] == pytest.approx(saddle.state.tolist())
     sliding = [line for line in ax.lines if line.get_linewidth() == 3.0]
-    assert len(sliding) == 1 and (sliding[0].get_ydata() == 1.0).all() and len(sliding[0].get_ydata()) > 2
+    (y,) = (line.get_ydata()[np.isfinite(line.get_ydata())] for line in sliding)
+    assert (y == 1.0).all() and len(y) > 2
+
+
+def test_what_slides_from_the_start_is_thick_as_far_as_the_window():
+    _, ax = axes()
+    path = integrate(UNIT, [1.0, 1.0], 3.0, events=False)
+    assert path.events == () and path.end[0] > 1.5  # it stays on the face and leaves the window
+    plotting.flow_portrait(ax, UNIT, WINDOW, trajectories=[path])
+    (x, y) = next(line.get_data() for line in ax.lines if line.get_linewidth() == 3.0)
+    assert (y == 1.0).all() and x[0] == 1.0 and x[-1] == 1.5
 
 
 def test_the_shade_of_every_start_is_its_label():

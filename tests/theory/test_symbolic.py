@@ -527,6 +527,29 @@ def test_the_variance_of_the_discounted_noise_continuous_and_discrete():
     assert sympy.limit(discrete, tau, 0) == continuous
 
 
+def test_the_tolerance_is_where_the_escape_bound_is_the_risk():
+    """Phi(-k) = eps iff k = z_{1-eps}, with k = (V* - V) sqrt(2 mu) / s_V; solved for theta. For any noise of that variance
+    Cantelli's eps = 1 / (1 + k^2) takes its place."""
+    g, q, a, delta, mu, s_v, z, eps = sympy.symbols("g q a delta mu s_V z eps", positive=True)
+    b, theta = sympy.symbols("b theta", nonnegative=True)
+    level = g * (mu + a) - delta
+    k = (level - mu * b - q * theta) * sympy.sqrt(2 * mu) / s_v
+    (tolerance,) = sympy.solve(sympy.Eq(k, z), theta)
+    separatrix = (level - mu * b) / q
+    assert zero(tolerance - (separatrix - z * s_v / (q * sympy.sqrt(2 * mu))))
+    assert zero(1 / (1 + z**2).subs(z, sympy.sqrt(1 / eps - 1)) - eps)
+
+
+def test_the_path_of_v_is_its_start_and_the_discounted_noise():
+    """V_t - V* = e^(mu t) (V_0 - V* + M_t) solves dV = mu (V - V*) dt + s dB, where dM = e^(-mu t) s dB."""
+    mu, t, start, level = sympy.symbols("mu t start level", real=True)
+    noise, speed = sympy.Function("M")(t), sympy.Symbol("speed", real=True)  # speed stands for s dB/dt
+    path = level + sympy.exp(mu * t) * (start - level + noise)
+    slope = path.diff(t).subs(noise.diff(t), sympy.exp(-mu * t) * speed)
+    assert zero(slope - mu * (path - level) - speed)
+    assert zero(path.subs(t, 0).subs(noise.subs(t, 0), 0) - start)
+
+
 def test_the_least_price_that_can_be_decided():
     """With b = a = delta = 0 the tolerance is positive iff g > z s sqrt(tau / 2) (rho q)^(1/4)."""
     g, z, s, tau, rho, q = sympy.symbols("g z s tau rho q", positive=True)

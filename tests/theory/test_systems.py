@@ -15,7 +15,7 @@ from catode.theory import BenefitSystem, LayerSystem, UnitSystem, trace_separatr
 from catode.theory.systems import growth_rate
 
 LAWS = settings(max_examples=60, deadline=None, derandomize=True)
-SLOW = settings(max_examples=12, deadline=None, derandomize=True)
+SLOW = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def numbers(low, high):
@@ -79,12 +79,13 @@ def test_the_separatrix_is_the_integrated_stable_manifold(systems):
     @SLOW
     @given(systems)
     def law(system):
+        """Relative to theta as it is split at the saddle, |theta - theta*| + |theta*|: |theta| itself may be 0 on it."""
         points = trace_separatrix(system, low=0.05, high=2.5)
-        exact = system.separatrix(points[:, 0])
+        exact, saddle = system.separatrix(points[:, 0]), system.saddle[1]
         assert np.all(np.diff(points[:, 0]) > 0.0)
         assert np.isclose(points[0, 0], 0.05 * system.saddle[0])
         assert np.isclose(points[-1, 0], 2.5 * system.saddle[0])
-        assert np.abs(points[:, 1] - exact).max() <= 1e-7 * (1.0 + np.abs(exact).max())
+        assert np.all(np.abs(points[:, 1] - exact) <= 1e-6 * (np.abs(exact - saddle) + abs(saddle)))
 
     law()
 
