@@ -13,7 +13,7 @@ from torch import nn
 from catode.train import compact, models
 
 STATE, PREVIOUS, PART = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint.pt.part"
-FORMAT = 2  # of a state; raise it when what is in one changes
+FORMAT = 3  # of a state; raise it when what is in one changes
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,7 +57,7 @@ def load_state(folder: Path) -> dict | None:
             damaged[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
         if STATE in damaged:  # or it would be kept as the good one before the next
-            (folder / STATE).unlink()
+            (folder / STATE).unlink(missing_ok=True)  # several processes may read at once
         return state
     if damaged:
         raise ValueError(

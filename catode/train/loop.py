@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from catode import __version__
-from catode.train import checkpoint, data, models, report
+from catode.train import checkpoint, data, distributed, models, report
 from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
@@ -56,7 +56,10 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs before its first step; `state` is that of the run that goes on, if it got that far."""
+    """Everything a run needs before its first step, in each of its processes.
+
+    `state` is that of the run that goes on, if it got that far.
+    """
 
     config: Config
     images: data.ImageData
@@ -65,6 +68,11 @@ class Setup:
     steps_per_epoch: int
     schedule: np.ndarray
     state: dict | None = None
+    group: distributed.Group = distributed.Group()
+
+    def alike(self) -> tuple:
+        """What must be the same in all processes."""
+        return self.config.to_json(), self.steps_per_epoch, self.images.classes, self.state and self.state["step"]
 
     @property
     def ode_time(self) -> float:
@@ -111,7 +119,13 @@ def prepare(config: Config) -> Setup:
     Raises:
         ValueError: for data or settings that do not fit, one line each.
     """
-    state = None
+    state, group = None, distributed.current()
+    group.place(config.device)
+    if config.batch_size % group.size or config.batch_size < 2 * group.size:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the number of processes, at least two images for each; got "
+            f"batch_size={config.batch_size} with {group.size} processes. Use {2 * group.size}, {4 * group.size}, ..."
+        )
     if config.resume is None:
         check_out(config)
     else:
@@ -136,6 +150,8 @@ def prepare(config: Config) -> Setup:
         hidden_scale=config.hidden_scale,
     )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    if config.sync_bn and group.size > 1:
+        distributed.synchronise_norms(model)
     model = model.to(config.device, memory_format=memory_format)
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
         raise data.DataError(
@@ -149,7 +165,12 @@ def prepare(config: Config) -> Setup:
             f"`data_dir` must hold the images that the run began with; got {steps} steps an epoch and {len(images.classes)} "
             f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start anew."
         )
-    return Setup(config, images, model, example, steps, schedule, state)
+    if state is not None and state["processes"] != group.size and not config.sync_bn:
+        raise ValueError(
+            f"`resume` must go on with {state['processes']} processes, as the run began; got {group.size}. Without sync_bn each "
+            "process normalises its own share of a batch, so that another number would be another training."
+        )
+    return Setup(config, images, model, example, steps, schedule, state, group)
 
 
 def _state_of(config: Config) -> dict | None:
@@ -217,16 +238,25 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         memory=config.memory,
         width_multiple=config.width_multiple,
         seed=config.seed,
+        group=setup.group,
     )
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches, amp: bool = False) -> float:
-    """Share of correct predictions in eval mode, where theta stands in place of the gates; NaN if a logit is not finite."""
+def evaluate(model: nn.Module, batches, amp: bool = False, group: distributed.Group | None = None) -> float:
+    """Share of correct predictions in eval mode, where theta stands in place of the gates; NaN if a logit is not finite.
+
+    Args:
+        model: The network.
+        batches: Images and labels; with several processes, those of this one's share.
+        amp: Whether to use bf16.
+        group: Processes that evaluate together.
+    """
     training = model.training
     model.eval()
-    right, total, finite = 0, 0, torch.ones((), dtype=torch.bool)
-    finite = finite.to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    right, total, finite = torch.zeros((), dtype=torch.long, device=device), 0, torch.ones((), dtype=torch.bool)
+    finite = finite.to(device)
     for x, y in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
@@ -234,19 +264,23 @@ def evaluate(model: nn.Module, batches, amp: bool = False) -> float:
         finite &= logits.isfinite().all()
         total += len(y)
     model.train(training)
-    return float(right) / total if finite else math.nan
+    counts = torch.stack([right, torch.full_like(right, total), (~finite).long()])
+    right, total, bad = (group or distributed.Group()).sum(counts).tolist()
+    return math.nan if bad else right / total
 
 
 class _Table:
     """A CSV file written row by row.
 
     Args:
-        path: The file.
+        folder: Where it is; None for a process that writes none.
+        name: Its name.
         fields: Its columns.
         length: Bytes of an earlier file to go on from; the rest of it is cut off.
     """
 
-    def __init__(self, path: Path, fields, length: int | None = None):
+    def __init__(self, folder: Path | None, name: str, fields, length: int | None = None):
+        path = Path(os.devnull) if folder is None else folder / name
         self._file = path.open("w" if length is None else "r+", newline="")
         self._writer = csv.DictWriter(self._file, fields)
         if length is None:
@@ -294,8 +328,9 @@ def train(setup: Setup, *, progress: bool = True) -> Path:
         trainer.train()
     finally:
         trainer.close()
-    report.write(folder)
-    checkpoint.drop_state(folder)
+    if setup.group.leads:
+        report.write(folder)
+        checkpoint.drop_state(folder)
     return folder
 
 
@@ -304,10 +339,10 @@ class _Trainer:
 
     def __init__(self, setup: Setup, folder: Path, progress: bool):
         config = setup.config
-        self.setup, self.config, self.folder = setup, config, folder
+        self.setup, self.config, self.folder, self.group = setup, config, folder, setup.group
         self.model, self.amp = setup.model, config.amp == "bf16"
         self.dense = count(self.model, setup.example)
-        self.dense_latency = latency_ms(self.model, setup.example)
+        self.dense_latency = latency_ms(self.model, setup.example) if self.group.leads else []
         self.optimizer = make_optimizer(self.model, config)
         self.pruner = make_pruner(setup, self.optimizer)
         self.compiled = torch.compile(self.model) if config.compile else self.model
@@ -316,14 +351,17 @@ class _Trainer:
         self.batches = data.Batches(
             images.train_images, images.train_labels, config.batch_size, augment=AUGMENT[config.dataset], **common
         )
-        folder.mkdir(parents=True, exist_ok=True)
         state = setup.state
-        if config.resume is None:
-            checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
-        (folder / "env.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
-        lengths = state["lengths"] if state else [None, None]
-        self.metrics = _Table(folder / "metrics.csv", METRIC_FIELDS, lengths[0])
-        self.structures = _Table(folder / "structures.csv", ROW_FIELDS, lengths[1])
+        if self.group.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            if config.resume is None:
+                checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
+            environment = {**_environment(config), "processes": self.group.size}
+            (folder / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
+        lengths = state["lengths"] if state and self.group.leads else [None, None]
+        tables = folder if self.group.leads else None
+        self.metrics = _Table(tables, "metrics.csv", METRIC_FIELDS, lengths[0])
+        self.structures = _Table(tables, "structures.csv", ROW_FIELDS, lengths[1])
         self.history: list[float] = []
         self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
         self.seconds, self.cpu_seconds = 0.0, 0.0
@@ -333,7 +371,7 @@ class _Trainer:
             total=len(setup.schedule),
             initial=self.step,
             unit="step",
-            disable=not progress,
+            disable=not (progress and self.group.leads),
             file=sys.stderr,
             mininterval=0.5,
         )
@@ -358,14 +396,15 @@ class _Trainer:
         executed = count(self.model, self.setup.example).macs
         if self.pruner is not None:
             self.pruner.finish()
-        self.result(executed)
+        if self.group.leads:
+            self.result(executed)
 
     def epoch(self, epoch: int) -> dict:
         self.model.train()
         losses, right, waited = [], torch.zeros((), dtype=torch.long, device=self.config.device), 0.0
         began = mark = time.perf_counter()
         rate = self.config.lr
-        for x, y in self.batches.epoch(epoch, self.config.seed):
+        for x, y in map(self.shares, self.batches.epoch(epoch, self.config.seed)):
             waited += time.perf_counter() - mark
             rate = float(self.setup.schedule[self.step])
             for group in self.optimizer.param_groups:
@@ -377,8 +416,9 @@ class _Trainer:
                 loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            checksum = self.pruner.checksum() if self.pruner and self.group.size > 1 else 0
+            losses.append(self.group.join(self.model.parameters(), loss, checksum=checksum, step=self.step + 1))
             self.optimizer.step()
-            losses.append(loss.detach())
             right += (logits.detach().argmax(1) == y).sum()
             self.step += 1
             self.time += rate / (1.0 - self.config.momentum)
@@ -391,7 +431,8 @@ class _Trainer:
                 self.show(losses)
             mark = time.perf_counter()
         seconds = time.perf_counter() - began
-        accuracy = evaluate(self.model, self.test_batches(), self.amp)
+        self.group.settle(self.model, step=self.step)
+        accuracy = evaluate(self.model, self.test_batches(), self.amp, self.group)
         if math.isnan(accuracy):  # the last loss was finite, the step after it ruinous
             self.not_finite()
         self.history.append(accuracy)
@@ -406,7 +447,7 @@ class _Trainer:
             "time": self.time,
             "lr": rate,
             "loss": float(torch.stack(losses).mean()),
-            "train_accuracy": float(right) / seen,
+            "train_accuracy": float(self.group.sum(right)) / seen,
             "test_accuracy": accuracy,
             "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
             "macs": counts.macs,
@@ -417,16 +458,20 @@ class _Trainer:
             "wait_share": waited / seconds,
         }
 
+    def shares(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """This process's share of a batch."""
+        return tuple(map(self.group.share, batch))
+
     def test_batches(self):
-        images = self.setup.images
-        return self.batches.evaluation(images.test_images, images.test_labels, max(self.config.batch_size, 256))
+        images, labels = self.shares((self.setup.images.test_images, self.setup.images.test_labels))
+        return self.batches.evaluation(images, labels, max(self.config.batch_size, 256))
 
     def prune(self) -> None:
         """One step of the pruner, its checks logged; ends the deciding phase when its time has come."""
         check = self.pruner.step()
         if check is not None:
             self.structures.add(check.rows)
-            for warning in check.warnings:
+            for warning in check.warnings if self.group.leads else []:
                 self.bar.write(f"warning: {warning}", file=sys.stderr)
 
     def not_finite(self) -> None:
@@ -459,6 +504,8 @@ class _Trainer:
     def save(self) -> None:
         """Keep the network as it stands as the last good one."""
         self.good_step = self.step
+        if not self.group.leads:
+            return
         state, structure = (
             self.pruner.snapshot() if self.pruner else (self.model.state_dict(), checkpoint.whole(self.model))
         )
@@ -480,6 +527,8 @@ class _Trainer:
 
     def save_state(self) -> None:
         """Keep everything that `restore` needs to go on as if nothing had happened."""
+        if not self.group.leads:
+            return
         names = {parameter: plain_name(name) for name, parameter in self.model.named_parameters()}
         momentum = {
             names[parameter]: own["momentum_buffer"]
@@ -490,6 +539,7 @@ class _Trainer:
             self.folder,
             {
                 "config": self.config.identity(),
+                "processes": self.group.size,
                 "steps_per_epoch": self.setup.steps_per_epoch,
                 "classes": list(self.setup.images.classes),
                 "epochs_done": self.epochs_done,
