@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         except KeyboardInterrupt:
             return _end(group, 130, f"interrupted; go on with --resume {out}")
-        return _end(group, 0, summary(folder), sys.stdout)
+        return _end(group, 0, summary(folder) if group.leads else "", sys.stdout)
 
 
 def _end(group: Group, status: int, text: str, file: TextIO | None = None) -> int:

@@ -148,7 +148,7 @@ class Group:
         gradients = [p.grad for p in parameters if p.grad is not None]
         slots = torch.zeros(self.size, device=loss.device)  # one checksum each: adding zeros keeps them exact
         slots[self.rank] = checksum & 0xFFFFFF
-        parts = [loss.reshape(1).float(), *(g.reshape(-1) for g in gradients)]
+        parts = [loss.reshape(1), *(g.reshape(-1) for g in gradients)]
         flat = self.sum(torch.cat([slots, *parts]))
         slots, values = flat[: self.size], flat[self.size :] / self.size
         self._compare(slots.tolist(), f"thetas, masks and gate draws before step {step}")
@@ -175,7 +175,9 @@ class Group:
     def _compare(self, checksums: list, what: str) -> None:
         wrong = next((rank for rank, own in enumerate(checksums) if own != checksums[0]), None)
         if wrong is not None:
-            raise Disagreement(f"the {what} must be the same in all processes; process {wrong}'s differ from process 0's")
+            raise Disagreement(
+                f"the {what} must be the same in all processes; process {wrong}'s differ from process 0's"
+            )
 
 
 @contextmanager

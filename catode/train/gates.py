@@ -177,7 +177,7 @@ class Gates:
                 self._taps.append(Tap(units, mean, channels, x.detach(), _node(x * gate)))
                 return (self._taps[-1].after, *args[1:])
             if centred:
-                return (torch.lerp(mean, x, gate), *args[1:])
+                return (torch.lerp(mean, x, gate.to(x.dtype)), *args[1:])
             return (x * gate, *args[1:])
 
         return hook

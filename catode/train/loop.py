@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,7 @@ class Setup:
     steps_per_epoch: int
     schedule: np.ndarray
     state: dict | None = None
-    group: distributed.Group = distributed.Group()
+    group: distributed.Group = field(default_factory=distributed.Group)
 
     def alike(self) -> tuple:
         """What must be the same in all processes."""

@@ -16,7 +16,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -508,7 +508,7 @@ class Pruner:
         if "gradient" not in captured or not self.group.every(captured["logits"].isfinite().all()):
             return {}
         batch = len(captured["logits"])
-        part = self._part(batch)
+        part, group = self._part(batch)
         targets = _targets(captured["logits"][part], captured["gradient"][part], batch * 1.0 / self._scale)
         # curvature and paired probes take turns, so that no step bears both
         curved = open_[self.is_layer].any() and self.estimators[0] == "curvature"
@@ -519,7 +519,7 @@ class Pruner:
         turn = (self.done // self.measure_every) % 2 == 0
         self._probing = True
         try:
-            probe = Probe(self.model, self.gates, captured["inputs"][part], targets, self._labels, self.group)
+            probe = Probe(self.model, self.gates, captured["inputs"][part], targets, self._labels, group)
             if curved and (turn or not chosen):
                 curvature = probe.curvature(self.estimators[0] == "curvature").double().cpu().numpy()
                 self._evidence.curvature.add(curvature, open_ & np.isfinite(curvature))
@@ -531,14 +531,16 @@ class Pruner:
             self._probing = False
         return {s: b for s, b in zip(chosen, benefits.tolist(), strict=True) if np.isfinite(b)}
 
-    def _part(self, batch: int) -> slice:
-        """The rows of this process's share of `batch` examples that a probe takes."""
+    def _part(self, batch: int) -> tuple[slice, Group]:
+        """The rows that a probe takes of this process's `batch` examples, and the processes by the order of their rows."""
         processes = self.group.size if self._shared else 1
         batch *= processes
         size = min(batch, self.probe_size or max(LEAST_PROBE, batch // 10))
         size += -size % processes
         begin = (self.done // self.measure_every * size) % max(batch - size + 1, 1)
-        return self.group.rows(begin, size) if self._shared else slice(begin, begin + size)
+        if not self._shared:
+            return slice(begin, begin + size), self.group
+        return self.group.rows(begin, size), replace(self.group, rank=(self.group.rank - begin) % self.group.size)
 
     def _next(self, layers: bool, open_: NDArray[np.bool_]) -> list[int]:
         """The structures of one kind whose turn it is for a paired difference."""
