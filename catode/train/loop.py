@@ -167,8 +167,8 @@ def prepare(config: Config) -> Setup:
         )
     if state is not None and state["processes"] != group.size and not config.sync_bn:
         raise ValueError(
-            f"`resume` must go on with {state['processes']} processes, as the run began; got {group.size}. Without sync_bn each "
-            "process normalises its own share of a batch, so that another number would be another training."
+            f"`resume` must go on with as many processes as the run began with, {state['processes']}; got {group.size}. Without "
+            "sync_bn each normalises its own share of a batch, so that another number would be another training."
         )
     return Setup(config, images, model, example, steps, schedule, state, group)
 

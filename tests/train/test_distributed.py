@@ -34,10 +34,10 @@ from catode.train.distributed import Disagreement, Group, SyncBatchNorm, current
 from catode.train.models import CifarResNet
 from catode.train.prune import Pruner
 
-SMALL = ["--arch=resnet14", "--threads=1", "--layers-per-probe=6", "--memory=10", "--width-multiple=4", "--nu=30"]
-SMALL += ["--epochs=3", "--batch-size=120", "--warmup-epochs=0.5", "--hidden-scale=0.25", "--check-every=5"]
-SMALL += ["--measure-every=1", "--lr=0.01", "--sync-bn"]  # at this rate a rounding error grows little
-STEPS = 44
+SMALL = ["--arch=resnet14", "--threads=1", "--layers-per-probe=6", "--memory=10", "--width-multiple=4", "--nu=20"]
+SMALL += ["--epochs=2", "--batch-size=120", "--warmup-epochs=0.5", "--hidden-scale=0.25", "--check-every=5"]
+SMALL += ["--measure-every=2", "--lr=0.05", "--sync-bn"]
+STEPS = 27
 
 
 def child(pipe, function, rank, size, store, args):
@@ -164,12 +164,12 @@ def pruned(synchronised, per_example, tamper=None):
         optimizer=optimizer,
         nu=6.0,
         steps=STEPS,
-        warmup=20,
+        warmup=10,
         rate_ratio=0.3,
         per_example=per_example,
         probe_size=8,
         memory=10,
-        check_every=10,
+        check_every=8,
         group=group,
     )
     thetas, removed, order = [], 0, torch.Generator().manual_seed(1)
@@ -213,20 +213,34 @@ def test_two_processes_with_norms_of_their_own_agree_bit_by_bit(tmp_path):
 
 
 def test_a_theta_that_differs_in_its_last_bit_is_found_at_the_next_step(tmp_path):
-    for message in together(tmp_path, pruned, True, False, 24):
-        assert "thetas, masks and gate draws before step 25 must be the same in all processes" in message
+    for message in together(tmp_path, pruned, True, False, 12):
+        assert "thetas, masks and gate draws before step 13 must be the same in all processes" in message
 
 
 # the command line
 
 
 def command(argv):
-    """Exit status, output and errors of the trainer in this process; times and figures, which cost some, left out."""
+    """Exit status, output and errors of the trainer in this process; latencies and figures, which cost some, left out."""
     out, err = io.StringIO(), io.StringIO()
     quick = mock.patch.object(loop, "latency_ms", return_value=[1.0, 1.0]), mock.patch.object(loop.report, "write")
     with quick[0], quick[1], contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(argv)
     return status, out.getvalue(), err.getvalue()
+
+
+def precisely(argv):
+    """The same in double precision.
+
+    In single precision a run of one process whose batches are turned round differs by 1e-4 after ten steps.
+    """
+    batches = functools.partial(loop.data.Batches, dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(loop.data, "Batches", batches):
+            return command(argv)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def end(folder):
@@ -247,30 +261,24 @@ def assert_close_end(found, expected):
     ]
     for name in ("keep_prob", "benefit", "gain"):
         ours, theirs = (np.array([float(r[name]) for r in table]) for table in (rows, known_rows))
-        np.testing.assert_allclose(ours, theirs, rtol=2e-2, atol=1e-3)
-    torch.testing.assert_close(weights, known_weights, rtol=1e-2, atol=1e-3)
-    assert result["accuracy"] == pytest.approx(known["accuracy"], abs=0.01)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights, known_weights, rtol=1e-7, atol=1e-8)
+    assert result["accuracy_history"] == known["accuracy_history"]
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The run of one process that those of several must equal."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    assert command([*SMALL, "--out", str(folder)])[0] == 0
-    result = json.loads((folder / "result.json").read_text())
-    assert 0 < result["units_kept"] < result["units_total"]
+    assert precisely([*SMALL, "--out", str(folder)])[0] == 0
+    widths = [int(row["units_kept"]) for row in csv.DictReader((folder / "metrics.csv").open())]
+    assert 0 < widths[-1] < widths[0] < 56
     return folder
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The same of two processes, and what they printed."""
-    base = tmp_path_factory.mktemp("two")
-    return base / "run", together(base, command, [*SMALL, "--out", str(base / "run")])
-
-
-def test_two_processes_train_as_one_and_one_of_them_talks(one, two):
-    folder, printed = two
+def test_two_processes_train_as_one_and_one_of_them_talks(one, tmp_path):
+    folder = tmp_path / "run"
+    printed = together(tmp_path, precisely, [*SMALL, "--out", str(folder)])
     assert_close_end(end(folder), end(one))
     assert [status for status, _, _ in printed] == [0, 0]
     assert "accuracy" in printed[0][1] and "step/s" in printed[0][2] and printed[1][1:] == ("", "")
@@ -302,27 +310,28 @@ def test_bad_input_is_told_once_and_nothing_is_left(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def interrupted(argv, step):
-    """A run that is interrupted before the evaluation at the end of an epoch that reaches `step`."""
+def interrupted(argv):
+    """A run that is interrupted at the end of its second epoch."""
     before = loop._Trainer.test_batches
 
     def interrupt(self):
-        if self.step >= step:
+        if self.epochs_done:
             raise KeyboardInterrupt
         return before(self)
 
-    loop._Trainer.test_batches = interrupt
-    return command(argv)
+    with mock.patch.object(loop._Trainer, "test_batches", interrupt):
+        return precisely(argv)
 
 
 def test_another_number_of_processes_goes_on_only_with_common_norms(one, tmp_path):
-    for name, more in (("common", []), ("own", ["--no-sync-bn"])):
-        argv = [*SMALL, *more, "--out", str(tmp_path / name)]
-        assert [s for s, _, _ in together(tmp_path, interrupted, argv, 15)] == [130, 130]
-    status, _, err = command(["--resume", str(tmp_path / "own"), "--threads=1"])
-    assert status == 2 and "`resume` must go on with 2 processes, as the run began; got 1" in err
-    assert command(["--resume", str(tmp_path / "common"), "--threads=1"])[0] == 0
-    assert_close_end(end(tmp_path / "common"), end(one))
+    common, own = tmp_path / "common", tmp_path / "own"
+    assert [s for s, _, _ in together(tmp_path, interrupted, [*SMALL, "--out", str(common)])] == [130, 130]
+    assert precisely(["--resume", str(common), "--threads=1"])[0] == 0
+    assert_close_end(end(common), end(one))
+    assert interrupted([*SMALL, "--no-sync-bn", "--out", str(own)])[0] == 130
+    told, silent = together(tmp_path, precisely, ["--resume", str(own), "--threads=1"])
+    assert told[0] == 2 and "as many processes as the run began with, 1; got 2" in told[2]
+    assert silent == (2, "", "")
 
 
 def workers(launcher):
@@ -335,8 +344,9 @@ def workers(launcher):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
-def test_a_killed_process_takes_the_job_down_and_the_run_goes_on_to_the_same_end(two, tmp_path):
-    folder = tmp_path / "run"
+def test_a_killed_process_takes_the_job_down_and_the_run_goes_on_to_the_same_end(tmp_path):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    together(tmp_path, command, [*SMALL, "--out", str(whole)])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
     argv = ["catode.train", *SMALL, "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -350,6 +360,6 @@ def test_a_killed_process_takes_the_job_down_and_the_run_goes_on_to_the_same_end
     assert f"Go on with --resume {folder}" in err and "SIGKILL" in err
     resumed = together(tmp_path, command, ["--resume", str(folder), "--threads=1"])
     assert [status for status, _, _ in resumed] == [0, 0]
-    (result, rows, weights), (known, known_rows, known_weights) = end(folder), end(two[0])
+    (result, rows, weights), (known, known_rows, known_weights) = end(folder), end(whole)
     assert result == known and rows == known_rows
     assert all(torch.equal(weights[name], known_weights[name]) for name in known_weights)
