@@ -6,38 +6,52 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from catode.train import config as configuration
+
+if TYPE_CHECKING:
+    from catode.train.distributed import Group
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input, 1 for a loss that is not finite)."""
-    from catode.train import data, loop, preflight
+    from catode.train import data, distributed, loop, preflight
 
-    try:
-        setup = loop.prepare(configuration.parse(argv))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if setup.config.dry_run:
-        print(preflight.table(setup))
-        return 0
-    try:
-        folder = loop.train(setup)
-    except configuration.ConfigError as error:  # another process is at work in the folder
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except loop.NotFinite as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except data.DataError as error:
-        print(f"error: {error} Then go on with --resume {setup.config.out}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; go on with --resume {setup.config.out}", file=sys.stderr)
-        return 130
-    print(summary(folder))
-    return 0
+    with distributed.joined() as group:
+        setup, problem = None, ""
+        try:
+            setup = loop.prepare(configuration.parse(argv))
+        except ValueError as error:
+            problem = str(error)
+        problem = group.problem(problem, None if setup is None else setup.alike())
+        if problem:
+            return _end(group, 2, f"error: {problem}")
+        out = setup.config.out
+        if setup.config.dry_run:
+            return _end(group, 0, preflight.table(setup), sys.stdout)
+        try:
+            folder = loop.train(setup)
+        except configuration.ConfigError as error:  # another process is at work in the folder
+            return _end(group, 2, f"error: {error}")
+        except (loop.NotFinite, distributed.Disagreement) as error:
+            return _end(group, 1, f"error: {error}")
+        except data.DataError as error:  # of the one process whose image it is
+            print(f"error: {error} Then go on with --resume {out}", file=sys.stderr)
+            return 2
+        except distributed.Lost as error:
+            print(f"error: process {group.rank} of {group.size}: {error}. Go on with --resume {out}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return _end(group, 130, f"interrupted; go on with --resume {out}")
+        return _end(group, 0, summary(folder) if group.leads else "", sys.stdout)
+
+
+def _end(group: Group, status: int, text: str, file: TextIO | None = None) -> int:
+    """Let one of the processes say why they end."""
+    if group.leads:
+        print(text, file=file or sys.stderr)
+    return status
 
 
 def summary(folder: Path) -> str:

@@ -188,7 +188,7 @@ class Batches:
             batch_size: Images in a batch.
 
         Returns:
-            Iterator over pairs of images and labels that covers every image once.
+            Iterator over pairs of images and labels that covers every image once, all shards together.
 
         Raises:
             DataError: if the arguments do not fit together; from the iterator, if an image file cannot be decoded.
@@ -199,11 +199,13 @@ class Batches:
                 f"`images` must have the training images' channels and size; got shape {tuple(images.shape)}. "
                 "Resize them as the training images were."
             )
+        rank, world = self.shard
+        labels = labels[rank::world]
         if isinstance(images, ImageFiles):
-            rows = np.arange(len(images))
+            rows = np.arange(rank, len(images), world)
             parts = self._stream(images, [(rows[i : i + batch_size], None) for i in range(0, len(rows), batch_size)])
         else:
-            parts = (part.to(self.device) for part in images.split(batch_size))
+            parts = (part.to(self.device) for part in images[rank::world].split(batch_size))
         return (
             (self._deliver(self._normalise(self._lay_out(x))), y.to(self.device))
             for x, y in zip(parts, labels.split(batch_size), strict=True)

@@ -499,6 +499,13 @@ class Config:
         0.0, float, "training", "label smoothing", low=0, high=1, high_open=True, mend="Use 0 for none."
     )
     amp: str = _text("off", "training", "automatic mixed precision", choices=("off", "bf16"))
+    sync_bn: bool = _switch(
+        False,
+        "training",
+        "with several processes (torchrun), let batch norms normalise the whole batch as one process would, instead of each "
+        "process's share",
+        negatable=True,
+    )
     channels_last: bool = _switch(
         True, "training", "keep images in the channels-last memory format", negatable=True, identity=False
     )

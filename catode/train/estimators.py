@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from catode.train.distributed import Group
 from catode.train.gates import Gates
 
 ESTIMATORS = ("curvature", "paired", "straight-through")
@@ -92,11 +93,19 @@ class Probe:
         inputs: Examples, shape (m, ...).
         targets: Target distribution of each example, shape (m, classes).
         generator: Source of the sampled labels.
+        group: Processes that probe together, each with m examples of its own; what is found is the mean over all.
     """
 
     def __init__(
-        self, model: nn.Module, gates: Gates, inputs: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
+        self,
+        model: nn.Module,
+        gates: Gates,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        generator: torch.Generator,
+        group: Group | None = None,
     ):
+        self.group = group or Group()
         self.model, self.gates = model, gates
         self.inputs, self.targets = inputs, targets
         self.draw = gates.draw.detach()
@@ -111,15 +120,18 @@ class Probe:
         """
         with self._gates(self.draw), self.gates.tapped(layers) as taps:
             logits = self.model(self.inputs).float()
-        if not logits.isfinite().all():
+        if not self.group.every(logits.isfinite().all()):
             return torch.full_like(self.draw, torch.nan)
-        labels = torch.multinomial(logits.detach().softmax(1), 1, generator=self.generator)[:, 0]
+        # labels of all processes' examples are drawn everywhere, so that the generators stay alike
+        chances = logits.new_ones(len(logits) * self.group.size, logits.shape[1])
+        chances[self.group.rank :: self.group.size] = logits.detach().softmax(1)
+        labels = self.group.share(torch.multinomial(chances, 1, generator=self.generator)[:, 0])
         per_example = self.draw.new_zeros(len(logits), len(self.draw))
         if taps:
             loss = F.cross_entropy(logits, labels, reduction="sum")
             for tap, gradient in zip(taps, torch.autograd.grad(loss, [tap.after for tap in taps]), strict=True):
                 per_example.index_add_(1, tap.structures, tap.derivative(gradient).to(per_example.dtype))
-        return per_example.square().mean(0)
+        return self.group.mean(per_example.square().mean(0))
 
     @torch.no_grad()
     def paired(self, structures: Sequence[int]) -> torch.Tensor:
@@ -136,7 +148,7 @@ class Probe:
             with _replayed(before, outputs):
                 change = self._loss(other) - base
             differences.append(change if self.draw[number] > 0.5 else -change)
-        return torch.stack(differences) if differences else self.draw.new_zeros(0)
+        return self.group.mean(torch.stack(differences)) if differences else self.draw.new_zeros(0)
 
     @contextmanager
     def _gates(self, draw: torch.Tensor):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from catode.train.distributed import Group
 from catode.train.structure import Block
 
 
@@ -25,14 +26,14 @@ class Tap:
 
     Attributes:
         structures: Numbers of the structures gated here, shape (channels,), or one for all channels of a layer.
-        centred: Whether a norm behind takes out what a gate does to the mean over the batch.
+        mean: Mean of `before` over the batch where a norm behind takes out what a gate does to it, else None.
         channels: Dimension of the channels.
         before: Activation before the gates, detached, shape (batch, ...).
         after: The same times the draw: a node of the graph.
     """
 
     structures: torch.Tensor
-    centred: bool
+    mean: torch.Tensor | None
     channels: int
     before: torch.Tensor
     after: torch.Tensor
@@ -47,9 +48,7 @@ class Tap:
         Returns:
             Shape (batch, len(structures)).
         """
-        x = self.before
-        if self.centred:
-            x = x - x.mean(_all_but(x, self.channels), keepdim=True)
+        x = self.before if self.mean is None else self.before - self.mean
         own = [0, self.channels] if len(self.structures) > 1 else [0]
         over = [d for d in range(x.dim()) if d not in own]
         product = x * gradient
@@ -67,10 +66,11 @@ class Gates:
         keep_prob: theta, shape (n,); it stands in place of the draw in eval mode.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
+        group: Processes over whose batches the model's norms take their statistics.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], size: int):
-        self.model, self.blocks, self.size = model, tuple(blocks), size
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], size: int, group: Group | None = None):
+        self.model, self.blocks, self.size, self.group = model, tuple(blocks), size, group or Group()
         device = next(model.parameters()).device
         self.draw = torch.ones(size, device=device, requires_grad=True)
         self.keep_prob = torch.ones(size, device=device)
@@ -172,11 +172,12 @@ class Gates:
             # One gate for the whole batch moves the units' means, and the norm behind takes that out again; a gate of
             # one example alone would not, so it closes towards the mean.
             centred = normalised and module.training
+            mean = self.group.mean(x.detach().mean(_all_but(x, channels), keepdim=True)) if centred else None
             if self._taps is not None:
-                self._taps.append(Tap(units, centred, channels, x.detach(), _node(x * gate)))
+                self._taps.append(Tap(units, mean, channels, x.detach(), _node(x * gate)))
                 return (self._taps[-1].after, *args[1:])
             if centred:
-                return (torch.lerp(x.detach().mean(_all_but(x, channels), keepdim=True), x, gate), *args[1:])
+                return (torch.lerp(mean, x, gate.to(x.dtype)), *args[1:])
             return (x * gate, *args[1:])
 
         return hook
@@ -185,7 +186,7 @@ class Gates:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor):
             if self._taps is not None and self._tap_layers:
                 after, here = _node(output * self.draw[number]), torch.tensor([number], device=output.device)
-                self._taps.append(Tap(here, False, 1, output.detach(), after))
+                self._taps.append(Tap(here, None, 1, output.detach(), after))
                 return after
             if self.rows is None:
                 return None

@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -24,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from catode import __version__
-from catode.train import board, checkpoint, data, lock, models, report, steptime, weights
+from catode.train import board, checkpoint, data, distributed, lock, models, report, steptime, weights
 from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
@@ -54,6 +55,7 @@ _PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history")
 STATE_FIELDS = (
     *_PROGRESS,
     "config",
+    "processes",
     "steps_per_epoch",
     "classes",
     "sums",
@@ -71,9 +73,9 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs before its first step.
+    """Everything a run needs before its first step, in each of its processes.
 
-    Of a run that goes on, `state` is what it had reached, if it got so far, and `lock` keeps other processes out of it.
+    Of a run that goes on, `state` is what it had reached, if it got so far, and `lock` keeps other runs out of it.
     `step_times` are what it prices by, if not by MACs; `notes` are what its user should know, one line each.
     """
 
@@ -87,6 +89,11 @@ class Setup:
     notes: tuple[str, ...] = ()
     lock: TextIO | None = None
     step_times: list[steptime.Table] | None = None
+    group: distributed.Group = field(default_factory=distributed.Group)
+
+    def alike(self) -> tuple:
+        """What must be the same in all processes."""
+        return self.config.to_json(), self.steps_per_epoch, self.images.classes, self.state and self.state["step"]
 
     @property
     def ode_time(self) -> float:
@@ -133,11 +140,21 @@ def prepare(config: Config) -> Setup:
     Raises:
         ValueError: for data or settings that do not fit, one line each.
     """
-    state = held = None
+    state, held, group = None, None, distributed.current()
+    group.place(config.device)
+    if config.batch_size % group.size or config.batch_size < 2 * group.size:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the number of processes, at least two images for each; got "
+            f"batch_size={config.batch_size} with {group.size} processes. Use {2 * group.size}, {4 * group.size}, ..."
+        )
+    if config.cost == "latency" and group.size > 1:
+        raise ValueError(
+            f"`cost` must be macs for several processes; got cost='latency' with {group.size}. Step times are measured by one."
+        )
     if config.resume is None:
         check_out(config)
     else:
-        held = lock.hold(Path(config.resume), "resume")
+        held = lock.hold(Path(config.resume), "resume") if group.leads else None
         state = _state_of(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -165,6 +182,8 @@ def prepare(config: Config) -> Setup:
     torch.manual_seed(config.seed)
     model = build_model(config, images)
     notes = weights.fill(model, initial, config.init) if initial is not None else []
+    if config.sync_bn and group.size > 1:
+        distributed.synchronise_norms(model)
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
         raise data.DataError(
             f"`warmup_epochs` must end before the deciding phase does; got warmup_epochs={config.warmup_epochs:g} with "
@@ -178,8 +197,13 @@ def prepare(config: Config) -> Setup:
             f"`data_dir` must hold the images that the run began with; got {steps} steps an epoch and {len(images.classes)} "
             f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start anew."
         )
+    if state is not None and state["processes"] != group.size and not config.sync_bn:
+        raise ValueError(
+            f"`resume` must go on with as many processes as the run began with, {state['processes']}; got {group.size}. Without "
+            "sync_bn each normalises its own share of a batch, so that another number would be another training."
+        )
     step_times = _step_times(config, model, example, state)
-    return Setup(config, images, model, example, steps, schedule, state, tuple(notes), held, step_times)
+    return Setup(config, images, model, example, steps, schedule, state, tuple(notes), held, step_times, group)
 
 
 def _step_times(
@@ -288,16 +312,25 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         round_to=config.round_to,
         step_times=setup.step_times,
         seed=config.seed,
+        group=setup.group,
     )
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches, amp: bool = False) -> float:
-    """Share of correct predictions in eval mode, where theta stands in place of the gates; NaN if a logit is not finite."""
+def evaluate(model: nn.Module, batches, amp: bool = False, group: distributed.Group | None = None) -> float:
+    """Share of correct predictions in eval mode, where theta stands in place of the gates; NaN if a logit is not finite.
+
+    Args:
+        model: The network.
+        batches: Images and labels; with several processes, those of this one's share.
+        amp: Whether to use bf16.
+        group: Processes that evaluate together.
+    """
     training = model.training
     model.eval()
-    right, total, finite = 0, 0, torch.ones((), dtype=torch.bool)
-    finite = finite.to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    right, total, finite = torch.zeros((), dtype=torch.long, device=device), 0, torch.ones((), dtype=torch.bool)
+    finite = finite.to(device)
     for x, y in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
@@ -305,19 +338,23 @@ def evaluate(model: nn.Module, batches, amp: bool = False) -> float:
         finite &= logits.isfinite().all()
         total += len(y)
     model.train(training)
-    return float(right) / total if finite else math.nan
+    counts = torch.stack([right, torch.full_like(right, total), (~finite).long()])
+    right, total, bad = (group or distributed.Group()).sum(counts).tolist()
+    return math.nan if bad else right / total
 
 
 class _Table:
     """A CSV file written row by row.
 
     Args:
-        path: The file.
+        folder: Where it is; None for a process that writes none.
+        name: Its name.
         fields: Its columns.
         length: Bytes of an earlier file to go on from; the rest of it is cut off.
     """
 
-    def __init__(self, path: Path, fields, length: int | None = None):
+    def __init__(self, folder: Path | None, name: str, fields, length: int | None = None):
+        path = Path(os.devnull) if folder is None else folder / name
         self._file = path.open("w" if length is None else "r+", newline="")
         self._writer = csv.DictWriter(self._file, fields)
         if length is None:
@@ -360,18 +397,21 @@ def run(config: Config, *, progress: bool = True) -> Path:
 def train(setup: Setup, *, progress: bool = True) -> Path:
     """The same for a prepared run; see `run`."""
     folder = Path(setup.config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with setup.lock or lock.hold(folder):
-        if setup.config.resume is None:
+    group = setup.group
+    if group.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+    with (setup.lock or lock.hold(folder)) if group.leads else nullcontext():
+        if group.leads and setup.config.resume is None:
             check_out(setup.config)  # another process may have begun and ended here meanwhile
         trainer = _Trainer(setup, folder, progress)
         try:
             trainer.train()
         finally:
             trainer.close()
-        report.write(folder)
-        checkpoint.drop_states(folder)
-        lock.drop(folder)
+        if group.leads:
+            report.write(folder)
+            checkpoint.drop_states(folder)
+            lock.drop(folder)
     return folder
 
 
@@ -408,7 +448,7 @@ class _Trainer:
 
     def __init__(self, setup: Setup, folder: Path, progress: bool):
         config = setup.config
-        self.setup, self.config, self.folder = setup, config, folder
+        self.setup, self.config, self.folder, self.group = setup, config, folder, setup.group
         self.model, self.amp = setup.model, config.amp == "bf16"
         self.dense = count(self.model, setup.example)
         blocks = self.model.structures()
@@ -426,33 +466,37 @@ class _Trainer:
             mixup=config.mixup,
             classes=len(images.classes),
             workers=config.workers,
+            shard=(self.group.rank, self.group.size),
             **common,
         )
         state = setup.state
-        if config.resume is None:
-            checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
-        (folder / "env.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
-        if setup.step_times is not None and state is None:
-            checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
-        lengths = state["lengths"] if state else [None, None]
-        self.metrics = _Table(folder / TABLES[0], METRIC_FIELDS, lengths[0])
-        self.structures = _Table(folder / TABLES[1], ROW_FIELDS, lengths[1])
+        if self.group.leads:
+            if config.resume is None:
+                checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
+            environment = {**_environment(config), "processes": self.group.size}
+            (folder / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
+            if setup.step_times is not None and state is None:
+                checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
+        lengths = state["lengths"] if state and self.group.leads else [None, None]
+        tables = folder if self.group.leads else None
+        self.metrics = _Table(tables, TABLES[0], METRIC_FIELDS, lengths[0])
+        self.structures = _Table(tables, TABLES[1], ROW_FIELDS, lengths[1])
         self.history: list[float] = []
         self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
         self.seconds, self.cpu_seconds = 0.0, 0.0
         self.sums = self.no_sums()
         if state:
             self.restore(state)
-        self.board = board.Board(folder, self.step) if config.tensorboard else None
+        self.board = board.Board(folder, self.step) if config.tensorboard and self.group.leads else None
         self.bar = tqdm(
             total=len(setup.schedule),
             initial=self.step,
             unit="step",
-            disable=not progress,
+            disable=not (progress and self.group.leads),
             file=sys.stderr,
             mininterval=0.5,
         )
-        for note in setup.notes:
+        for note in setup.notes if self.group.leads else ():
             self.bar.write(f"note: {note}", file=sys.stderr)
         self.save()
 
@@ -478,7 +522,8 @@ class _Trainer:
         executed = count(self.model, self.setup.example).macs
         if self.pruner is not None:
             self.pruner.finish()
-        self.result(executed)
+        if self.group.leads:
+            self.result(executed)
 
     def epoch(self, epoch: int) -> dict:
         self.model.train()
@@ -497,8 +542,9 @@ class _Trainer:
                 loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            checksum = self.pruner.checksum() if self.pruner and self.group.size > 1 else 0
+            losses.append(self.group.join(self.model.parameters(), loss, checksum=checksum, step=self.step + 1))
             self.optimizer.step()
-            losses.append(loss.detach())
             sums.right += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
             self.step += 1
             self.time += rate / (1.0 - self.config.momentum)
@@ -510,10 +556,12 @@ class _Trainer:
             if self.step % 10 == 0:
                 self.show(losses)
             if len(losses) % self.config.checkpoint_every == 0 and len(losses) < self.setup.steps_per_epoch:
+                self.group.settle(self.model, step=self.step)
                 self.save_state()
             mark, before = time.perf_counter(), mark
             sums.seconds += mark - before
-        accuracy = evaluate(self.model, self.test_batches(), self.amp)
+        self.group.settle(self.model, step=self.step)
+        accuracy = evaluate(self.model, self.test_batches(), self.amp, self.group)
         if math.isnan(accuracy):  # the last loss was finite, the step after it ruinous
             self.not_finite()
         self.history.append(accuracy)
@@ -528,7 +576,7 @@ class _Trainer:
             "time": self.time,
             "lr": rate,
             "loss": float(torch.stack(losses).mean()),
-            "train_accuracy": float(sums.right) / seen,
+            "train_accuracy": float(self.group.sum(sums.right)) / seen,
             "test_accuracy": accuracy,
             "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
             "macs": counts.macs,
@@ -557,7 +605,7 @@ class _Trainer:
         check = self.pruner.step()
         if check is not None:
             self.structures.add(check.rows)
-            for warning in check.warnings:
+            for warning in check.warnings if self.group.leads else []:
                 self.bar.write(f"warning: {warning}", file=sys.stderr)
 
     def not_finite(self) -> None:
@@ -589,6 +637,8 @@ class _Trainer:
     def save(self) -> None:
         """Keep the network as it stands as the last good one."""
         self.good_step = self.step
+        if not self.group.leads:
+            return
         state, structure = (
             self.pruner.snapshot() if self.pruner else (self.model.state_dict(), checkpoint.whole(self.model))
         )
@@ -613,6 +663,9 @@ class _Trainer:
     def save_state(self) -> None:
         """Keep everything that `restore` needs to go on as if nothing had happened, between any two steps."""
         self.tick()
+        right = self.group.sum(self.sums.right)
+        if not self.group.leads:
+            return
         names = {parameter: plain_name(name) for name, parameter in self.model.named_parameters()}
         momentum = {
             names[parameter]: own["momentum_buffer"]
@@ -623,10 +676,11 @@ class _Trainer:
             self.folder,
             {
                 "config": self.config.identity(),
+                "processes": self.group.size,
                 "steps_per_epoch": self.setup.steps_per_epoch,
                 "classes": list(self.setup.images.classes),
                 **{name: getattr(self, name) for name in _PROGRESS},
-                "sums": self.sums.state(),
+                "sums": {**self.sums.state(), "right": right.cpu()},
                 "lengths": [self.metrics.length(), self.structures.length()],
                 "momentum": momentum,
                 "pruner": self.pruner.state_dict() if self.pruner else None,
@@ -649,6 +703,8 @@ class _Trainer:
         for name in _PROGRESS:
             setattr(self, name, state[name])
         self.sums = _Sums.of(state["sums"], self.config.device)
+        if not self.group.leads:  # those of all processes are with the first one
+            self.sums.right.zero_()
         torch.set_rng_state(state["rng"]["cpu"])
         if "cuda" in state["rng"] and torch.device(self.config.device).type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.config.device)

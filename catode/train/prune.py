@@ -13,9 +13,10 @@ Source: THEORY sections 2-5 (prices, theta step, tolerance, commitment), CONTRAC
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import nn
 
 from catode._validate import check_choice, check_int, check_interval, check_positive
 from catode.train import compact, decide
+from catode.train.distributed import Group, norms_are_shared
 from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, straight_through
 from catode.train.gates import Gates
 from catode.train.measure import LEAST_EVIDENCE, Evidence, GradientProducts, summary
@@ -124,6 +126,9 @@ class Pruner:
             keep probability folded into its weights, so that the network does not change, and trained on without a gate.
         step_times: Price by these measured times (see `catode.train.steptime`) in place of MACs.
         seed: Seed of the gate draws.
+        group: Processes that train together, each on its share of every batch (see `catode.train.distributed`); None for
+            this one alone. Gradients must be averaged over them before the optimizer's step. A probe takes its images
+            from all shares together; from each share where a batch norm knows its own share only.
 
     Attributes:
         complexity: The network's complexity polynomial.
@@ -165,6 +170,7 @@ class Pruner:
         round_to: int = 1,
         step_times: Sequence[Table] | None = None,
         seed: int = 0,
+        group: Group | None = None,
     ):
         if not isinstance(model, Prunable):
             raise ValueError(
@@ -236,7 +242,9 @@ class Pruner:
         self._labels = torch.Generator(device).manual_seed(seed + 1)
         self._captured: dict[str, torch.Tensor] | None = None
         self._probing = False
-        self.gates = Gates(model, self.blocks, n)
+        self.group = group or Group()
+        self._shared = norms_are_shared(model)
+        self.gates = Gates(model, self.blocks, n, self.group if self._shared else None)
         self._hooks = []
         round_of_layers = 2 * self.measure_every * -(-layers // self.layers_per_probe)
         lead = LEAD * max(memory, round_of_layers * LEAST_EVIDENCE / 2)
@@ -325,6 +333,10 @@ class Pruner:
                 site += 1
             record[block.name] = {"kept": bool(self.kept[number]), "sites": sites}
         return record
+
+    def checksum(self) -> int:
+        """Checksum of what must be the same in all processes: thetas, masks, and the state of the gate draws."""
+        return zlib.crc32(self._generator.get_state().numpy(), zlib.crc32(self.kept, zlib.crc32(self.keep_prob)))
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
         """State dict of the compact network in mean field (theta folded into the weights), and its structure."""
@@ -466,9 +478,9 @@ class Pruner:
                 self.gates.rows = None
                 return
             if self.per_example:
-                theta = self.gates.keep_prob.cpu().expand(len(args[0]), -1)
-                rows = torch.bernoulli(theta, generator=self._generator).to(self.gates.keep_prob.device)
-                self.gates.rows = rows.requires_grad_()
+                theta = self.gates.keep_prob.cpu().expand(len(args[0]) * self.group.size, -1)
+                rows = self.group.share(torch.bernoulli(theta, generator=self._generator))
+                self.gates.rows = rows.to(self.gates.keep_prob.device).requires_grad_()
 
         def after(module, args, output):
             if self._probing or not module.training or not torch.is_grad_enabled():
@@ -493,7 +505,8 @@ class Pruner:
         self.gates.rows = None
         derivative, draw = source.grad / grad_scale, source.detach()
         if rows is not None:
-            derivative, draw = derivative.sum(0), draw.mean(0)
+            derivative, draw = derivative.sum(0), self.group.mean(draw.mean(0))
+        derivative = self.group.mean(derivative)
         self._scale = grad_scale
         return draw.double().cpu().numpy(), derivative.double().cpu().numpy()
 
@@ -521,12 +534,10 @@ class Pruner:
     def _probe(self, open_: NDArray[np.bool_]) -> dict[int, float]:
         """Run a probe on part of the captured batch; returns the paired benefits of the structures whose turn it is."""
         captured = self._captured
-        if "gradient" not in captured or not captured["logits"].isfinite().all():
+        if "gradient" not in captured or not self.group.every(captured["logits"].isfinite().all()):
             return {}
         batch = len(captured["logits"])
-        size = min(batch, self.probe_size or max(LEAST_PROBE, batch // 10))
-        begin = (self.done // self.measure_every * size) % max(batch - size + 1, 1)
-        part = slice(begin, begin + size)
+        part, group = self._part(batch)
         targets = _targets(captured["logits"][part], captured["gradient"][part], batch * 1.0 / self._scale)
         # curvature and paired probes take turns, so that no step bears both
         curved = open_[self.is_layer].any() and self.estimators[0] == "curvature"
@@ -537,7 +548,7 @@ class Pruner:
         turn = (self.done // self.measure_every) % 2 == 0
         self._probing = True
         try:
-            probe = Probe(self.model, self.gates, captured["inputs"][part], targets, self._labels)
+            probe = Probe(self.model, self.gates, captured["inputs"][part], targets, self._labels, group)
             if curved and (turn or not chosen):
                 curvature = probe.curvature(self.estimators[0] == "curvature").double().cpu().numpy()
                 self._evidence.curvature.add(curvature, open_ & np.isfinite(curvature))
@@ -548,6 +559,17 @@ class Pruner:
         finally:
             self._probing = False
         return {s: b for s, b in zip(chosen, benefits.tolist(), strict=True) if np.isfinite(b)}
+
+    def _part(self, batch: int) -> tuple[slice, Group]:
+        """The rows that a probe takes of this process's `batch` examples, and the processes by the order of their rows."""
+        processes = self.group.size if self._shared else 1
+        batch *= processes
+        size = min(batch, self.probe_size or max(LEAST_PROBE, batch // 10))
+        size += -size % processes
+        begin = (self.done // self.measure_every * size) % max(batch - size + 1, 1)
+        if not self._shared:
+            return slice(begin, begin + size), self.group
+        return self.group.rows(begin, size), replace(self.group, rank=(self.group.rank - begin) % self.group.size)
 
     def _next(self, layers: bool, open_: NDArray[np.bool_]) -> list[int]:
         """The structures of one kind whose turn it is for a paired difference."""
