@@ -26,6 +26,7 @@ WRONG_FIELDS = [
     ("workers", 1.5),
     ("augment", "cutout"),
     ("mixup", -0.1),
+    ("mixup", 101),
     ("hidden_scale", 0),
     ("hidden_scale", 1.01),
     ("nu", -1),
