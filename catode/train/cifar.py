@@ -84,10 +84,16 @@ def download(root: Path, spec: _Cifar) -> None:
     if root.name == spec.folder:
         root = root.parent
     archive, folder, part = root / spec.url.rpartition("/")[2], root / spec.folder, root / (spec.folder + ".part")
+
+    def there() -> bool:
+        return any(all((place / file).is_file() for file in spec.files) for place in (folder, root))
+
+    if there():  # asked first, as the place may be read-only
+        return
     try:
         root.mkdir(parents=True, exist_ok=True)
         with alone(root / f".{archive.name}.lock"):
-            if any(all((place / file).is_file() for file in spec.files) for place in (folder, root)):
+            if there():
                 return
             fetch(spec.url, archive, spec.md5)
             shutil.rmtree(part, ignore_errors=True)

@@ -493,6 +493,7 @@ class Config:
         "training",
         "mix each training batch with itself, labels too, by a share drawn from Beta(mixup, mixup); 0 is off",
         low=0,
+        high=100,
         mend="Use 0.2 if in doubt, 0 for none.",
     )
     label_smoothing: float = _number(

@@ -30,6 +30,7 @@ WRONG_FIELDS = [
     ("shortcut", "a"),
     ("stem", "small"),
     ("init", ""),
+    ("mixup", 101),
     ("hidden_scale", 0),
     ("hidden_scale", 1.01),
     ("nu", -1),

@@ -82,8 +82,10 @@ def test_download_leaves_the_official_files_and_asks_once(tmp_path, serve):
     server, root = serve(), tmp_path / "new" / "place"
     assert len(load("cifar10", root, download=True).train_labels) == 150
     assert names(root) == ["cifar-10-batches-py"]
+    (root / ".cifar-10-python.tar.gz.lock").unlink()
     assert len(load("cifar10", root / "cifar-10-batches-py", download=True).train_labels) == 150
     assert server.asked == [None]
+    assert [p.name for p in root.iterdir()] == ["cifar-10-batches-py"], "nothing is written where the files are there"
 
 
 def test_the_official_folder_itself_may_be_named(tmp_path, serve):
