@@ -132,9 +132,8 @@ class ActiveSetRun:
             if found is not None:
                 end, met = found, [k]
         began = self.t
-        self._append(full, solution, fine, inside, end)
-        if not np.isfinite(self.y).all():
-            return "the state is no longer finite."
+        if not self._append(full, solution, fine, inside, end):
+            return "the state grew beyond the range of floats."
         if solution.status < 0 and not met:
             return str(solution.message)
         for k in met:
@@ -173,16 +172,22 @@ class ActiveSetRun:
             return float(before)
         return float(brentq(lambda t: float(value(solution.sol(t))), before, times[k], xtol=1e-15, rtol=1e-14))
 
-    def _append(self, full: Any, solution: Any, times: np.ndarray, states: np.ndarray, end: float) -> None:
-        """Collect the stage up to `end`; errors of the order of the tolerances are clipped at the faces."""
+    def _append(self, full: Any, solution: Any, times: np.ndarray, states: np.ndarray, end: float) -> bool:
+        """Collect the stage up to `end`, or to its last finite state; returns whether that is all of it.
+
+        Errors of the order of the tolerances are clipped at the faces.
+        """
         keep = times < end
         last = solution.y[:, -1] if end == solution.t[-1] else solution.sol(end)
-        states = full(np.column_stack([states[:, keep], last])).T
-        states = np.clip(states, self.ends[0], self.ends[1])
-        if end > self.t:
-            self.times.append(np.append(times[keep], end))
-            self.states.append(states)
-        self.t, self.y = end, states[-1].copy()
+        states = np.clip(full(np.column_stack([states[:, keep], last])).T, self.ends[0], self.ends[1])
+        finite = np.logical_and.accumulate(np.isfinite(states).all(axis=1))
+        times, states = np.append(times[keep], end)[finite], states[finite]
+        if times.size:
+            if times[-1] > self.t:
+                self.times.append(times)
+                self.states.append(states)
+            self.t, self.y = float(times[-1]), states[-1].copy()
+        return bool(finite[-1])
 
     def _finish(self, status: str, message: str) -> Trajectory:
         return Trajectory(np.concatenate(self.times), np.concatenate(self.states), status, message, tuple(self.events))

@@ -669,8 +669,8 @@ def draw(seed: int, kind: str = "layer", *, width: int | None = None) -> Structu
     inputs are normal, targets those of a network of the same shape with Glorot weights and a noise of 0.1 (their signs
     for the logistic loss). The weight decay is log-uniform in [0.01, 0.3], the rate ratio in [0.3, 3], the price in
     [0.03, 0.3] of the loss of the empty network; where a useless structure would take longer than 200 to go from 1 to
-    0, 1 / (rho g), the rate ratio is raised so that it takes 200. The other units stand at the weights of that network, with keep
-    probabilities that are 1 or uniform.
+    0, 1 / (rho g), the rate ratio is raised so that it takes 200. The other units stand at the weights of that network,
+    with keep probabilities that are 1 or uniform.
 
     Args:
         seed: Seed of everything.

@@ -118,6 +118,14 @@ def test_at_rest_at_once_and_blow_up_and_undefined():
     )
 
 
+def test_growth_beyond_the_range_of_floats_is_a_status_and_what_is_kept_is_finite():
+    system = BoxSystem.from_expressions("x, y", "x, 1 - y", lower=(0, 0), upper=(np.inf, 2))
+    found = integrate(system, [1.0, 0.0], 2000.0)
+    assert found.status == "failed" and "stopped at time 7" in found.message
+    assert np.isfinite(found.states).all() and 700.0 < found.times[-1] < 710.0  # e^709.8 is the largest float
+    assert np.log(found.end[0]) == pytest.approx(found.times[-1], rel=1e-6)
+
+
 @pytest.mark.parametrize("start", [0.97, 1.0], ids=["inside", "on a face"])
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_a_field_undefined_at_the_start_is_a_status(start, value):
