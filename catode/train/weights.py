@@ -26,8 +26,9 @@ def read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
+        reason = error.strerror or type(error).__name__
         raise ValueError(
-            f"`init` must be a file that can be read; got init={path!r}: {error.strerror}. Give a file of weights."
+            f"`init` must be a file that can be read; got init={path!r}: {reason}. Give a file of weights."
         ) from None
     except Exception as error:  # unpickling damaged bytes can raise anything
         raise ValueError(

@@ -28,9 +28,8 @@ SHAPE = (1, 8, 8)
 SMALL = {
     "projected": Architecture(BasicBlock, (1, 1), 8, "B", "cifar"),
     "bottlenecks": Architecture(Bottleneck, (1, 2), 4, "B", "cifar"),
-    "padded bottlenecks": Architecture(Bottleneck, (1, 1), 4, "A", "imagenet"),
 }
-SHALLOW = ["resnet14", "resnet20", "dense", "bottleneck", *SMALL]
+SHALLOW = ["resnet20", "dense", "bottleneck", *SMALL]
 DEEP = ["resnet32", "resnet56", "resnet110"]
 
 

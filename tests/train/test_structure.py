@@ -81,6 +81,14 @@ def test_published_counts_of_the_imagenet_networks(arch, params, gmacs):
     assert round((counted.macs - norm_elements(model, example)) / 1e9, 2) == gmacs
 
 
+def test_published_counts_of_resnet18_with_a_stem_for_small_images():
+    """11.17 M parameters and 0.56 GMACs for 10 classes at 32 pixels, the usual variant for CIFAR."""
+    model, example = arbitrary(weightless("resnet18", stem="cifar")), torch.zeros(1, 3, 32, 32)
+    counted = count(model, example)
+    assert counted.params == 11_173_962
+    assert round((counted.macs - norm_elements(model, example)) / 1e9, 2) == 0.56
+
+
 def test_a_projection_costs_its_weights():
     """ResNet-20: 1x1 convolutions and batch norms from 16 to 32 and from 32 to 64 channels, at 16 and 8 pixels."""
     example = torch.zeros(1, 3, 32, 32)

@@ -196,6 +196,9 @@ def test_a_resnet50_starts_from_weights_prunes_is_cut_off_resumed_and_loaded(tmp
     flags += [f"--init={path}", "--threads=1", "--epochs=3", "--batch-size=8", "--lr=0.01", "--warmup-epochs=1.5"]
     flags += ["--nu=200", "--sink-share=0.02", "--layer-estimator=curvature", "--memory=10", "--measure-every=1"]
     flags += ["--check-every=4", "--probe-size=8", "--width-multiple=4"]
+    assert main([*flags, "--dry-run"]) == 0
+    costs = capsys.readouterr().out
+    assert len(re.findall(r"^layer1\.\d +5\+5 ", costs, re.M)) == 3 and costs.count("+41 ") == 3
     folder = tmp_path / "run"
     save_state = loop._Trainer.save_state
 
