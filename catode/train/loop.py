@@ -464,6 +464,8 @@ class _Trainer:
 
     def test_batches(self):
         images, labels = self.shares((self.setup.images.test_images, self.setup.images.test_labels))
+        if not len(images):  # there are more processes than images
+            return []
         return self.batches.evaluation(images, labels, max(self.config.batch_size, 256))
 
     def prune(self) -> None:
