@@ -21,29 +21,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     with distributed.joined() as group:
         setup, problem = None, ""
         try:
-            setup = loop.prepare(configuration.parse(argv))
-        except ValueError as error:
-            problem = str(error)
-        problem = group.problem(problem, None if setup is None else setup.alike())
-        if problem:
-            return _end(group, 2, f"error: {problem}")
-        out = setup.config.out
-        if setup.config.dry_run:
-            return _end(group, 0, preflight.table(setup), sys.stdout)
-        try:
+            try:
+                setup = loop.prepare(configuration.parse(argv))
+            except ValueError as error:
+                problem = str(error)
+            problem = group.problem(problem, None if setup is None else setup.alike())
+            if problem:
+                return _end(group, 2, f"error: {problem}")
+            if setup.config.dry_run:
+                return _end(group, 0, preflight.table(setup), sys.stdout)
             folder = loop.train(setup)
         except configuration.ConfigError as error:  # another process is at work in the folder
             return _end(group, 2, f"error: {error}")
         except (loop.NotFinite, distributed.Disagreement) as error:
             return _end(group, 1, f"error: {error}")
         except data.DataError as error:  # of the one process whose image it is
-            print(f"error: {error} Then go on with --resume {out}", file=sys.stderr)
+            print(f"error: {error} Then go on with --resume {setup.config.out}", file=sys.stderr)
             return 2
-        except distributed.Lost as error:
-            print(f"error: process {group.rank} of {group.size}: {error}. Go on with --resume {out}", file=sys.stderr)
+        except distributed.Lost as error:  # each says so: the first may be the one that died
+            mend = f" Go on with --resume {setup.config.out}" if setup else ""
+            print(f"error: process {group.rank} of {group.size}: {error}.{mend}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            return _end(group, 130, f"interrupted; go on with --resume {out}")
+            if setup is None:
+                raise
+            return _end(group, 130, f"interrupted; go on with --resume {setup.config.out}")
         return _end(group, 0, summary(folder) if group.leads else "", sys.stdout)
 
 

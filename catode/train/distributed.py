@@ -33,7 +33,7 @@ class Lost(RuntimeError):
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run. Its methods with "all" in their description must be called by all of them in the same order.
+    """The processes of a run. What concerns "all processes" must be called by all of them, in the same order.
 
     Attributes:
         rank: Number of this process.
@@ -151,7 +151,7 @@ class Group:
         parts = [loss.reshape(1), *(g.reshape(-1) for g in gradients)]
         flat = self.sum(torch.cat([slots, *parts]))
         slots, values = flat[: self.size], flat[self.size :] / self.size
-        self._compare(slots.tolist(), f"thetas, masks and gate draws before step {step}")
+        self._compare(slots.tolist(), "thetas, masks and gate draws", f"before step {step}")
         for gradient, part in zip(gradients, values[1:].split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view(gradient.shape))
         return values[0]
@@ -170,13 +170,14 @@ class Group:
         checksum = 0
         for tensor in model.state_dict().values():
             checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), checksum)
-        self._compare(self.gather(checksum), f"weights after step {step}")
+        self._compare(self.gather(checksum), "weights", f"after step {step}")
 
-    def _compare(self, checksums: list, what: str) -> None:
+    def _compare(self, checksums: list, what: str, when: str) -> None:
         wrong = next((rank for rank, own in enumerate(checksums) if own != checksums[0]), None)
         if wrong is not None:
             raise Disagreement(
-                f"the {what} must be the same in all processes; process {wrong}'s differ from process 0's"
+                f"{what} must be the same in all processes; got different ones in processes 0 and {wrong} {when}. Go on with "
+                "--resume from the last checkpoint; if that does not help, use processors and software of one kind."
             )
 
 

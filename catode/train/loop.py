@@ -598,6 +598,8 @@ class _Trainer:
 
     def test_batches(self):
         images = self.setup.images
+        if len(images.test_labels) <= self.group.rank:  # there are more processes than images
+            return []
         return self.batches.evaluation(images.test_images, images.test_labels, max(self.config.batch_size, 256))
 
     def prune(self) -> None:

@@ -209,6 +209,19 @@ def test_a_useless_constant_unit_has_no_curvature_where_a_batch_norm_follows(bot
     assert gradients[True] < 1e-12 < 1e-4 < gradients[False]
 
 
+def test_gates_of_examples_work_in_mixed_precision(bottleneck_net):
+    model = network("bottleneck", bottleneck_net)
+    x, y = data()
+    gates = install(model, normalised={"blocks.0.conv1"})
+    gates.rows = torch.ones(len(x), gates.size, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x)
+    (rows,) = torch.autograd.grad(F.cross_entropy(logits.float(), y), gates.rows)
+    gates.rows = None
+    torch.testing.assert_close(logits.float(), model(x), rtol=0.05, atol=0.05)
+    assert rows.isfinite().all() and rows.any(0).all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_gate_each_example_by_its_own_values(name, bottleneck_net):
     model = network(name, bottleneck_net).eval()
