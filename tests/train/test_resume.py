@@ -467,7 +467,7 @@ def test_twenty_kills_at_random_moments(server, pruned, tmp_path):
     while sum(kills.values()) < 20:
         folder = tmp_path / str(runs)
         old = {(part.name, part.stat().st_mtime_ns) for part in folder.glob("checkpoint-*.part")}
-        kind, appearances = chance.choice(list(kills)), chance.randint(1, 4)
+        kind, appearances = min(kills, key=kills.get), chance.randint(1, 4)
         inside = ("catode.train.compact:Change.follow", chance.randint(1, 3), "before")
         process = start(server, going_on(folder), inside if kind == "compaction" else None)
         if kind == "anywhere":
@@ -488,8 +488,6 @@ def test_twenty_kills_at_random_moments(server, pruned, tmp_path):
         if (folder / "result.json").exists() and not checkpoint.states(folder):
             assert_same_end(folder, pruned[1])
             runs += 1
-    print(kills, runs, "runs")
-    assert min(kills.values()) >= 4
     folder = tmp_path / str(runs)
     start(server, going_on(folder))
     assert status(server) == 0
