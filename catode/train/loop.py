@@ -245,7 +245,7 @@ def _state_of(config: Config) -> dict | None:
             f"`resume` must be the folder of a run that was cut off; got {config.resume!r}, which is finished."
         )
     state, passed_over = checkpoint.load_state(folder, lambda state: _check_state(config, folder, state))
-    for name, reason in passed_over.items():
+    for name, reason in passed_over.items() if distributed.current().leads else ():
         print(f"warning: {name} is passed over: {reason}", file=sys.stderr)
     metrics = folder / "metrics.csv"
     # one epoch's row may have been written before its state was

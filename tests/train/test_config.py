@@ -87,6 +87,8 @@ WRONG_FIELDS = [
     ("compile", "no"),
     ("tensorboard", 1),
     ("threads", 0),
+    ("checkpoint_every", 0),
+    ("keep_checkpoints", 0),
     ("out", ""),
     ("out", 3),
     ("resume", ""),
@@ -148,6 +150,8 @@ VALUES = {
     "round_to": st.integers(1, 64),
     "cost": st.sampled_from(settings()["cost"].choices),
     "threads": st.none() | st.integers(1, 64),
+    "checkpoint_every": st.integers(1, 10**6),
+    "keep_checkpoints": st.integers(1, 9),
     "schedule": st.sampled_from(settings()["schedule"].choices),
     "dry_run": st.booleans(),
 }
