@@ -803,7 +803,7 @@ def _headline(run: _Run) -> str:
         ("Expected complexity J of the removable part", _format(result, "expected_complexity", "{:.4f}".format)),
         ("Layers kept", _of(result, "layers_kept", "layers_total")),
         ("Units kept", _of(result, "units_kept", "units_total")),
-        ("Units kept for round widths alone (`round_to`)", _format(result, "units_kept_for_rounding", str)),
+        ("Of these for round widths alone (`round_to`)", _format(result, "units_kept_for_rounding", str)),
         ("Decisions by state", _decisions(result)),
         (
             "Decided by the rule (not `forced`)",

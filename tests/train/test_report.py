@@ -155,6 +155,7 @@ def write_run(
         "decided_by_rule": 1 - list(final.values()).count("forced") / len(final) if final else None,
         "macs_removed_by_tolerance": per_unit * list(final.values()).count("pruned_tolerance"),
         "seconds": 83.4,
+        "units_kept_for_rounding": 3,
         "latency_ms": 1.871,
         "latency_dense_ms": 3.024,
         "latency_ms_128": 41.5,
@@ -234,6 +235,7 @@ def test_headline_numbers_are_those_of_the_result(run):
     assert table_row(text, "MACs that removals").startswith(f"{result['macs_removed_by_tolerance']:,} (")
     assert table_row(text, "Layers kept") == f"{result['layers_kept']} of {result['layers_total']}"
     assert table_row(text, "Units kept") == f"{result['units_kept']} of {result['units_total']}"
+    assert table_row(text, "Of these for round widths alone") == str(result["units_kept_for_rounding"])
     assert table_row(text, "Latency, batch 1,") == "3.024 ms → 1.871 ms (0.62 of the time)"
     assert table_row(text, "Latency, batch 128") == "96.250 ms → 41.500 ms (0.43 of the time)"
     assert table_row(text, "Share of the steps' time spent waiting for images") == "1.0 %"
