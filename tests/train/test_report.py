@@ -410,7 +410,7 @@ def test_phase_portrait_returns_its_axes_and_draws_the_paths():
     assert phase_portrait(ax, system, paths=[path], path_colors=["#123456"], nullclines=True) is ax
     drawn = [line for line in ax.lines if line.get_color() == "#123456"]
     np.testing.assert_array_equal(drawn[0].get_xydata(), np.column_stack(path))
-    (price,) = [line for line in ax.lines if line.get_label() == "price"]
+    (price,) = [line for line in ax.lines if line.get_label() == "price: θ at rest"]
     assert price.get_xdata()[0] == 0.1
     (edge,) = [line for line in ax.lines if line.get_label() == "separatrix"]
     finite = np.isfinite(edge.get_ydata())
