@@ -31,7 +31,7 @@ from torch import nn
 from catode.train import loop
 from catode.train.__main__ import main
 from catode.train.distributed import Disagreement, Group, SyncBatchNorm, current, synchronise_norms
-from catode.train.models import CifarResNet
+from catode.train.models import Architecture, BasicBlock, ResNet
 from catode.train.prune import Pruner
 
 SMALL = ["--arch=resnet14", "--threads=1", "--layers-per-probe=6", "--memory=10", "--width-multiple=4", "--nu=20"]
@@ -154,7 +154,7 @@ def pruned(synchronised, per_example, tamper=None):
     torch.manual_seed(0)
     x = torch.from_numpy(digits.images / 16.0)[:, None]
     y = torch.from_numpy(digits.target)
-    model = CifarResNet(1, 1, 10, width=4).double()
+    model = ResNet(Architecture(BasicBlock, (1, 1, 1), 4, "A", "cifar"), 1, 10).double()
     if synchronised and group.size > 1:
         synchronise_norms(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -223,7 +223,7 @@ def test_a_theta_that_differs_in_its_last_bit_is_found_at_the_next_step(tmp_path
 def command(argv):
     """Exit status, output and errors of the trainer in this process; latencies and figures, which cost some, left out."""
     out, err = io.StringIO(), io.StringIO()
-    quick = mock.patch.object(loop, "latency_ms", return_value=[1.0, 1.0]), mock.patch.object(loop.report, "write")
+    quick = mock.patch.object(loop, "latency_ms", return_value=[[1.0], [1.0]]), mock.patch.object(loop.report, "write")
     with quick[0], quick[1], contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(argv)
     return status, out.getvalue(), err.getvalue()

@@ -237,7 +237,7 @@ def test_wrong_annotations_are_refused(tmp_path, lines, expected):
 @pytest.fixture
 def quick(monkeypatch):
     """Runs without latencies and pictures, which take longer than these runs themselves."""
-    monkeypatch.setattr(loop, "latency_ms", lambda *_: [1.0, 1.0])
+    monkeypatch.setattr(loop, "latency_ms", lambda *_: [[1.0], [1.0]])
     monkeypatch.setattr(loop.report, "write", lambda _: None)
 
 

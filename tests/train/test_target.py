@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catode.train.__main__ import main
-from catode.train.models import CifarResNet
+from catode.train.models import Architecture, BasicBlock, ResNet
 from catode.train.structure import describe
 from catode.train.target import HEADROOM, LAG, RAMP, SLACK, Target
 
-COST = describe(model := CifarResNet(1, 1, 3), model.structures(), torch.zeros(1, 1, 8, 8))
+MODEL = ResNet(Architecture(BasicBlock, (1, 1, 1), 16, "A", "cifar"), 1, 3)
+COST = describe(MODEL, MODEL.structures(), torch.zeros(1, 1, 8, 8))
 BLOCKS = COST.blocks
 
 
