@@ -10,6 +10,7 @@ the communication behind the backward pass, but is built for one fixed set of pa
 from __future__ import annotations
 
 import os
+import re
 import signal
 import zlib
 from collections.abc import Iterable, Iterator
@@ -190,6 +191,7 @@ def _company() -> Iterator[None]:
         raise
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = re.sub(r"^\[\S+\] ", "", reason.split(". ")[0])  # without the source's line and what may be the cause
         raise Lost(f"another process died or stopped answering ({reason})") from error
 
 

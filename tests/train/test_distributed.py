@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from catode.train import loop
+from catode.train import checkpoint, loop
 from catode.train.__main__ import main
 from catode.train.distributed import Disagreement, Group, SyncBatchNorm, current, synchronise_norms
 from catode.train.models import Architecture, BasicBlock, ResNet
@@ -63,6 +64,10 @@ def together(folder, function, *args, size=2):
     for process, _ in running:
         process.join()
     return results
+
+
+def several(function, cases):
+    return [function(*case) for case in cases]
 
 
 # the pieces
@@ -107,22 +112,24 @@ def normalised(shape, kind, more):
     return y.detach(), x.grad, own, inside, model.eval()(x).detach()
 
 
-@pytest.mark.parametrize(
-    "shape,kind,more",
-    [
-        ((8, 3, 5, 4), nn.BatchNorm2d, {}),
-        ((8, 3, 5, 4), nn.BatchNorm2d, {"affine": False, "momentum": None}),
-        ((6, 4), nn.BatchNorm1d, {"track_running_stats": False, "eps": 0.1}),
-    ],
-)
-def test_a_norm_over_two_processes_is_the_norm_over_the_whole_batch(shape, kind, more, tmp_path):
-    expected = normalised(shape, kind, more)
-    for rank, found in enumerate(together(tmp_path, normalised, list(shape), kind, more)):
-        for i in (0, 1):
-            torch.testing.assert_close(found[i], expected[i][rank::2], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(found[2:4], expected[2:4], rtol=1e-12, atol=1e-12)
-        if more.get("track_running_stats", True):  # else eval mode, too, takes the statistics of the share at hand
-            torch.testing.assert_close(found[4], expected[4][rank::2], rtol=1e-12, atol=1e-12)
+NORMS = [
+    ([8, 3, 5, 4], nn.BatchNorm2d, {}),
+    ([8, 3, 5, 4], nn.BatchNorm2d, {"affine": False, "momentum": None}),
+    ([6, 4], nn.BatchNorm1d, {"track_running_stats": False, "eps": 0.1}),
+]
+
+
+def test_a_norm_over_two_processes_is_the_norm_over_the_whole_batch(tmp_path):
+    for rank, each in enumerate(together(tmp_path, several, normalised, NORMS)):
+        for found, case in zip(each, NORMS, strict=True):
+            expected = normalised(*case)
+            for i in (0, 1):
+                torch.testing.assert_close(found[i], expected[i][rank::2], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(found[2:4], expected[2:4], rtol=1e-12, atol=1e-12)
+            if case[2].get(
+                "track_running_stats", True
+            ):  # else eval mode, too, takes the statistics of the share at hand
+                torch.testing.assert_close(found[4], expected[4][rank::2], rtol=1e-12, atol=1e-12)
 
 
 def joined_up(gradients, loss, checksum):
@@ -136,12 +143,12 @@ def joined_up(gradients, loss, checksum):
 
 
 def test_joining_averages_gradients_and_loss_and_finds_disagreement(tmp_path):
-    for found in together(tmp_path, joined_up, ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]), (1.0, 2.0), 2**24 - 1):
-        assert found == (1.5, None, [2.0, 2.0, 2.0])
-    for mean, _, gradient in together(tmp_path, joined_up, ([1.0, 2.0, 3.0], [math.nan] * 3), (1.0, math.nan), 5):
-        assert math.isnan(mean) and all(map(math.isnan, gradient))
-    for found in together(tmp_path, joined_up, [1.0, 2.0, 3.0], 1.0, (5, 6)):
-        assert "must be the same in all processes; got different ones in processes 0 and 1 before step 7" in found
+    first = [([1.0, 2.0, 3.0], 1.0, 2**24 - 1), ([1.0, 2.0, 3.0], 1.0, 5), ([1.0, 2.0, 3.0], 1.0, 5)]
+    second = [([3.0, 2.0, 1.0], 2.0, 2**24 - 1), ([math.nan] * 3, math.nan, 5), ([1.0, 2.0, 3.0], 1.0, 6)]
+    for mean, spoilt, refused in together(tmp_path, several, joined_up, (first, second)):
+        assert mean == (1.5, None, [2.0, 2.0, 2.0])
+        assert math.isnan(spoilt[0]) and all(map(math.isnan, spoilt[2]))
+        assert "must be the same in all processes; got different ones in processes 0 and 1 before step 7" in refused
 
 
 # the pruner
@@ -276,13 +283,24 @@ def one(tmp_path_factory):
     return folder
 
 
-def test_two_processes_train_as_one_and_one_of_them_talks(one, tmp_path):
-    folder = tmp_path / "run"
-    printed = together(tmp_path, precisely, [*SMALL, "--out", str(folder)])
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The same of two processes, its checkpoints kept, and what they printed."""
+    base = tmp_path_factory.mktemp("two")
+    return base / "run", together(base, kept, [*SMALL, "--out", str(base / "run")])
+
+
+def kept(argv):
+    with mock.patch.object(loop.checkpoint, "drop_state"):
+        return precisely(argv)
+
+
+def test_two_processes_train_as_one_and_one_of_them_talks(one, two):
+    folder, printed = two
     assert_close_end(end(folder), end(one))
     assert [status for status, _, _ in printed] == [0, 0]
     assert "accuracy" in printed[0][1] and "step/s" in printed[0][2] and printed[1][1:] == ("", "")
-    assert {p.name for p in folder.iterdir()} == {p.name for p in one.iterdir()}
+    assert {p.name for p in folder.iterdir() if "checkpoint" not in p.name} == {p.name for p in one.iterdir()}
     assert json.loads((folder / "env.json").read_text())["processes"] == 2
 
 
@@ -296,42 +314,30 @@ BAD = [
 ]
 
 
-def several(lines):
-    return [command(line) for line in lines]
-
-
 def test_bad_input_is_told_once_and_nothing_is_left(tmp_path):
     lines = [[*(own if isinstance(own, list) else own[rank])] for own, _ in BAD for rank in range(2)]
-    lines = [[*line, "--out", str(tmp_path / "run")] for line in lines]
-    told, silent = together(tmp_path, several, (lines[::2], lines[1::2]))
+    lines = [([*line, "--out", str(tmp_path / "run")],) for line in lines]
+    told, silent = together(tmp_path, several, command, (lines[::2], lines[1::2]))
     for (status, out, err), (_, message) in zip(told, BAD, strict=True):
         assert status == 2 and out == "" and message in err and err.count("\n") == 1
     assert silent == [(2, "", "")] * len(BAD)
     assert not (tmp_path / "run").exists()
 
 
-def interrupted(argv):
-    """A run that is interrupted at the end of its second epoch."""
-    before = loop._Trainer.test_batches
-
-    def interrupt(self):
-        if self.epochs_done:
-            raise KeyboardInterrupt
-        return before(self)
-
-    with mock.patch.object(loop._Trainer, "test_batches", interrupt):
-        return precisely(argv)
-
-
-def test_another_number_of_processes_goes_on_only_with_common_norms(one, tmp_path):
+def test_another_number_of_processes_goes_on_only_with_common_norms(one, two, tmp_path):
     common, own = tmp_path / "common", tmp_path / "own"
-    assert [s for s, _, _ in together(tmp_path, interrupted, [*SMALL, "--out", str(common)])] == [130, 130]
+    shutil.copytree(two[0], common)
+    (common / "result.json").unlink()
+    os.replace(common / checkpoint.PREVIOUS, common / checkpoint.STATE)  # of the first of two epochs
+    shutil.copytree(common, own)
     assert precisely(["--resume", str(common), "--threads=1"])[0] == 0
     assert_close_end(end(common), end(one))
-    assert interrupted([*SMALL, "--no-sync-bn", "--out", str(own)])[0] == 130
-    told, silent = together(tmp_path, precisely, ["--resume", str(own), "--threads=1"])
-    assert told[0] == 2 and "as many processes as the run began with, 1; got 2" in told[2]
-    assert silent == (2, "", "")
+    state = torch.load(own / checkpoint.STATE, weights_only=True)
+    torch.save({**state, "config": {**state["config"], "sync_bn": False}}, own / checkpoint.STATE)
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, "sync_bn": False}))
+    status, _, err = precisely(["--resume", str(own), "--threads=1"])
+    assert status == 2 and "as many processes as the run began with, 2; got 1" in err
 
 
 def workers(launcher):
