@@ -17,18 +17,7 @@ from torch import nn
 from catode.train import compact, models
 
 PART = ".part"  # ending of a file that is being written
-STRUCTURE = (
-    "arch",
-    "in_channels",
-    "classes",
-    "hidden_scale",
-    "shortcut",
-    "stem",
-    "image_shape",
-    "mean",
-    "std",
-    "blocks",
-)
+STRUCTURE = ("arch", "in_channels", "classes", "hidden_scale", "image_shape", "mean", "std", "blocks")
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a state and the step after which it was written
 FORMAT = 3  # of a state; raise it when what is in one changes
 
@@ -200,7 +189,7 @@ def fresh(structure: dict) -> nn.Module:
         structure["arch"],
         in_channels=structure["in_channels"],
         classes=len(structure["classes"]),
-        **{name: structure[name] for name in ("hidden_scale", "shortcut", "stem")},
+        **{name: structure[name] for name in ("hidden_scale", "shortcut", "stem") if name in structure},
     )
 
 

@@ -291,7 +291,7 @@ def two(tmp_path_factory):
 
 
 def kept(argv):
-    with mock.patch.object(loop.checkpoint, "drop_state"):
+    with mock.patch.object(loop.checkpoint, "drop_states"):
         return precisely(argv)
 
 
@@ -328,12 +328,13 @@ def test_another_number_of_processes_goes_on_only_with_common_norms(one, two, tm
     common, own = tmp_path / "common", tmp_path / "own"
     shutil.copytree(two[0], common)
     (common / "result.json").unlink()
-    os.replace(common / checkpoint.PREVIOUS, common / checkpoint.STATE)  # of the first of two epochs
+    checkpoint.states(common)[0].unlink()  # there remains that of the first of two epochs
     shutil.copytree(common, own)
     assert precisely(["--resume", str(common), "--threads=1"])[0] == 0
     assert_close_end(end(common), end(one))
-    state = torch.load(own / checkpoint.STATE, weights_only=True)
-    torch.save({**state, "config": {**state["config"], "sync_bn": False}}, own / checkpoint.STATE)
+    path = checkpoint.states(own)[0]
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "config": {**state["config"], "sync_bn": False}}, path)
     config = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(json.dumps({**config, "sync_bn": False}))
     status, _, err = precisely(["--resume", str(own), "--threads=1"])
@@ -357,7 +358,7 @@ def test_a_killed_process_takes_the_job_down_and_the_run_goes_on_to_the_same_end
     argv = ["catode.train", *SMALL, "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(launch + argv, env=environment, stderr=subprocess.PIPE, text=True) as job:
-        while not (folder / "checkpoint.pt").exists() and job.poll() is None:
+        while not list(folder.glob("checkpoint-*.pt")) and job.poll() is None:
             time.sleep(0.02)
         assert job.poll() is None
         os.kill(workers(job.pid)[1], signal.SIGKILL)
