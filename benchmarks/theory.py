@@ -205,11 +205,12 @@ def scipy_labels(states: np.ndarray, tolerance: float, rounds: int) -> tuple[Tim
 PEERS = {"diffrax": (diffrax_labels, 40_000), "torchode": (torchode_labels, 40_000), "scipy": (scipy_labels, 400)}
 
 
-def draw(costs: dict[float, tuple[float, float]], numbers: dict[int, float]) -> None:
+def draw(costs: dict[float, tuple[float, float]], n: int, numbers: dict[int, float]) -> None:
     """The picture: seconds against the number of starts and against the tolerance, into benchmarks/results/theory.png.
 
     Args:
-        costs: Tolerance -> (microseconds a start, share of labels wrong) on the largest grid.
+        costs: Tolerance -> (microseconds a start, share of labels wrong) for `n` starts.
+        n: Their number.
         numbers: Number of starts -> seconds.
     """
     from matplotlib import pyplot as plt
@@ -220,7 +221,7 @@ def draw(costs: dict[float, tuple[float, float]], numbers: dict[int, float]) -> 
     tolerances, (micro, wrong) = list(costs), zip(*costs.values(), strict=True)
     right.loglog(tolerances, micro, "o-", color="#0072B2")
     right.invert_xaxis()
-    right.set(xlabel="relative tolerance", ylabel="µs a start", title=f"{max(numbers):,} starts")
+    right.set(xlabel="relative tolerance", ylabel="µs a start", title=f"{n:,} starts")
     right.yaxis.label.set_color("#0072B2")
     other = right.twinx()
     other.loglog(tolerances, np.maximum(wrong, 1e-7), "s--", color="#D55E00")
@@ -326,7 +327,7 @@ def main() -> None:
         f"{load()} at the end; {time.perf_counter() - began:.0f} s"
     )
     if args.write:
-        draw(costs, dict(sorted(numbers.items())))
+        draw(costs, n * n, dict(sorted(numbers.items())))
     publish("theory", "\n".join([title + ".", "", markdown(HEADER, rows), "", first, "", *verdicts]), args.write)
 
 

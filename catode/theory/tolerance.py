@@ -13,7 +13,6 @@ import json
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr, ndtri
 
 from catode._validate import (
     check_broadcast,
@@ -216,6 +215,8 @@ def derive(
         memory=memory,
         pooled=benefit if pooled is None else pooled,
     )
+    from scipy.special import ndtri
+
     inputs["risk"] = check_interval("risk", risk, 0.0, 0.5, True, True, array=True, mend="Choose e.g. 0.05.")
     inputs = _broadcast(inputs)
     separatrix, spread, hopeless = _boundary(**{name: inputs[name] for name in _INPUTS})
@@ -299,6 +300,8 @@ def escape_probability(
         memory=memory,
         pooled=benefit if pooled is None else pooled,
     )
+    from scipy.special import ndtr
+
     inputs["keep_prob"] = check_interval("keep_prob", keep_prob, 0.0, 1.0, array=True)
     inputs = _broadcast(inputs)
     theta = inputs.pop("keep_prob")
@@ -462,6 +465,8 @@ def _explain(
             f"Not safe: the drift {drift:.4g} leaves no domain of attraction at benefit {benefit:.4g} and price "
             f"{price:.4g}; lower the drift or raise the rate ratio or the price."
         )
+    from scipy.special import ndtri
+
     z = -float(ndtri(risk))
     if value >= 1.0:
         return (
