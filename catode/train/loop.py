@@ -190,7 +190,8 @@ def prepare(config: Config) -> Setup:
             f"{steps * config.epochs} steps in all. Shorten the warm-up or train longer."
         )
     example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
-    Target.choose(describe(model, model.structures(), example), config.target_macs, config.target_params)
+    if (config.target_macs, config.target_params) != (None, None):  # out of reach is told before anything is written
+        Target.choose(describe(model, model.structures(), example), config.target_macs, config.target_params)
     schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
     if state is not None and (state["steps_per_epoch"], state["classes"]) != (steps, list(images.classes)):
         raise ValueError(
