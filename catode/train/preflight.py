@@ -55,5 +55,7 @@ def table(setup: Setup) -> str:
     ]
     target = Target.choose(cost, config.target_macs, config.target_params)
     if target is not None:
-        lines.append(f"target: {target.share:.1%} of the {target.quantity}, above the least possible; nu is set while training")
+        lines.append(
+            f"target: {target.share:.1%} of the {target.quantity}, above the least possible; nu is set while training"
+        )
     return "\n".join(lines)
