@@ -13,7 +13,7 @@ from torch import nn
 from catode.train import compact, models
 
 STATE, PREVIOUS, PART = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint.pt.part"
-FORMAT = 2  # of a state; raise it when what is in one changes
+FORMAT = 3  # of a state; raise it when what is in one changes
 
 
 def write_text(path: Path, text: str) -> None:

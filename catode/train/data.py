@@ -569,15 +569,18 @@ class Batches:
         order = torch.randperm(count, generator=generator)
         rows, columns = torch.randint(0, 2 * margin + 1, (2, count), generator=generator)
         flip = torch.rand(count, generator=generator) < 0.5
-        order, rows, columns = (t.to(self.device) for t in (order, rows, columns))
+        # everything that an epoch needs goes to the device at once, so that no batch lets the host wait
+        mirrored = flip[: len(self) * self.batch_size].view(len(self), self.batch_size).nonzero()
+        numbers = mirrored[:, 0].bincount(minlength=len(self)).tolist()
+        order, rows, columns, mirrored = (t.to(self.device) for t in (order, rows, columns, mirrored[:, 1]))
+        mirrored = mirrored.split(numbers)
         canvas = self._canvas(margin)
         for i in range(len(self)):
             part = slice(i * self.batch_size, (i + 1) * self.batch_size)
             chosen = order[part]
             images = self._images.index_select(0, chosen)
             if self.augment == "crop-flip":
-                mirrored = flip[part].nonzero().squeeze(1).to(self.device)
-                images.index_copy_(0, mirrored, images.index_select(0, mirrored).flip(self._columns))
+                images.index_copy_(0, mirrored[i], images.index_select(0, mirrored[i]).flip(self._columns))
             if margin:
                 images = self._window(images, canvas, rows[part], columns[part])
             yield self._normalise(images), self._labels[chosen]
