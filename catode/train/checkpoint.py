@@ -30,7 +30,7 @@ STRUCTURE = (
     "blocks",
 )
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a state and the step after which it was written
-FORMAT = 3  # of a state; raise it when what is in one changes
+FORMAT = 4  # of a state; raise it when what is in one changes
 
 
 def write_text(path: Path, text: str) -> None:
