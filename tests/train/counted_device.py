@@ -50,8 +50,12 @@ class Counted(torch.Tensor):
 class Everywhere(TorchDispatchMode):
     """Lets tensors come to the device."""
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        return compute(operator, args, kwargs or {})
+
+def compute_everywhere(self, operator, types, args=(), kwargs=None):
+    return compute(operator, args, kwargs or {})
+
+
+Everywhere.__torch_dispatch__ = compute_everywhere  # put into the class itself, PyTorch would load its compiler
 
 
 def compute(operator, args, kwargs):
@@ -66,9 +70,9 @@ def compute(operator, args, kwargs):
         waits.append(name)
     if ours and name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
         waits.append("index by a mask")
-    if name in ("_to_copy", "copy_") and not kwargs.get("non_blocking", len(args) > 2 and args[2]):
-        if (name == "_to_copy" and there and not ours) or (name == "copy_" and len(ours) == 1):
-            waits.append(f"blocking {name}")
+    crosses = (name == "_to_copy" and there and not ours) or (name == "copy_" and len(ours) == 1)
+    if crosses and not kwargs.get("non_blocking", len(args) > 2 and args[2]):
+        waits.append(f"blocking {name}")
     args, kwargs = tree_map_only(Counted, lambda x: x.inner, (args, kwargs))
     result = operator(*args, **kwargs)
     if not there:
@@ -145,6 +149,7 @@ def epoch(setup, device, folder):
         waits.clear()
 
     loop._Trainer.prune = prune
+    waits.clear()
     try:
         loss = trainer.epoch(0)["loss"]
     finally:
