@@ -108,7 +108,7 @@ class Probe:
         self.group = group or Group()
         self.model, self.gates = model, gates
         self.inputs, self.targets = inputs, targets
-        self.draw = gates.draw.detach()
+        self.draw = gates.draw.detach().clone()
         self.generator = generator
         self._norms = tracking_norms(model)
 

@@ -50,8 +50,12 @@ class Counted(torch.Tensor):
 class Everywhere(TorchDispatchMode):
     """Lets tensors come to the device."""
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        return compute(operator, args, kwargs or {})
+
+def compute_everywhere(self, operator, types, args=(), kwargs=None):
+    return compute(operator, args, kwargs or {})
+
+
+Everywhere.__torch_dispatch__ = compute_everywhere  # put into the class itself, PyTorch would load its compiler
 
 
 def compute(operator, args, kwargs):
@@ -146,6 +150,7 @@ def epoch(setup, device, folder):
         waits.clear()
 
     loop._Trainer.prune = prune
+    waits.clear()
     try:
         loss = trainer.epoch(0)["loss"]
     finally:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from catode.train.estimators import Probe, batch_statistics_only, curvature_corrected, straight_through
+from catode.train.estimators import Probe, _sampled, batch_statistics_only, curvature_corrected, straight_through
 from catode.train.gates import Gates
 from catode.train.models import build
 from catode.train.prune import _targets
@@ -249,6 +249,15 @@ def gradient_of(loss, z):
     z = z.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(z), z)
     return gradient
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 20), classes=st.integers(2, 30))
+def test_law_labels_are_those_of_multinomial(seed, rows, classes):
+    chances = torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed)).softmax(1)
+    one, two = (torch.Generator().manual_seed(seed + 1) for _ in range(2))
+    for _ in range(3):
+        assert torch.equal(_sampled(chances, one), torch.multinomial(chances, 1, generator=two)[:, 0])
 
 
 @settings(max_examples=40)
