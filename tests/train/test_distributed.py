@@ -291,7 +291,7 @@ def two(tmp_path_factory):
 
 
 def kept(argv):
-    with mock.patch.object(loop.checkpoint, "drop_state"):
+    with mock.patch.object(loop.checkpoint, "drop_states"):
         return precisely(argv)
 
 
@@ -328,12 +328,13 @@ def test_another_number_of_processes_goes_on_only_with_common_norms(one, two, tm
     common, own = tmp_path / "common", tmp_path / "own"
     shutil.copytree(two[0], common)
     (common / "result.json").unlink()
-    os.replace(common / checkpoint.PREVIOUS, common / checkpoint.STATE)  # of the first of two epochs
+    newest, before = checkpoint.states(common)  # of the two epochs
+    newest.unlink()
     shutil.copytree(common, own)
     assert precisely(["--resume", str(common), "--threads=1"])[0] == 0
     assert_close_end(end(common), end(one))
-    state = torch.load(own / checkpoint.STATE, weights_only=True)
-    torch.save({**state, "config": {**state["config"], "sync_bn": False}}, own / checkpoint.STATE)
+    state = torch.load(own / before.name, weights_only=True)
+    torch.save({**state, "config": {**state["config"], "sync_bn": False}}, own / before.name)
     config = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(json.dumps({**config, "sync_bn": False}))
     status, _, err = precisely(["--resume", str(own), "--threads=1"])
@@ -352,12 +353,13 @@ def workers(launcher):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_killed_process_takes_the_job_down_and_the_run_goes_on_to_the_same_end(tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    together(tmp_path, command, [*SMALL, "--out", str(whole)])
+    flags = [*SMALL, "--read-every=3", "--checkpoint-every=4"]  # checkpoints between two readings
+    together(tmp_path, command, [*flags, "--out", str(whole)])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
-    argv = ["catode.train", *SMALL, "--out", str(folder)]
+    argv = ["catode.train", *flags, "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(launch + argv, env=environment, stderr=subprocess.PIPE, text=True) as job:
-        while not (folder / "checkpoint.pt").exists() and job.poll() is None:
+        while not list(folder.glob("checkpoint-*.pt")) and job.poll() is None:
             time.sleep(0.02)
         assert job.poll() is None
         os.kill(workers(job.pid)[1], signal.SIGKILL)
