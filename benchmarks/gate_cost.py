@@ -1,9 +1,10 @@
-"""What gates, measuring and checking cost, and what compaction gives back: ResNet-20, batch 128, 32 x 32.
+"""What gates, measuring and checking cost, and what compaction gives back: CIFAR ResNets, batch 128, 32 x 32.
 
-    python -m benchmarks.gate_cost [--quick] [--threads N] [--write]
+    python -m benchmarks.gate_cost [--arch resnet20] [--quick] [--threads N] [--clock wall|cpu] [--write]
 
 One process; what is compared takes turns step by step, and ratios are taken within a round, so that a drift of the
 machine falls on all alike. Medians with quartiles. Probes run in fp32 also where the training step is bf16.
+CPU time counts the work of all threads: the steadier clock on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ BATCH, SIZE, CLASSES = 128, 32, 10
 FORMATS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 SHARES = (0.5, 0.35)
 GATED_LIMIT, PROBE_LIMIT, CHECK_LIMIT, COMPACT_LIMIT = 1.05, 1.15, 0.01, 0.8
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PLAIN, GATED, PADDED = "plain", "gated", "padded to"
 
 
@@ -44,6 +46,7 @@ class Lane:
         memory_format: Of weights and images.
         device: Where it trains.
         batch: Images in a step.
+        clock: Seconds that go by.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Lane:
     memory_format: torch.memory_format = torch.channels_last
     device: str = "cpu"
     batch: int = BATCH
+    clock: Callable[[], float] = time.perf_counter
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,12 +77,12 @@ class Lane:
     def timed(self, after: Callable[[], object] | None = None) -> float:
         """Seconds of one step, with what follows it."""
         _wait(self.device)
-        mark = time.perf_counter()
+        mark = self.clock()
         self.step()
         if after is not None:
             after()
         _wait(self.device)
-        return time.perf_counter() - mark
+        return self.clock() - mark
 
 
 def _wait(device: str) -> None:
@@ -86,10 +90,10 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def network() -> nn.Module:
-    """The dense ResNet-20."""
+def network(arch: str) -> nn.Module:
+    """The dense network."""
     torch.manual_seed(0)
-    return models.build("resnet20", in_channels=3, classes=CLASSES)
+    return models.build(arch, in_channels=3, classes=CLASSES)
 
 
 def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
@@ -117,9 +121,11 @@ def kind_of_next(pruner: Pruner) -> str:
     return " + ".join([GATED, *parts])
 
 
-def gated(amp: bool, cycles: int, device: str) -> tuple[list[list[str]], dict[str, float], float]:
+def gated(
+    arch: str, amp: bool, cycles: int, device: str, clock: Callable[[], float]
+) -> tuple[list[list[str]], dict[str, float], float]:
     """Plain and gated steps in turn: rows of the table, the ratio of each kind, and the plain step's seconds."""
-    plain, lane = Lane(PLAIN, network(), amp, device=device), Lane(GATED, network(), amp, device=device)
+    plain, lane = (Lane(name, network(arch), amp, device=device, clock=clock) for name in (PLAIN, GATED))
     pruner = pruner_for(lane, settled=True)
     cycle = pruner._burst_every
     for _ in range(2):
@@ -130,9 +136,9 @@ def gated(amp: bool, cycles: int, device: str) -> tuple[list[list[str]], dict[st
     own = defaultdict(list)
 
     def follow() -> None:
-        mark = time.perf_counter()
+        mark = clock()
         pruner.step()
-        own[kind].append(time.perf_counter() - mark)
+        own[kind].append(clock() - mark)
 
     for _ in range(cycles * cycle):
         kind = kind_of_next(pruner)
@@ -165,25 +171,25 @@ def gated(amp: bool, cycles: int, device: str) -> tuple[list[list[str]], dict[st
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def checks(number: int, device: str) -> tuple[list[float], int, str]:
+def checks(arch: str, number: int, device: str, clock: Callable[[], float]) -> tuple[list[float], int, str]:
     """Seconds of real checks while a network is pruned (small batch: a check does not see the images).
 
     Returns:
         Seconds of each check, the default steps between checks, and what the checks did.
     """
     every, measured = 20, []
-    lane = Lane("checked", network(), False, device=device, batch=8)
+    lane = Lane("checked", network(arch), False, device=device, batch=8)
     steps = every * (number + 2)
     pruner = pruner_for(lane, settled=False, nu=20.0, check_every=every, steps=steps, warmup=every, probe_size=4)
     inner = pruner._check
 
     def timed(*args: object, **more: object):
         _wait(device)
-        mark = time.perf_counter()
+        mark = clock()
         check = inner(*args, **more)
         _wait(device)
         if not more.get("final"):
-            measured.append(time.perf_counter() - mark)
+            measured.append(clock() - mark)
         return check
 
     pruner._check = timed
@@ -201,20 +207,21 @@ def checks(number: int, device: str) -> tuple[list[float], int, str]:
 # --- compacted steps ------------------------------------------------------------------------------------------------
 
 
-def narrowed(share: float, multiple: int = 1) -> nn.Module:
-    """A ResNet-20 cut by the pruner's own compaction to a share of its MACs.
+def narrowed(arch: str, share: float, multiple: int = 1) -> nn.Module:
+    """A network cut by the pruner's own compaction to a share of its MACs.
 
     Args:
+        arch: Its architecture.
         share: MACs left, dead channels not counted.
         multiple: Widths are of any size and odd, as pruning leaves them; dead channels fill them up to this multiple.
     """
     widths_of = np.random.default_rng(0)
-    noise = widths_of.uniform(0.6, 1.4, len(network().structures()))
+    noise = widths_of.uniform(0.6, 1.4, len(network(arch).structures()))
     example = torch.zeros(1, 3, SIZE, SIZE)
-    whole = count(network(), example).macs
+    whole = count(network(arch), example).macs
 
     def cut(level: float, multiple: int) -> nn.Module:
-        model = network()
+        model = network(arch)
         for block, factor in zip(model.structures(), noise, strict=True):
             full = block.sites[0].width
             width = min(full - 1, int(level * factor * full)) | 1
@@ -230,17 +237,19 @@ def narrowed(share: float, multiple: int = 1) -> nn.Module:
     return cut(low, multiple)
 
 
-def compacted(amp: bool, layout: str, rounds: int, device: str) -> tuple[list[list[str]], list[tuple[str, float]], str]:
+def compacted(
+    arch: str, amp: bool, layout: str, rounds: int, device: str, clock: Callable[[], float]
+) -> tuple[list[list[str]], list[tuple[str, float]], str]:
     """Dense and compacted steps in turn: rows of the table, ratios, and a profile where compaction does not pay."""
     precision, example = "bf16" if amp else "fp32", torch.zeros(1, 3, SIZE, SIZE)
-    whole = count(network(), example).macs
-    makes = {"dense": network()}
+    whole = count(network(arch), example).macs
+    makes = {"dense": network(arch)}
     multiple = Config.from_presets(dataset="cifar10", data_dir="unused").width_multiple
     for share in SHARES:
-        makes[f"{share:.0%}, odd widths"] = narrowed(share)
-        makes[f"{share:.0%}, {PADDED} {multiple}"] = narrowed(share, multiple)
+        makes[f"{share:.0%}, odd widths"] = narrowed(arch, share)
+        makes[f"{share:.0%}, {PADDED} {multiple}"] = narrowed(arch, share, multiple)
     macs = {name: count(model, example).macs / whole for name, model in makes.items()}
-    lanes = [Lane(name, model, amp, FORMATS[layout], device) for name, model in makes.items()]
+    lanes = [Lane(name, model, amp, FORMATS[layout], device, clock=clock) for name, model in makes.items()]
     for lane in lanes:
         for _ in range(2):
             lane.step()
@@ -300,14 +309,19 @@ def _verdict(what: str, value: float, limit: float) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate_cost", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="resnet20", choices=models.CIFAR_DEPTHS, help="the network (resnet20)")
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
     parser.add_argument("--rounds", type=int, help="rounds of the compacted steps (15; 3 with --quick)")
     parser.add_argument("--cycles", type=int, help="cycles of the pruner's measuring (8; 1 with --quick)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall time, or CPU time on a shared machine")
     parser.add_argument("--only", choices=("gated", "check", "compact"), help="one part alone")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/gate_cost.md")
+    parser.add_argument("--write", action="store_true", help="write a file under benchmarks/results/")
     args = parser.parse_args()
+    clock, device = CLOCKS[args.clock], args.device
+    if args.clock == "cpu" and device != "cpu":
+        raise ValueError(f"`clock` must be wall on device={device!r}, where the CPU only waits; got clock='cpu'.")
     rounds = args.rounds or (3 if args.quick else 15)
     cycles = args.cycles or (1 if args.quick else 8)
     if args.threads is not None:
@@ -319,7 +333,7 @@ def main() -> None:
     if args.only in (None, "gated"):
         rows = []
         for amp in (False, True):
-            more, ratios, seconds = gated(amp, cycles, args.device)
+            more, ratios, seconds = gated(args.arch, amp, cycles, device, clock)
             rows += more
             plain_seconds = seconds if plain_seconds is None else min(plain_seconds, seconds)
             precision = "bf16" if amp else "fp32"
@@ -329,9 +343,9 @@ def main() -> None:
         header = ["channels_last", "n", "share of steps", "ms a step", "ms in Pruner.step", "ratio to plain"]
         parts += ["### Gated steps, every gate undecided", "", markdown(header, rows), ""]
     if args.only in (None, "check"):
-        seconds, every, what = checks(4 if args.quick else 20, args.device)
+        seconds, every, what = checks(args.arch, 4 if args.quick else 20, device, clock)
         if plain_seconds is None:
-            lane = Lane(PLAIN, network(), False, device=args.device)
+            lane = Lane(PLAIN, network(args.arch), False, device=device, clock=clock)
             plain_seconds = float(np.median([lane.timed() for _ in range(5)][2:]))
         share = float(np.mean(seconds)) / (every * plain_seconds)
         times = np.multiply(seconds, 1e3)
@@ -343,7 +357,7 @@ def main() -> None:
         rows, profiles = [], []
         for amp in (False, True):
             for layout in FORMATS:
-                more, ratios, profile = compacted(amp, layout, rounds, args.device)
+                more, ratios, profile = compacted(args.arch, amp, layout, rounds, device, clock)
                 rows += more
                 profiles += [profile, ""] if profile else []
                 worst = max(ratios, key=lambda r: r[1])
@@ -351,10 +365,14 @@ def main() -> None:
         header = ["network", "MACs executed", "ms a step", "ratio to dense"]
         parts += ["### Compacted steps", "", markdown(header, rows), "", *profiles]
     title = (
-        f"ResNet-20, batch {BATCH}, {SIZE} x {SIZE}, {args.device}; {hardware(args.device)}; {before} at the start, "
-        f"{load()} at the end; {time.perf_counter() - began:.0f} s. Medians (quartiles), steps taken in turn"
+        f"{args.arch}, batch {BATCH}, {SIZE} x {SIZE}, {device}; {hardware(device)}; {before} at the start, "
+        f"{load()} at the end; {time.perf_counter() - began:.0f} s, {args.clock} time. Medians (quartiles), steps taken in turn"
     )
-    publish("gate_cost", "\n".join([title + ".", "", *parts, *verdicts]), args.write)
+    publish(
+        "gate_cost" + ("" if args.arch == "resnet20" else f"_{args.arch}"),
+        "\n".join([title + ".", "", *parts, *verdicts]),
+        args.write,
+    )
 
 
 if __name__ == "__main__":

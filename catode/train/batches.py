@@ -226,13 +226,14 @@ class Batches:
 
     def _raw(self, draws: Draws, places: torch.Tensor, start: int) -> Iterator[torch.Tensor]:
         """The images at some places of each batch from `start` on, uint8, laid out on the device."""
-        parts = (k * self.batch_size + places for k in range(start, len(self)))
+        steps = range(start, len(self))
         if self._files is None:
-            order = draws.order.to(self._home)
-            for part in parts:
-                chosen = self._images.index_select(0, order[part.to(self._home)])
+            order, here = draws.order.to(self._home), places.to(self._home)
+            for k in steps:
+                chosen = self._images.index_select(0, order[k * self.batch_size + here])
                 yield chosen.to(self.device, non_blocking=True)
             return
+        parts = (k * self.batch_size + places for k in steps)
         requests = [
             (draws.order[part].numpy(), draws.crop[part.numpy()] if self._cut_when_decoded else None) for part in parts
         ]

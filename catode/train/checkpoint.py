@@ -19,7 +19,7 @@ from catode.train import compact, models
 PART = ".part"  # ending of a file that is being written
 STRUCTURE = ("arch", "in_channels", "classes", "hidden_scale", "image_shape", "mean", "std", "blocks")
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a state and the step after which it was written
-FORMAT = 3  # of a state; raise it when what is in one changes
+FORMAT = 4  # of a state; raise it when what is in one changes
 
 
 def write_text(path: Path, text: str) -> None:

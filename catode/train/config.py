@@ -58,6 +58,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 an exact entry over both.
 """
 
+READ_EVERY = 10  # steps on an accelerator
+
 _GROUPS = {
     "data": "data and network",
     "pruning": "what is pruned, and when",
@@ -182,8 +184,8 @@ class Config:
     """Every setting of a run, checked and resolved.
 
     Built directly, a field that is not given takes its own default; `Config.from_presets` and `parse` put the preset of
-    the data set and architecture over it. `derive_tol` and `out` are resolved on construction: give `out=None` to
-    `dataclasses.replace` for a folder named anew.
+    the data set and architecture over it. `derive_tol`, `read_every` and `out` are resolved on construction: give
+    `out=None` to `dataclasses.replace` for a folder named anew.
 
     Raises:
         ConfigError: if a value is not admitted, or two values do not go together.
@@ -499,7 +501,12 @@ class Config:
     label_smoothing: float = _number(
         0.0, float, "training", "label smoothing", low=0, high=1, high_open=True, mend="Use 0 for none."
     )
-    amp: str = _text("off", "training", "automatic mixed precision", choices=("off", "bf16"))
+    amp: str = _text(
+        "off",
+        "training",
+        "automatic mixed precision; fp16 scales the loss and is for CUDA devices",
+        choices=("off", "bf16", "fp16"),
+    )
     sync_bn: bool = _switch(
         False,
         "training",
@@ -516,6 +523,17 @@ class Config:
     )
     device: str = _text(
         "cpu", "run", "where to compute: cpu, cuda, cuda:N or mps", identity=False, mend="Use --device cpu."
+    )
+    read_every: int | None = _number(
+        None,
+        int,
+        "run",
+        "steps after which the host waits for the device, takes in what was measured and moves the keep probabilities; "
+        "without it 1 on a CPU, 10 elsewhere",
+        low=1,
+        optional=True,
+        identity=False,
+        mend="Use 1 for every step.",
     )
     width_multiple: int = _number(
         8,
@@ -602,6 +620,8 @@ class Config:
             object.__setattr__(self, name, value)
         self._check_together()
         check_device(self.device)
+        if self.read_every is None:
+            object.__setattr__(self, "read_every", 1 if self.device == "cpu" else READ_EVERY)
         object.__setattr__(self, "derive_tol", self.tol is None)
         if self.out is None:
             object.__setattr__(self, "out", f"runs/{self.dataset}-{self.arch}-{self.tag}-s{self.seed}")
@@ -637,6 +657,10 @@ class Config:
                     f"`{name}` must be left out unless dataset='folder'; got {name}={getattr(self, name):g} with "
                     f"dataset={self.dataset!r}. Leave it out."
                 )
+        if self.amp == "fp16" and not self.device.startswith("cuda"):
+            raise ConfigError(
+                f"`amp` must be off or bf16 on device={self.device!r}, where fp16 has no use; got amp='fp16'. Use --amp bf16."
+            )
         if self.resume is not None and self.out != self.resume:
             raise ConfigError(
                 f"`out` must be the same folder as resume; got out={self.out!r} and resume={self.resume!r}. Leave it out."

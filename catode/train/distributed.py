@@ -97,10 +97,6 @@ class Group:
         """Mean over all processes."""
         return tensor if self.size == 1 else self.sum(tensor) / self.size
 
-    def every(self, condition: torch.Tensor) -> bool:
-        """Whether a condition, shape (), holds in all processes."""
-        return bool(condition) if self.size == 1 else int(self.sum(condition.long())) == self.size
-
     def gather(self, thing: Any) -> list:
         """What each of all processes passes, by rank."""
         things: list = [None] * self.size

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from catode.train.distributed import Group
 from catode.train.structure import Block
+from catode.train.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Gates:
     network's numbering.
 
     Attributes:
-        draw: Current gate values, shape (n,), float32, a leaf that collects dL/dxi in ``draw.grad``.
-        keep_prob: theta, shape (n,); it stands in place of the draw in eval mode.
+        draw: Current gate values, shape (n,), float32, a leaf that collects dL/dxi in ``draw.grad``. Always the same
+            tensor, as captured graphs need it.
+        keep_prob: theta, shape (n,), float32; it stands in place of the draw in eval mode. Always the same tensor.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
         group: Processes over whose batches the model's norms take their statistics.
@@ -80,10 +82,13 @@ class Gates:
         self._installed: list[tuple[nn.Module, str]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def set(self, keep_prob: torch.Tensor, draw: torch.Tensor) -> None:
-        """Set theta and the gate values of the next forward pass, both of shape (n,)."""
-        self.keep_prob = keep_prob.to(self.draw.device, torch.float32)
-        self.draw = draw.to(self.draw.device, torch.float32).requires_grad_()
+    @torch.no_grad()
+    def set(self, keep_prob: torch.Tensor | None, draw: torch.Tensor) -> None:
+        """Set theta (None: leave it) and the gate values of the next forward pass, both of shape (n,)."""
+        if keep_prob is not None:
+            self.keep_prob.copy_(keep_prob, non_blocking=True)
+        self.draw.copy_(draw, non_blocking=True)
+        self.draw.grad = None
 
     def values(self, training: bool) -> torch.Tensor:
         """Gate values that the forward pass uses, shape (n,)."""
@@ -105,7 +110,7 @@ class Gates:
                 site += 1
                 if units is None:
                     continue
-                units = units.to(device)
+                units = upload(units, device)
                 for name in spec.consumers:
                     module = self.model.get_submodule(name)
                     self._parametrize(module, "weight", _UnitGate(self, units))
@@ -183,11 +188,12 @@ class Gates:
         return hook
 
     def _scale_output(self, number: int):
+        here = upload(torch.tensor([number]), self.draw.device)
+
         def hook(module: nn.Module, args: tuple, output: torch.Tensor):
             if self._taps is not None and self._tap_layers:
-                after, here = _node(output * self.draw[number]), torch.tensor([number], device=output.device)
-                self._taps.append(Tap(here, None, 1, output.detach(), after))
-                return after
+                self._taps.append(Tap(here, None, 1, output.detach(), _node(output * self.draw[number])))
+                return self._taps[-1].after
             if self.rows is None:
                 return None
             return output * self.rows[:, number].view(-1, *[1] * (output.dim() - 1))

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from catode import __version__
-from catode.train import board, checkpoint, data, distributed, lock, models, report, steptime, weights
+from catode.train import board, checkpoint, data, distributed, lock, models, report, steptime, transfer, weights
 from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
@@ -50,6 +50,7 @@ METRIC_FIELDS = [
     "seconds",
     "wait_share",
 ]
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TABLES = ("metrics.csv", "structures.csv")
 _PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history")  # of a trainer
 STATE_FIELDS = (
@@ -61,6 +62,7 @@ STATE_FIELDS = (
     "sums",
     "lengths",
     "momentum",
+    "scaler",
     "pruner",
     "model",
     "rng",
@@ -216,7 +218,7 @@ def _step_times(
     complexity = describe(model, model.structures(), example)
     if state is not None:
         return steptime.read(Path(config.resume) / steptime.FILE, model, complexity)
-    settings = dict(amp=config.amp == "bf16", channels_last=config.channels_last)
+    settings = dict(amp=AMP[config.amp], channels_last=config.channels_last)
     return steptime.measure(model, complexity, example, batch=config.batch_size, **settings)
 
 
@@ -277,8 +279,27 @@ def _check_state(config: Config, folder: Path, state: dict) -> None:
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD whose weight decay reaches every parameter, the norm layers' affine too (the theory needs it)."""
-    return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    """SGD whose weight decay reaches every parameter, the norm layers' affine too (the theory needs it).
+
+    With fp16 it is the fused one, which skips a step whose gradient overflowed without asking the host.
+    """
+    fp16 = config.amp == "fp16"
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True if fp16 else None,
+    )
+    if fp16 and config.momentum > 0:
+        for parameter in model.parameters():  # a first step that is skipped would leave them without a value
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
+    """Automatic mixed precision in `dtype`; none with None."""
+    return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None:
@@ -308,6 +329,7 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         layers_per_probe=config.layers_per_probe,
         measure_every=config.measure_every,
         check_every=config.check_every,
+        read_every=config.read_every,
         memory=config.memory,
         width_multiple=config.width_multiple,
         round_to=config.round_to,
@@ -318,13 +340,15 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches, amp: bool = False, group: distributed.Group | None = None) -> float:
+def evaluate(
+    model: nn.Module, batches, amp: torch.dtype | None = None, group: distributed.Group | None = None
+) -> float:
     """Share of correct predictions in eval mode, where theta stands in place of the gates; NaN if a logit is not finite.
 
     Args:
         model: The network.
         batches: Images and labels; with several processes, those of this one's share.
-        amp: Whether to use bf16.
+        amp: Type of automatic mixed precision; None for none.
         group: Processes that evaluate together.
     """
     training = model.training
@@ -333,14 +357,14 @@ def evaluate(model: nn.Module, batches, amp: bool = False, group: distributed.Gr
     right, total, finite = torch.zeros((), dtype=torch.long, device=device), 0, torch.ones((), dtype=torch.bool)
     finite = finite.to(device)
     for x, y in batches:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        with autocast(x.device, amp):
             logits = model(x)
         right += (logits.argmax(1) == y).sum()
         finite &= logits.isfinite().all()
         total += len(y)
     model.train(training)
     counts = torch.stack([right, torch.full_like(right, total), (~finite).long()])
-    right, total, bad = (group or distributed.Group()).sum(counts).tolist()
+    right, total, bad = (group or distributed.Group()).sum(counts).cpu().tolist()
     return math.nan if bad else right / total
 
 
@@ -450,11 +474,14 @@ class _Trainer:
     def __init__(self, setup: Setup, folder: Path, progress: bool):
         config = setup.config
         self.setup, self.config, self.folder, self.group = setup, config, folder, setup.group
-        self.model, self.amp = setup.model, config.amp == "bf16"
+        self.model, self.amp = setup.model, AMP[config.amp]
         self.dense = count(self.model, setup.example)
         blocks = self.model.structures()
         self.total = len(blocks), sum(site.width for b in blocks for site in b.sites)
         self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp == "fp16")
+        if self.scaler.is_enabled():  # the scaler tells its optimizer on the device, and takes it back after the step
+            self.optimizer.register_step_pre_hook(lambda sgd, *_: setattr(self, "skipped", sgd.found_inf.clone()))
         self.pruner = make_pruner(setup, self.optimizer)
         self.compiled = torch.compile(self.model) if config.compile else self.model
         images = setup.images
@@ -483,6 +510,8 @@ class _Trainer:
         self.metrics = _Table(tables, TABLES[0], METRIC_FIELDS, lengths[0])
         self.structures = _Table(tables, TABLES[1], ROW_FIELDS, lengths[1])
         self.history: list[float] = []
+        self.unread: list[torch.Tensor] = []
+        self.loss = math.nan  # of the last step that was read
         self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
         self.seconds, self.cpu_seconds = 0.0, 0.0
         self.sums = self.no_sums()
@@ -538,36 +567,40 @@ class _Trainer:
                 group["lr"] = rate
             gated = self.pruner is not None and self.pruner.started and not self.pruner.finished
             forward = self.model if gated else self.compiled
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            with autocast(x.device, self.amp):
                 logits = forward(x)
                 loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            self.scaler.scale(loss).backward()
             checksum = self.pruner.checksum() if self.pruner and self.group.size > 1 else 0
             losses.append(self.group.join(self.model.parameters(), loss, checksum=checksum, step=self.step + 1))
-            self.optimizer.step()
+            self.unread.append(losses[-1])
+            scale, skipped = self.update()
             sums.right += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
             self.step += 1
             self.time += rate / (1.0 - self.config.momentum)
-            if not math.isfinite(losses[-1]):
-                self.not_finite()
+            if self.step % self.config.read_every == 0:
+                self.read()
             if self.pruner is not None:
-                self.prune()
+                self.prune(scale, skipped)
             self.bar.update()
-            if self.step % 10 == 0:
-                self.show(losses)
+            if self.step % max(10, self.config.read_every) == 0:
+                self.show()
             if len(losses) % self.config.checkpoint_every == 0 and len(losses) < self.setup.steps_per_epoch:
+                self.catch_up()
                 self.group.settle(self.model, step=self.step)
                 self.save_state()
             mark, before = time.perf_counter(), mark
             sums.seconds += mark - before
+        self.catch_up()
+        sums.seconds += time.perf_counter() - mark
         self.group.settle(self.model, step=self.step)
         accuracy = evaluate(self.model, self.test_batches(), self.amp, self.group)
         if math.isnan(accuracy):  # the last loss was finite, the step after it ruinous
-            self.not_finite()
+            self.not_finite(self.step)
         self.history.append(accuracy)
         self.save()
-        self.show(losses)
+        self.show()
         seen = len(losses) * self.config.batch_size
         counts = self.counts()
         layers, units, undecided = self.left()
@@ -603,17 +636,44 @@ class _Trainer:
             return []
         return self.batches.evaluation(images.test_images, images.test_labels, max(self.config.batch_size, 256))
 
-    def prune(self) -> None:
+    def update(self) -> tuple[float | torch.Tensor, bool | torch.Tensor]:
+        """One step of the optimizer; the loss scale of its gradients, and whether they overflowed so that it was skipped."""
+        if not self.scaler.is_enabled():
+            self.optimizer.step()
+            return 1.0, False
+        scale = self.scaler.scale(torch.ones((), device=self.config.device))
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return scale, self.skipped
+
+    def read(self) -> None:
+        """Read the losses of the steps since the last time; the host waits for the device."""
+        values = [float(loss) for loss in transfer.read(self.unread)]
+        first = self.step - len(values) + 1
+        self.unread = []
+        for step, loss in enumerate(values, start=first):
+            self.loss = loss
+            if not math.isfinite(loss):
+                self.not_finite(step)
+
+    def catch_up(self) -> None:
+        """Read all that is unread, in every process alike; the thetas then stand where they do at this step."""
+        self.read()
+        if self.pruner is not None:
+            self.pruner.read()
+
+    def prune(self, scale: float | torch.Tensor, skipped: bool | torch.Tensor) -> None:
         """One step of the pruner, its checks logged; ends the deciding phase when its time has come."""
-        check = self.pruner.step()
+        check = self.pruner.step(scale, skipped)
         if check is not None:
             self.structures.add(check.rows)
             for warning in check.warnings if self.group.leads else []:
                 self.bar.write(f"warning: {warning}", file=sys.stderr)
 
-    def not_finite(self) -> None:
+    def not_finite(self, step: int) -> None:
         raise NotFinite(
-            f"`loss` must stay finite; got a non-finite loss or logit at step {self.step} "
+            f"`loss` must stay finite; got a non-finite loss or logit at step {step} "
             f"(lr {self.optimizer.param_groups[0]['lr']:.3g}). "
             f"The state after step {self.good_step} is kept in {self.folder}; lower --lr or turn --amp off."
         )
@@ -628,11 +688,11 @@ class _Trainer:
             return self.pruner.layers_kept, self.pruner.units_kept, self.pruner.undecided
         return *self.total, 0
 
-    def show(self, losses: list[torch.Tensor]) -> None:
+    def show(self) -> None:
         layers, units, undecided = self.left()
         expected = self.pruner.expected_macs if self.pruner else self.dense.macs
         self.bar.set_postfix_str(
-            f"loss {float(losses[-1]):.3f}, accuracy {self.history[-1] if self.history else 0:.3f}, "
+            f"loss {self.loss:.3f}, accuracy {self.history[-1] if self.history else 0:.3f}, "
             f"expected MACs {expected / self.dense.macs:.0%}, {layers} layers, {units} units, {undecided} undecided",
             refresh=False,
         )
@@ -686,6 +746,7 @@ class _Trainer:
                 "sums": {**self.sums.state(), "right": right.cpu()},
                 "lengths": [self.metrics.length(), self.structures.length()],
                 "momentum": momentum,
+                "scaler": self.scaler.state_dict(),
                 "pruner": self.pruner.state_dict() if self.pruner else None,
                 "model": None if self.pruner else self.model.state_dict(),
                 "rng": _random_state(self.config.device),
@@ -703,6 +764,7 @@ class _Trainer:
         for name, buffer in state["momentum"].items():
             buffer = buffer.to(parameters[name].device, copy=True)
             self.optimizer.state[parameters[name]] = {"momentum_buffer": buffer}
+        self.scaler.load_state_dict(state["scaler"])
         for name in _PROGRESS:
             setattr(self, name, state[name])
         self.sums = _Sums.of(state["sums"], self.config.device)

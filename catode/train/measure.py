@@ -6,7 +6,8 @@ the network changes while it is measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from scipy.special import ndtri
 from torch import nn
 
 from catode.train.structure import Block
+from catode.train.transfer import at_once, exact, upload
 
 LEAST_EVIDENCE = 8.0  # effective observations of benefit and gain before a theta moves or anything is decided
 
@@ -193,13 +195,16 @@ class GradientProducts:
     Args:
         size: Number of structures.
         window: Memory of the pools, in bursts of three steps.
+        put: What to do with a function and the tensors of the device whose numbers it wants; see `catode.train.transfer`.
     """
 
-    def __init__(self, size: int, window: float):
-        self.size = size
+    def __init__(self, size: int, window: float, put: Callable[..., None] = at_once):
+        self.size, self._put = size, put
         self.gain, self.weight_gradient = Pool(size, window), Pool(size, window)
         self._parameters: list[nn.Parameter] = []
         self._owners: list[NDArray[np.int64]] = []
+        self._layers: list[tuple[int, int, int]] = []
+        self._units: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.begin()
 
     def attach(self, model: nn.Module, blocks: Sequence[tuple[int, Block]], units: Sequence[Sequence[NDArray]]) -> None:
@@ -210,7 +215,7 @@ class GradientProducts:
             blocks: The blocks that are still there, with their layer's number.
             units: For each of them and each of its sites, the numbers of the units now present.
         """
-        self._parameters, parts = [], []
+        self._parameters, parts, ends = [], [], []
         self.begin()
         for (number, block), present in zip(blocks, units, strict=True):
             roots = [
@@ -230,11 +235,23 @@ class GradientProducts:
                             owners[2] = numbers.reshape(1, -1, *tail[1:])
                     self._parameters.append(parameter)
                     parts.append(owners.reshape(3, -1))
+            ends.append((number, sum(part.shape[1] for part in parts)))
         self._owners = list(np.concatenate(parts, axis=1)) if parts else []
+        self._layers, self._units, start = [], [], 0
+        if not parts or self._parameters[0].device.type == "cpu":
+            return
+        for number, stop in ends:
+            self._layers.append((number, start, stop))
+            start = stop
+        for owner in self._owners[1:]:
+            places = np.flatnonzero(owner < self.size)
+            self._units.append(
+                tuple(upload(torch.from_numpy(a), self._parameters[0].device) for a in (places, owner[places]))
+            )
 
     def begin(self) -> None:
         """Begin a burst of three steps."""
-        self._burst: list[tuple[NDArray, ...]] = []
+        self._burst: list[tuple[torch.Tensor, NDArray, NDArray]] = []
         self._weights: torch.Tensor | None = None
 
     def state(self) -> dict:
@@ -242,7 +259,7 @@ class GradientProducts:
         return {
             "gain": self.gain.state(),
             "weight_gradient": self.weight_gradient.state(),
-            "burst": [[torch.from_numpy(a) for a in part] for part in self._burst],
+            "burst": [[gradient.cpu(), *map(torch.from_numpy, marks)] for gradient, *marks in self._burst],
             "weights": None if self._weights is None else self._weights.cpu(),
         }
 
@@ -250,8 +267,9 @@ class GradientProducts:
         """Take up a `state`; the network must be attached as it was then."""
         self.gain.restore(state["gain"])
         self.weight_gradient.restore(state["weight_gradient"])
-        self._burst = [tuple(a.numpy() for a in part) for part in state["burst"]]
-        self._weights = state["weights"]
+        device = self._parameters[0].device if self._parameters else torch.device("cpu")
+        self._burst = [(upload(g, device), *(mark.numpy() for mark in marks)) for g, *marks in state["burst"]]
+        self._weights = None if state["weights"] is None else upload(state["weights"], device)
 
     def note_weights(self) -> None:
         """Remember the weights that the next step's gradient is taken at; call it after the optimizer's step."""
@@ -269,24 +287,43 @@ class GradientProducts:
             return
         on = draw > 0.5
         scale = np.where(on, draw, 1.0)
-        gradient = torch.cat([p.grad.reshape(-1) for p in self._parameters]).double().cpu().numpy()
+        gradient = torch.cat([p.grad.reshape(-1) for p in self._parameters])
+        wide = exact(gradient.device)
         if self._weights is not None:
-            self.weight_gradient.add(self._sum(self._weights.double().cpu().numpy() * gradient) / scale, on)
+            take = partial(self._take, self.weight_gradient, on, 1.0, [scale])
+            self._put(take, self._sum(self._weights.to(wide) * gradient.to(wide)))
             self._weights = None
         self._burst.append((gradient, on, scale))
         if len(self._burst) == 3:
-            (g1, on1, s1), (g2, on2, s2), (g3, on3, s3) = self._burst
+            gradients, (on1, on2, on3), (s1, s2, s3) = zip(*self._burst, strict=True)
+            g1, g2, g3 = (g.to(wide) for g in gradients)
+            take = partial(self._take, self.gain, on1 & on2 & on3, 3.0)
             if all((s == 1.0).all() for s in (s1, s2, s3)):
-                products = self._sum(g1 * g2 + g2 * g3 + g1 * g3)
+                self._put(partial(take, [1.0]), self._sum(g1 * g2 + g2 * g3 + g1 * g3))
             else:
-                products = (
-                    self._sum(g1 * g2) / (s1 * s2) + self._sum(g2 * g3) / (s2 * s3) + self._sum(g1 * g3) / (s1 * s3)
-                )
-            self.gain.add(products / 3.0, on1 & on2 & on3)
+                scales = [s1 * s2, s2 * s3, s1 * s3]
+                self._put(partial(take, scales), *map(self._sum, (g1 * g2, g2 * g3, g1 * g3)))
             self._burst = []
 
-    def _sum(self, products: NDArray) -> NDArray:
-        return sum(np.bincount(owner, products, self.size + 1) for owner in self._owners)[: self.size]
+    def _take(
+        self, pool: Pool, seen: NDArray[np.bool_], number: float, scales: Sequence[NDArray], *sums: NDArray
+    ) -> None:
+        """Pool the mean of `number` products; a gradient that overflowed tells nothing."""
+        values = sum(part / scale for part, scale in zip(sums, scales, strict=True)) / number
+        pool.add(values, seen & np.isfinite(values))
+
+    def _sum(self, products: torch.Tensor) -> torch.Tensor:
+        """Sums over the weights of each structure, shape (n,)."""
+        if products.device.type == "cpu":
+            sums = sum(np.bincount(owner, products.numpy(), self.size + 1) for owner in self._owners)
+            return torch.from_numpy(sums[: self.size])
+        # sums over slices and few additions to one place, for the sake of what adds in parallel
+        sums = products.new_zeros(self.size)
+        for number, start, stop in self._layers:
+            sums[number] += products[start:stop].sum()
+        for places, owner in self._units:
+            sums.index_add_(0, owner, products[places])
+        return sums
 
 
 def summary(

@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -33,6 +34,7 @@ from catode.train.measure import LEAST_EVIDENCE, Evidence, GradientProducts, sum
 from catode.train.steptime import MeasuredComplexity, Table
 from catode.train.structure import Block, Counts, Prunable, Site, describe
 from catode.train.target import Target
+from catode.train.transfer import Later, upload
 
 ROW_FIELDS = [
     "step",
@@ -84,6 +86,19 @@ class Check:
     removed: int = 0
 
 
+@dataclass(frozen=True)
+class _Probed:
+    """A probe whose numbers are still on the device.
+
+    Attributes:
+        structures: Those whose paired differences it took; None if it took the curvature, or nothing.
+        numbers: Whether all logits were finite, whether the loss fits, and what was found.
+    """
+
+    structures: list[int] | None
+    numbers: tuple[torch.Tensor, ...]
+
+
 class Pruner:
     """Gates a model, moves its keep probabilities, and removes what is safe to remove.
 
@@ -117,6 +132,8 @@ class Pruner:
         layers_per_probe: Structures (layers by default) whose paired difference one probe takes.
         measure_every: Steps between probes; probes of curvature and of paired differences take turns.
         check_every: Steps between checks.
+        read_every: Steps after which the host reads what was measured, waiting for the device, moves the thetas step by
+            step and checks; 1 on a CPU, about 10 elsewhere. In between thetas stand still.
         memory: Steps over which measurements are pooled, at least 10.
         width_multiple: While training, a site that loses units keeps dead channels up to a multiple of this width, which
             is faster than an odd one. They count nowhere and `finish` takes them out. Needs an activation that maps 0 to
@@ -165,6 +182,7 @@ class Pruner:
         layers_per_probe: int = 1,
         measure_every: int = 2,
         check_every: int = 50,
+        read_every: int = 1,
         memory: int = 200,
         width_multiple: int = 1,
         round_to: int = 1,
@@ -197,6 +215,7 @@ class Pruner:
         self.layers_per_probe = check_int("layers_per_probe", layers_per_probe, low=1)
         self.measure_every = check_int("measure_every", measure_every, low=1)
         self.check_every = check_int("check_every", check_every, low=1)
+        self.read_every = check_int("read_every", read_every, low=1)
         check_int("memory", memory, low=10)
         self.width_multiple = check_int("width_multiple", width_multiple, low=1)
         self.round_to = check_int("round_to", round_to, low=1)
@@ -235,11 +254,14 @@ class Pruner:
             corrected=np.where(self.is_layer, *(name == "curvature" for name in self.estimators)),
             risk=self.risk,
         )
-        self._products = GradientProducts(n, max(memory / self._burst_every, 20))
+        self._later = Later()
+        self._products = GradientProducts(n, max(memory / self._burst_every, 20), self._later.put)
         self._turn = {True: 0, False: 0}
         self._generator = torch.Generator().manual_seed(seed)
-        device = next(model.parameters()).device
-        self._labels = torch.Generator(device).manual_seed(seed + 1)
+        self._device = next(model.parameters()).device
+        self._labels = torch.Generator(self._device).manual_seed(seed + 1)
+        self._drawn: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the steps to come, on the host and on the device
+        self._chances = torch.from_numpy(self.keep_prob).float()  # theta when they were drawn
         self._captured: dict[str, torch.Tensor] | None = None
         self._probing = False
         self.group = group or Group()
@@ -335,11 +357,16 @@ class Pruner:
         return record
 
     def checksum(self) -> int:
-        """Checksum of what must be the same in all processes: thetas, masks, and the state of the gate draws."""
+        """Checksum of what must be the same in all processes: thetas, masks, and the state of the gate draws.
+
+        A `read`, and with it a `snapshot` or `state_dict`, between two readings moves the thetas of its process alone: call
+        ``read()`` in all of them first.
+        """
         return zlib.crc32(self._generator.get_state().numpy(), zlib.crc32(self.kept, zlib.crc32(self.keep_prob)))
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
         """State dict of the compact network in mean field (theta folded into the weights), and its structure."""
+        self.read()
         state = self.gates.folded_state()
         for _, site, spec in self._sites():
             live = self.kept[self.present[site]]
@@ -352,6 +379,7 @@ class Pruner:
 
         The optimizer's state is not in it.
         """
+        self.read()
         arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in _ARRAYS}
         return {
             "model": self.gates.plain_state(),
@@ -362,7 +390,8 @@ class Pruner:
             "products": self._products.state(),
             "turn": [self._turn[True], self._turn[False]],
             "generators": [self._generator.get_state(), self._labels.get_state()],
-            "draw": self.gates.draw.detach().cpu(),
+            "draws": torch.stack([draw for draw, _ in self._drawn]) if self._drawn else None,
+            "chances": self._chances.clone(),
             "scalars": {name: getattr(self, name) for name in _SCALARS},
         }
 
@@ -400,15 +429,20 @@ class Pruner:
             state["generators"][1].shape == self._labels.get_state().shape
         ):  # another kind of device has another generator
             self._labels.set_state(state["generators"][1])
-        self.gates.set(torch.from_numpy(self.keep_prob), state["draw"].clone())
+        self._chances = state["chances"].clone()
+        if state["draws"] is not None:
+            self._hold(state["draws"].clone())
+            self.gates.set(self._theta(), self._drawn[0][1])
 
     # --- the training loop ------------------------------------------------------------------------------------------
 
-    def step(self, grad_scale: float = 1.0) -> Check | None:
-        """Follow one optimizer step: move the thetas, measure, and now and then decide.
+    def step(self, grad_scale: float | torch.Tensor = 1.0, skipped: bool | torch.Tensor = False) -> Check | None:
+        """Follow one optimizer step: measure, and every `read_every` steps move the thetas, and now and then decide.
 
         Args:
             grad_scale: Factor that the loss was multiplied with before ``backward()`` (a gradient scaler's).
+            skipped: Whether the optimizer left the weights alone because the gradient overflowed; then no time passes
+                for the thetas either. Both may be tensors of the device.
 
         Returns:
             The check, if this step had one.
@@ -418,19 +452,22 @@ class Pruner:
         """
         if self.finished:
             return None
+        step_time = _step_time(self.optimizer)
+        if not isinstance(skipped, torch.Tensor):
+            skipped = torch.full((), float(skipped), device=self._device)
         if not self.started:
             self.done += 1
-            self.time += _step_time(self.optimizer)
+            self._later.put(partial(self._pass, step_time), skipped)
+            if self.done % self.read_every == 0:
+                self.read()
             if self.done >= self._begin:
                 self._start()
             return None
         draw, derivative = self._derivative(grad_scale)
-        step_time = _step_time(self.optimizer)
         self.done += 1
-        self.time += step_time
-        self._pending += step_time
-        estimate, seen = self._estimates(draw, derivative)
-        self._move(estimate, seen)
+        probed = self._probe(self.state == UNDECIDED) if self._captured else None
+        take = partial(self._take, self.done, step_time, draw, probed)
+        self._later.put(take, skipped, derivative, *(probed.numbers if probed else ()))
         place = (self.done - 1) % self._burst_every
         if place == 0:
             self._products.begin()
@@ -438,14 +475,21 @@ class Pruner:
             self._products.add(draw)
         if place == self._burst[1] - 1:
             self._products.note_weights()
-        check = None
-        if self.done >= self.steps:
-            check = self._check(step_time, final=True)
-        elif self.done > self.warmup and self.done % self.check_every == 0:
-            check = self._check(step_time)
+        check, final = None, self.done >= self.steps
+        if final or self.done % self.read_every == 0:
+            self.read()
+            passed = self.done // self.check_every > (self.done - self.read_every) // self.check_every
+            if final or (passed and self.done > self.warmup):
+                check = self._check(step_time, final)
         if not self.finished:
+            del self._drawn[0]
             self._draw()
         return check
+
+    def read(self) -> None:
+        """Take in what the device has measured since the last time; ``step()`` does so every `read_every` steps."""
+        self._later.read()
+        self.gates.keep_prob.copy_(self._theta())
 
     def finish(self) -> nn.Module:
         """Decide what is still undecided by rounding, take gates and dead channels out, return the compact, plain model.
@@ -453,6 +497,7 @@ class Pruner:
         Train a little further after it: the running statistics of the batch norms still know what was removed last.
         """
         if not self.finished:
+            self.read()
             self._check(_step_time(self.optimizer), final=True)
         self._slice(self.kept)
         return self.model
@@ -464,10 +509,22 @@ class Pruner:
         self._hooks = self._root_hooks()
         self._draw()
 
+    def _theta(self) -> torch.Tensor:
+        """theta for the gates, shape (n,), on the device."""
+        return upload(torch.from_numpy(self.keep_prob).float(), self._device)
+
+    def _hold(self, draws: torch.Tensor) -> None:
+        """Hold the draws of the steps to come, shape (steps, n), on the host and on the device."""
+        self._drawn = list(zip(draws, upload(draws, self._device), strict=True))
+
     def _draw(self) -> None:
-        """Draw the gates of the next step; whether it is measured is known beforehand."""
-        theta = torch.from_numpy(self.keep_prob).float()
-        self.gates.set(theta, torch.bernoulli(theta, generator=self._generator))
+        """Set the gates of the next step, drawn for all steps up to the next reading; whether it is measured is known."""
+        theta = None
+        if not self._drawn:
+            theta, self._chances = self._theta(), torch.from_numpy(self.keep_prob).float()
+            number = self.read_every - self.done % self.read_every
+            self._hold(torch.stack([torch.bernoulli(self._chances, generator=self._generator) for _ in range(number)]))
+        self.gates.set(theta, self._drawn[0][1])
         self._captured = {} if self.done % self.measure_every == 0 else None
 
     def _root_hooks(self) -> list:
@@ -478,9 +535,9 @@ class Pruner:
                 self.gates.rows = None
                 return
             if self.per_example:
-                theta = self.gates.keep_prob.cpu().expand(len(args[0]) * self.group.size, -1)
-                rows = self.group.share(torch.bernoulli(theta, generator=self._generator))
-                self.gates.rows = rows.to(self.gates.keep_prob.device).requires_grad_()
+                chances = self._chances.expand(len(args[0]) * self.group.size, -1)
+                self._drawn_rows = torch.bernoulli(chances, generator=self._generator)
+                self.gates.rows = upload(self.group.share(self._drawn_rows), self._device).requires_grad_()
 
         def after(module, args, output):
             if self._probing or not module.training or not torch.is_grad_enabled():
@@ -494,8 +551,8 @@ class Pruner:
 
         return [self.model.register_forward_pre_hook(before), self.model.register_forward_hook(after)]
 
-    def _derivative(self, grad_scale: float) -> tuple[NDArray, NDArray]:
-        """Draw and dL/dxi of this step, each of shape (n,)."""
+    def _derivative(self, grad_scale: float | torch.Tensor) -> tuple[NDArray, torch.Tensor]:
+        """Draw and, still on the device, dL/dxi of this step, each of shape (n,)."""
         rows = self.gates.rows
         source = rows if rows is not None else self.gates.draw
         if source.grad is None:
@@ -503,18 +560,37 @@ class Pruner:
                 "`step()` must follow a backward pass through the gated model in train mode; there was none"
             )
         self.gates.rows = None
-        derivative, draw = source.grad / grad_scale, source.detach()
+        derivative, draw = source.grad / grad_scale, self._drawn[0][0]
         if rows is not None:
-            derivative, draw = derivative.sum(0), self.group.mean(draw.mean(0))
+            derivative, draw = derivative.sum(0), self._drawn_rows.detach().mean(0)
         derivative = self.group.mean(derivative)
         self._scale = grad_scale
-        return draw.double().cpu().numpy(), derivative.double().cpu().numpy()
+        return draw.double().numpy(), derivative
 
-    def _estimates(self, draw: NDArray, derivative: NDArray) -> tuple[NDArray, NDArray[np.bool_]]:
-        """Estimates of L1 - L0 and which structures have one at this step."""
+    def _pass(self, step_time: float, skipped: NDArray) -> None:
+        """Let the time of one step pass, unless the optimizer skipped it."""
+        if not skipped:
+            self.time += step_time
+
+    def _take(
+        self, done: int, step_time: float, draw: NDArray, probed: _Probed | None, skipped: NDArray, *numbers: NDArray
+    ) -> None:
+        """Take in one step: its number, ODE time, draw and probe, known before, and what the device measured in it."""
+        self._pass(step_time, skipped)
+        if skipped:
+            return
+        self._pending += step_time
+        derivative, *numbers = numbers
         open_ = self.state == UNDECIDED
+        paired = self._probed(probed, open_, *numbers) if probed else {}
+        estimate, seen = self._estimates(open_, draw, derivative, paired)
+        self._move(estimate, seen, done)
+
+    def _estimates(
+        self, open_: NDArray[np.bool_], draw: NDArray, derivative: NDArray, paired: dict[int, float]
+    ) -> tuple[NDArray, NDArray[np.bool_]]:
+        """Estimates of L1 - L0 and which structures have one at a step."""
         estimate, seen = np.zeros_like(draw), np.zeros_like(open_)
-        paired = self._probe(open_) if self._captured else {}
         for kind, name in zip((self.is_layer, ~self.is_layer), self.estimators, strict=True):
             where = kind & open_
             if name == "curvature":
@@ -531,34 +607,52 @@ class Pruner:
             estimate[where], seen = values[where], seen | where
         return estimate, seen
 
-    def _probe(self, open_: NDArray[np.bool_]) -> dict[int, float]:
-        """Run a probe on part of the captured batch; returns the paired benefits of the structures whose turn it is."""
+    def _probe(self, open_: NDArray[np.bool_]) -> _Probed | None:
+        """Run a probe on part of the captured batch; its numbers stay on the device."""
         captured = self._captured
-        if "gradient" not in captured or not self.group.every(captured["logits"].isfinite().all()):
-            return {}
+        if "gradient" not in captured:
+            return None
         batch = len(captured["logits"])
         part, group = self._part(batch)
-        targets = _targets(captured["logits"][part], captured["gradient"][part], batch * 1.0 / self._scale)
+        targets, fit = _targets(captured["logits"][part], captured["gradient"][part], batch * 1.0 / self._scale)
+        flaws = torch.stack([~captured["logits"].isfinite().all(), ~fit]).long()
+        finite, fit = (self.group.sum(flaws) == 0).unbind()
         # curvature and paired probes take turns, so that no step bears both
         curved = open_[self.is_layer].any() and self.estimators[0] == "curvature"
         curved |= open_[~self.is_layer].any() and self.estimators[1] == "curvature"
         chosen = [s for layers in (True, False) for s in self._next(layers, open_)]
         if not curved and not chosen:
-            return {}
+            return _Probed(None, (finite, fit))
         turn = (self.done // self.measure_every) % 2 == 0
         self._probing = True
         try:
             probe = Probe(self.model, self.gates, captured["inputs"][part], targets, self._labels, group)
             if curved and (turn or not chosen):
-                curvature = probe.curvature(self.estimators[0] == "curvature").double().cpu().numpy()
-                self._evidence.curvature.add(curvature, open_ & np.isfinite(curvature))
-                return {}
+                return _Probed(None, (finite, fit, probe.curvature(self.estimators[0] == "curvature")))
             self._turn[True] += self.layers_per_probe
             self._turn[False] += self.layers_per_probe
-            benefits = probe.paired(chosen).double().cpu().numpy()
+            return _Probed(chosen, (finite, fit, probe.paired(chosen)))
         finally:
             self._probing = False
-        return {s: b for s, b in zip(chosen, benefits.tolist(), strict=True) if np.isfinite(b)}
+
+    def _probed(self, probed: _Probed, open_: NDArray[np.bool_], finite, fit, *found: NDArray) -> dict[int, float]:
+        """Take in the numbers of a probe; returns the paired benefits that it found.
+
+        Raises:
+            RuntimeError: if the loss is not a mean softmax cross-entropy.
+        """
+        if not finite:
+            return {}
+        if not fit:
+            raise RuntimeError(
+                "the loss must be a mean softmax cross-entropy over the batch; the gradient of the logits is not one's. "
+                "Use reduction='mean' and pass the loss scale, if any, to step(grad_scale=...)."
+            )
+        for values in found:
+            if probed.structures is not None:
+                return {s: b for s, b in zip(probed.structures, values.tolist(), strict=True) if np.isfinite(b)}
+            self._evidence.curvature.add(values, open_ & np.isfinite(values))
+        return {}
 
     def _part(self, batch: int) -> tuple[slice, Group]:
         """The rows that a probe takes of this process's `batch` examples, and the processes by the order of their rows."""
@@ -579,10 +673,10 @@ class Pruner:
         count = min(self.layers_per_probe, len(candidates))
         return [int(candidates[(self._turn[layers] + i) % len(candidates)]) for i in range(count)]
 
-    def _move(self, estimate: NDArray, seen: NDArray[np.bool_]) -> None:
-        """Projected SGD step of theta with the prices of this moment; pools the evidence."""
+    def _move(self, estimate: NDArray, seen: NDArray[np.bool_], done: int) -> None:
+        """Projected SGD step of theta, of training step `done`, with the prices of this moment; pools the evidence."""
         self._evidence.add(estimate, seen, self.time, self._pending)
-        if self.done > self.warmup:
+        if done > self.warmup:
             upper = self._evidence.limits()[1]
             moving = seen & ~self._zero & self._evidence.enough & np.isfinite(upper)
             speed = self.rate_ratio[moving] * (self.prices() - upper)[moving]
@@ -689,12 +783,17 @@ class Pruner:
         """Set nu to what the target takes; a useless structure goes on sinking at the same speed."""
         level = self.target.level(self.kept, known, worth, progress)
         if self.target.lags(self.keep_prob, self.kept, progress):
-            passed = self.check_every * _step_time(self.optimizer)
+            passed = (self.done - self._checked_before()) * _step_time(self.optimizer)
             level = max(level or 0.0, self.nu * math.exp(self._clock * passed))
         if not level:
             return
         self.rate_ratio *= self.nu / level
         self.nu = level
+
+    def _checked_before(self) -> int:
+        """The step at which the check before this one was due: at the first reading after a multiple of `check_every`."""
+        due = (self.done - self.read_every) // self.check_every * self.check_every
+        return -(-due // self.read_every) * self.read_every
 
     def _wait(self, leaving: NDArray[np.bool_], found: dict[str, NDArray]) -> NDArray[np.bool_]:
         """Units that stay for now because the rest of their site would not be a multiple of `round_to`."""
@@ -801,21 +900,19 @@ class Pruner:
             hook.remove()
 
 
-def _targets(logits: torch.Tensor, gradient: torch.Tensor, scale: float) -> torch.Tensor:
+def _targets(
+    logits: torch.Tensor, gradient: torch.Tensor, scale: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Target distribution behind a mean softmax cross-entropy: softmax(z) - N dL/dz.
 
-    Raises:
-        RuntimeError: if the result is no distribution, because the loss is another one.
+    Returns:
+        The targets, and whether they were a distribution, as they are not with another loss.
     """
     targets = logits.float().softmax(1) - gradient.float() * scale
     tolerance = 0.05 if logits.dtype != torch.float32 else 1e-3
-    if (targets.sum(1) - 1.0).abs().max() > 10 * tolerance or targets.min() < -tolerance:
-        raise RuntimeError(
-            "the loss must be a mean softmax cross-entropy over the batch; the gradient of the logits is not one's. "
-            "Use reduction='mean' and pass the loss scale, if any, to step(grad_scale=...)."
-        )
+    fit = ((targets.sum(1) - 1.0).abs().max() <= 10 * tolerance) & (targets.min() >= -tolerance)
     targets = targets.clamp_min(0.0)
-    return targets / targets.sum(1, keepdim=True)
+    return targets / targets.sum(1, keepdim=True), fit
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -154,7 +154,7 @@ def measure(
     example: torch.Tensor,
     *,
     batch: int,
-    amp: bool = False,
+    amp: torch.dtype | None = None,
     channels_last: bool = True,
 ) -> list[Table]:
     """Time forward and backward pass of every layer of the removable part over its widths, on the model's device.
@@ -164,7 +164,7 @@ def measure(
         plain: Its complexity polynomial.
         example: One input batch on the device; its shape behind the first dimension is used.
         batch: Images in a step.
-        amp: Whether steps are made in bf16.
+        amp: Type of automatic mixed precision in which steps are made; None for none.
         channels_last: Memory format of the activations.
 
     Returns:
@@ -273,15 +273,15 @@ def _resized(module: nn.Module, inner: int, outer: int) -> nn.Module:
 
 
 def _step_ms(
-    layer: nn.Module, shape: tuple[int, ...], device: torch.device, amp: bool, layout: torch.memory_format
+    layer: nn.Module, shape: tuple[int, ...], device: torch.device, amp: torch.dtype | None, layout: torch.memory_format
 ) -> float:
     """Time of one forward and backward pass through a layer in train mode, after one to warm up, milliseconds."""
     layer = layer.to(device, memory_format=layout).train()
-    x = torch.randn(shape, device=device, dtype=torch.bfloat16 if amp else torch.float32)
+    x = torch.randn(shape, device=device, dtype=amp or torch.float32)
     x = (x.contiguous(memory_format=layout) if x.dim() == 4 else x).requires_grad_()
 
     def work() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
             y = layer(x)
         y.backward(y.detach())
 

@@ -353,9 +353,10 @@ def workers(launcher):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_killed_process_takes_the_job_down_and_the_run_goes_on_to_the_same_end(tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    together(tmp_path, command, [*SMALL, "--out", str(whole)])
+    flags = [*SMALL, "--read-every=4", "--checkpoint-every=3"]  # checkpoints between two readings
+    together(tmp_path, command, [*flags, "--out", str(whole)])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
-    argv = ["catode.train", *SMALL, "--out", str(folder)]
+    argv = ["catode.train", *flags, "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(launch + argv, env=environment, stderr=subprocess.PIPE, text=True) as job:
         while not list(folder.glob("checkpoint-*.pt")) and job.poll() is None:

@@ -225,7 +225,7 @@ def test_law_projection_keeps_theta_in_the_unit_interval(rounds, initial, rate_r
         pruner.time += 0.5
         pruner._pending += 0.5
         seen = random.random(n) < 0.7
-        pruner._move(centre + spread * random.standard_normal(n), seen)
+        pruner._move(centre + spread * random.standard_normal(n), seen, pruner.done)
         assert ((pruner.keep_prob >= 0) & (pruner.keep_prob <= 1)).all()
         assert (pruner.keep_prob[~seen] == before[~seen]).all(), "what was not seen does not move"
         assert (pruner.keep_prob[before == 0] == 0).all()
@@ -247,7 +247,7 @@ def test_a_short_memory_still_pools_sensibly(memory):
     for _ in range(12):
         pruner.done += 1
         pruner._pending += 0.5
-        pruner._move(np.full(n, -0.25), np.ones(n, dtype=bool))
+        pruner._move(np.full(n, -0.25), np.ones(n, dtype=bool), pruner.done)
         np.testing.assert_allclose(pruner._evidence.benefit, 0.25)
 
 
@@ -418,6 +418,7 @@ BAD = [
     ("probe_size", 1),
     ("measure_every", 0),
     ("check_every", 0),
+    ("read_every", 0),
     ("memory", 9),
 ]
 
@@ -506,7 +507,7 @@ def test_a_state_is_not_shared_between_pruners():
         other, sgd, again = make(dense(3))
         again.load_state_dict(state)
         loop(other, sgd, again, 40, seed=1)
-    assert not state["draw"].requires_grad
+    assert not state["draws"].requires_grad
     for key in ("arrays", "model"):
         assert all(torch.equal(a, before[key][k]) for k, a in state[key].items())
     with pytest.raises(ValueError, match="`state` must be of the same network"):

@@ -112,7 +112,7 @@ def test_a_resumed_ungated_run_ends_as_the_whole_one(ungated, tmp_path, monkeypa
 
 
 OTHER_SETTINGS = [
-    ["--target-macs=0.5", "--per-example-gates", "--mixup=0.2", "--round-to=4"],
+    ["--target-macs=0.5", "--per-example-gates", "--mixup=0.2", "--round-to=4", "--read-every=3"],
     ["--estimator=straight-through", "--layer-estimator=curvature", "--amp=bf16", "--momentum=0", "--nu=3"],
 ]
 

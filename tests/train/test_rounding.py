@@ -99,7 +99,7 @@ def prepared(thetas):
     train(model, optimizer, pruner, 20)
     pruner.keep_prob[:] = 1.0
     pruner.keep_prob[BLOCKS : BLOCKS + len(thetas)] = thetas
-    pruner._draw()
+    pruner.read()
     return model, optimizer, pruner
 
 

@@ -1,0 +1,67 @@
+"""What passes between host and device. A copy to the host is the only thing that lets the host wait for the device.
+
+An accelerator works through its queue while the host already prepares the steps to come; the trainer and the pruner
+therefore read nothing on the way, but put it off and `read` it together, in order, every few steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from numpy.typing import NDArray
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device; the host does not wait. The tensor itself where the device is the host."""
+    if device.type == "cpu":
+        return tensor
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def read(tensors: Sequence[torch.Tensor]) -> list[NDArray]:
+    """Numbers of the device on the host, float64, in one copy; the host waits for it.
+
+    Args:
+        tensors: Tensors of any shapes, all on one device.
+
+    Returns:
+        Arrays of their shapes.
+    """
+    tensors = [tensor.detach() for tensor in tensors]
+    if not tensors or tensors[0].device.type == "cpu":
+        return [tensor.double().numpy() for tensor in tensors]
+    wide = exact(tensors[0].device)
+    flat = torch.cat([tensor.reshape(-1).to(wide) for tensor in tensors]).cpu().double()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(tensor.shape).numpy() for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def at_once(take: Callable[..., None], *tensors: torch.Tensor) -> None:
+    """Read tensors and call ``take`` with their arrays."""
+    take(*read(tensors))
+
+
+class Later:
+    """Tensors to be read together, each with what to do with its numbers."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Callable[..., None], tuple[torch.Tensor, ...]]] = []
+
+    def put(self, take: Callable[..., None], *tensors: torch.Tensor) -> None:
+        """Put tensors off; ``take`` will be called with their arrays. They must not be changed until then."""
+        self._waiting.append((take, tensors))
+
+    def read(self) -> None:
+        """Read all in one copy, and take them in, first come first served."""
+        waiting, self._waiting = self._waiting, []
+        arrays = iter(read([tensor for _, tensors in waiting for tensor in tensors]))
+        for take, tensors in waiting:
+            take(*(next(arrays) for _ in tensors))
