@@ -1,4 +1,6 @@
-"""CIFAR-10: the pruned network, the dense one, and rivals narrowed or shortened from the start, same epochs and seeds.
+"""Real images: the pruned network, the dense one, and rivals of the same epochs and seeds.
+
+Rivals are narrowed or shortened from the start, or trained, pruned and trained on by `benchmarks.rival`.
 
 python -m benchmarks.cifar run pruned --seed 0 --data-dir DIR --out FOLDER
 python -m benchmarks.cifar condense FOLDER [FOLDER ...] --to benchmarks/records
@@ -33,6 +35,8 @@ from catode.train import run
 from catode.train.config import Config
 
 KINDS = {"pruned": {}, "dense": {"nu": 0.0}, "narrow": {"nu": 0.0}, "short": {"nu": 0.0, "arch": "resnet14"}}
+SHORTENED = {"resnet14": "resnet20"}
+ALIKE = 0.1  # relative difference of MACs up to which networks are rivals of equal MACs
 LIMIT = 200 * 1024
 EXACT = ("keep_prob", "tolerance")  # their order must survive rounding
 
@@ -56,7 +60,9 @@ class Record:
     @property
     def kind(self) -> str:
         """A key of `KINDS`."""
-        if self.config["nu"] > 0:
+        if "rival" in self.config:
+            return "rival"
+        if self.config["nu"] > 0 or self.config.get("target_macs") is not None:
             return "pruned"
         if self.config["hidden_scale"] != 1.0:
             return "narrow"
@@ -67,7 +73,14 @@ class Record:
         """The kind with the settings that set it apart from the preset."""
         changed = differences(self.config).items()
         notes = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed)
-        return f"{self.kind} {self.config['arch']}" + (f" ({notes})" if notes else "")
+        kind = self.config["rival"] if self.kind == "rival" else self.kind
+        return f"{kind} {self.config['arch']}" + (f" ({notes})" if notes else "")
+
+    @property
+    def task(self) -> tuple[str, str, int]:
+        """What runs must share to be compared: data set, architecture that is pruned or shortened, epochs."""
+        arch = self.config["arch"]
+        return self.config["dataset"], SHORTENED.get(arch, arch), self.config["epochs"]
 
     @property
     def accuracy(self) -> float:
@@ -85,7 +98,7 @@ def start(args: argparse.Namespace) -> None:
         given["compile"] = True
     if args.kind == "narrow":
         given.setdefault("hidden_scale", args.hidden_scale)
-    config = Config.from_presets(dataset="cifar10", data_dir=args.data_dir, seed=args.seed, out=args.out, **given)
+    config = Config.from_presets(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed, out=args.out, **given)
     folder = run(config, progress=sys.stderr.isatty())
     record = read(folder)
     macs, seconds = record.result["macs"] / 1e6, record.result["seconds"]
@@ -168,23 +181,23 @@ def _short(value: str) -> str:
 def table(records: list[Record]) -> str:
     """Records grouped by variant with spread over seeds, then differences paired by seed, as Markdown."""
     lines = [
-        "CIFAR-10 at the final epoch, mean ± standard deviation over seeds. MACs: M, and percent of the dense network "
-        "of the largest architecture shown. Decided by rule: of all gates, by the end of the deciding phase "
-        "(decide_until, 80 % of the run by default). Latency: one forward pass of 128 images against the dense "
-        "network's in the same run.",
+        "Final epoch, mean ± standard deviation over seeds. MACs: M, and percent of the dense network. Decided by rule: of "
+        "all gates, by the end of the deciding phase (decide_until, 80 % of the run by default). Latency: one forward "
+        "pass of 128 images against the dense network's in the same run.",
         "",
     ]
-    dense = max(r.result["macs_dense"] for r in records)
-    groups: dict[tuple[int, str], list[Record]] = defaultdict(list)
-    order = list(KINDS)
-    for record in sorted(records, key=lambda r: (r.config["epochs"], order.index(r.kind), r.variant, r.config["seed"])):
-        groups[record.config["epochs"], record.variant].append(record)
+    groups: dict[tuple, list[Record]] = defaultdict(list)
+    order = [*KINDS, "rival"]
+    for record in sorted(records, key=lambda r: (r.task, order.index(r.kind), r.variant, r.config["seed"])):
+        groups[*record.task, record.variant].append(record)
     rows = []
-    for (epochs, variant), group in groups.items():
+    for (dataset, arch, epochs, variant), group in groups.items():
         first, results = group[0], [r.result for r in group]
         pruned = first.kind == "pruned"
+        dense = max(r.result["macs_dense"] for r in records if r.task == (dataset, arch, epochs))
         rows.append(
             [
+                dataset,
                 variant,
                 epochs,
                 ", ".join(str(r.config["seed"]) for r in group),
@@ -200,20 +213,20 @@ def table(records: list[Record]) -> str:
                 spread([r["cpu_seconds"] / 60 for r in results], "{:.0f}") if "cpu_seconds" in results[0] else "",
             ]
         )
-    header = ["network", "epochs", "seeds", "accuracy %", "MACs M", "MACs %", "params k", "layers", "units"]
+    header = ["data", "network", "epochs", "seeds", "accuracy %", "MACs M", "MACs %", "params k", "layers", "units"]
     lines.append(markdown([*header, "decided by rule %", "latency", "minutes", "CPU minutes"], rows))
     rows = []
-    for (epochs, variant), group in groups.items():
-        if group[0].kind != "pruned":
-            continue
-        for (others, rival), rivals in groups.items():
-            matched = {r.config["seed"]: r for r in rivals if others == epochs and r.kind != "pruned"}
+    for (*task, variant), group in groups.items():
+        for (*other, rival), rivals in groups.items():
+            if group[0].kind != "pruned" or other != task or rivals is group or not _comparable(group, rivals):
+                continue
+            matched = {r.config["seed"]: r for r in rivals}
             both = [(r, matched[r.config["seed"]]) for r in group if r.config["seed"] in matched]
             if both:
                 rows.append(
                     [
-                        f"{variant} - {rival}",
-                        epochs,
+                        f"{task[0]}, {variant} - {rival}",
+                        task[2],
                         len(both),
                         spread([a.accuracy - b.accuracy for a, b in both], "{:+.2f}"),
                         spread([100 * a.result["macs"] / b.result["macs"] for a, b in both], "{:.1f}"),
@@ -228,6 +241,13 @@ def table(records: list[Record]) -> str:
         lines += ["", markdown([*header, "layers removed by rule: benefit / price"], pruned)]
     machines = sorted({f"{machine(r.env)}; amp {r.config['amp']}" for r in records})
     return "\n".join([*lines, "", *machines])
+
+
+def _comparable(group: list[Record], rivals: list[Record]) -> bool:
+    """Whether a difference says something: to the dense network, or at about equal MACs (a pair of pruned ones once)."""
+    a, b = (sum(r.result["macs"] for r in g) / len(g) for g in (group, rivals))
+    once = rivals[0].kind != "pruned" or group[0].variant < rivals[0].variant
+    return rivals[0].kind == "dense" or (abs(a - b) <= ALIKE * b and once)
 
 
 def _decisions(record: Record) -> list[Any]:
@@ -245,10 +265,11 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cifar", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("run", help="train one network with the cifar10 preset")
+    one = commands.add_parser("run", help="train one network with the data set's preset")
     one.add_argument("kind", choices=tuple(KINDS))
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--data-dir", required=True, help="folder with cifar-10-batches-py")
+    one.add_argument("--dataset", default="cifar10", choices=("cifar10", "cifar100", "folder"))
+    one.add_argument("--data-dir", required=True, help="folder that holds the images")
     one.add_argument("--out", required=True, help="folder of the run")
     one.add_argument("--hidden-scale", type=float, default=0.58, help="narrow: factor on every hidden width (0.58)")
     one.add_argument("--epochs", type=int)

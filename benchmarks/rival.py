@@ -1,0 +1,123 @@
+"""The usual way: train the whole network, prune it once with Torch-Pruning, train on; as many epochs in all as ours.
+
+    pip install torch-pruning==1.6.1
+    python -m benchmarks.rival --macs 0.45 --seed 0 --data-dir DIR --out FOLDER
+
+The same data, batches, augmentation and optimizer as every other row of `benchmarks.cifar`; both halves have a whole
+one-cycle schedule. Channels go by group norms over the whole network (`GroupNormPruner` with
+`GroupMagnitudeImportance`), a little at a time until the MACs are met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks._common import guarded, overrides, read_json, read_rows
+from catode._validate import check_int, check_interval
+from catode.train import load, run
+from catode.train.config import Config, ConfigError, check_out
+from catode.train.loop import METRIC_FIELDS, _Table, prepare, train
+from catode.train.structure import count
+
+STEPS = 400
+
+
+def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
+    """A copy without the channels of smallest group norm, the classifier's outputs excepted.
+
+    Args:
+        model: A trained network.
+        example: One image, shape (1, channels, height, width).
+        share: MACs to keep; the first network at or below it is taken.
+
+    Raises:
+        RuntimeError: if the share cannot be reached.
+    """
+    import torch_pruning
+
+    model = copy.deepcopy(model).eval()
+    goal = share * count(model, example).macs
+    pruner = torch_pruning.pruner.GroupNormPruner(
+        model,
+        example,
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=1.0,
+        max_pruning_ratio=0.9,
+        iterative_steps=STEPS,
+        ignored_layers=[module for module in model.modules() if isinstance(module, nn.Linear)],
+    )
+    for _ in range(STEPS):
+        pruner.step()
+        if count(model, example).macs <= goal:
+            return model
+    raise RuntimeError(f"Torch-Pruning left {count(model, example).macs} MACs where {goal:.0f} were asked for.")
+
+
+def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: Path) -> None:
+    """Train, prune, train on, and leave a record like that of any run in `out`."""
+    whole = Config.from_presets(**common, nu=0.0, out=str(out))
+    if tune_epochs >= whole.epochs:
+        raise ConfigError(f"`tune_epochs` must be below epochs, {whole.epochs}; got {tune_epochs}. Take half of them.")
+    check_out(whole)
+    first = dataclasses.replace(whole, epochs=whole.epochs - tune_epochs, out=f"{out}/trained")
+    second = dataclasses.replace(whole, epochs=tune_epochs, lr=tune_lr, out=f"{out}/tuned")
+    trained = load(run(first, progress=sys.stderr.isatty()))
+    setup = prepare(second)
+    memory_format = torch.channels_last if second.channels_last else torch.contiguous_format
+    pruned = prune(trained, setup.example.cpu(), share).train().to(second.device, memory_format=memory_format)
+    train(dataclasses.replace(setup, model=pruned), progress=sys.stderr.isatty())
+    a, b = (read_json(Path(c.out), "result.json") for c in (first, second))
+    rival = {"rival": f"torch-pruning {version('torch-pruning')}", "tune_epochs": tune_epochs, "tune_lr": tune_lr}
+    result = b | {
+        "macs_dense": a["macs_dense"],
+        "params_dense": a["params_dense"],
+        "layers_kept": a["layers_kept"],
+        "layers_total": a["layers_total"],
+        "units_kept": sum(site.width for block in pruned.structures() for site in block.sites),
+        "units_total": a["units_total"],
+        "accuracy_history": a["accuracy_history"] + b["accuracy_history"],
+        **{name: a[name] + b[name] for name in ("seconds", "cpu_seconds")},
+    }
+    table = _Table(out, "metrics.csv", METRIC_FIELDS)
+    rows, more = (read_rows(Path(c.out), "metrics.csv") for c in (first, second))
+    for row in more:
+        row |= {name: float(row[name]) + float(rows[-1][name]) for name in ("epoch", "step", "time", "seconds")}
+    table.add(rows + more)
+    table.close()
+    _Table(out, "structures.csv", ["state"]).close()
+    for name, content in (("config", json.loads(whole.to_json()) | rival), ("result", result)):
+        (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (out / "env.json").write_text((Path(second.out) / "env.json").read_text())
+    print(f"{rival['rival']}: {100 * result['accuracy']:.2f} %, {result['macs'] / a['macs_dense']:.1%} of the MACs")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rival", description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="cifar10", help="digits, cifar10, cifar100 or folder")
+    parser.add_argument("--data-dir", help="folder that holds the data")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--macs", type=float, required=True, help="share of the MACs to keep")
+    parser.add_argument("--tune-epochs", type=int, default=10, help="epochs after pruning (10), of all")
+    parser.add_argument("--tune-lr", type=float, default=0.05, help="largest learning rate after pruning (0.05)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
+    args = parser.parse_args()
+    share = check_interval("macs", args.macs, 0, 1)
+    epochs = check_int("tune_epochs", args.tune_epochs, low=1)
+    common = dict(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed) | overrides(args.set)
+    compete(common, share, epochs, args.tune_lr, args.out)
+
+
+if __name__ == "__main__":
+    guarded(main)
