@@ -418,6 +418,12 @@ class Config:
         mend="Use 0.1 if in doubt.",
     )
 
+    shadow: bool = _switch(
+        False,
+        "pruning",
+        "decide, but remove nothing before its theta is 0: shadow.csv then tells what the tolerances and other rules would "
+        "have removed and what became of it (python -m catode.train.compare)",
+    )
     round_to: int = _number(
         1,
         int,
@@ -657,6 +663,13 @@ class Config:
                     f"`{name}` must be left out unless dataset='folder'; got {name}={getattr(self, name):g} with "
                     f"dataset={self.dataset!r}. Leave it out."
                 )
+        if self.shadow and (
+            self.nu == 0 or self.round_to > 1 or (self.target_macs, self.target_params) != (None, None)
+        ):
+            raise ConfigError(
+                f"`shadow` must be left out with nu=0, a target or round_to; got nu={self.nu:g}, round_to={self.round_to}, "
+                f"target_macs={self.target_macs}, target_params={self.target_params}. Leave one of them out."
+            )
         if self.amp == "fp16" and not self.device.startswith("cuda"):
             raise ConfigError(
                 f"`amp` must be off or bf16 on device={self.device!r}, where fp16 has no use; got amp='fp16'. Use --amp bf16."

@@ -40,21 +40,25 @@ def tolerances(
     separatrix, values = np.full((2, len(where)), np.nan)
     where = where & np.all([np.isfinite(v) for v in found.values()], axis=0)
     if where.any():
-        part = {k: v[where] for k, v in found.items()}
-        # theta moves by the pool plus its margin: a pool that sees a price lower by the margin
-        price = part["price"] - (part["benefit_upper"] - part["benefit"])
-        derived = tolerance.derive(
-            benefit=part["benefit_upper"],
-            pooled=part["benefit"],
-            price=np.maximum(price, LEAST_PRICE),
-            memory=memory[where],
-            **{k: part[k] for k in ("gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")},
-            risk=risk,
-        )
+        derived = tolerance.derive(**inputs(found, where, memory), risk=risk)
         separatrix[where], values[where] = derived.separatrix, derived.values
     if fixed is not None:
         values = np.where(where, fixed, np.nan)
     return separatrix, values
+
+
+def inputs(found: dict[str, NDArray], where: NDArray[np.bool_], memory: NDArray) -> dict[str, NDArray]:
+    """Arguments of `catode.theory.tolerance.derive` for the structures in `where`, all finite; see `tolerances`."""
+    part = {k: v[where] for k, v in found.items()}
+    # theta moves by the pool plus its margin: a pool that sees a price lower by the margin
+    price = part["price"] - (part["benefit_upper"] - part["benefit"])
+    return {
+        "benefit": part["benefit_upper"],
+        "pooled": part["benefit"],
+        "price": np.maximum(price, LEAST_PRICE),
+        "memory": memory[where],
+        **{k: part[k] for k in ("gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")},
+    }
 
 
 def ration(

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from catode import __version__
-from catode.train import board, checkpoint, data, distributed, lock, models, report, steptime, transfer, weights
+from catode.train import board, checkpoint, data, distributed, lock, models, report, shadow, steptime, transfer, weights
 from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms
 from catode.train.gates import plain_name
@@ -333,6 +333,7 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         memory=config.memory,
         width_multiple=config.width_multiple,
         round_to=config.round_to,
+        shadow=config.shadow,
         step_times=setup.step_times,
         seed=config.seed,
         group=setup.group,
@@ -805,6 +806,10 @@ class _Trainer:
             "latency_dense_ms_128": latencies[1][0],
             "seed": self.config.seed,
         }
+        if self.pruner is not None and self.pruner.shadow is not None:
+            table = _Table(self.folder, shadow.FILE, shadow.FIELDS)
+            table.add(self.pruner.shadow.rows(self.pruner.names()))
+            table.close()
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
 
 

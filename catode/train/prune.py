@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from catode._validate import check_choice, check_int, check_interval, check_positive
-from catode.train import compact, decide
+from catode.train import compact, decide, shadow
 from catode.train.distributed import Group, norms_are_shared
 from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, straight_through
 from catode.train.gates import Gates
 from catode.train.measure import LEAST_EVIDENCE, Evidence, GradientProducts, summary
+from catode.train.shadow import Shadow
 from catode.train.steptime import MeasuredComplexity, Table
 from catode.train.structure import Block, Counts, Prunable, Site, describe
 from catode.train.target import Target
@@ -142,6 +143,8 @@ class Pruner:
             group stay gated. What still waits when nothing else is undecided at the site is kept for the width alone, its
             keep probability folded into its weights, so that the network does not change, and trained on without a gate.
         step_times: Price by these measured times (see `catode.train.steptime`) in place of MACs.
+        shadow: Decide, but remove nothing before its theta is 0; the attribute `shadow` then holds what several rules
+            would have removed and what became of it (see `catode.train.shadow`). Not with a target or `round_to`.
         seed: Seed of the gate draws.
         group: Processes that train together, each on its share of every batch (see `catode.train.distributed`); None for
             this one alone. Gradients must be averaged over them before the optimizer's step. A probe takes its images
@@ -187,6 +190,7 @@ class Pruner:
         width_multiple: int = 1,
         round_to: int = 1,
         step_times: Sequence[Table] | None = None,
+        shadow: bool = False,
         seed: int = 0,
         group: Group | None = None,
     ):
@@ -230,7 +234,13 @@ class Pruner:
         self.target = Target.choose(self.complexity, target_macs, target_params)
         if step_times is not None:
             self.complexity = MeasuredComplexity(self.complexity, step_times)
+        if shadow and (self.target is not None or self.round_to > 1):
+            raise ValueError(
+                "`shadow` must be off with a target or round_to, whose removals depend on each other; got shadow=True. "
+                "Leave the target and round_to out."
+            )
         n, layers = self.complexity.size, len(self.blocks)
+        self.shadow = Shadow(n) if shadow else None
         self.is_layer = np.arange(n) < layers
         self.gated = np.where(self.is_layer, self.alpha > 0, self.alpha < 1)
         self.state = np.where(self.gated, UNDECIDED, COMMITTED).astype("<U16")
@@ -393,6 +403,7 @@ class Pruner:
             "draws": torch.stack([draw for draw, _ in self._drawn]) if self._drawn else None,
             "chances": self._chances.clone(),
             "scalars": {name: getattr(self, name) for name in _SCALARS},
+            "shadow": self.shadow.state() if self.shadow else None,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -420,6 +431,8 @@ class Pruner:
         self._slice(np.ones_like(self.kept), stay=[units.numpy() for units in state["present"]])
         self.model.load_state_dict(state["model"])
         self._evidence.restore(state["evidence"])
+        if self.shadow:
+            self.shadow.restore(state["shadow"])
         self._turn = dict(zip((True, False), state["turn"], strict=True))
         if self.started and not self.finished:
             self._start()
@@ -682,6 +695,8 @@ class Pruner:
             speed = self.rate_ratio[moving] * (self.prices() - upper)[moving]
             self.keep_prob[moving] = np.clip(self.keep_prob[moving] - self._pending[moving] * speed, 0.0, 1.0)
             self._zero |= moving & (self.keep_prob == 0.0)  # absorbed: removed at the next check
+            if self.shadow:
+                self.shadow.passed(done, self.time, self.keep_prob, moving)
         self._pending[seen] = 0.0
 
     def prices(self) -> NDArray:
@@ -714,7 +729,10 @@ class Pruner:
         known = open_ & ~np.isnan(separatrix)
         zero = open_ & self._zero
         safe = known & ~zero & (found["benefit_upper"] < found["price"]) & (self.keep_prob <= tolerance)
-        if not final:
+        if self.shadow:
+            self._watch(found, known & ~zero, safe, tolerance)
+            safe = np.zeros_like(safe)
+        elif not final:
             safe = decide.ration(safe, found, self.is_layer, [u[self.kept[u]] for u in self.present])
         worth = found["benefit_upper"] / found["price"]
         kept = self._without(self.kept, zero | safe, open_, worth)
@@ -758,6 +776,9 @@ class Pruner:
         self.state[rounded] = FORCED
         self.state[self.kept & ~kept & ~safe & ~zero & ~rounded] = PROMOTED
         self.kept = kept
+        if self.shadow:
+            self.shadow.end(shadow.REGRET, certain, self.done, self.time)
+            self.shadow.end(shadow.PROMOTED, self.state == PROMOTED, self.done, self.time)
         self._rounded_up |= rounded_up
         fold = np.where(rounded_up, self.keep_prob, 1.0)
         self.keep_prob = np.where(kept, np.where(self.state == UNDECIDED, self.keep_prob, 1.0), 0.0)
@@ -770,6 +791,34 @@ class Pruner:
         elif self.target is not None:
             self._aim(enough & (self.state == UNDECIDED), self.nu * found["benefit"] / found["price"], progress)
         return Check(rows, warnings, removed)
+
+    def _watch(
+        self, found: dict[str, NDArray], known: NDArray[np.bool_], safe: NDArray[np.bool_], tolerance: NDArray
+    ) -> None:
+        """Let the shadow's rules decide."""
+        sizes = np.full((2, len(known)), np.inf)
+        for _, site, spec in self._sites():
+            sizes[:, self.present[site]] = shadow.unit_norms(self.model, spec)
+        self.shadow.decide(
+            self.done,
+            self.time,
+            found,
+            known,
+            safe=safe,
+            tolerance_values=tolerance,
+            memory=self._evidence.memory(),
+            sizes=dict(zip((shadow.FILTER, shadow.SCALE), sizes, strict=True)),
+        )
+
+    def names(self) -> list[dict]:
+        """kind, block, site and index of every structure, as in structures.csv."""
+        layers = [{"kind": "layer", "block": block.name, "site": "", "index": ""} for block in self.blocks]
+        sites = [(block.name, site.name) for block in self.blocks for site in block.sites]
+        units = zip(self.complexity.unit_site, range(len(self.blocks), self.complexity.size), strict=True)
+        return layers + [
+            {"kind": "unit", "block": sites[k][0], "site": sites[k][1], "index": int(s - self._site_start[k])}
+            for k, s in units
+        ]
 
     def _without(
         self, kept: NDArray[np.bool_], going: NDArray[np.bool_], open_: NDArray[np.bool_], worth: NDArray
@@ -807,17 +856,12 @@ class Pruner:
         return settled
 
     def _rows(self, found: dict[str, NDArray], separatrix: NDArray, tolerance: NDArray, which: NDArray) -> list[dict]:
-        rows, layers = [], len(self.blocks)
-        sites = [(block.name, site.name) for block in self.blocks for site in block.sites]
+        rows, names = [], self.names()
         for s in which:
-            if s < layers:
-                kind, block, site, index = "layer", self.blocks[s].name, "", ""
-            else:
-                number = self.complexity.unit_site[s - layers]
-                kind, (block, site), index = "unit", sites[number], int(s - self._site_start[number])
             values = {k: float(v[s]) for k, v in found.items()}
             rows.append(
-                {"step": self.done, "time": self.time, "kind": kind, "block": block, "site": site, "index": index}
+                {"step": self.done, "time": self.time}
+                | names[s]
                 | values
                 | {"risk": self.risk, "separatrix": float(separatrix[s]), "tolerance": float(tolerance[s])}
                 | {"state": str(self.state[s])}
