@@ -411,7 +411,6 @@ def picture(runs: Sequence[Run], path: Path) -> None:
     ax.set_xlim(-0.02, 1.02)
     ax.set_xlabel("regret rate, 95 % interval")
     ax.set_title("Regrets by rule")
-    ax.legend(frameon=False)
     ax = axes[1]
     ax.plot([0, 1], [0, 1], color=PALETTE["grey"], linestyle="--", label="bound met exactly")
     for number, (_, _, mean, count, regrets, left) in enumerate(calibration(runs)):
@@ -423,7 +422,6 @@ def picture(runs: Sequence[Run], path: Path) -> None:
     ax.set_xlabel("predicted bound on the escape probability")
     ax.set_ylabel("share of regrets")
     ax.set_title("Reliability (decisions in each bin)")
-    ax.legend(frameon=False, loc="upper left")
     ax = axes[2]
     styles = {shadow.DERIVED: (PALETTE["blue"], "-")}
     marks = ((PALETTE["vermillion"], ":"), (PALETTE["orange"], "--"), (PALETTE["purple"], "-."))
@@ -437,7 +435,9 @@ def picture(runs: Sequence[Run], path: Path) -> None:
     ax.set_xlabel("steps from decision to θ = 0")
     ax.set_ylabel("share of confirmed decisions")
     ax.set_title("How early the rules decide")
-    ax.legend(frameon=False)
+    for ax in axes:
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, loc="best")
     figure.savefig(path)
 
 
