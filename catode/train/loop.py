@@ -333,7 +333,7 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         memory=config.memory,
         width_multiple=config.width_multiple,
         round_to=config.round_to,
-        shadow=config.shadow,
+        shadow=len(setup.schedule) if config.shadow else None,
         step_times=setup.step_times,
         seed=config.seed,
         group=setup.group,

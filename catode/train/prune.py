@@ -144,7 +144,8 @@ class Pruner:
             keep probability folded into its weights, so that the network does not change, and trained on without a gate.
         step_times: Price by these measured times (see `catode.train.steptime`) in place of MACs.
         shadow: Decide, but remove nothing before its theta is 0; the attribute `shadow` then holds what several rules
-            would have removed and what became of it (see `catode.train.shadow`). Not with a target or `round_to`.
+            would have removed and what became of it (see `catode.train.shadow`). What they decided and what is open after
+            `steps` is watched, gated, up to this step. None: remove. Not with a target or `round_to`.
         seed: Seed of the gate draws.
         group: Processes that train together, each on its share of every batch (see `catode.train.distributed`); None for
             this one alone. Gradients must be averaged over them before the optimizer's step. A probe takes its images
@@ -190,7 +191,7 @@ class Pruner:
         width_multiple: int = 1,
         round_to: int = 1,
         step_times: Sequence[Table] | None = None,
-        shadow: bool = False,
+        shadow: int | None = None,
         seed: int = 0,
         group: Group | None = None,
     ):
@@ -234,13 +235,14 @@ class Pruner:
         self.target = Target.choose(self.complexity, target_macs, target_params)
         if step_times is not None:
             self.complexity = MeasuredComplexity(self.complexity, step_times)
-        if shadow and (self.target is not None or self.round_to > 1):
+        if shadow is not None and (self.target is not None or self.round_to > 1):
             raise ValueError(
-                "`shadow` must be off with a target or round_to, whose removals depend on each other; got shadow=True. "
-                "Leave the target and round_to out."
+                "`shadow` must be None with a target or round_to, whose removals depend on each other; got "
+                f"shadow={shadow}. Leave the target and round_to out."
             )
         n, layers = self.complexity.size, len(self.blocks)
-        self.shadow = Shadow(n) if shadow else None
+        self.shadow = None if shadow is None else Shadow(n)
+        self._watch_until = self.steps if shadow is None else check_int("shadow", shadow, low=self.steps)
         self.is_layer = np.arange(n) < layers
         self.gated = np.where(self.is_layer, self.alpha > 0, self.alpha < 1)
         self.state = np.where(self.gated, UNDECIDED, COMMITTED).astype("<U16")
@@ -489,10 +491,11 @@ class Pruner:
         if place == self._burst[1] - 1:
             self._products.note_weights()
         check, final = None, self.done >= self.steps
-        if final or self.done % self.read_every == 0:
+        due = self.done in (self.steps, self._watch_until)
+        if due or self.done % self.read_every == 0:
             self.read()
             passed = self.done // self.check_every > (self.done - self.read_every) // self.check_every
-            if final or (passed and self.done > self.warmup):
+            if due or (passed and self.done > self.warmup):
                 check = self._check(step_time, final)
         if not self.finished:
             del self._drawn[0]
@@ -511,6 +514,7 @@ class Pruner:
         """
         if not self.finished:
             self.read()
+            self._watch_until = self.done
             self._check(_step_time(self.optimizer), final=True)
         self._slice(self.kept)
         return self.model
@@ -751,7 +755,10 @@ class Pruner:
         if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
             certain = refused if self.target.may_go(kept, open_ & kept).any() else open_ & kept
         certain &= ~zero & ~safe
-        down = open_ & ~zero & ~safe & ~certain & final
+        watched = np.zeros_like(open_)
+        if self.shadow and self.done < self._watch_until:
+            watched = open_ & ~zero & ~certain & self.shadow.watching()
+        down = open_ & ~zero & ~safe & ~certain & ~watched & final
         if self.target is None:
             down &= self.keep_prob < 0.5
         else:
@@ -759,7 +766,8 @@ class Pruner:
         waits = self._wait(zero | safe | down, found)
         zero, safe, down = zero & ~waits, safe & ~waits, down & ~waits
         kept = self.complexity.close(self.kept & ~zero & ~safe & ~down)
-        rounded = open_ & ~zero & ~safe & ~certain & (kept | down) & final  # the others went with their site or block
+        rounded = open_ & ~zero & ~safe & ~certain & ~watched & final
+        rounded &= kept | down  # the others went with their site or block
         rounded_up = waits & kept & (final | self._settled(open_ & ~certain & kept, waits))
         rounded |= rounded_up
         if not kept[self.is_layer].any():
@@ -768,7 +776,7 @@ class Pruner:
                 "as it stands is kept; choose a smaller nu."
             )
             kept, rounded, final = self.kept.copy(), open_, True
-            zero, safe, certain, rounded_up = np.zeros((4, len(open_)), dtype=bool)
+            zero, safe, certain, rounded_up, watched = np.zeros((5, len(open_)), dtype=bool)
         old = self.state.copy()
         self.state[certain] = COMMITTED
         self.state[safe] = PRUNED_TOLERANCE
@@ -786,7 +794,7 @@ class Pruner:
         removed = int((before & ~kept).sum())
         if removed or (self.state != UNDECIDED).sum() != (~open_).sum():
             self._compact(before, fold)
-        if final or not self.undecided:
+        if (final and not watched.any()) or not self.undecided:
             self._leave()
         elif self.target is not None:
             self._aim(enough & (self.state == UNDECIDED), self.nu * found["benefit"] / found["price"], progress)

@@ -198,14 +198,14 @@ def write(folder: Path) -> Path:
 
 
 def _read(folder: Path) -> _Run:
-    structure = _read_json(folder / "structure.json") if (folder / "structure.json").exists() else None
+    structure = read_json(folder / "structure.json") if (folder / "structure.json").exists() else None
     run = _Run(
         folder=folder,
-        config=_read_json(folder / "config.json"),
-        env=_read_json(folder / "env.json"),
+        config=read_json(folder / "config.json"),
+        env=read_json(folder / "env.json"),
         metrics=_numbers(folder / "metrics.csv", *_read_csv(folder / "metrics.csv", _METRIC_COLUMNS)),
         traces=_read_traces(folder / "structures.csv", structure),
-        result=_read_json(folder / "result.json"),
+        result=read_json(folder / "result.json"),
         structure=structure,
     )
     if structure is None:
@@ -237,7 +237,7 @@ def _missing(path: Path) -> FileNotFoundError:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -787,7 +787,7 @@ def _title(run: _Run) -> str:
     return f"{what}, {gated}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
     return "\n".join(lines)
@@ -819,7 +819,7 @@ def _headline(run: _Run) -> str:
         ("Share of the steps' time spent waiting for images", _waiting(run.metrics)),
         ("Seed", _format(result, "seed", str)),
     ]
-    return _table(("", "this run"), rows)
+    return markdown_table(("", "this run"), rows)
 
 
 _ABSENT = "not recorded"
@@ -903,7 +903,7 @@ def _structure_table(run: _Run) -> str:
             if layer.removed_at is not None:
                 decision += f" at step {layer['step'][layer.removed_at]:.0f}"
         rows.append((block, "kept" if sites[0].alive else "removed", ", ".join(widths) or "-", decision))
-    return "## Final structure\n\n" + _table(
+    return "## Final structure\n\n" + markdown_table(
         ("block", "fate", "hidden channels kept", "decision about the block"), rows
     )
 
@@ -911,7 +911,7 @@ def _structure_table(run: _Run) -> str:
 def _key_table(values: dict[str, Any]) -> str:
     if not values:
         return "Nothing was recorded."
-    return _table(("key", "value"), [(f"`{key}`", _plain(value)) for key, value in _flat(values)])
+    return markdown_table(("key", "value"), [(f"`{key}`", _plain(value)) for key, value in _flat(values)])
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -134,6 +134,11 @@ class Shadow:
         self.end(CONFIRMED, zero, step, time)
         self.end(REGRET, moved & (keep_prob == 1.0), step, time)
 
+    def watching(self) -> NDArray[np.bool_]:
+        """Structures with a decision, by a rule that looks at theta, whose observation is open, shape (n,)."""
+        looks = np.array([rule not in (FILTER, SCALE) for rule in RULES])
+        return ((self.step > 0) & (self.outcome == OUTCOMES.index(OPEN)))[looks].any(0)
+
     def end(self, outcome: str, which: NDArray[np.bool_], step: int, time: float) -> None:
         """End the observation of what was decided and is still open.
 

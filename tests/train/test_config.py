@@ -52,6 +52,7 @@ WRONG_FIELDS = [
     ("tol", -0.1),
     ("tol", 1.5),
     ("cost", "time"),
+    ("shadow", "yes"),
     ("round_to", 0),
     ("round_to", 8.0),
     ("estimator", "STE"),
@@ -133,6 +134,9 @@ WRONG_LINES = [
         "--resume nowhere",
         "`resume` must be the folder of a run that was cut off; got resume='nowhere', which holds no run.",
     ),
+    ("--shadow --nu 0", "`shadow` must be left out with nu=0"),
+    ("--shadow --target-macs 0.5", "`shadow` must be left out with nu=0, a target"),
+    ("--shadow --round-to 8", "`shadow` must be left out with nu=0, a target or round_to; got nu=3, round_to=8"),
     ("--seed -1", "`seed` must lie in [0, 4294967295]; got seed=-1."),
 ]
 

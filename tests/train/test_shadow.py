@@ -1,0 +1,316 @@
+"""Shadow runs: decisions by the rules' definitions, outcomes by first passage, nothing removed before theta is 0; compare."""
+
+from __future__ import annotations
+
+import csv
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from catode.train import compare, shadow
+from catode.train.__main__ import main
+from catode.train.data import load
+from catode.train.models import DenseResNet
+from catode.train.prune import PRUNED_TOLERANCE, PRUNED_ZERO, Pruner
+from catode.train.shadow import Shadow
+
+STEPS, AFTER = 160, 40
+
+
+def found(theta):
+    """What is measured of structures whose benefit is a tenth of their price."""
+    n = len(theta)
+    values = dict(
+        benefit=0.01, benefit_upper=0.02, benefit_lower=0.0, price=0.1, gain=0.5, decay=0.05, rate_ratio=1.0, noise=0.02
+    )
+    values |= dict(benefit_noise=0.0, drift=0.0, step_time=0.01)
+    return {"keep_prob": np.array(theta), **{name: np.full(n, value) for name, value in values.items()}}
+
+
+@settings(max_examples=60)
+@given(data=st.data(), every=st.integers(1, 4), n=st.integers(1, 3))
+def test_law_decisions_and_outcomes_are_those_of_the_definition(data, every, n):
+    levels = st.sampled_from([0.0, 0.0005, 0.04, 0.3, 0.5, 0.51, 0.9, 1.0])
+    paths = np.array(data.draw(st.lists(st.lists(levels, min_size=12, max_size=12), min_size=n, max_size=n)))
+    watch, gone = Shadow(n), np.zeros(n, dtype=bool)
+    sizes = {name: np.full(n, np.inf) for name in (shadow.FILTER, shadow.SCALE)}
+    for step in range(1, 13):
+        theta = np.where(gone, 0.0, paths[:, step - 1])
+        watch.passed(step, float(step), theta, ~gone)
+        gone |= theta == 0.0
+        if step % every == 0:
+            watch.decide(
+                step,
+                float(step),
+                found(theta),
+                ~gone,
+                safe=~gone & (theta <= 0.1),
+                tolerance_values=np.full(n, 0.1),
+                memory=np.zeros(n),
+                sizes=sizes,
+            )
+    rows = watch.rows([dict(kind="unit", block="b", site="s", index=i) for i in range(n)])
+    for rule, limit in ((shadow.DERIVED, 0.1), *((f"fixed {t:g}", t) for t in shadow.FIXED)):
+        for s in range(n):
+            zeros = np.flatnonzero(paths[s] == 0.0)
+            life = zeros[0] if len(zeros) else 12
+            checks = [k for k in range(every - 1, life, every) if 0.0 < paths[s, k] <= limit]
+            own = [row for row in rows if row["rule"] == rule and row["index"] == s]
+            assert [row["step"] for row in own] == [k + 1 for k in checks[:1]]
+            if own:
+                ends = [k for k in range(checks[0] + 1, 12) if paths[s, k] in (0.0, 1.0)][:1]
+                expected = {0.0: "confirmed", 1.0: "regret"}[paths[s, ends[0]]] if ends else "undecided"
+                assert own[0]["outcome"] == expected
+                assert own[0]["outcome_step"] == (ends[0] + 1 if ends else "")
+
+
+def test_rules_by_size_take_as_many_units_as_the_derived_one():
+    watch, sizes = Shadow(4), np.array([3.0, 1.0, 2.0, np.inf])
+    watch.decide(
+        5,
+        0.5,
+        found([0.01, 1.0, 1.0, 0.01]),
+        np.ones(4, dtype=bool),
+        safe=np.array([True, False, False, True]),  # one unit, and one that is none
+        tolerance_values=np.full(4, 0.1),
+        memory=np.zeros(4),
+        sizes={shadow.FILTER: sizes, shadow.SCALE: -sizes},
+    )
+    chosen = {
+        rule: np.flatnonzero(watch.step[shadow.RULES.index(rule)]).tolist() for rule in (shadow.FILTER, shadow.SCALE)
+    }
+    assert chosen[shadow.FILTER] == [1]
+    assert len(chosen[shadow.SCALE]) == 1
+
+
+def train(steps, **changes):
+    torch.manual_seed(0)
+    model = DenseResNet(64, 10, blocks=3, width=32, hidden=24)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    options = dict(nu=4.0, rate_ratio=0.015, steps=STEPS, warmup=20, check_every=2, probe_size=16, memory=50)
+    pruner = Pruner(model, torch.zeros(1, 1, 8, 8), optimizer=optimizer, **options | changes)
+    images = load("digits")
+    x = (images.train_images.float() / 255 - images.mean[0]) / images.std[0]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        part = torch.randint(len(x), (64,), generator=generator)
+        loss = F.cross_entropy(model.train()(x[part]), images.train_labels[part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruner.step()
+    return pruner
+
+
+@pytest.fixture(scope="module")
+def watched():
+    return train(STEPS + AFTER, shadow=STEPS + AFTER)
+
+
+def test_nothing_is_removed_before_its_theta_is_0(watched):
+    assert watched.finished
+    assert not (watched.state == PRUNED_TOLERANCE).any()
+    rows = watched.shadow.rows(watched.names())
+    derived = [row for row in rows if row["rule"] == shadow.DERIVED]
+    assert len(derived) >= 10 and all(0.0 < row["keep_prob"] <= row["tolerance"] for row in derived)
+    assert all(row["benefit_upper"] < row["price"] and row["escape"] <= watched.risk for row in derived)
+    zero = [(row["block"], row["index"]) for row in rows if row["rule"] == shadow.ZERO]
+    names = watched.names()
+    assert sorted(zero, key=str) == sorted(
+        [(names[s]["block"], names[s]["index"]) for s in np.flatnonzero(watched.state == PRUNED_ZERO)], key=str
+    )
+    confirmed = {(row["block"], row["index"]) for row in derived if row["outcome"] == "confirmed"}
+    assert confirmed and confirmed <= set(zero)
+
+
+def test_a_higher_risk_decides_no_later(watched):
+    steps = {rule: watched.shadow.step[i].astype(float) for i, rule in enumerate(shadow.RULES)}
+    for value in steps.values():
+        value[value == 0] = np.inf
+    order = [f"derived@{risk:g}" for risk in sorted(shadow.RISKS, reverse=True)]
+    assert all((steps[a] <= steps[b]).all() for a, b in pairwise(order))
+
+
+def test_what_is_open_at_the_end_of_deciding_is_watched_on():
+    pruner = train(STEPS, shadow=STEPS + AFTER)
+    open_ = pruner.state == "undecided"
+    assert open_.any() and not pruner.finished
+    assert (open_ <= pruner.shadow.watching()).all()
+
+
+def test_the_record_survives_a_checkpoint():
+    first = train(100, shadow=STEPS)
+    state = first.state_dict()
+    second = train(0, shadow=STEPS)
+    second.load_state_dict(state)
+    told = [[{k: str(v) for k, v in row.items()} for row in p.shadow.rows(p.names())] for p in (first, second)]
+    assert told[0] and told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(shadow=STEPS - 1), "`shadow` must be an integer of at least 160; got shadow=159"),
+        (dict(shadow=STEPS, target_macs=0.5), "`shadow` must be None with a target"),
+        (dict(shadow=STEPS, round_to=8), "`shadow` must be None with a target"),
+    ],
+)
+def test_wrong_settings_are_refused(change, message):
+    with pytest.raises(ValueError) as caught:
+        train(0, **change)
+    assert message in str(caught.value)
+
+
+def test_the_trainer_writes_the_record_and_compare_reads_it(tmp_path, capsys):
+    folder = tmp_path / "run"
+    line = "--shadow --arch resnet14 --epochs 2 --warmup-epochs 0.5 --nu 30 --sink-share 0.05 --threads 1"
+    assert main([*line.split(), "--out", str(folder)]) == 0
+    with (folder / shadow.FILE).open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert rows and set(rows[0]) == set(shadow.FIELDS) and {row["rule"] for row in rows} <= set(shadow.RULES)
+    capsys.readouterr()
+    assert compare.main([str(folder), "--out", str(tmp_path / "told")]) == 0
+    assert capsys.readouterr().out == (tmp_path / "told" / "compare.md").read_text()
+    assert (tmp_path / "told" / "compare.png").stat().st_size > 10_000
+
+
+# --- compare --------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, decisions, rows=()):
+    """A folder with shadow.csv of (rule, index, step, escape, outcome, outcome_step)."""
+    folder.mkdir()
+    config = dict(arch="net", dataset="digits", nu=1.0, alpha=0.5, beta=0.0, seed=0, risk=0.05, tol=None)
+    result = dict(
+        accuracy=0.9,
+        macs=5,
+        macs_dense=10,
+        layers_kept=1,
+        layers_total=2,
+        units_kept=3,
+        units_total=4,
+        decided_by_rule=1.0,
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").write_text(json.dumps(result))
+    with (folder / shadow.FILE).open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, shadow.FIELDS)
+        writer.writeheader()
+        for rule, index, step, escape, outcome, end in decisions:
+            numbers = {name: 0.01 for name in shadow.NUMBERS} | {"escape": escape}
+            place = dict(kind="unit", block="b", site="s", index=index)
+            writer.writerow(
+                dict(rule=rule, **place, step=step, **numbers, outcome=outcome, outcome_step=end, outcome_time="")
+            )
+    names = ["step", "kind", "block", "site", "index", "gain", "drift", "noise", "benefit_upper", "price"]
+    with (folder / "structures.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    return compare.read(folder)
+
+
+DECISIONS = [
+    *[(shadow.DERIVED, i, 10, 0.03, "confirmed", 20 + i) for i in range(6)],
+    (shadow.DERIVED, 6, 10, 0.03, "regret", 15),
+    (shadow.DERIVED, 7, 10, 0.03, "undecided", ""),
+    (shadow.DERIVED, 8, 10, 0.03, "promoted", 30),
+    ("fixed 0.5", 0, 10, 0.03, "confirmed", 20),
+    ("fixed 0.5", 9, 40, 0.7, "regret", 50),
+    *[
+        (shadow.ZERO, i, 20 + i, float("nan"), "undecided", "") for i in range(7)
+    ],  # 6 came back first, and went in the end
+]
+
+
+def test_scores_are_those_counted_by_hand(tmp_path):
+    run = write(tmp_path / "a", DECISIONS)
+    score = compare.rules([run])[shadow.DERIVED]
+    assert (score.decisions, score.confirmed, score.regrets, score.open) == (9, 6, 1, 2)
+    assert score.low == compare.interval(1, 9)[0] and score.high == compare.interval(3, 9)[1]
+    assert (score.precision, score.recall) == (7 / 8, 1.0)
+    assert score.leads.tolist() == [10, 11, 12, 13, 14, 15, 16]
+    bins = compare.calibration([run])  # the one of `fixed 0.5` at the same step counts once
+    assert [(low, n, regrets, left) for low, _, _, n, regrets, left in bins] == [(0.02, 9, 1, 2), (0.5, 1, 1, 0)]
+
+
+def test_two_runs_add_up(tmp_path):
+    runs = [write(tmp_path / "a", DECISIONS), compare.read(tmp_path / "a", 1)]
+    assert compare.rules(runs)[shadow.DERIVED].decisions == 18
+    assert compare.rules(runs)[shadow.DERIVED].recall == 1.0
+
+
+def test_excess_over_a_bound_is_counted_up_to_the_end_of_the_observation(tmp_path):
+    place = dict(kind="unit", block="b", site="s", drift=0.0, noise=1.0, benefit_upper=0.1, price=1.0)
+    rows = [
+        dict(place, index=0, step=10, gain=1.0),
+        dict(place, index=0, step=20, gain=3.0),
+        dict(place, index=0, step=30, gain=9.0),  # after the observation
+        dict(place, index=6, step=10, gain=1.0),
+        dict(place, index=6, step=15, gain=0.5) | {"benefit_upper": 1.5},
+    ]
+    told = compare.assumptions([write(tmp_path / "a", DECISIONS, rows)])
+    assert told["gain"] == (2, 1, 0, 3.0)
+    assert told["benefit"] == (2, 1, 1, 1.5)
+    assert told["drift"][:2] == (2, 0)
+
+
+@given(n=st.integers(1, 300), share=st.floats(0, 1))
+def test_law_the_interval_is_clopper_pearsons(n, share):
+    k = round(share * n)
+    low, high = compare.interval(k, n)
+    assert 0.0 <= low <= k / n <= high <= 1.0
+    if k > 0:
+        assert binom.sf(k - 1, n, low) == pytest.approx(0.025, rel=1e-6)
+    if k < n:
+        assert binom.cdf(k, n, high) == pytest.approx(0.025, rel=1e-6)
+    assert compare.interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+def test_known_interval():
+    assert compare.interval(0, 72)[1] == pytest.approx(1 - 0.025 ** (1 / 72), rel=1e-12)
+    assert compare.interval(0, 0) == (0.0, 1.0)
+
+
+def break_(name, content):
+    def do(folder):
+        (folder / name).unlink() if content is None else (folder / name).write_text(content)
+
+    return do
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (break_("config.json", None), "`folder` must hold config.json"),
+        (break_("structures.csv", None), "`folder` must hold structures.csv"),
+        (break_("result.json", "{"), "result.json must hold valid JSON"),
+        (break_("shadow.csv", "rule,step\nderived,ten\n"), "shadow.csv must have a decision in every row"),
+    ],
+)
+def test_damaged_folders_cost_one_line(tmp_path, capsys, damage, expected):
+    write(tmp_path / "a", DECISIONS)
+    damage(tmp_path / "a")
+    assert compare.main([str(tmp_path / "a")]) == 2
+    told = capsys.readouterr()
+    assert expected in told.err and told.err.count("\n") == 1 and not told.out
+
+
+def test_no_folder_is_one_line(capsys):
+    assert compare.main([]) == 2
+    assert "FOLDER" in capsys.readouterr().err
+
+
+def test_runs_that_are_no_shadow_runs_are_listed(tmp_path, capsys):
+    write(tmp_path / "a", [])
+    assert compare.main([str(tmp_path / "a"), "--out", str(tmp_path / "told")]) == 0
+    assert "nothing to say about regrets" in capsys.readouterr().out
+    assert not (tmp_path / "told" / "compare.png").exists()
