@@ -1,9 +1,10 @@
-"""The notebooks as they lie in git: stripped, of one format, made of code that imports what exists. Running them is `.ci/notebooks`."""
+"""The notebooks as they lie in git: stripped, of one format, importing what exists. `.ci/notebooks` runs them."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import json
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_nothing_that_running_leaves_behind_is_stored(notebook):
 def test_it_begins_with_a_title_and_explains_before_each_piece_of_code(notebook):
     kinds = [cell["cell_type"] for cell in notebook["cells"]]
     assert "".join(notebook["cells"][0]["source"]).startswith("# ")
-    assert not any(pair == ("code", "code") for pair in zip(kinds[2:], kinds[3:], strict=False))
+    assert not any(pair == ("code", "code") for pair in itertools.pairwise(kinds[1:]))
 
 
 def test_everything_imported_from_the_package_exists(notebook):
