@@ -66,6 +66,8 @@ def subset(setup: loop.Setup, number: int | None) -> loop.Setup:
 
 def train(configs: Sequence[Config], images: int | None) -> list[Epochs]:
     """Train networks in turn, an epoch each."""
+    for config in configs:
+        Path(config.out).mkdir(parents=True)
     trainers = [loop._Trainer(subset(loop.prepare(c), images), Path(c.out), progress=False) for c in configs]
     found = [Epochs([], [], []) for _ in trainers]
     for epoch in range(configs[0].epochs):

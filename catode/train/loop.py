@@ -316,6 +316,8 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         beta=config.beta,
         risk=config.risk,
         tolerance=config.tol,
+        prior=config.prior,
+        images=len(setup.images.train_labels),
         target_macs=config.target_macs,
         target_params=config.target_params,
         rate_ratio=setup.rate_ratio,
@@ -515,6 +517,7 @@ class _Trainer:
         self.loss = math.nan  # of the last step that was read
         self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
         self.seconds, self.cpu_seconds = 0.0, 0.0
+        self.mark = time.perf_counter(), time.process_time()
         self.sums = self.no_sums()
         if state:
             self.restore(state)
