@@ -148,8 +148,8 @@ class Pruner:
             keep probability folded into its weights, so that the network does not change, and trained on without a gate.
         step_times: Price by these measured times (see `catode.train.steptime`) in place of MACs.
         shadow: Decide, but remove nothing before its theta is 0; the attribute `shadow` then holds what several rules
-            would have removed and what became of it (see `catode.train.shadow`). What they decided and what is open after
-            `steps` is watched, gated, up to this step. None: remove. Not with a target or `round_to`.
+            would have removed and what became of it (see `catode.train.shadow`). Decisions end after `steps`; what is
+            open then is watched, gated, up to this step. None: remove. Not with a target or `round_to`.
         seed: Seed of the gate draws.
         group: Processes that train together, each on its share of every batch (see `catode.train.distributed`); None for
             this one alone. Gradients must be averaged over them before the optimizer's step. A probe takes its images
@@ -756,7 +756,9 @@ class Pruner:
         known = open_ & ~np.isnan(separatrix)
         zero = open_ & self._zero
         safe = known & ~zero & (found["benefit_upper"] < found["price"]) & (self.keep_prob <= tolerance)
-        if self.shadow:
+        if self.shadow and self.done > self.steps:  # nothing is decided any more
+            safe = np.zeros_like(safe)
+        elif self.shadow:
             self._watch(found, known & ~zero, safe, tolerance)
             safe = np.zeros_like(safe)
         elif not final:

@@ -146,6 +146,11 @@ def test_what_is_open_at_the_end_of_deciding_is_watched_on():
     assert (open_ <= pruner.shadow.watching()).all()
 
 
+def test_decisions_end_with_the_deciding_phase(watched):
+    rows = watched.shadow.rows(watched.names())
+    assert max(row["step"] for row in rows if row["rule"] != shadow.ZERO) <= STEPS < max(row["step"] for row in rows)
+
+
 def test_the_record_survives_a_checkpoint():
     first = train(100, shadow=STEPS)
     state = first.state_dict()
