@@ -126,7 +126,7 @@ def main() -> None:
         common = dict(dataset=args.dataset, data_dir=args.data_dir) | overrides(args.set)
         configs = [
             Config.from_presets(**common | {"out": f"{folder}/{name}"} | own)
-            for name, own in (("ungated", {"nu": 0.0}), ("pruned", {}))
+            for name, own in (("ungated", {"nu": 0.0, "target_macs": None, "target_params": None}), ("pruned", {}))
         ]
         plain, pruned = train(configs, args.images)
     table, totals = report(plain, pruned)
