@@ -31,7 +31,7 @@ from benchmarks._common import (
     read_rows,
     spread,
 )
-from catode.train import run
+from catode.train import run, shadow
 from catode.train.config import Config
 
 KINDS = {"pruned": {}, "dense": {"nu": 0.0}, "narrow": {"nu": 0.0}, "short": {"nu": 0.0, "arch": "resnet14"}}
@@ -137,6 +137,8 @@ def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
     for name, content in (("config", config), ("result", record.result), ("env", record.env)):
         (to / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (to / "metrics.csv.gz").write_bytes(_packed(read_rows(folder, "metrics.csv")))
+    if (folder / shadow.FILE).exists():
+        (to / f"{shadow.FILE}.gz").write_bytes(_packed(read_rows(folder, shadow.FILE)))
     rows = read_rows(folder, "structures.csv")
     every, packed = 1, _packed(rows)
     while len(packed) > limit and every < len(rows):

@@ -3,7 +3,7 @@
     python -m benchmarks.end_to_end [--dataset NAME] [--data-dir DIR] [--images N] [--set NAME=VALUE ...] [--write NAME]
 
 One process trains both in turn, an epoch each, so that a drift of the machine falls on both alike; everything that an
-epoch does is counted: measuring, checks, compaction, evaluation. CPU time counts the work of all threads and is the
+epoch does is counted: measuring, checks, compaction, evaluation, the checkpoint. CPU time counts the work of all threads and is the
 steadier clock where a machine is shared; on an accelerator only wall time tells anything.
 """
 
@@ -66,12 +66,14 @@ def subset(setup: loop.Setup, number: int | None) -> loop.Setup:
 
 def train(configs: Sequence[Config], images: int | None) -> list[Epochs]:
     """Train networks in turn, an epoch each."""
+    for config in configs:
+        Path(config.out).mkdir(parents=True)
     trainers = [loop._Trainer(subset(loop.prepare(c), images), Path(c.out), progress=False) for c in configs]
     found = [Epochs([], [], []) for _ in trainers]
-    for epoch in range(configs[0].epochs):
+    for _ in range(configs[0].epochs):
         for trainer, own in zip(trainers, found, strict=True):
             wall, cpu = time.perf_counter(), time.process_time()
-            own.rows.append(trainer.epoch(epoch))
+            own.rows.append(trainer.advance())
             own.cpu.append(time.process_time() - cpu)
             own.wall.append(time.perf_counter() - wall)
     for trainer in trainers:
@@ -124,7 +126,7 @@ def main() -> None:
         common = dict(dataset=args.dataset, data_dir=args.data_dir) | overrides(args.set)
         configs = [
             Config.from_presets(**common | {"out": f"{folder}/{name}"} | own)
-            for name, own in (("ungated", {"nu": 0.0}), ("pruned", {}))
+            for name, own in (("ungated", {"nu": 0.0, "target_macs": None, "target_params": None}), ("pruned", {}))
         ]
         plain, pruned = train(configs, args.images)
     table, totals = report(plain, pruned)

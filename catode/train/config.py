@@ -418,6 +418,13 @@ class Config:
         mend="Use 0.1 if in doubt.",
     )
 
+    prior: str = _text(
+        "flattening",
+        "pruning",
+        "prior of the gates: the flattening hyper-prior, or a rival of it to compare with, which needs --tol: a fixed "
+        "Bernoulli prior, or thetas that are sigmoids as in hard-concrete L0 gates",
+        choices=("flattening", "bernoulli", "concrete"),
+    )
     shadow: bool = _switch(
         False,
         "pruning",
@@ -663,6 +670,17 @@ class Config:
                     f"`{name}` must be left out unless dataset='folder'; got {name}={getattr(self, name):g} with "
                     f"dataset={self.dataset!r}. Leave it out."
                 )
+        if self.prior != "flattening" and (
+            self.tol is None or self.shadow or (self.target_macs, self.target_params) != (None, None)
+        ):
+            raise ConfigError(
+                f"`prior` must be flattening without --tol, with a target or with shadow; got prior={self.prior!r}. "
+                "The derived tolerances hold for it alone: add --tol 0.01."
+            )
+        if self.prior == "concrete" and self.initial_keep_prob == 1.0:
+            raise ConfigError(
+                "`initial_keep_prob` must be below 1 with prior=concrete, which never leaves 1; got initial_keep_prob=1. Use 0.9."
+            )
         if self.shadow and (
             self.nu == 0 or self.round_to > 1 or (self.target_macs, self.target_params) != (None, None)
         ):

@@ -316,6 +316,8 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         beta=config.beta,
         risk=config.risk,
         tolerance=config.tol,
+        prior=config.prior,
+        images=len(setup.images.train_labels),
         target_macs=config.target_macs,
         target_params=config.target_params,
         rate_ratio=setup.rate_ratio,
@@ -515,6 +517,7 @@ class _Trainer:
         self.loss = math.nan  # of the last step that was read
         self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
         self.seconds, self.cpu_seconds = 0.0, 0.0
+        self.mark = time.perf_counter(), time.process_time()
         self.sums = self.no_sums()
         if state:
             self.restore(state)
@@ -541,20 +544,25 @@ class _Trainer:
     def train(self) -> None:
         self.mark = time.perf_counter(), time.process_time()
         while self.epochs_done < self.config.epochs:
-            row = self.epoch(self.epochs_done)
-            self.epochs_done += 1
-            self.sums = self.no_sums()
-            self.tick()
-            row["seconds"] = self.seconds
-            self.metrics.add([row])
-            if self.board is not None:
-                self.board.add(row, self.pruner.keep_prob_by_kind() if self.pruner else {})
-            self.save_state()
+            self.advance()
         executed = count(self.model, self.setup.example).macs
         if self.pruner is not None:
             self.pruner.finish()
         if self.group.leads:
             self.result(executed)
+
+    def advance(self) -> dict:
+        """Train one epoch, or what is left of it, and save; returns its row of metrics.csv."""
+        row = self.epoch(self.epochs_done)
+        self.epochs_done += 1
+        self.sums = self.no_sums()
+        self.tick()
+        row["seconds"] = self.seconds
+        self.metrics.add([row])
+        if self.board is not None:
+            self.board.add(row, self.pruner.keep_prob_by_kind() if self.pruner else {})
+        self.save_state()
+        return row
 
     def epoch(self, epoch: int) -> dict:
         self.model.train()

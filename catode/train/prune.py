@@ -31,6 +31,7 @@ from catode.train.distributed import Group, norms_are_shared
 from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, straight_through
 from catode.train.gates import Gates
 from catode.train.measure import LEAST_EVIDENCE, Evidence, GradientProducts, summary
+from catode.train.priors import PRIORS
 from catode.train.shadow import Shadow
 from catode.train.steptime import MeasuredComplexity, Table
 from catode.train.structure import Block, Counts, Prunable, Site, describe
@@ -120,6 +121,9 @@ class Pruner:
         beta: Parameters (1) against MACs (0).
         risk: Accepted probability of removing what would not have gone by itself, in (0, 0.5).
         tolerance: A fixed tolerance on theta in place of the derived one.
+        prior: One of `catode.train.priors.PRIORS`. The tolerances and commitments are those of `flattening`; its rivals
+            take a fixed `tolerance`, and what does not sink below it is rounded in the end.
+        images: Number of training images, which `bernoulli` needs.
         target_macs: Share of the MACs to end at, in (0, 1); sets nu while training (see `catode.train.target`).
         target_params: The same for parameters.
         warmup: Steps before any theta moves. The first part of a long one is trained without gates (if thetas start at 1):
@@ -144,8 +148,8 @@ class Pruner:
             keep probability folded into its weights, so that the network does not change, and trained on without a gate.
         step_times: Price by these measured times (see `catode.train.steptime`) in place of MACs.
         shadow: Decide, but remove nothing before its theta is 0; the attribute `shadow` then holds what several rules
-            would have removed and what became of it (see `catode.train.shadow`). What they decided and what is open after
-            `steps` is watched, gated, up to this step. None: remove. Not with a target or `round_to`.
+            would have removed and what became of it (see `catode.train.shadow`). Decisions end after `steps`; what is
+            open then is watched, gated, up to this step. None: remove. Not with a target or `round_to`.
         seed: Seed of the gate draws.
         group: Processes that train together, each on its share of every batch (see `catode.train.distributed`); None for
             this one alone. Gradients must be averaged over them before the optimizer's step. A probe takes its images
@@ -175,6 +179,8 @@ class Pruner:
         beta: float = 0.0,
         risk: float = 0.05,
         tolerance: float | None = None,
+        prior: str = "flattening",
+        images: int | None = None,
         target_macs: float | None = None,
         target_params: float | None = None,
         warmup: int = 0,
@@ -205,6 +211,23 @@ class Pruner:
         self.beta = check_interval("beta", beta, 0.0, 1.0)
         self.risk = check_interval("risk", risk, 0.0, 0.5, low_open=True, high_open=True)
         self.tolerance = None if tolerance is None else check_interval("tolerance", tolerance, 0.0, 1.0)
+        self.prior = check_choice("prior", prior, PRIORS)
+        if prior != "flattening" and (
+            tolerance is None or shadow is not None or (target_macs, target_params) != (None, None)
+        ):
+            raise ValueError(
+                f"`prior` must be flattening without a fixed tolerance, with a target or with shadow; got prior={prior!r}. "
+                "The derived tolerances hold for it alone."
+            )
+        if prior == "concrete" and initial_keep_prob == 1.0:
+            raise ValueError(
+                "`initial_keep_prob` must be below 1 with prior='concrete', which never leaves 1; got 1.0. Use 0.9."
+            )
+        self.images = None if images is None else check_int("images", images, low=1)
+        if prior == "bernoulli" and images is None:
+            raise ValueError(
+                "`images` must be given with prior='bernoulli'; got None. It is the number of training images."
+            )
         self.steps = check_int("steps", steps, low=1)
         if rate_ratio is None:
             rate_ratio = 10.0 / (self.steps * _step_time(optimizer))
@@ -691,13 +714,13 @@ class Pruner:
         return [int(candidates[(self._turn[layers] + i) % len(candidates)]) for i in range(count)]
 
     def _move(self, estimate: NDArray, seen: NDArray[np.bool_], done: int) -> None:
-        """Projected SGD step of theta, of training step `done`, with the prices of this moment; pools the evidence."""
+        """SGD step of theta under its prior, of training step `done`, with the prices of this moment; pools the evidence."""
         self._evidence.add(estimate, seen, self.time, self._pending)
         if done > self.warmup:
             upper = self._evidence.limits()[1]
             moving = seen & ~self._zero & self._evidence.enough & np.isfinite(upper)
-            speed = self.rate_ratio[moving] * (self.prices() - upper)[moving]
-            self.keep_prob[moving] = np.clip(self.keep_prob[moving] - self._pending[moving] * speed, 0.0, 1.0)
+            force, step = (upper - self.prices())[moving], (self.rate_ratio * self._pending)[moving]
+            self.keep_prob[moving] = PRIORS[self.prior](self.keep_prob[moving], force, step, self.images)
             self._zero |= moving & (self.keep_prob == 0.0)  # absorbed: removed at the next check
             if self.shadow:
                 self.shadow.passed(done, self.time, self.keep_prob, moving)
@@ -733,7 +756,9 @@ class Pruner:
         known = open_ & ~np.isnan(separatrix)
         zero = open_ & self._zero
         safe = known & ~zero & (found["benefit_upper"] < found["price"]) & (self.keep_prob <= tolerance)
-        if self.shadow:
+        if self.shadow and self.done > self.steps:  # nothing is decided any more
+            safe = np.zeros_like(safe)
+        elif self.shadow:
             self._watch(found, known & ~zero, safe, tolerance)
             safe = np.zeros_like(safe)
         elif not final:
@@ -754,7 +779,7 @@ class Pruner:
         )
         if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
             certain = refused if self.target.may_go(kept, open_ & kept).any() else open_ & kept
-        certain &= ~zero & ~safe
+        certain &= ~zero & ~safe & (self.prior == "flattening")
         watched = np.zeros_like(open_)
         if self.shadow and self.done < self._watch_until:
             watched = open_ & ~zero & ~certain & self.shadow.watching()

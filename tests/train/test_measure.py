@@ -250,3 +250,25 @@ def test_attaching_starts_a_new_burst():
     products.attach(model, list(enumerate(blocks)), present(blocks)[0])
     products.add(np.ones(size))
     assert not products.gain.count.any()
+
+
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 1000), arch=st.sampled_from(["resnet14", "resnet50"]))
+def test_law_homogeneity_is_no_assumption_here_but_exact(seed, arch):
+    """Degree 1 in what makes a unit behind its norm and in what reads it: both have the same w . grad L (THEORY 4)."""
+    torch.manual_seed(seed)
+    model = build(arch, in_channels=3, classes=10, stem="cifar", hidden_scale=0.25).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    images, labels = torch.randn(4, 3, 8, 8).double(), torch.randint(10, (4,))
+    nn.functional.cross_entropy(model(images), labels).backward()
+    for site in (site for block in model.structures() for site in block.sites):
+        norm = [m for m in map(model.get_submodule, site.producers) if isinstance(m, nn.BatchNorm2d)]
+        made = sum((p * p.grad for m in norm for p in m.parameters()), torch.zeros(()))
+        read = sum(
+            (m.weight * m.weight.grad).transpose(0, 1).flatten(1).sum(1)
+            for m in map(model.get_submodule, site.consumers)
+        )
+        assert made.detach().numpy() == pytest.approx(read.detach().numpy(), rel=1e-6, abs=1e-12)
