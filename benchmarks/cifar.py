@@ -124,7 +124,7 @@ def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
     Args:
         folder: The run.
         target: Folder for the records; the run gets a folder of its own name there.
-        limit: Most bytes of structures.csv.gz. Every structure's decisive row stays, of the checks every k-th.
+        limit: Most bytes of structures.csv.gz. Every structure's decisive rows stay, of the checks every k-th.
 
     Returns:
         Bytes written.
@@ -139,24 +139,31 @@ def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
     (to / "metrics.csv.gz").write_bytes(_packed(read_rows(folder, "metrics.csv")))
     if (folder / shadow.FILE).exists():
         (to / f"{shadow.FILE}.gz").write_bytes(_packed(read_rows(folder, shadow.FILE)))
-    rows = read_rows(folder, "structures.csv")
+    rows, decided = read_rows(folder, "structures.csv"), set()
+    if (folder / shadow.FILE).exists():
+        lines = read_rows(folder, shadow.FILE)
+        decided = {(*_name(line), line["step"]) for line in lines if line["rule"] == shadow.DERIVED}
     every, packed = 1, _packed(rows)
     while len(packed) > limit and every < len(rows):
         every *= 2
-        packed = _packed(_thinned(rows, every))
+        packed = _packed(_thinned(rows, every, decided))
     (to / "structures.csv.gz").write_bytes(packed)
     return sum(path.stat().st_size for path in to.iterdir())
 
 
 def _last(rows: list[dict[str, str]]) -> dict[tuple[str, ...], int]:
     """Number of each structure's last row."""
-    return {(row["kind"], row["block"], row["site"], row["index"]): i for i, row in enumerate(rows)}
+    return {_name(row): i for i, row in enumerate(rows)}
 
 
-def _thinned(rows: list[dict[str, str]], every: int) -> list[dict[str, str]]:
-    """Rows of every k-th check, and the last row of each structure, which holds its decision."""
+def _name(row: dict[str, str]) -> tuple[str, ...]:
+    return row["kind"], row["block"], row["site"], row["index"]
+
+
+def _thinned(rows: list[dict[str, str]], every: int, decided: set[tuple[str, ...]]) -> list[dict[str, str]]:
+    """Rows of every k-th check, the last row of each structure, which holds its decision, and those of shadow decisions."""
     steps = {step: i for i, step in enumerate(dict.fromkeys(row["step"] for row in rows))}
-    keep = set(_last(rows).values())
+    keep = set(_last(rows).values()) | {i for i, row in enumerate(rows) if (*_name(row), row["step"]) in decided}
     return [row for i, row in enumerate(rows) if i in keep or steps[row["step"]] % every == 0]
 
 

@@ -75,7 +75,7 @@ def test_a_condensed_run_keeps_every_decision_and_no_path(tmp_path):
     (folder / "config.json").write_text(json.dumps(made.config | {"data_dir": "/secret/place/data"}))
     (folder / "result.json").write_text(json.dumps(made.result))
     (folder / "env.json").write_text(json.dumps(made.env))
-    names = ["step", "kind", "block", "site", "index", "keep_prob", "state"]
+    names = ["step", "kind", "block", "site", "index", "keep_prob", "state", "rule"]
     for name in ("metrics.csv", "structures.csv", shadow.FILE):
         with (folder / name).open("w", newline="") as stream:
             writer = csv.DictWriter(stream, names)
@@ -84,13 +84,15 @@ def test_a_condensed_run_keeps_every_decision_and_no_path(tmp_path):
                 for index in range(3):
                     state = "committed" if step == 199 - index else "undecided"
                     keep = 0.123456789 * step
-                    writer.writerow(dict(zip(names, (step, "unit", "b", "s", index, keep, state), strict=True)))
+                    rule = shadow.DERIVED if (step, index) == (101, 2) else shadow.ZERO
+                    writer.writerow(dict(zip(names, (step, "unit", "b", "s", index, keep, state, rule), strict=True)))
     cifar.condense(folder, tmp_path / "to", limit=1500)
     to = tmp_path / "to" / "run"
     assert "/secret" not in (to / "config.json").read_text()
     assert (to / "structures.csv.gz").stat().st_size <= 1500
     kept = read_rows(to, "structures.csv")
     assert len(kept) < 600
+    assert ("101", "2") in {(row["step"], row["index"]) for row in kept}
     last = {row["index"]: row for row in kept}
     assert last["0"]["step"] == "199" and float(last["0"]["keep_prob"]) == pytest.approx(0.123456789 * 199)
     assert len(read_rows(to, shadow.FILE)) == 600
