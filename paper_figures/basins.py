@@ -71,7 +71,9 @@ def _tolerances(ax) -> None:
     benefit = np.linspace(0.0, 0.16, 300)
     for factor, width, suffix in ((1.0, 1.0, ""), (4.0, 2.2, ", θ 4 x as fast")):
         system = replace(BENEFIT, rate_ratio=factor * BENEFIT.rate_ratio)
-        ax.plot(benefit, system.separatrix(benefit), color=PALETTE["black"], linewidth=width, label=f"separatrix{suffix}")
+        ax.plot(
+            benefit, system.separatrix(benefit), color=PALETTE["black"], linewidth=width, label=f"separatrix{suffix}"
+        )
     inputs = {name: getattr(BENEFIT, name) for name in ("price", "gain", "decay", "rate_ratio", "drift")}
     for risk, color, line in RISKS:
         found = tolerance.derive(benefit=benefit, risk=risk, **inputs, **NOISE).values

@@ -49,11 +49,11 @@ def keep_probabilities(run: report.Run, steps: NDArray) -> dict[tuple[str, str, 
         recorded = trace["step"]
         place = np.searchsorted(recorded, steps, side="right") - 1
         theta = np.where(place >= 0, trace["keep_prob"][np.maximum(place, 0)], run.config["initial_keep_prob"])
-        if trace.removed:  # committed once, it went with its block, unrecorded
-            by = trace if trace.removed_at is not None else layers[trace.block]
-            theta = np.where(steps >= by["step"][by.removed_at], 0.0, np.where(steps > recorded[-1], 1.0, theta))
-        else:
+        if not trace.removed or trace.removed_at is None:  # committed, or rounded up, and recorded no more
             theta = np.where(steps >= recorded[-1], 1.0, theta)
+        gone = trace.gone_at(layers)
+        if gone is not None:
+            theta = np.where(steps >= gone, 0.0, theta)
         found[trace.block, trace.site, trace.index] = theta
     return found
 
@@ -88,10 +88,14 @@ def check(run: report.Run) -> Check:
     for name, (_, should, is_) in layers.items():
         if should != is_:
             raise ValueError(f"`{name}` must have the expected {should:g} MACs at the end; got {is_} in {run.folder}.")
-    for what, should, values in (("MACs", expected[-1, 0], (total.macs, counted[-1, 0])),
-                                 ("parameters", expected[-1, 1], (total.params, counted[-1, 1]))):
+    for what, should, values in (
+        ("MACs", expected[-1, 0], (total.macs, counted[-1, 0])),
+        ("parameters", expected[-1, 1], (total.params, counted[-1, 1])),
+    ):
         if any(value != should for value in values):
-            raise ValueError(f"the network must have the expected {should:g} {what} at the end; got {values} in {run.folder}.")
+            raise ValueError(
+                f"the network must have the expected {should:g} {what} at the end; got {values} in {run.folder}."
+            )
     dense = np.array([whole.macs(np.ones(whole.size)), whole.params(np.ones(whole.size))])
     return Check(steps, expected, counted, dense, layers)
 
@@ -117,13 +121,31 @@ def make(data: Data) -> Made:
         epoch = np.r_[0.0, run.metrics["epoch"]]
         for i, (ax, what) in enumerate(zip(axes, ("MACs", "parameters"), strict=False)):
             for one in checks[1:]:
-                ax.plot(epoch, np.r_[1.0, one.expected[:, i] / one.dense[i]], color=PALETTE["blue"], alpha=0.25, linewidth=1)
-                ax.plot(epoch, np.r_[1.0, one.counted[:, i] / one.dense[i]], color=PALETTE["vermillion"], alpha=0.25,
-                        linewidth=1, drawstyle="steps-post")
-            ax.plot(epoch, np.r_[1.0, first.counted[:, i] / first.dense[i]], color=PALETTE["vermillion"],
-                    drawstyle="steps-post", label="counted, network as it stands")
-            ax.plot(epoch, np.r_[1.0, first.expected[:, i] / first.dense[i]], "--", color=PALETTE["blue"],
-                    label="expected under θ")
+                ax.plot(
+                    epoch, np.r_[1.0, one.expected[:, i] / one.dense[i]], color=PALETTE["blue"], alpha=0.25, linewidth=1
+                )
+                ax.plot(
+                    epoch,
+                    np.r_[1.0, one.counted[:, i] / one.dense[i]],
+                    color=PALETTE["vermillion"],
+                    alpha=0.25,
+                    linewidth=1,
+                    drawstyle="steps-post",
+                )
+            ax.plot(
+                epoch,
+                np.r_[1.0, first.counted[:, i] / first.dense[i]],
+                color=PALETTE["vermillion"],
+                drawstyle="steps-post",
+                label="counted, network as it stands",
+            )
+            ax.plot(
+                epoch,
+                np.r_[1.0, first.expected[:, i] / first.dense[i]],
+                "--",
+                color=PALETTE["blue"],
+                label="expected under θ",
+            )
             ax.set_title(f"{what} of the whole network")
             ax.set_xlabel("epoch")
             ax.set_xlim(0, epoch[-1])
@@ -135,8 +157,23 @@ def make(data: Data) -> Made:
         values = np.array(list(first.layers.values())) / 1e3
         x = np.arange(len(values))
         ax.bar(x, values[:, 0], width=0.8, color="#E3E3E3", label="dense")
-        ax.bar(x, values[:, 2], width=0.8, color=PALETTE["vermillion"], alpha=0.75, label="counted while the compact network runs")
-        ax.plot(x, values[:, 1], "D", color=PALETTE["blue"], markeredgecolor="white", markersize=6, label="expected from the final θ")
+        ax.bar(
+            x,
+            values[:, 2],
+            width=0.8,
+            color=PALETTE["vermillion"],
+            alpha=0.75,
+            label="counted while the compact network runs",
+        )
+        ax.plot(
+            x,
+            values[:, 1],
+            "D",
+            color=PALETTE["blue"],
+            markeredgecolor="white",
+            markersize=6,
+            label="expected from the final θ",
+        )
         ax.set_xticks(x, list(first.layers), rotation=60, ha="right", rotation_mode="anchor")
         ax.set_xlim(-0.7, len(x) - 0.3)
         ax.grid(visible=False, axis="x")

@@ -6,10 +6,9 @@ of them together take minutes.
 
 from __future__ import annotations
 
-import gzip
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cached_property
@@ -96,6 +95,8 @@ def train(folder: Path, groups: Iterable[str], *, processes: int = 2) -> None:
 
 def _one(config: Config) -> None:
     """Train one run, or go on with it."""
+    if (Path(config.out) / "result.json").exists():  # trained by somebody else in the meantime
+        return
     if (Path(config.out) / "config.json").exists():
         config = replace(config, resume=config.out)
     run(config, progress=False)
@@ -125,6 +126,13 @@ class Data:
         """Digits runs with their paths over time."""
         return [self._once(report.read, folder) for folder in self.folders(name)]
 
+    def by_prior(self) -> dict[str, list[report.Run]]:
+        """Shadow runs by the prior that they were trained under."""
+        found: dict[str, list[report.Run]] = {}
+        for one in self.reports("shadow"):
+            found.setdefault(one.config.get("prior", "flattening"), []).append(one)
+        return found
+
     def results(self, name: str) -> list[cifar.Record]:
         """Digits runs with their last rows alone."""
         return [self._once(cifar.read, folder) for folder in self.folders(name)]
@@ -137,8 +145,10 @@ class Data:
         for folder in own + packed:
             one = self._once(compare.read, folder)
             found.setdefault(f"{one.config['dataset']}, {one.config['arch']}", []).append(one)
-        return {name: [replace(one, decisions=[replace(d, run=i) for d in one.decisions]) for i, one in enumerate(runs)]
-                for name, runs in found.items()}
+        return {
+            name: [replace(one, decisions=[replace(d, run=i) for d in one.decisions]) for i, one in enumerate(runs)]
+            for name, runs in found.items()
+        }
 
     @cached_property
     def records(self) -> list[cifar.Record]:
@@ -147,8 +157,11 @@ class Data:
 
     def record_reports(self) -> list[report.Run]:
         """The committed records of pruned runs with their paths over time."""
-        return [self._once(report.read, folder) for folder, one in zip(self._record_folders(), self.records, strict=True)
-                if one.kind == "pruned"]
+        return [
+            self._once(report.read, folder)
+            for folder, one in zip(self._record_folders(), self.records, strict=True)
+            if one.kind == "pruned"
+        ]
 
     def _record_folders(self) -> list[Path]:
         return sorted(path.parent for path in self.records_folder.glob("*/result.json"))

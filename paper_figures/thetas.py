@@ -41,8 +41,11 @@ def make(data: Data) -> Made:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     told = "; ".join(
         f"{dataset}, {seeds_text([run.config['seed']])}: "
-        + ", ".join(f"{sum(t.state == state for t in run.traces)} {report.LOOKS[state].text}" for state, _ in looks
-                    if any(t.state == state for t in run.traces))
+        + ", ".join(
+            f"{sum(t.state == state for t in run.traces)} {report.LOOKS[state].text}"
+            for state, _ in looks
+            if any(t.state == state for t in run.traces)
+        )
         for (dataset, _), run in first.items()
     )
     caption = (

@@ -45,7 +45,7 @@ _METRIC_COLUMNS = (
     "params",
     "wait_share",
 )
-_SYSTEM_COLUMNS = ("price", "gain", "decay", "rate_ratio", "drift")
+SYSTEM_COLUMNS = ("price", "gain", "decay", "rate_ratio", "drift")
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,20 @@ class Trace:
         if not self.removed or self.states[-1] in ("committed", "undecided"):
             return None
         return self.states.index(self.state)
+
+    def gone_at(self, layers: Mapping[str, Trace]) -> float | None:
+        """Step from which on the structure was not there; None where it stayed.
+
+        What had been committed and went with its block is recorded with the block alone; what is recorded nowhere counts as
+        gone from when it was last seen.
+
+        Args:
+            layers: The layers of the run by their block.
+        """
+        if not self.removed:
+            return None
+        own = next((t for t in (self, layers.get(self.block)) if t is not None and t.removed_at is not None), None)
+        return float(self["step"][-1] if own is None else own["step"][own.removed_at])
 
     @property
     def rows(self) -> slice:
@@ -399,7 +413,7 @@ def _theta(run: Run) -> _Picture | None:
         theta_panel(ax, run, kind)
         _epoch_axis(ax, run)
     figure.axes[0].set_ylabel("keep probability θ")
-    state_legend(figure, run.traces)
+    _state_legend(figure, run.traces)
     meaning = (
         "Removal above θ = 0 is the point of the method: below its tolerance a structure is on its way out, up to the "
         "stated risk, and need not be waited for."
@@ -464,7 +478,7 @@ def theta_panel(ax: Axes, run: Run, kind: str) -> None:
     ax.set_title(f"{_KINDS[kind]}: {len(traces)}")
 
 
-def state_legend(figure: Figure, traces: list[Trace], extra: Sequence[Any] = ()) -> None:
+def _state_legend(figure: Figure, traces: list[Trace], extra: Sequence[Any] = ()) -> None:
     """Put one legend below the panels: the states that occur, with their numbers by kind."""
     handles = []
     for state, look in LOOKS.items():
@@ -627,7 +641,7 @@ def _phase(run: Run) -> _Picture | None:
         ax.set_ylabel("")
     for text, handle in extra.items():
         handle.set_label(text)
-    state_legend(figure, chosen, list(extra.values()))
+    _state_legend(figure, chosen, list(extra.values()))
     caption = (
         "Every coloured line is the measured path of one structure during training: to the right, what it is "
         "worth (the loss it saves, divided by the price of its complexity; at the dashed line it just pays), "
@@ -679,7 +693,7 @@ def _system(trace: Trace) -> BenefitSystem | None:
     judged = rows[np.isfinite(trace["tolerance"][rows])]
     rows = judged if judged.size else rows
     values = {}
-    for name in _SYSTEM_COLUMNS:
+    for name in SYSTEM_COLUMNS:
         column = trace[name][rows]
         column = column[np.isfinite(column)]
         if not column.size:
