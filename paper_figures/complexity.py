@@ -185,12 +185,17 @@ def make(data: Data) -> Made:
     gaps = [np.abs(one.expected - one.counted) / one.dense for one in checks]
     seeds = [r.config["seed"] for r in runs]
     caption = (
-        "The polynomial in θ whose gradient is the price, against counts of the network as it physically stands. (a, b) Along training, "
-        f"ResNet-20 on the digits, {seeds_text(seeds)} (the first drawn boldly): what is expected runs ahead of what is removed, by at most "
-        f"{100 * max(g[:, 0].max() for g in gaps):.0f} % of the dense MACs and {100 * max(g[:, 1].max() for g in gaps):.0f} % of the parameters, "
-        "and both meet once everything is decided. (c) At the end every convolution and the classifier have exactly the MACs that the "
+        "The polynomial in θ whose gradient is the price, against counts of the network as it physically stands. (a, "
+        "b) Along training, "
+        f"ResNet-20 on the digits, {seeds_text(seeds)} (the first drawn boldly): what is expected runs ahead of what "
+        "is removed, by at most "
+        f"{100 * max(g[:, 0].max() for g in gaps):.0f} % of the dense MACs and "
+        f"{100 * max(g[:, 1].max() for g in gaps):.0f} % of the parameters, "
+        "and both meet once everything is decided. (c) At the end every convolution and the classifier have exactly "
+        "the MACs that the "
         "polynomial gives, counted independently by torch.utils.flop_counter; all "
-        f"{sum(len(one.layers) for one in checks)} layers of the {len(checks)} runs were compared, and whole networks in MACs and parameters, "
+        f"{sum(len(one.layers) for one in checks)} layers of the {len(checks)} runs were compared, and whole "
+        "networks in MACs and parameters, "
         "norms included. The figure is not made unless all are equal."
     )
     return Made("Expected against counted complexity", caption, figure)

@@ -11,7 +11,7 @@ from paper_figures._common import Made, letter, percent, seeds_text
 from paper_figures.runs import GROUPS, Data
 
 NEEDS = ("pruned", "knobs")
-KNOBS = {"nu": "ν", "alpha": "α", "beta": "β"}
+KNOBS = {"nu": r"$\nu$", "alpha": r"$\alpha$", "beta": r"$\beta$"}
 SHARES = {
     "MACs": ("macs", "macs_dense", "vermillion", "o", "-"),
     "parameters": ("params", "params_dense", "green", "s", "--"),
@@ -53,12 +53,14 @@ def make(data: Data) -> Made:
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     sentences = [_sentence(knob, line) for knob, line in found.items()]
     caption = (
-        "One knob varied at a time, ResNet-20 on the digits: ν, the nats that the whole network may cost; α, the price's share on layers (1) "
-        f"against units (0); β, parameters (1) against MACs (0). {seeds_text([centre[0].config['seed']]).capitalize()}; one run a "
-        f"point, and {len(centre)} for the preset, whose spread in the table is the measure of what a difference means. "
-        + " ".join(sentences)
+        "One knob varied at a time, ResNet-20 on the digits: `nu`, the nats that the whole network may cost; `alpha`, the "
+        "price's share on layers (1) "
+        "against units (0); `beta`, parameters (1) against MACs (0). "
+        f"{seeds_text([centre[0].config['seed']]).capitalize()}; one run a "
+        f"point, and {len(centre)} for the preset, whose spread in the table is the measure of what a difference "
+        "means. " + " ".join(sentences)
     )
-    return Made("Effect of ν, α and β", caption, figure, _table(data, centre))
+    return Made("Effect of nu, alpha and beta", caption, figure, _table(data, centre))
 
 
 def _line(data: Data, knob: str, centre: Record) -> dict[float, Record]:
@@ -78,9 +80,7 @@ def _sentence(knob: str, line: dict[float, Record]) -> str:
         a, b = (100 * line[end].result[part] / line[end].result[whole] for end in (low, high))
         parts.append(f"{text} {a:.0f} to {b:.0f} %")
     a, b = line[low].accuracy, line[high].accuracy
-    return (
-        f"{KNOBS[knob]} from {low:g} to {high:g}: left of the {', of the '.join(parts)}; accuracy {a:.1f} to {b:.1f} %."
-    )
+    return f"`{knob}` from {low:g} to {high:g}: left of the {', of the '.join(parts)}; accuracy {a:.1f} to {b:.1f} %."
 
 
 def _table(data: Data, centre: list[Record]) -> str:
@@ -110,5 +110,16 @@ def _table(data: Data, centre: list[Record]) -> str:
         for name, group in groups.items()
     ]
     return markdown(
-        ["runs", "ν/α/β", "seeds", "MACs %", "parameters %", "layers", "units", "accuracy %", "decided by rule %"], rows
+        [
+            "runs",
+            "nu/alpha/beta",
+            "seeds",
+            "MACs %",
+            "parameters %",
+            "layers",
+            "units",
+            "accuracy %",
+            "decided by rule %",
+        ],
+        rows,
     )

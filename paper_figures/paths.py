@@ -61,9 +61,12 @@ def make(data: Data) -> Made:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     told = "; ".join(f"({sign}) {path.name}, {_fate(path)}" for sign, (_, path) in zip("abcdef", chosen, strict=False))
     caption = (
-        "The measured way of single structures through the plane of benefit and keep probability, in shadow runs, where nothing is removed "
-        "before θ is 0. Grey arrows and the yellow domain D, in which the theory guarantees that a structure is driven out, are "
-        "computed from the structure's own measured price, gain, decay, rate ratio and drift: those at the decision where there was one (marked ▼), "
+        "The measured way of single structures through the plane of benefit and keep probability, in shadow runs, "
+        "where nothing is removed "
+        "before θ is 0. Grey arrows and the yellow domain D, in which the theory guarantees that a structure is "
+        "driven out, are "
+        "computed from the structure's own measured price, gain, decay, rate ratio and drift: those at the decision "
+        "where there was one (marked ▼), "
         "else their medians. The tolerance lies below the edge of D by a margin for noise. "
         f"Benefits are estimates from a window of probes, noisy where the window is young. {told}."
     )
@@ -123,6 +126,8 @@ def _choose(paths: list[Path]) -> list[tuple[str, Path]]:
     """Structures that show different things, each once, with what they show."""
     layers = [p for p in paths if p.name.startswith("block")]
     units = [p for p in paths if not p.name.startswith("block")]
+    decided = [p for p in units if p.decided is not None and p.end == shadow.CONFIRMED]
+    median = np.median([p.lead for p in decided]) if decided else 0
     wanted = (
         ("A layer that was decided", [p for p in layers if p.decided is not None], lambda p: p.lead),
         ("A layer that stayed", [p for p in layers if p.end == "kept"], lambda p: -p.theta.min()),
@@ -138,7 +143,7 @@ def _choose(paths: list[Path]) -> list[tuple[str, Path]]:
             [p for p in units if p.end == shadow.CONFIRMED and p.decided is None],
             lambda p: len(p.theta),
         ),
-        ("The highest tolerance used", [p for p in units if p.decided is not None], lambda p: p.theta[p.decided]),
+        ("A unit decided at the median lead", decided, lambda p: -abs(p.lead - median)),
     )
     chosen: list[tuple[str, Path]] = []
     for why, some, key in wanted:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks._common import spread
 from benchmarks.cifar import Record
 from catode.theory.plotting import PALETTE, house_style, new_figure
 from catode.train import compare, shadow
@@ -26,7 +27,6 @@ def make(data: Data) -> Made:
     figure = new_figure(10.0, 4.2)
     with house_style():
         axes = figure.subplots(1, 3)
-        accuracy, macs = _accuracies(groups["derived"]), {}
         _strip(axes[0], {name: _accuracies(group) for name, group in groups.items()}, looks)
         axes[0].set_ylabel("test accuracy")
         axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.1f}%")
@@ -65,16 +65,20 @@ def make(data: Data) -> Made:
         letter(axes)
     told = []
     for name in [name for name in groups if name not in COLORS]:
-        difference = 100 * (np.array(_accuracies(groups[name])) - accuracy)
+        pairs = [(a, b) for a in groups[name] for b in groups["derived"] if a.config["seed"] == b.config["seed"]]
+        difference = [a.accuracy - b.accuracy for a, b in pairs]
         told.append(
-            f"{name}: accuracy {difference.mean():+.2f} ± {difference.std(ddof=1) if len(difference) > 1 else 0:.2f} points against the derived "
-            f"tolerance, paired by seed, at {100 * np.mean(macs[name]):.0f} % of the MACs in place of {100 * np.mean(macs['derived']):.0f} %"
+            f"{name}: accuracy {spread(difference, '{:+.2f}')} points against the derived "
+            f"tolerance, paired by seed, at {100 * np.mean(macs[name]):.0f} % of the MACs in place of "
+            f"{100 * np.mean(macs['derived']):.0f} %"
         )
     seeds = [record.config["seed"] for record in groups["derived"]]
     caption = (
-        "A fixed tolerance removes a structure as soon as its θ is at or below it and the upper limit of its benefit is below its price, however noisy "
+        "A fixed tolerance removes a structure as soon as its θ is at or below it and the upper limit of its benefit "
+        "is below its price, however noisy "
         f"the way there. ResNet-20 on the digits, {seeds_text(seeds)}; bars are means, dots seeds. {'; '.join(told)}. "
-        f"(c) Regrets of the same rules over {len(shadows)} shadow runs, in which nothing is removed before θ = 0: regrets of decisions; the upper end "
+        f"(c) Regrets of the same rules over {len(shadows)} shadow runs, in which nothing is removed before θ = 0: "
+        "regrets of decisions; the upper end "
         "counts what was left open as regrets."
     )
     return Made("Premature pruning", caption, figure)

@@ -49,9 +49,12 @@ def make(data: Data) -> Made:
         for name, groups in panels.items()
     )
     caption = (
-        "Test accuracy at the final epoch against the MACs of the final network, as a share of the dense one's. Large marks are means, "
-        "bars standard deviations over seeds, small marks single runs. All networks of a panel were trained for the same number of "
-        "epochs. Narrow: trained plainly with hidden widths scaled from the start. Fixed: one tolerance on θ set by hand. "
+        "Test accuracy at the final epoch against the MACs of the final network, as a share of the dense one's. "
+        "Large marks are means, "
+        "bars standard deviations over seeds, small marks single runs. All networks of a panel were trained for the "
+        "same number of "
+        "epochs. Narrow: trained plainly with hidden widths scaled from the start. Fixed: one tolerance on θ set by "
+        "hand. "
         f"Runs ({told})."
     )
     return Made("Accuracy against MACs, with rivals", caption, figure, "\n\n".join(tables))

@@ -14,9 +14,10 @@ NEEDS = ("pruned",)
 
 
 def make(data: Data) -> Made:
-    """Draw the first pruned run of each data set, a row each."""
+    """Draw one pruned run of each data set, a row each: of the records the one that lost most layers."""
     first = {}
-    for run in [*data.reports("pruned"), *data.record_reports()]:
+    records = sorted(data.record_reports(), key=lambda run: run.result["layers_kept"] / run.result["layers_total"])
+    for run in [*data.reports("pruned"), *records]:
         first.setdefault((run.config["dataset"], run.config["arch"]), run)
     figure = new_figure(10.0, 3.6 * len(first) + 0.8)
     with house_style():
@@ -49,8 +50,10 @@ def make(data: Data) -> Made:
         for (dataset, _), run in first.items()
     )
     caption = (
-        "Each line is the keep probability θ of one structure: whole residual blocks on the left, channels on the right. It rises "
-        "while the loss that the structure saves exceeds its price, and sinks otherwise. A marker shows where a structure "
+        "Each line is the keep probability θ of one structure: whole residual blocks on the left, channels on the "
+        "right. It rises "
+        "while the loss that the structure saves exceeds its price, and sinks otherwise. A marker shows where a "
+        "structure "
         "was removed from the network: above θ = 0 where θ had come below the tolerance derived for the structure. "
         f"What became of them ({told})."
     )

@@ -38,8 +38,10 @@ def make(data: Data) -> Made:
         for name, groups in panels.items()
     )
     caption = (
-        "Channels left in every residual block, from the input (left) to the output. Grey bars are the widths before training, lines "
-        "the means over seeds, dots single runs; a cross is a run in which the whole block was removed, so that its signal "
+        "Channels left in every residual block, from the input (left) to the output. Grey bars are the widths before "
+        "training, lines "
+        "the means over seeds, dots single runs; a cross is a run in which the whole block was removed, so that its "
+        "signal "
         f"takes the shortcut. Runs ({told})."
     )
     return Made("Final widths over seeds", caption, figure)

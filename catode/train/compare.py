@@ -394,7 +394,7 @@ def picture(runs: Sequence[Run], path: Path) -> None:
     Raises:
         ValueError: if none of the runs is a shadow run.
     """
-    figure = new_figure(14.0, 4.8)
+    figure = new_figure(14.0, 5.2)
     draw(figure, runs)
     figure.savefig(path)
 
@@ -436,7 +436,7 @@ def _draw_regrets(ax: Axes, scores: dict[str, Score], risk: float) -> None:
     ax.set_xlabel("regret rate, 95 % interval")
     ax.set_title("Regrets by rule")
     ax.plot([], [], "|", color=PALETTE["black"], markersize=12, markeredgewidth=1.6, label="stated risk")
-    ax.legend(loc="lower right")
+    _legend_below(ax)
 
 
 def _draw_reliability(ax: Axes, bins: Sequence[tuple[float, float, float, int, int, int]]) -> None:
@@ -448,8 +448,11 @@ def _draw_reliability(ax: Axes, bins: Sequence[tuple[float, float, float, int, i
         ax.plot([mean] * 2, [max(span[0], floor), span[1]], color=PALETTE["blue"], linewidth=1.6)
         look = ("o", regrets / count) if regrets else ("v", floor)
         ax.plot(mean, look[1], look[0], color=PALETTE["blue"], clip_on=False, zorder=3)
-        ax.annotate(f"{regrets}/{count}", (mean, span[1]), (0, 4), textcoords="offset points", ha="center", fontsize=8)
-    ax.plot([], [], color=PALETTE["sky"], linewidth=3, label="upper end, open ones counted")
+        middle = (max(low, floor) * high) ** 0.5
+        ax.annotate(
+            f"{regrets}/{count}", (middle, span[1]), (0, 4), textcoords="offset points", ha="center", fontsize=8
+        )
+    ax.plot([], [], color=PALETTE["sky"], linewidth=3, label="upper end, open counted")
     ax.plot([], [], "o", color=PALETTE["blue"], label="observed (▾ none)")
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -458,7 +461,7 @@ def _draw_reliability(ax: Axes, bins: Sequence[tuple[float, float, float, int, i
     ax.set_xlabel("predicted bound on the probability of an escape")
     ax.set_ylabel("share of regrets")
     ax.set_title("Reliability (regrets / decisions)")
-    ax.legend(loc="lower right")
+    _legend_below(ax)
 
 
 def _draw_leads(ax: Axes, scores: dict[str, Score]) -> None:
@@ -476,7 +479,11 @@ def _draw_leads(ax: Axes, scores: dict[str, Score]) -> None:
     ax.set_xlabel("steps from decision to θ = 0")
     ax.set_ylabel("share of confirmed decisions")
     ax.set_title("How early the rules decide")
-    ax.legend(loc="lower right")
+    _legend_below(ax)
+
+
+def _legend_below(ax: Axes) -> None:
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
