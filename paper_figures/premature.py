@@ -50,7 +50,8 @@ def make(data: Data) -> Made:
             axes[2].plot([place] * 2, [score.low, score.high], color=color, linewidth=2.5)
             axes[2].plot(place, score.regrets / score.decisions, "o", color=color, clip_on=False, zorder=3)
             text = f"{score.regrets} of\n{score.decisions}"
-            axes[2].annotate(text, (place, score.high), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+            note = axes[2].annotate(text, (place, score.high), (0, 4), textcoords="offset points", ha="center")
+            note.set(fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
         axes[2].axhline(
             shadows[0].config["risk"], color=PALETTE["black"], linestyle=":", linewidth=1.4, label="stated risk"
         )

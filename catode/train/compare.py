@@ -449,9 +449,8 @@ def _draw_reliability(ax: Axes, bins: Sequence[tuple[float, float, float, int, i
         look = ("o", regrets / count) if regrets else ("v", floor)
         ax.plot(mean, look[1], look[0], color=PALETTE["blue"], clip_on=False, zorder=3)
         middle = (max(low, floor) * high) ** 0.5
-        ax.annotate(
-            f"{regrets}/{count}", (middle, span[1]), (0, 4), textcoords="offset points", ha="center", fontsize=8
-        )
+        note = ax.annotate(f"{regrets}/{count}", (middle, span[1]), (0, 4), textcoords="offset points", ha="center")
+        note.set(fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     ax.plot([], [], color=PALETTE["sky"], linewidth=3, label="upper end, open counted")
     ax.plot([], [], "o", color=PALETTE["blue"], label="observed (▾ none)")
     ax.set_xscale("log")
