@@ -55,18 +55,14 @@ def make(data: Data) -> Made:
             legend_below(ax)
     caption = (
         "Where a structure is driven out by itself: the planes of its size and its keep probability θ, from the "
-        "closed forms. "
-        "(a) A layer in norm coordinates, the domain D_B of Theorem 3.2, and (b) a unit, D_U of Theorem 3.3: what "
-        "starts in the yellow region ends at θ = 0. Its edge, the separatrix, is the stable manifold of the saddle; "
-        "the dashed unstable "
-        "manifold shows where everything else goes. (c) The same with the benefit, which training can measure, as "
-        "the state. "
-        "Above the price θ rises, below it falls; between the yellow and the blue region the bounds alone do not "
-        "decide. "
-        "(d) Noise lowers the edge: the tolerance for three accepted risks, from the same constants, and for a rate "
-        "ratio four times "
-        "as large, at which θ outruns the weights more easily and the domain is larger."
-        f" Constants: price {BENEFIT.price:g} nats, gain {BENEFIT.gain:g} nats/time, decay {BENEFIT.decay:g}/time."
+        "closed forms. (a) A layer in norm coordinates, the domain D_B of Theorem 3.2, and (b) a unit, D_U of Theorem "
+        "3.3: what starts in the yellow region ends at θ = 0. Its edge, the separatrix, is the stable manifold of the "
+        "saddle; the dashed unstable manifold shows where everything else goes. (c) The same with the benefit, which "
+        "training can measure, as the state. Above the price θ rises, below it falls; between the yellow and the blue "
+        "region the bounds alone do not decide. (d) Noise lowers the edge: the tolerance for three accepted risks, "
+        "from the same constants, and for a rate ratio four times as large, at which θ outruns the weights more "
+        f"easily and the domain is larger. Constants: price {BENEFIT.price:g} nats, gain {BENEFIT.gain:g} nats/time, "
+        f"decay {BENEFIT.decay:g}/time."
     )
     return Made("Domains of attraction of the removed state", caption, figure)
 

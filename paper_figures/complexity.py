@@ -186,16 +186,12 @@ def make(data: Data) -> Made:
     seeds = [r.config["seed"] for r in runs]
     caption = (
         "The polynomial in θ whose gradient is the price, against counts of the network as it physically stands. (a, "
-        "b) Along training, "
-        f"ResNet-20 on the digits, {seeds_text(seeds)} (the first drawn boldly): what is expected runs ahead of what "
-        "is removed, by at most "
-        f"{100 * max(g[:, 0].max() for g in gaps):.0f} % of the dense MACs and "
-        f"{100 * max(g[:, 1].max() for g in gaps):.0f} % of the parameters, "
-        "and both meet once everything is decided. (c) At the end every convolution and the classifier have exactly "
-        "the MACs that the "
-        "polynomial gives, counted independently by torch.utils.flop_counter; all "
-        f"{sum(len(one.layers) for one in checks)} layers of the {len(checks)} runs were compared, and whole "
-        "networks in MACs and parameters, "
-        "norms included. The figure is not made unless all are equal."
+        f"b) Along training, ResNet-20 on the digits, {seeds_text(seeds)} (the first drawn boldly): what is expected "
+        f"runs ahead of what is removed, by at most {100 * max(g[:, 0].max() for g in gaps):.0f} % of the dense MACs "
+        f"and {100 * max(g[:, 1].max() for g in gaps):.0f} % of the parameters, and both meet once everything is "
+        "decided. (c) At the end every convolution and the classifier have exactly the MACs that the polynomial "
+        f"gives, counted independently by torch.utils.flop_counter; all {sum(len(one.layers) for one in checks)} "
+        f"layers of the {len(checks)} runs were compared, and whole networks in MACs and parameters, norms included. "
+        "The figure is not made unless all are equal."
     )
     return Made("Expected against counted complexity", caption, figure)

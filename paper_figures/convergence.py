@@ -37,11 +37,9 @@ def make(data: Data) -> Made:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(BANDS), frameon=False)
     caption = (
         "Shares of the structures by keep probability after every epoch, layers left and units right, all seeds "
-        "together, in shadow runs, "
-        "which remove nothing before θ is 0. By Theorem 3.1 the optimal network is deterministic: what is in "
-        "between should drain away to θ = 0 and θ = 1. The dotted line is the end of the deciding phase, where what "
-        "has not "
-        f"arrived is rounded. {' '.join(told)}"
+        "together, in shadow runs, which remove nothing before θ is 0. By Theorem 3.1 the optimal network is "
+        "deterministic: what is in between should drain away to θ = 0 and θ = 1. The dotted line is the end of the "
+        f"deciding phase, where what has not arrived is rounded. {' '.join(told)}"
     )
     return Made("Keep probabilities drain to 0 and 1", caption, figure)
 
@@ -81,6 +79,5 @@ def _ends(prior: str, runs: list[report.Run]) -> str:
     return (
         f"{prior.capitalize()} prior ({seeds_text([run.config['seed'] for run in runs])}): of {total} structures "
         f"{total - between} ({100 * (total - between) / total:.1f} %) were at exactly 0 or 1 when the deciding phase "
-        "ended, "
-        f"{total - len(rounded)} of them by rule; the other {between} were rounded to the nearer end."
+        f"ended, {total - len(rounded)} of them by rule; the other {between} were rounded to the nearer end."
     )

@@ -53,11 +53,10 @@ def make(data: Data) -> Made:
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     sentences = [_sentence(knob, line) for knob, line in found.items()]
     caption = (
-        "One knob varied at a time, ResNet-20 on the digits: `nu`, the nats that the whole network may cost; `alpha`, the "
-        "price's share on layers (1) "
-        "against units (0); `beta`, parameters (1) against MACs (0). "
-        f"{seeds_text([centre[0].config['seed']]).capitalize()}; one run a "
-        f"point, and {len(centre)} for the preset, whose spread in the table is the measure of what a difference "
+        "One knob varied at a time, ResNet-20 on the digits: `nu`, the nats that the whole network may cost; `alpha`, "
+        "the price's share on layers (1) against units (0); `beta`, parameters (1) against MACs (0). "
+        f"{seeds_text([centre[0].config['seed']]).capitalize()}; one run a point, and {len(centre)} for the preset, "
+        "whose spread in the table is the measure of what a difference "
         "means. " + " ".join(sentences)
     )
     return Made("Effect of nu, alpha and beta", caption, figure, _table(data, centre))

@@ -62,13 +62,11 @@ def make(data: Data) -> Made:
     told = "; ".join(f"({sign}) {path.name}, {_fate(path)}" for sign, (_, path) in zip("abcdef", chosen, strict=False))
     caption = (
         "The measured way of single structures through the plane of benefit and keep probability, in shadow runs, "
-        "where nothing is removed "
-        "before θ is 0. Grey arrows and the yellow domain D, in which the theory guarantees that a structure is "
-        "driven out, are "
-        "computed from the structure's own measured price, gain, decay, rate ratio and drift: those at the decision "
-        "where there was one (marked ▼), "
-        "else their medians. The tolerance lies below the edge of D by a margin for noise. "
-        f"Benefits are estimates from a window of probes, noisy where the window is young. {told}."
+        "where nothing is removed before θ is 0. Grey arrows and the yellow domain D, in which the theory guarantees "
+        "that a structure is driven out, are computed from the structure's own measured price, gain, decay, rate "
+        "ratio and drift: those at the decision where there was one (marked ▼), else their medians. The tolerance "
+        "lies below the edge of D by a margin for noise. Benefits are estimates from a window of probes, noisy where "
+        f"the window is young. {told}."
     )
     return Made("Measured paths over their own phase portraits", caption, figure)
 

@@ -69,18 +69,16 @@ def make(data: Data) -> Made:
         pairs = [(a, b) for a in groups[name] for b in groups["derived"] if a.config["seed"] == b.config["seed"]]
         difference = [a.accuracy - b.accuracy for a, b in pairs]
         told.append(
-            f"{name}: accuracy {spread(difference, '{:+.2f}')} points against the derived "
-            f"tolerance, paired by seed, at {100 * np.mean(macs[name]):.0f} % of the MACs in place of "
-            f"{100 * np.mean(macs['derived']):.0f} %"
+            f"{name}: accuracy {spread(difference, '{:+.2f}')} points against the derived tolerance, paired by seed, "
+            f"at {100 * np.mean(macs[name]):.0f} % of the MACs in place of {100 * np.mean(macs['derived']):.0f} %"
         )
     seeds = [record.config["seed"] for record in groups["derived"]]
     caption = (
         "A fixed tolerance removes a structure as soon as its θ is at or below it and the upper limit of its benefit "
-        "is below its price, however noisy "
-        f"the way there. ResNet-20 on the digits, {seeds_text(seeds)}; bars are means, dots seeds. {'; '.join(told)}. "
-        f"(c) Regrets of the same rules over {len(shadows)} shadow runs, in which nothing is removed before θ = 0: "
-        "regrets of decisions; the upper end "
-        "counts what was left open as regrets."
+        f"is below its price, however noisy the way there. ResNet-20 on the digits, {seeds_text(seeds)}; bars are "
+        f"means, dots seeds. {'; '.join(told)}. (c) Regrets of the same rules over {len(shadows)} shadow runs, in "
+        "which nothing is removed before θ = 0: regrets of decisions; the upper end counts what was left open as "
+        "regrets."
     )
     return Made("Premature pruning", caption, figure)
 

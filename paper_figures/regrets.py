@@ -24,23 +24,17 @@ def make(data: Data) -> Made:
         risks = ", ".join(f"{risk:g}" for risk in sorted({run.config["risk"] for run in runs}))
         told.append(
             f"{name} ({runs[0].config['epochs']} epochs, {seeds_text([run.config['seed'] for run in runs])}): of "
-            f"{score.decisions} "
-            f"decisions by the derived tolerance at risk {risks}, {score.confirmed} were confirmed, {score.regrets} "
-            "regretted and "
-            f"{score.open} left open, a regret rate of {100 * score.low:.1f} to {100 * score.high:.1f} % at 95 % "
-            "confidence with all "
-            "that is open counted as regrets in the upper end"
+            f"{score.decisions} decisions by the derived tolerance at risk {risks}, {score.confirmed} were confirmed, "
+            f"{score.regrets} regretted and {score.open} left open, a regret rate of {100 * score.low:.1f} to "
+            f"{100 * score.high:.1f} % at 95 % confidence with all that is open counted as regrets in the upper end"
         )
         tables.append(f"{name}:\n\n{compare.rules_table(runs)}")
     caption = (
         "Shadow runs decide but remove nothing before θ is 0, so that it can be seen what became of every decision. "
-        "Left: "
-        "share of decisions that were regretted, θ back at 1 before it first reached 0, with Clopper-Pearson "
-        "intervals; the black mark is the stated "
-        "risk. Middle: the bound on the probability of an escape that the theory gave at each decision, against the "
-        "share that did "
-        "escape; below the dashed line the bound holds, and a triangle at the lower edge stands for no escape at "
-        "all. Right: how many "
-        "steps before θ = 0 the confirmed decisions came. " + "; ".join(told) + "."
+        "Left: share of decisions that were regretted, θ back at 1 before it first reached 0, with Clopper-Pearson "
+        "intervals; the black mark is the stated risk. Middle: the bound on the probability of an escape that the "
+        "theory gave at each decision, against the share that did escape; below the dashed line the bound holds, and "
+        "a triangle at the lower edge stands for no escape at all. Right: how many steps before θ = 0 the confirmed "
+        "decisions came. " + "; ".join(told) + "."
     )
     return Made("Regrets and calibration", caption, figure, "\n\n".join(tables))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 from benchmarks._common import markdown, spread
 from benchmarks.cifar import Record
@@ -20,7 +21,6 @@ LOOKS = (
     ("sky", "P"),
     ("yellow", "X"),
 )
-KINDS = ("pruned", "narrow", "short", "rival")
 
 
 def make(data: Data) -> Made:
@@ -49,13 +49,10 @@ def make(data: Data) -> Made:
         for name, groups in panels.items()
     )
     caption = (
-        "Test accuracy at the final epoch against the MACs of the final network, as a share of the dense one's. "
-        "Large marks are means, "
-        "bars standard deviations over seeds, small marks single runs. All networks of a panel were trained for the "
-        "same number of "
-        "epochs. Narrow: trained plainly with hidden widths scaled from the start. Fixed: one tolerance on θ set by "
-        "hand. "
-        f"Runs ({told})."
+        "Test accuracy at the final epoch against the MACs of the final network, as a share of the dense one's. Large "
+        "marks are means, bars standard deviations over seeds, small marks single runs. All networks of a panel were "
+        "trained for the same number of epochs. Narrow: trained plainly with hidden widths scaled from the start. "
+        f"Fixed: one tolerance on θ set by hand. Runs ({told})."
     )
     return Made("Accuracy against MACs, with rivals", caption, figure, "\n\n".join(tables))
 
@@ -68,9 +65,9 @@ def _digits(data: Data) -> dict[str, list[Record]]:
 
 def _panel(ax, name: str, groups: dict[str, list[Record]]) -> None:
     dense = max(record.result["macs_dense"] for group in groups.values() for record in group)
-    others = iter(LOOKS)
+    looks = ((LOOKS[k % len(LOOKS)][0], LOOKS[(k + k // len(LOOKS)) % len(LOOKS)][1]) for k in count())
     for variant, group in sorted(groups.items(), key=lambda item: (not item[0].startswith("pruned"), item[0])):
-        color, marker = ("black", "*") if group[0].kind == "dense" else next(others)
+        color, marker = ("black", "*") if group[0].kind == "dense" else next(looks)
         x, y = [r.result["macs"] / dense for r in group], [r.accuracy / 100 for r in group]
         mark_mean(ax, x, y, color=PALETTE[color], marker=marker, label=f"{variant}, n={len(group)}")
     ax.set_xlim(0, 1.06)

@@ -76,9 +76,8 @@ def train(folder: Path, groups: Iterable[str], *, processes: int = 2) -> None:
             other = [name for name in own if there.get(name) != own[name] and name not in ("out", "data_dir")]
             if other:
                 raise ValueError(
-                    f"`runs` must hold runs as planned here; got {str(out)!r} with "
-                    f"{other[0]}={there.get(other[0])!r} in place "
-                    f"of {own[other[0]]!r}. Delete that folder or give another --runs."
+                    f"`runs` must hold runs as planned here; got {str(out)!r} with {other[0]}={there.get(other[0])!r} "
+                    f"in place of {own[other[0]]!r}. Delete that folder or give another --runs."
                 )
         if not (out / "result.json").exists():
             todo.append(config)

@@ -51,10 +51,8 @@ def make(data: Data) -> Made:
     )
     caption = (
         "Each line is the keep probability θ of one structure: whole residual blocks on the left, channels on the "
-        "right. It rises "
-        "while the loss that the structure saves exceeds its price, and sinks otherwise. A marker shows where a "
-        "structure "
-        "was removed from the network: above θ = 0 where θ had come below the tolerance derived for the structure. "
-        f"What became of them ({told})."
+        "right. It rises while the loss that the structure saves exceeds its price, and sinks otherwise. A marker "
+        "shows where a structure was removed from the network: above θ = 0 where θ had come below the tolerance "
+        f"derived for the structure. What became of them ({told})."
     )
     return Made("Keep probabilities during training", caption, figure)
