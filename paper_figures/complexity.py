@@ -146,7 +146,7 @@ def make(data: Data) -> Made:
                 color=PALETTE["blue"],
                 label="expected under θ",
             )
-            ax.set_title(f"{what} of the whole network")
+            ax.set_title(f"{what[0].upper()}{what[1:]} of the whole network")
             ax.set_xlabel("epoch")
             ax.set_xlim(0, epoch[-1])
             ax.set_ylim(0, 1.04)
