@@ -68,7 +68,7 @@ def write(run: report.Run, path: Path, frames: int = 90) -> None:
     draw(shown[-1])
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # as laid out now, or every frame would be laid out anew
-    moving = FuncAnimation(figure, draw, frames=[*shown, *[shown[-1]] * FRAMES_PER_SECOND], blit=False)
+    moving = FuncAnimation(figure, draw, frames=[*shown, shown[-1]], blit=False)
     moving.save(path, writer=PillowWriter(fps=FRAMES_PER_SECOND))
 
 
