@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,11 @@ from catode.train import shadow
 from catode.train.config import CommandLine
 from catode.train.report import markdown_table, read_json
 
-__all__ = ["Decision", "Run", "calibration", "interval", "main", "read", "rules"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
+
+__all__ = ["Decision", "Run", "calibration", "draw", "interval", "main", "picture", "read", "rules", "rules_table"]
 
 BINS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0)  # of the predicted probability of an escape
 BY_SIZE = (shadow.FILTER, shadow.SCALE)  # decide without looking at theta, so that a return to 1 says nothing
@@ -279,7 +283,7 @@ def text(runs: Sequence[Run]) -> str:
         "independent; those of one run are not quite. Precision: theta reached 0 in the end. Recall: of all thetas that "
         "reached 0, decided before. Lead: steps from decision to theta = 0. Rules by size take as many units as "
         "`derived` at the same check, whatever their theta; a return to 1 says nothing about them.",
-        _rules_table(watched),
+        rules_table(watched),
     ]
     per_run = rules_by_run(watched)
     parts += ["`derived`, run by run: " + "; ".join(per_run) + "."]
@@ -333,7 +337,8 @@ def _runs_table(runs: Sequence[Run]) -> str:
     return markdown_table([*header, "by rule"], rows)
 
 
-def _rules_table(runs: Sequence[Run]) -> str:
+def rules_table(runs: Sequence[Run]) -> str:
+    """How every rule did over all runs, as Markdown."""
     rows = []
     for rule, s in rules(runs).items():
         lead = [f"{v:.0f}" for v in np.quantile(s.leads, (0.25, 0.5, 0.75))] if len(s.leads) else []
@@ -380,7 +385,7 @@ def _assumptions_table(runs: Sequence[Run]) -> str:
 
 
 def picture(runs: Sequence[Run], path: Path) -> None:
-    """Draw regret rates, the reliability diagram and the leads.
+    """Draw regret rates, the reliability diagram and the leads into a file.
 
     Args:
         runs: Shadow runs.
@@ -389,56 +394,96 @@ def picture(runs: Sequence[Run], path: Path) -> None:
     Raises:
         ValueError: if none of the runs is a shadow run.
     """
+    figure = new_figure(14.0, 5.2)
+    draw(figure, runs)
+    figure.savefig(path)
+
+
+def draw(figure: FigureBase, runs: Sequence[Run]) -> None:
+    """The same into an empty figure or part of one, three times as wide as high.
+
+    Raises:
+        ValueError: if none of the runs is a shadow run.
+    """
     runs = [run for run in runs if run.decisions]
     if not runs:
         raise ValueError("`runs` must hold a shadow run; got none. Train with --shadow.")
-    figure = new_figure(14.0, 4.6)
-    with house_style():
-        axes = figure.subplots(1, 3)
     scores = {rule: s for rule, s in rules(runs).items() if rule not in BY_SIZE and s.decisions}
-    ax = axes[0]
+    with house_style():
+        axes = figure.subplots(1, 3, width_ratios=(1.0, 1.1, 1.1))
+        _draw_regrets(axes[0], scores, runs[0].config["risk"])
+        _draw_reliability(axes[1], calibration(runs))
+        _draw_leads(axes[2], scores)
+
+
+def _draw_regrets(ax: Axes, scores: dict[str, Score], risk: float) -> None:
     for place, (rule, s) in enumerate(scores.items()):
-        color = PALETTE["blue"] if rule.startswith(shadow.DERIVED) else PALETTE["vermillion"]
-        stated = float(rule.partition("@")[2] or runs[0].config["risk"]) if color == PALETTE["blue"] else None
+        derived = rule.startswith(shadow.DERIVED)
+        color = PALETTE["blue"] if derived else PALETTE["vermillion"]
         ax.plot([s.low, s.high], [place] * 2, color=color, linewidth=2)
-        ax.plot(s.regrets / s.decisions, place, "o", color=color)
-        if stated is not None:
-            ax.plot(
-                stated, place, "|", color=PALETTE["black"], markersize=14, label="stated risk" if not place else None
-            )
-    ax.set_yticks(range(len(scores)), [f"{rule} (n={s.decisions})" for rule, s in scores.items()])
+        ax.plot(
+            s.regrets / s.decisions, place, "o" if derived else "D", color=color, markersize=5, clip_on=False, zorder=3
+        )
+        if derived:
+            stated = float(rule.partition("@")[2] or risk)
+            ax.plot(stated, place, "|", color=PALETTE["black"], markersize=14, markeredgewidth=1.6)
+    names = {rule: rule.replace("@", ", risk ") for rule in scores}
+    names |= {shadow.DERIVED: f"derived, risk {risk:g} (the run's)"}
+    ax.set_yticks(range(len(scores)), [f"{names[rule]}  (n={s.decisions})" for rule, s in scores.items()])
+    ax.grid(visible=False, axis="y")
     ax.invert_yaxis()
-    ax.set_xlim(-0.02, 1.02)
+    ax.set_xlim(0.0, 1.02 * max([0.5, *(s.high for s in scores.values())]))
     ax.set_xlabel("regret rate, 95 % interval")
     ax.set_title("Regrets by rule")
-    ax = axes[1]
-    ax.plot([0, 1], [0, 1], color=PALETTE["grey"], linestyle="--", label="bound met exactly")
-    for number, (_, _, mean, count, regrets, left) in enumerate(calibration(runs)):
-        span = interval(regrets, count)[0], interval(regrets + left, count)[1]
-        ax.plot([mean] * 2, span, color=PALETTE["blue"], linewidth=2)
-        label = "observed, open ones counted in the upper end" if not number else None
-        ax.plot(mean, regrets / count, "o", color=PALETTE["blue"], label=label)
-        ax.annotate(f"{count}", (mean, span[1]), textcoords="offset points", xytext=(0, 3), ha="center", fontsize=7)
-    ax.set_xlabel("predicted bound on the escape probability")
+    ax.plot([], [], "|", color=PALETTE["black"], markersize=12, markeredgewidth=1.6, label="stated risk")
+    _legend_below(ax)
+
+
+def _draw_reliability(ax: Axes, bins: Sequence[tuple[float, float, float, int, int, int]]) -> None:
+    floor = 1e-3
+    ax.plot([floor, 1], [floor, 1], color=PALETTE["grey"], linestyle="--", label="bound met exactly")
+    for low, high, mean, count, regrets, left in bins:
+        mean, span = max(mean, floor), (interval(regrets, count)[0], interval(regrets + left, count)[1])
+        ax.plot([max(low, floor), high], [span[1]] * 2, color=PALETTE["sky"], linewidth=3, solid_capstyle="butt")
+        ax.plot([mean] * 2, [max(span[0], floor), span[1]], color=PALETTE["blue"], linewidth=1.6)
+        look = ("o", regrets / count) if regrets else ("v", floor)
+        ax.plot(mean, look[1], look[0], color=PALETTE["blue"], clip_on=False, zorder=3)
+        middle = (max(low, floor) * high) ** 0.5
+        note = ax.annotate(f"{regrets}/{count}", (middle, span[1]), (0, 4), textcoords="offset points", ha="center")
+        note.set(fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+    ax.plot([], [], color=PALETTE["sky"], linewidth=3, label="upper end, open counted")
+    ax.plot([], [], "o", color=PALETTE["blue"], label="observed (▾ none)")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlim(floor, 1.05)
+    ax.set_ylim(floor, 1.6)
+    ax.set_xlabel("predicted bound on the probability of an escape")
     ax.set_ylabel("share of regrets")
-    ax.set_title("Reliability (decisions in each bin)")
-    ax = axes[2]
+    ax.set_title("Reliability (regrets / decisions)")
+    _legend_below(ax)
+
+
+def _draw_leads(ax: Axes, scores: dict[str, Score]) -> None:
     styles = {shadow.DERIVED: (PALETTE["blue"], "-")}
     marks = ((PALETTE["vermillion"], ":"), (PALETTE["orange"], "--"), (PALETTE["purple"], "-."))
     styles |= {f"fixed {t:g}": mark for t, mark in zip(shadow.FIXED, marks, strict=True)}
     for rule, (color, line) in styles.items():
         leads = np.sort(scores[rule].leads) if rule in scores else []
         if len(leads):
-            ax.step(
-                leads, np.arange(1, len(leads) + 1) / len(leads), color=color, linestyle=line, where="post", label=rule
-            )
+            x, y = np.maximum(leads, 1), np.arange(1, len(leads) + 1) / len(leads)
+            label = f"{rule}: median {np.median(leads):.0f}"
+            ax.step(np.r_[x[0], x], np.r_[0.0, y], color=color, linestyle=line, where="post", label=label)
+    ax.set_xscale("log")
+    ax.set_ylim(0.0, 1.02)
     ax.set_xlabel("steps from decision to θ = 0")
     ax.set_ylabel("share of confirmed decisions")
     ax.set_title("How early the rules decide")
-    for ax in axes:
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, loc="best")
-    figure.savefig(path)
+    _legend_below(ax)
+
+
+def _legend_below(ax: Axes) -> None:
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

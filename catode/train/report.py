@@ -7,9 +7,10 @@ made again at any time, on any machine, without the model or the data.
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["write"]
+__all__ = ["Run", "Trace", "comparison_system", "final_sites", "read", "theta_panel", "write"]
 
 MAX_PATHS = 30
 
@@ -44,11 +45,11 @@ _METRIC_COLUMNS = (
     "params",
     "wait_share",
 )
-_SYSTEM_COLUMNS = ("price", "gain", "decay", "rate_ratio", "drift")
+SYSTEM_COLUMNS = ("price", "gain", "decay", "rate_ratio", "drift")
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
     """How a state is named and drawn; the marker at the removal spares colour being the only sign."""
 
     text: str
@@ -56,13 +57,13 @@ class _Look:
     marker: str
 
 
-_LOOKS = {
-    "committed": _Look("kept (committed)", PALETTE["blue"], "^"),
-    "undecided": _Look("still undecided", PALETTE["grey"], "."),
-    "pruned_tolerance": _Look("removed: reached its tolerance", PALETTE["vermillion"], "v"),
-    "pruned_zero": _Look("removed: reached θ = 0", PALETTE["orange"], "o"),
-    "promoted": _Look("removed: went with its site or block", PALETTE["purple"], "D"),
-    "forced": _Look("not decided, rounded at the end (forced)", PALETTE["black"], "s"),
+LOOKS = {
+    "committed": Look("kept (committed)", PALETTE["blue"], "^"),
+    "undecided": Look("still undecided", PALETTE["grey"], "."),
+    "pruned_tolerance": Look("removed: reached its tolerance", PALETTE["vermillion"], "v"),
+    "pruned_zero": Look("removed: reached θ = 0", PALETTE["orange"], "o"),
+    "promoted": Look("removed: went with its site or block", PALETTE["purple"], "D"),
+    "forced": Look("not decided, rounded at the end (forced)", PALETTE["black"], "s"),
 }
 _REMOVED_STATES = ("pruned_tolerance", "pruned_zero", "promoted")
 _OWN_STATES = ("pruned_tolerance", "pruned_zero")
@@ -70,7 +71,7 @@ _KINDS = {"layer": "Layers (whole residual blocks)", "unit": "Units (channels in
 
 
 @dataclass(frozen=True)
-class _Trace:
+class Trace:
     """The rows of structures.csv about one structure, in order of the steps."""
 
     kind: str
@@ -109,6 +110,20 @@ class _Trace:
             return None
         return self.states.index(self.state)
 
+    def gone_at(self, layers: Mapping[str, Trace]) -> float | None:
+        """Step from which on the structure was not there; None where it stayed.
+
+        What had been committed and went with its block is recorded with the block alone; what is recorded nowhere counts as
+        gone from when it was last seen.
+
+        Args:
+            layers: The layers of the run by their block.
+        """
+        if not self.removed:
+            return None
+        own = next((t for t in (self, layers.get(self.block)) if t is not None and t.removed_at is not None), None)
+        return float(self["step"][-1] if own is None else own["step"][own.removed_at])
+
     @property
     def rows(self) -> slice:
         """The rows up to the removal, that one included."""
@@ -116,7 +131,7 @@ class _Trace:
 
 
 @dataclass(frozen=True)
-class _Site:
+class SiteWidth:
     """Final width of one site, or of a block without gated units (site is empty then)."""
 
     block: str
@@ -127,7 +142,7 @@ class _Site:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """The files of a run's folder, read and checked."""
 
     folder: Path
@@ -136,10 +151,10 @@ class _Run:
     result: dict[str, Any]
     structure: dict[str, Any] | None
     metrics: dict[str, np.ndarray]
-    traces: list[_Trace]
+    traces: list[Trace]
     notes: list[str] = field(default_factory=list)
 
-    def of(self, kind: str) -> list[_Trace]:
+    def of(self, kind: str) -> list[Trace]:
         """The structures of one kind."""
         return [trace for trace in self.traces if trace.kind == kind]
 
@@ -178,7 +193,7 @@ def write(folder: Path) -> Path:
         FileNotFoundError: if one of the files is missing.
         ValueError: if one of the files is malformed.
     """
-    run = _read(Path(folder))
+    run = read(Path(folder))
     pictures: list[_Picture] = []
     for make in _MAKERS:
         with house_style():
@@ -197,9 +212,10 @@ def write(folder: Path) -> Path:
 # Reading
 
 
-def _read(folder: Path) -> _Run:
+def read(folder: Path) -> Run:
+    """A run's files, as described at `write`; the tables may be compressed (`.csv.gz`), as those of records are."""
     structure = read_json(folder / "structure.json") if (folder / "structure.json").exists() else None
-    run = _Run(
+    run = Run(
         folder=folder,
         config=read_json(folder / "config.json"),
         env=read_json(folder / "env.json"),
@@ -250,8 +266,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_csv(path: Path, required: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    packed = path.with_name(path.name + ".gz")
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
+        with (
+            gzip.open(packed, "rt", newline="", encoding="utf-8")
+            if packed.exists()
+            else path.open(newline="", encoding="utf-8")
+        ) as stream:
             rows = [row for row in csv.reader(stream) if row]
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path) from None
@@ -279,7 +300,7 @@ def _numbers(path: Path, header: list[str], rows: list[list[str]]) -> dict[str, 
     return {name: np.array([_number(path, name, row[place]) for row in rows]) for place, name in enumerate(header)}
 
 
-def _read_traces(path: Path, structure: dict[str, Any] | None) -> list[_Trace]:
+def _read_traces(path: Path, structure: dict[str, Any] | None) -> list[Trace]:
     header, rows = _read_csv(path, _TEXT_COLUMNS + _NUMBER_COLUMNS)
     place = {name: header.index(name) for name in _TEXT_COLUMNS + _NUMBER_COLUMNS}
     groups: dict[tuple[str, ...], list[list[str]]] = {}
@@ -290,14 +311,14 @@ def _read_traces(path: Path, structure: dict[str, Any] | None) -> list[_Trace]:
         if key[0] not in _KINDS:
             raise ValueError(f"{path} must hold 'layer' or 'unit' in column 'kind'; got {key[0]!r}.")
         states = [row[place["state"]] for row in members]
-        if unknown := [state for state in states if state not in _LOOKS]:
-            raise ValueError(f"{path} must hold one of {', '.join(_LOOKS)} in column 'state'; got {unknown[0]!r}.")
+        if unknown := [state for state in states if state not in LOOKS]:
+            raise ValueError(f"{path} must hold one of {', '.join(LOOKS)} in column 'state'; got {unknown[0]!r}.")
         columns = {
             name: np.array([_number(path, name, row[place[name]]) for row in members]) for name in _NUMBER_COLUMNS
         }
         order = np.argsort(columns["step"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
-        traces.append(_Trace(*key, states=[states[i] for i in order], columns=columns, kept=_kept(structure, *key)))
+        traces.append(Trace(*key, states=[states[i] for i in order], columns=columns, kept=_kept(structure, *key)))
     return traces
 
 
@@ -312,10 +333,10 @@ def _kept(structure: dict[str, Any] | None, kind: str, block: str, site: str, in
     return None if units is None else int(index) in units
 
 
-def _final_sites(run: _Run) -> list[_Site]:
+def final_sites(run: Run) -> list[SiteWidth]:
     """Return the final width of every site, in the order of the network."""
-    units: dict[str, dict[str, list[_Trace]]] = {}
-    layers: dict[str, _Trace] = {}
+    units: dict[str, dict[str, list[Trace]]] = {}
+    layers: dict[str, Trace] = {}
     for trace in run.traces:
         sites = units.setdefault(trace.block, {})
         if trace.kind == "layer":
@@ -330,7 +351,7 @@ def _final_sites(run: _Run) -> list[_Site]:
         sites = described.get("sites", {})
         gated = units.get(block, {})
         if not sites and not gated:
-            found.append(_Site(block, "", None, None, alive))
+            found.append(SiteWidth(block, "", None, None, alive))
         for site in [*sites, *(name for name in gated if name not in sites)]:
             traces = gated.get(site, [])
             if not alive:
@@ -340,14 +361,14 @@ def _final_sites(run: _Run) -> list[_Site]:
             else:
                 kept = sum(not trace.removed for trace in traces)
             total = len(traces) or (len(sites[site]) if alive else None)
-            found.append(_Site(block, site, kept, total, alive))
+            found.append(SiteWidth(block, site, kept, total, alive))
     return found
 
 
 # Pictures
 
 
-def _accuracy(run: _Run) -> _Picture | None:
+def _accuracy(run: Run) -> _Picture | None:
     metrics = run.metrics
     if not metrics["step"].size:
         return None
@@ -376,20 +397,20 @@ def _accuracy(run: _Run) -> _Picture | None:
     return _Picture("accuracy", "Accuracy and loss", caption, figure)
 
 
-def _epoch_axis(ax: Axes, run: _Run) -> None:
+def _epoch_axis(ax: Axes, run: Run) -> None:
     ax.set_xlabel("epoch" if run.metrics["step"].size else "step")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     if run.metrics["step"].size:
         ax.set_xlim(0.0, float(run.epochs(run.metrics["step"])[-1]))
 
 
-def _theta(run: _Run) -> _Picture | None:
+def _theta(run: Run) -> _Picture | None:
     if not run.traces:
         return None
     kinds = [kind for kind in _KINDS if run.of(kind)]
     figure = new_figure(10.0, 4.6)
     for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
-        _theta_panel(ax, run, kind)
+        theta_panel(ax, run, kind)
         _epoch_axis(ax, run)
     figure.axes[0].set_ylabel("keep probability θ")
     _state_legend(figure, run.traces)
@@ -412,7 +433,8 @@ def _theta(run: _Run) -> _Picture | None:
     return _Picture("theta", "Keep probabilities during training", caption, figure)
 
 
-def _theta_panel(ax: Axes, run: _Run, kind: str) -> None:
+def theta_panel(ax: Axes, run: Run, kind: str) -> None:
+    """Draw the keep probabilities of one kind of structure against the epoch, coloured by what became of them."""
     traces = run.of(kind)
     alpha = float(np.clip(5.0 / math.sqrt(len(traces)), 0.2, 0.9))
     end = run.epochs(np.array([np.inf]))
@@ -422,7 +444,7 @@ def _theta_panel(ax: Axes, run: _Run, kind: str) -> None:
         if layer.removed_at is not None
     }
     few = len(traces) <= 40
-    for state, look in _LOOKS.items():  # the removed are drawn over the kept
+    for state, look in LOOKS.items():  # the removed are drawn over the kept
         lines, ends = [], []
         for trace in traces:
             if trace.state != state:
@@ -456,10 +478,10 @@ def _theta_panel(ax: Axes, run: _Run, kind: str) -> None:
     ax.set_title(f"{_KINDS[kind]}: {len(traces)}")
 
 
-def _state_legend(figure: Figure, traces: list[_Trace], extra: Sequence[Any] = ()) -> None:
+def _state_legend(figure: Figure, traces: list[Trace], extra: Sequence[Any] = ()) -> None:
     """Put one legend below the panels: the states that occur, with their numbers by kind."""
     handles = []
-    for state, look in _LOOKS.items():
+    for state, look in LOOKS.items():
         counts = [(kind, sum(trace.state == state and trace.kind == kind for trace in traces)) for kind in _KINDS]
         text = ", ".join(f"{count} {kind}{'s' if count != 1 else ''}" for kind, count in counts if count)
         if text:
@@ -468,13 +490,15 @@ def _state_legend(figure: Figure, traces: list[_Trace], extra: Sequence[Any] = (
     figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=2, frameon=False)
 
 
-def _structure(run: _Run) -> _Picture | None:
+def _structure(run: Run) -> _Picture | None:
     if not run.traces:
         return None
-    sites = _final_sites(run)
+    sites = final_sites(run)
     sized = [site for site in sites if site.total is not None]
     if sized and len(sized) < len(sites):
-        sites = [site if site.total is not None else _Site(site.block, site.site, 0, 0, site.alive) for site in sites]
+        sites = [
+            site if site.total is not None else SiteWidth(site.block, site.site, 0, 0, site.alive) for site in sites
+        ]
     one_each = len({site.block for site in sites}) == len(sites)
     labels = [site.block if one_each or not site.site else site.site for site in sites]
     total = np.array([1 if site.total is None else site.total for site in sites])
@@ -541,7 +565,7 @@ def _structure(run: _Run) -> _Picture | None:
     return _Picture("structure", "Final widths and layers", caption, figure)
 
 
-def _complexity(run: _Run) -> _Picture | None:
+def _complexity(run: Run) -> _Picture | None:
     metrics, result = run.metrics, run.result
     if not run.traces or not metrics["step"].size:
         return None
@@ -594,7 +618,7 @@ def _complexity(run: _Run) -> _Picture | None:
     return _Picture("complexity", "Expected against actual complexity", caption, figure)
 
 
-def _phase(run: _Run) -> _Picture | None:
+def _phase(run: Run) -> _Picture | None:
     if not run.traces:
         return None
     kinds = [kind for kind in _KINDS if any(_measured(trace).any() for trace in run.of(kind))]
@@ -604,7 +628,7 @@ def _phase(run: _Run) -> _Picture | None:
         )
         return None
     figure = new_figure(5.2 * len(kinds) + (0.0 if len(kinds) > 1 else 2.0), 5.4)
-    chosen: list[_Trace] = []
+    chosen: list[Trace] = []
     told = []
     extra: dict[str, Any] = {}
     for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
@@ -633,14 +657,14 @@ def _phase(run: _Run) -> _Picture | None:
     return _Picture("phase", "Paths over the phase portrait", caption, figure)
 
 
-def _measured(trace: _Trace) -> np.ndarray:
+def _measured(trace: Trace) -> np.ndarray:
     """Say in which rows up to the removal the benefit and a positive price are known; shape as the rows."""
     rows = trace.rows
     with np.errstate(invalid="ignore"):
         return np.isfinite(trace["benefit"][rows]) & (trace["price"][rows] > 0) & np.isfinite(trace["keep_prob"][rows])
 
 
-def _choose(traces: list[_Trace]) -> list[_Trace]:
+def _choose(traces: list[Trace]) -> list[Trace]:
     """Choose at most MAX_PATHS structures, each group spread evenly over the order of the file.
 
     Those removed on their own account get what those that went with their block and those that stayed leave over.
@@ -654,28 +678,39 @@ def _choose(traces: list[_Trace]) -> list[_Trace]:
     return kept + others + _spread(own, MAX_PATHS - len(kept) - len(others))
 
 
-def _spread(items: list[_Trace], count: int) -> list[_Trace]:
+def _spread(items: list[Trace], count: int) -> list[Trace]:
     if len(items) <= count:
         return items
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
 
 
-def _system(trace: _Trace) -> BenefitSystem | None:
+def _system(trace: Trace) -> BenefitSystem | None:
     """Build the comparison system of a structure, with benefits in units of its price.
 
-    The constants are the medians over the rows that have a tolerance, or over all if none has. With b = price * x the
-    system of THEORY 4.3 keeps its form: price 1, gain and drift divided by the price, rate ratio times the price.
+    The constants are the medians over the rows that have a tolerance, or over all if none has.
     """
     rows = np.arange(len(trace.states))[trace.rows]
     judged = rows[np.isfinite(trace["tolerance"][rows])]
     rows = judged if judged.size else rows
     values = {}
-    for name in _SYSTEM_COLUMNS:
+    for name in SYSTEM_COLUMNS:
         column = trace[name][rows]
         column = column[np.isfinite(column)]
         if not column.size:
             return None
         values[name] = float(np.median(column))
+    return comparison_system(values)
+
+
+def comparison_system(values: Mapping[str, float]) -> BenefitSystem | None:
+    """Comparison system of a structure with benefits in units of its price; None where its constants admit none.
+
+    With b = price * x the system of THEORY 4.3 keeps its form: price 1, gain and drift divided by the price, rate ratio
+    times the price.
+
+    Args:
+        values: price, gain, decay, rate_ratio and drift as in structures.csv.
+    """
     price = values["price"]
     try:
         return BenefitSystem(
@@ -689,10 +724,10 @@ def _system(trace: _Trace) -> BenefitSystem | None:
         return None
 
 
-def _representative(traces: list[_Trace]) -> tuple[_Trace, BenefitSystem] | None:
+def _representative(traces: list[Trace]) -> tuple[Trace, BenefitSystem] | None:
     """Return the structure with the median D, of those removed by tolerance if there are any, with its system."""
     found = [(trace, system) for trace in traces if (system := _system(trace)) is not None]
-    for wanted in (("pruned_tolerance",), ("pruned_zero",), tuple(_LOOKS)):
+    for wanted in (("pruned_tolerance",), ("pruned_zero",), tuple(LOOKS)):
         for empty in (False, True):
             some = [pair for pair in found if pair[0].state in wanted and pair[1].empty == empty]
             if some:
@@ -701,14 +736,14 @@ def _representative(traces: list[_Trace]) -> tuple[_Trace, BenefitSystem] | None
     return None
 
 
-def _phase_panel(ax: Axes, run: _Run, kind: str, traces: list[_Trace]) -> str:
+def _phase_panel(ax: Axes, run: Run, kind: str, traces: list[Trace]) -> str:
     """Draw one kind of structure; return the sentence that says whose flow is in the background."""
     paths, ends = [], []
     for trace in traces:
         good = _measured(trace)
         rows = trace.rows
         paths.append((trace["benefit"][rows][good] / trace["price"][rows][good], trace["keep_prob"][rows][good]))
-    colors = [_LOOKS[trace.state].color for trace in traces]
+    colors = [LOOKS[trace.state].color for trace in traces]
     low, high = _window(traces, paths)
     ax.set_title(_KINDS[kind])
     representative = _representative(run.of(kind))
@@ -728,14 +763,14 @@ def _phase_panel(ax: Axes, run: _Run, kind: str, traces: list[_Trace]) -> str:
         example, system = representative
         phase_portrait(ax, system, paths=paths, path_colors=colors, benefit_min=low, benefit_max=high, legend=False)
         name = f"unit {example.index} of {example.site}" if kind == "unit" else f"block {example.block}"
-        sentence = f"Background for {kind}s: {name} ({_LOOKS[example.state].text})."
+        sentence = f"Background for {kind}s: {name} ({LOOKS[example.state].text})."
         if system.empty:
             sentence += f" At its measured drift the theory guarantees nothing: D is empty for this {kind}."
     for trace, (x, theta) in zip(traces, paths, strict=True):
         if trace.removed_at is not None and low <= x[-1] <= high:
             ends.append((x[-1], theta[-1], trace))
     for x, theta, trace in ends:
-        look = _LOOKS[trace.state]
+        look = LOOKS[trace.state]
         ax.plot(
             x,
             theta,
@@ -752,7 +787,7 @@ def _phase_panel(ax: Axes, run: _Run, kind: str, traces: list[_Trace]) -> str:
     return sentence
 
 
-def _window(traces: list[_Trace], paths: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+def _window(traces: list[Trace], paths: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
     """Choose the range of benefit / price that shows the removed paths and some of what lies right of the price."""
     removed = [x for trace, (x, _) in zip(traces, paths, strict=True) if trace.state in _OWN_STATES]
     x = np.concatenate(removed or [x for x, _ in paths])
@@ -760,13 +795,13 @@ def _window(traces: list[_Trace], paths: list[tuple[np.ndarray, np.ndarray]]) ->
     return float(np.clip(1.1 * low, -3.0, -0.1)), float(np.clip(1.1 * high, 2.5, 5.0))
 
 
-_MAKERS: tuple[Callable[[_Run], _Picture | None], ...] = (_accuracy, _theta, _structure, _complexity, _phase)
+_MAKERS: tuple[Callable[[Run], _Picture | None], ...] = (_accuracy, _theta, _structure, _complexity, _phase)
 
 
 # Text
 
 
-def _markdown(run: _Run, pictures: list[_Picture]) -> str:
+def _markdown(run: Run, pictures: list[_Picture]) -> str:
     parts = [f"# {_title(run)}", _headline(run)]
     if run.notes:
         parts.append("**To bear in mind**\n\n" + "\n".join(f"- {note}" for note in run.notes))
@@ -779,7 +814,7 @@ def _markdown(run: _Run, pictures: list[_Picture]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _title(run: _Run) -> str:
+def _title(run: Run) -> str:
     arch = run.config.get("arch") or (run.structure or {}).get("arch")
     dataset = run.config.get("dataset")
     gated = "pruned while training" if run.traces else "without gates"
@@ -793,7 +828,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _headline(run: _Run) -> str:
+def _headline(run: Run) -> str:
     result = run.result
     rows = [
         ("Test accuracy, final epoch", _format(result, "accuracy", lambda value: f"{100 * value:.2f} %")),
@@ -883,11 +918,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s ({spelled})"
 
 
-def _structure_table(run: _Run) -> str:
+def _structure_table(run: Run) -> str:
     layers = {trace.block: trace for trace in run.of("layer")}
     rows = []
-    blocks: dict[str, list[_Site]] = {}
-    for site in _final_sites(run):
+    blocks: dict[str, list[SiteWidth]] = {}
+    for site in final_sites(run):
         blocks.setdefault(site.block, []).append(site)
     for block, sites in blocks.items():
         widths = []

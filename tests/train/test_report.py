@@ -270,7 +270,7 @@ def test_a_committed_unit_that_went_with_its_block_counts_as_gone(run):
     with (folder / "structures.csv").open(newline="") as stream:
         unit = [row for row in csv.DictReader(stream) if row["site"] == "layer2.0.conv1" and row["index"] == "6"]
     assert unit[-1]["state"] == "committed"
-    traces = {(trace.site, trace.index): trace for trace in report._read(folder).traces}
+    traces = {(trace.site, trace.index): trace for trace in report.read(folder).traces}
     assert traces["layer2.0.conv1", "6"].state == "promoted" and traces["layer2.0.conv1", "6"].removed
     assert "1 of 27 structures were not decided by the rule" in text
 

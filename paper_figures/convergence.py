@@ -1,0 +1,83 @@
+"""Where the keep probabilities go: their distribution over time, prior by prior."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from catode.theory.plotting import PALETTE, house_style, new_figure
+from catode.train import report
+from paper_figures._common import Made, letter, percent, seeds_text
+from paper_figures.complexity import keep_probabilities
+from paper_figures.runs import Data
+
+NEEDS = ("shadow",)
+BANDS = (
+    ("θ = 0", 0.0, "vermillion", 0.85),
+    ("0 < θ ≤ 1/4", 0.25, "orange", 0.7),
+    ("1/4 < θ ≤ 3/4", 0.75, "yellow", 0.7),
+    ("3/4 < θ < 1", np.nextafter(1.0, 0.0), "sky", 0.7),
+    ("θ = 1", 1.0, "blue", 0.85),
+)
+
+
+def make(data: Data) -> Made:
+    """Draw a row for each prior."""
+    priors = data.by_prior()
+    figure = new_figure(10.0, 3.9 * len(priors) + 0.4)
+    told = []
+    with house_style():
+        rows = figure.subplots(len(priors), 2, squeeze=False, sharey=True)
+        for row, (prior, runs) in zip(rows, priors.items(), strict=True):
+            for ax, kind in zip(row, ("layer", "unit"), strict=True):
+                handles = _panel(ax, runs, kind)
+                ax.set_title(f"{prior} prior: {kind}s")
+            row[0].set_ylabel("share of the structures")
+            told.append(_ends(prior, runs))
+        letter(rows)
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(BANDS), frameon=False)
+    caption = (
+        "Shares of the structures by keep probability after every epoch, layers left and units right, all seeds "
+        "together, in shadow runs, which remove nothing before θ is 0. By Theorem 3.1 the optimal network is "
+        "deterministic: what is in between should drain away to θ = 0 and θ = 1. The dotted line is the end of the "
+        f"deciding phase, where what has not arrived is rounded. {' '.join(told)}"
+    )
+    return Made("Keep probabilities drain to 0 and 1", caption, figure)
+
+
+def _thetas(run: report.Run, kind: str) -> np.ndarray:
+    """theta of all structures of one kind at the start and after every epoch, shape (epochs + 1, n)."""
+    steps = np.r_[0.0, run.metrics["step"]]
+    found = keep_probabilities(run, steps)
+    return np.stack([theta for (_, site, _), theta in found.items() if (site == "") == (kind == "layer")], axis=1)
+
+
+def _panel(ax, runs: list[report.Run], kind: str) -> list:
+    theta = np.concatenate([_thetas(run, kind) for run in runs], axis=1)
+    epoch = np.r_[0.0, runs[0].metrics["epoch"]]
+    below = np.zeros(len(epoch))
+    handles = []
+    for label, top, color, alpha in BANDS:
+        share = (theta <= top).mean(axis=1)
+        handles.append(
+            ax.fill_between(epoch, below, share, color=PALETTE[color], alpha=alpha, linewidth=0, label=label)
+        )
+        below = share
+    ax.axvline(runs[0].config["decide_until"] * epoch[-1], color=PALETTE["black"], linestyle=":", linewidth=1.4)
+    ax.set_xlim(0, epoch[-1])
+    ax.set_ylim(0, 1)
+    percent(ax.yaxis)
+    ax.grid(visible=False)
+    ax.set_xlabel("epoch")
+    return handles
+
+
+def _ends(prior: str, runs: list[report.Run]) -> str:
+    """How many arrived by themselves, in words."""
+    rounded = [trace["keep_prob"][-1] for run in runs for trace in run.traces if trace.state == "forced"]
+    total = sum(len(run.traces) for run in runs)
+    between = sum(0.0 < theta < 1.0 for theta in rounded)
+    return (
+        f"{prior.capitalize()} prior ({seeds_text([run.config['seed'] for run in runs])}): of {total} structures "
+        f"{total - between} ({100 * (total - between) / total:.1f} %) were at exactly 0 or 1 when the deciding phase "
+        f"ended, {total - len(rounded)} of them by rule; the other {between} were rounded to the nearer end."
+    )

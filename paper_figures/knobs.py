@@ -1,0 +1,124 @@
+"""What nu, alpha and beta do: one varied at a time on the digits, and what the records on larger images hold."""
+
+from __future__ import annotations
+
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from benchmarks._common import markdown, spread
+from benchmarks.cifar import Record
+from catode.theory.plotting import PALETTE, house_style, new_figure
+from paper_figures._common import Made, letter, percent, seeds_text
+from paper_figures.runs import GROUPS, Data
+
+NEEDS = ("pruned", "knobs")
+KNOBS = {"nu": r"$\nu$", "alpha": r"$\alpha$", "beta": r"$\beta$"}
+SHARES = {
+    "MACs": ("macs", "macs_dense", "vermillion", "o", "-"),
+    "parameters": ("params", "params_dense", "green", "s", "--"),
+    "layers": ("layers_kept", "layers_total", "blue", "^", "-."),
+    "units": ("units_kept", "units_total", "purple", "D", ":"),
+}
+
+
+def make(data: Data) -> Made:
+    """Draw shares left and accuracy over each knob; the runs with preset settings are the common middle."""
+    centre = data.results("pruned")
+    found = {knob: _line(data, knob, centre[0]) for knob in KNOBS}
+    figure = new_figure(10.0, 5.8)
+    with house_style():
+        axes = figure.subplots(2, 3, sharey="row", sharex="col", height_ratios=(1.6, 1.0))
+        for column, (knob, line) in zip(axes.T, found.items(), strict=True):
+            values = list(line)
+            for text, (part, whole, color, marker, style) in SHARES.items():
+                share = [r.result[part] / r.result[whole] for r in line.values()]
+                column[0].plot(values, share, style, marker=marker, color=PALETTE[color], label=text, clip_on=False)
+            column[1].plot(
+                values, [r.accuracy / 100 for r in line.values()], "-o", color=PALETTE["black"], clip_on=False
+            )
+            if knob == "nu":
+                column[1].set_xscale("log")
+                column[1].xaxis.set_minor_locator(NullLocator())
+            column[1].xaxis.set_major_locator(FixedLocator(values))
+            column[1].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            column[0].set_ylim(0, 1)
+            spare = ", ".join(f"{sign} = {centre[0].config[k]:g}" for k, sign in KNOBS.items() if k != knob)
+            column[0].set_title(f"{KNOBS[knob]}  ({spare})")
+            column[1].set_xlabel(KNOBS[knob] + (" (nats)" if knob == "nu" else ""))
+        percent(axes[0, 0].yaxis)
+        axes[0, 0].set_ylabel("share left")
+        axes[1, 0].set_ylabel("test accuracy")
+        axes[1, 0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.1f}%")
+        letter(axes[0])
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    sentences = [_sentence(knob, line) for knob, line in found.items()]
+    caption = (
+        "One knob varied at a time, ResNet-20 on the digits: `nu`, the nats that the whole network may cost; `alpha`, "
+        "the price's share on layers (1) against units (0); `beta`, parameters (1) against MACs (0). "
+        f"{seeds_text([centre[0].config['seed']]).capitalize()}; one run a point, and {len(centre)} for the preset, "
+        "whose spread in the table is the measure of what a difference "
+        "means. " + " ".join(sentences)
+    )
+    return Made("Effect of nu, alpha and beta", caption, figure, _table(data, centre))
+
+
+def _line(data: Data, knob: str, centre: Record) -> dict[float, Record]:
+    """Runs of one seed in which only one knob differs, by its value."""
+    line = {centre.config[knob]: centre}
+    for name, changed in GROUPS["knobs"].items():
+        if set(changed) == {knob}:
+            line |= {one.config[knob]: one for one in data.results(name) if one.config["seed"] == centre.config["seed"]}
+    return dict(sorted(line.items()))
+
+
+def _sentence(knob: str, line: dict[float, Record]) -> str:
+    """What a knob does from one end of its range to the other, from the measured runs."""
+    low, high = min(line), max(line)
+    parts = []
+    for text, (part, whole, *_) in SHARES.items():
+        a, b = (100 * line[end].result[part] / line[end].result[whole] for end in (low, high))
+        parts.append(f"{text} {a:.0f} to {b:.0f} %")
+    a, b = line[low].accuracy, line[high].accuracy
+    return f"`{knob}` from {low:g} to {high:g}: left of the {', of the '.join(parts)}; accuracy {a:.1f} to {b:.1f} %."
+
+
+def _table(data: Data, centre: list[Record]) -> str:
+    groups = {"digits, preset": centre}
+    groups |= {
+        f"digits, {name.replace('-', ' = ')}": found for name in GROUPS["knobs"] if (found := data.results(name))
+    }
+    for record in data.records:
+        if record.kind == "pruned":
+            groups.setdefault(f"{record.config['dataset']}, {record.variant}", []).append(record)
+    rows = [
+        [
+            name,
+            "/".join(f"{group[0].config[knob]:g}" for knob in KNOBS),
+            ", ".join(str(r.config["seed"]) for r in group),
+            *(
+                spread([100 * r.result[part] / r.result[whole] for r in group], "{:.1f}")
+                for part, whole, *_ in list(SHARES.values())[:2]
+            ),
+            *(
+                "/".join(str(r.result[part]) for r in group) + f" of {group[0].result[whole]}"
+                for part, whole, *_ in list(SHARES.values())[2:]
+            ),
+            spread([r.accuracy for r in group]),
+            spread([100 * r.result["decided_by_rule"] for r in group], "{:.1f}"),
+        ]
+        for name, group in groups.items()
+    ]
+    return markdown(
+        [
+            "runs",
+            "nu/alpha/beta",
+            "seeds",
+            "MACs %",
+            "parameters %",
+            "layers",
+            "units",
+            "accuracy %",
+            "decided by rule %",
+        ],
+        rows,
+    )

@@ -1,0 +1,173 @@
+"""The runs that the figures are drawn from: digits trained here where they are not there yet, and committed records.
+
+Every run on the digits has the data set's preset, but half its epochs and half its memory of measurements, so that all
+of them together take minutes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks import cifar
+from catode.train import Config, compare, report, run, shadow
+
+RECORDS = Path(cifar.__file__).parent / "records"
+SHORT: dict[str, Any] = {"dataset": "digits", "epochs": 30, "memory": 200, "threads": 1}
+SEEDS = (0, 1, 2)
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "pruned": {"pruned": {}},
+    "dense": {"dense": {"nu": 0.0}},
+    "narrow": {"narrow": {"nu": 0.0, "hidden_scale": 0.38}},
+    "shadow": {"shadow": {"shadow": True}},
+    "fixed": {f"fixed-{tol:g}": {"tol": tol} for tol in (0.5, 0.9)},
+    "knobs": {
+        **{f"nu-{nu:g}": {"nu": nu} for nu in (1.0, 9.0)},
+        **{f"alpha-{alpha:g}": {"alpha": alpha} for alpha in (0.0, 1.0)},
+        "beta-1": {"beta": 1.0},
+    },
+}
+"""Settings of the runs by group and name; each is trained from every seed of `seeds`."""
+
+
+def seeds(group: str) -> tuple[int, ...]:
+    """Seeds of a group's runs; the effect of a knob is measured from the first alone."""
+    return SEEDS[:1] if group == "knobs" else SEEDS
+
+
+def plan(folder: Path, groups: Iterable[str]) -> dict[Path, Config]:
+    """The runs of some groups, by their folders.
+
+    Args:
+        folder: Where the runs are.
+        groups: Keys of `GROUPS`.
+    """
+    found = {}
+    for group in groups:
+        for name, changed in GROUPS[group].items():
+            for seed in seeds(group):
+                out = folder / f"digits-{name}-s{seed}"
+                found[out] = Config.from_presets(**{**SHORT, **changed, "seed": seed, "out": str(out)})
+    return found
+
+
+def train(folder: Path, groups: Iterable[str], *, processes: int = 2) -> None:
+    """Train what is planned and not there yet, and go on with what was cut off.
+
+    Args:
+        folder: Where the runs are.
+        groups: Keys of `GROUPS`.
+        processes: Runs at a time, one thread each.
+
+    Raises:
+        ValueError: if a folder holds another run than the planned one.
+    """
+    todo = []
+    for out, config in plan(folder, groups).items():
+        if (out / "config.json").exists():
+            there = report.read_json(out / "config.json")
+            own = config.identity()
+            other = [name for name in own if there.get(name) != own[name] and name not in ("out", "data_dir")]
+            if other:
+                raise ValueError(
+                    f"`runs` must hold runs as planned here; got {str(out)!r} with {other[0]}={there.get(other[0])!r} "
+                    f"in place of {own[other[0]]!r}. Delete that folder or give another --runs."
+                )
+        if not (out / "result.json").exists():
+            todo.append(config)
+    if not todo:
+        return
+    print(f"{len(todo)} runs on the digits are to be trained, {processes} at a time", file=sys.stderr)
+    todo.sort(key=lambda config: (not config.shadow, config.nu == 0))  # what takes longest first
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=processes, mp_context=context) as pool:
+        started = {pool.submit(_one, config): config for config in todo}
+        for number, future in enumerate(as_completed(started), 1):
+            future.result()
+            print(f"  {number}/{len(todo)} {started[future].out}", file=sys.stderr, flush=True)
+
+
+def _one(config: Config) -> None:
+    """Train one run, or go on with it."""
+    if (Path(config.out) / "result.json").exists():  # trained by somebody else in the meantime
+        return
+    if (Path(config.out) / "config.json").exists():
+        config = replace(config, resume=config.out)
+    run(config, progress=False)
+
+
+class Data:
+    """What the figures may ask for; files are read when they are first asked for.
+
+    Args:
+        runs: Folder of the runs on the digits.
+        records: Folder of the committed records.
+    """
+
+    def __init__(self, runs: Path, records: Path = RECORDS):
+        self.runs = Path(runs)
+        self.records_folder = Path(records)
+        self._read: dict[tuple[Callable, Path], Any] = {}
+
+    def folders(self, name: str) -> list[Path]:
+        """Folders of the finished digits runs of one name, such as "fixed-0.5", in the order of their seeds."""
+        return [self.runs / f"digits-{name}-s{seed}" for seed in SEEDS if self._finished(name, seed)]
+
+    def _finished(self, name: str, seed: int) -> bool:
+        return (self.runs / f"digits-{name}-s{seed}" / "result.json").exists()
+
+    def reports(self, name: str) -> list[report.Run]:
+        """Digits runs with their paths over time."""
+        return [self._once(report.read, folder) for folder in self.folders(name)]
+
+    def by_prior(self) -> dict[str, list[report.Run]]:
+        """Shadow runs by the prior that they were trained under."""
+        found: dict[str, list[report.Run]] = {}
+        for one in self.reports("shadow"):
+            found.setdefault(one.config.get("prior", "flattening"), []).append(one)
+        return found
+
+    def results(self, name: str) -> list[cifar.Record]:
+        """Digits runs with their last rows alone."""
+        return [self._once(cifar.read, folder) for folder in self.folders(name)]
+
+    def shadows(self) -> dict[str, list[compare.Run]]:
+        """Shadow runs by the data set and network that they are of, records included."""
+        found: dict[str, list[compare.Run]] = {}
+        own = self.folders("shadow")
+        packed = [f for f in self._record_folders() if any((f / f"{shadow.FILE}{end}").exists() for end in ("", ".gz"))]
+        for folder in own + packed:
+            one = self._once(compare.read, folder)
+            found.setdefault(f"{one.config['dataset']}, {one.config['arch']}", []).append(one)
+        return {
+            name: [replace(one, decisions=[replace(d, run=i) for d in one.decisions]) for i, one in enumerate(runs)]
+            for name, runs in found.items()
+        }
+
+    @cached_property
+    def records(self) -> list[cifar.Record]:
+        """The committed records."""
+        return [self._once(cifar.read, folder) for folder in self._record_folders()]
+
+    def record_reports(self) -> list[report.Run]:
+        """The committed records of pruned runs with their paths over time."""
+        return [
+            self._once(report.read, folder)
+            for folder, one in zip(self._record_folders(), self.records, strict=True)
+            if one.kind == "pruned"
+        ]
+
+    def _record_folders(self) -> list[Path]:
+        return sorted(path.parent for path in self.records_folder.glob("*/result.json"))
+
+    def _once(self, read: Callable[[Path], Any], folder: Path) -> Any:
+        key = read, folder
+        if key not in self._read:
+            self._read[key] = read(folder)
+        return self._read[key]

@@ -1,0 +1,58 @@
+"""Keep probabilities over a run, layers and units, coloured by what became of them."""
+
+from __future__ import annotations
+
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from catode.theory.plotting import house_style, new_figure
+from catode.train import report
+from paper_figures._common import Made, letter, seeds_text
+from paper_figures.runs import Data
+
+NEEDS = ("pruned",)
+
+
+def make(data: Data) -> Made:
+    """Draw one pruned run of each data set, a row each: of the records the one that lost most layers."""
+    first = {}
+    records = sorted(data.record_reports(), key=lambda run: run.result["layers_kept"] / run.result["layers_total"])
+    for run in [*data.reports("pruned"), *records]:
+        first.setdefault((run.config["dataset"], run.config["arch"]), run)
+    figure = new_figure(10.0, 3.6 * len(first) + 0.8)
+    with house_style():
+        rows = figure.subplots(len(first), 2, sharey=True, squeeze=False)
+        for ((dataset, arch), run), row in zip(first.items(), rows, strict=True):
+            for ax, kind in zip(row, ("layer", "unit"), strict=True):
+                report.theta_panel(ax, run, kind)
+                number = len(run.of(kind))
+                ax.set_title(f"{arch}, {dataset}: {number} {kind}s")
+                ax.set_xlim(0, run.metrics["epoch"][-1])
+                ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+                ax.set_xlabel("epoch")
+            row[0].set_ylabel("keep probability θ")
+        letter(rows)
+        seen = {trace.state for run in first.values() for trace in run.traces}
+        looks = [(state, look) for state, look in report.LOOKS.items() if state in seen]
+        plain = ("committed", "undecided")
+        handles = [
+            Line2D([], [], color=look.color, marker=None if state in plain else look.marker, label=look.text)
+            for state, look in looks
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    told = "; ".join(
+        f"{dataset}, {seeds_text([run.config['seed']])}: "
+        + ", ".join(
+            f"{sum(t.state == state for t in run.traces)} {report.LOOKS[state].text}"
+            for state, _ in looks
+            if any(t.state == state for t in run.traces)
+        )
+        for (dataset, _), run in first.items()
+    )
+    caption = (
+        "Each line is the keep probability θ of one structure: whole residual blocks on the left, channels on the "
+        "right. It rises while the loss that the structure saves exceeds its price, and sinks otherwise. A marker "
+        "shows where a structure was removed from the network: above θ = 0 where θ had come below the tolerance "
+        f"derived for the structure. What became of them ({told})."
+    )
+    return Made("Keep probabilities during training", caption, figure)

@@ -1,0 +1,76 @@
+"""Final hidden widths, block by block, over seeds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from benchmarks._common import differences
+from catode.theory.plotting import PALETTE, house_style, new_figure
+from catode.train import report
+from paper_figures._common import Made, letter, seeds_text
+from paper_figures.runs import Data
+
+NEEDS = ("pruned",)
+COLORS = ("blue", "vermillion", "green", "purple", "orange", "sky")
+
+
+def make(data: Data) -> Made:
+    """Draw a panel for each data set and network; what was pruned with other settings gets another colour."""
+    panels: dict[str, dict[str, list[report.Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in data.reports("pruned"):
+        panels[f"{run.config['arch']}, {run.config['dataset']}"]["pruned"].append(run)
+    for run in data.record_reports():
+        changed = ", ".join(f"{name}={value}" for name, value in differences(run.config).items())
+        panels[f"{run.config['arch']}, {run.config['dataset']}"][changed or "preset"].append(run)
+    figure = new_figure(10.0, 3.7 * len(panels))
+    with house_style():
+        axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for ax, (name, groups) in zip(axes, panels.items(), strict=True):
+            _panel(ax, groups)
+            ax.set_title(name)
+        letter(axes)
+    told = "; ".join(
+        f"{name}: "
+        + ", ".join(f"{variant} {seeds_text([r.config['seed'] for r in runs])}" for variant, runs in groups.items())
+        for name, groups in panels.items()
+    )
+    caption = (
+        "Channels left in every residual block, from the input (left) to the output. Grey bars are the widths before "
+        "training, lines the means over seeds, dots single runs; a cross is a run in which the whole block was "
+        f"removed, so that its signal takes the shortcut. Runs ({told})."
+    )
+    return Made("Final widths over seeds", caption, figure)
+
+
+def _panel(ax, groups: dict[str, list[report.Run]]) -> None:
+    first = next(iter(groups.values()))[0]
+    names = [site.site.removesuffix(".conv1") or site.block for site in report.final_sites(first)]
+    total = [site.total or 0 for site in report.final_sites(first)]
+    x = np.arange(len(names))
+    ax.bar(x, total, width=0.86, color="#E9E9E9", label="before training", zorder=1)
+    for number, (variant, runs) in enumerate(groups.items()):
+        color = PALETTE[COLORS[number % len(COLORS)]]
+        kept = np.array([[site.kept or 0 for site in report.final_sites(run)] for run in runs])
+        alive = np.array([[site.alive for site in report.final_sites(run)] for run in runs])
+        shift = (number - (len(groups) - 1) / 2) * 0.8 / len(groups)
+        half = 0.36 / len(groups)
+        label = f"{variant}: mean of {len(runs)}" if len(groups) > 1 else f"mean of {len(runs)} runs"
+        ax.hlines(
+            kept.mean(axis=0), x + shift - half, x + shift + half, color=color, linewidth=2.4, label=label, zorder=3
+        )
+        places = x + shift + np.linspace(-0.6, 0.6, len(runs))[:, None] * half if len(runs) > 1 else (x + shift)[None]
+        places = np.broadcast_to(places, kept.shape)
+        ax.plot(places[alive], kept[alive], "o", color=color, markersize=4, alpha=0.8, markeredgewidth=0, zorder=4)
+        ax.plot(
+            places[~alive], kept[~alive], "x", color=color, markersize=6, markeredgewidth=1.6, zorder=4, clip_on=False
+        )
+    ax.set_xticks(x, names, rotation=0 if len(names) <= 12 else 60)
+    ax.set_xlim(-0.6, len(names) - 0.4)
+    ax.set_ylim(0, 1.05 * max(total))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    ax.grid(visible=False, axis="x")
+    ax.set_ylabel("channels")
+    ax.legend(loc="upper left")
