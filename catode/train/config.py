@@ -59,6 +59,7 @@ an exact entry over both.
 """
 
 READ_EVERY = 10  # steps on an accelerator
+LEAST = 1e-20  # size of a number that is not 0
 
 _GROUPS = {
     "data": "data and network",
@@ -144,6 +145,8 @@ class Setting:
             verb = "lie" if self.range.startswith("in ") else "be"
             shown = int(value) if value == int(value) else value
             _validate.fail(name, f"{verb} {self.range}", shown, mend=self.mend)
+        if 0 < abs(value) < LEAST:
+            _validate.fail(name, f"be 0 or at least {LEAST:g} in size, or quotients overflow", value, mend=self.mend)
         return value
 
 

@@ -278,7 +278,13 @@ class Pruner:
         full = self.complexity.prices(np.ones(n), nu=self.nu, alpha=self.alpha, beta=self.beta)
         for kind in (self.is_layer, ~self.is_layer):  # a price of next to nothing must not make a theta jump
             full[kind] = np.maximum(full[kind], LEAST_OF_MEAN * full[kind].mean())
-        self.rate_ratio = np.divide(self._clock, full, out=np.ones(n), where=full > 0)
+        with np.errstate(over="ignore"):
+            self.rate_ratio = np.divide(self._clock, full, out=np.ones(n), where=full > 0)
+        if not np.isfinite(self.rate_ratio).all():
+            raise ValueError(
+                f"`nu` must give every gated structure a price that rate_ratio can be divided by; got nu={self.nu:g}, "
+                f"alpha={self.alpha:g}, rate_ratio={self._clock:g}. Use a larger nu, or 0 or 1 for an alpha next to them."
+            )
 
         self.done, self.time = 0, 0.0
         self.finished = False

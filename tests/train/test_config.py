@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from catode.train import config as module
-from catode.train.config import PRESETS, Config, ConfigError, build_parser, check_out, parse, settings
+from catode.train.config import LEAST, PRESETS, Config, ConfigError, build_parser, check_out, parse, settings
 from catode.train.models import ARCHITECTURES
 
 MESSAGE = re.compile(r"^`[-\w.]+` must [^\n]+; got [^\n]+\. [^\n]+[.?]$|^`[-\w.]+` must [^\n]+; got [^\n]+[.?]$")
@@ -39,6 +39,9 @@ WRONG_FIELDS = [
     ("target_params", -0.5),
     ("target_params", "half"),
     ("nu", float("nan")),
+    ("nu", 5e-324),
+    ("alpha", 1e-300),
+    ("lr", 5e-324),
     ("nu", float("inf")),
     ("nu", "1"),
     ("nu", True),
@@ -144,17 +147,23 @@ WRONG_LINES = [
     ("--seed -1", "`seed` must lie in [0, 4294967295]; got seed=-1."),
 ]
 
+
+def floats(low, high):
+    """Numbers of the range that are 0 or not too small."""
+    return st.floats(low, high).filter(lambda value: value == 0 or abs(value) >= LEAST)
+
+
 VALUES = {
-    "hidden_scale": st.floats(0.1, 1),
-    "nu": st.floats(0, 1e6),
-    "alpha": st.floats(0, 1),
-    "beta": st.floats(0, 1),
-    "risk": st.floats(1e-6, 0.499),
-    "tol": st.none() | st.floats(0, 1),
-    "initial_keep_prob": st.floats(1e-3, 1),
-    "decide_until": st.floats(1e-3, 1),
-    "rate_ratio": st.none() | st.floats(1e-9, 1e9),
-    "sink_share": st.floats(1e-3, 1),
+    "hidden_scale": floats(0.1, 1),
+    "nu": floats(0, 1e6),
+    "alpha": floats(0, 1),
+    "beta": floats(0, 1),
+    "risk": floats(1e-6, 0.499),
+    "tol": st.none() | floats(0, 1),
+    "initial_keep_prob": floats(1e-3, 1),
+    "decide_until": floats(1e-3, 1),
+    "rate_ratio": st.none() | floats(1e-9, 1e9),
+    "sink_share": floats(1e-3, 1),
     "estimator": st.sampled_from(settings()["estimator"].choices),
     "per_example_gates": st.booleans(),
     "epochs": st.integers(1, 1000),

@@ -165,6 +165,7 @@ def test_the_record_survives_a_checkpoint():
     [
         (dict(shadow=STEPS - 1), "`shadow` must be an integer of at least 180; got shadow=179"),
         (dict(shadow=STEPS, target_macs=0.5), "`shadow` must be None with a target"),
+        (dict(alpha=5e-324), "`nu` must give every gated structure a price"),
         (dict(shadow=STEPS, round_to=8), "`shadow` must be None with a target"),
     ],
 )
