@@ -309,7 +309,8 @@ def _verdict(what: str, value: float, limit: float) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate_cost", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="resnet20", choices=models.CIFAR_DEPTHS, help="the network (resnet20)")
+    nets = [name for name, own in models.ARCHITECTURES.items() if own.stem == "cifar"]
+    parser.add_argument("--arch", default="resnet20", choices=nets, help="the network (resnet20)")
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
     parser.add_argument("--rounds", type=int, help="rounds of the compacted steps (15; 3 with --quick)")
     parser.add_argument("--cycles", type=int, help="cycles of the pruner's measuring (8; 1 with --quick)")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,17 @@ def record(seed=0, accuracy=0.8, macs=40e6, **settings):
     result |= dict(units_total=336, decided_by_rule=1.0, latency_ms_128=1.0, latency_dense_ms_128=1.0, seconds=60.0)
     env = dict(processor="p", cores=2, torch="t", threads=1, python="3")
     return cifar.Record(config, result | {"cpu_seconds": 60.0}, env, [])
+
+
+COMMANDS = sorted(p.stem for p in Path(cifar.__file__).parent.glob("*.py") if not p.stem.startswith("_"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_starts(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert left.value.code == 0 and f"python -m benchmarks.{name}" in capsys.readouterr().out
 
 
 def rows(text, start):
