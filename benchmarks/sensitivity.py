@@ -60,7 +60,7 @@ def train(point: dict[str, Any], epochs: int, runs: Path) -> Path:
     if not (folder / "result.json").exists():
         resume = {"resume": str(folder)} if (folder / "config.json").exists() else {}
         settings = {**point, "epochs": epochs, "threads": 1, "out": str(folder), **resume}
-        run(Config.from_presets(dataset="digits", **settings), progress=False)
+        run(Config.from_presets(dataset="digits", **settings), progress=False, with_report=False)
     return folder
 
 

@@ -10,7 +10,8 @@ from paper_figures._common import Made, letter, percent, seeds_text
 from paper_figures.complexity import keep_probabilities
 from paper_figures.runs import Data
 
-NEEDS = ("shadow",)
+NEEDS = ("shadow", "priors")
+NEAR = 0.01
 BANDS = (
     ("θ = 0", 0.0, "vermillion", 0.85),
     ("0 < θ ≤ 1/4", 0.25, "orange", 0.7),
@@ -37,8 +38,10 @@ def make(data: Data) -> Made:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(BANDS), frameon=False)
     caption = (
         "Shares of the structures by keep probability after every epoch, layers left and units right, all seeds "
-        "together, in shadow runs, which remove nothing before θ is 0. By Theorem 3.1 the optimal network is "
-        "deterministic: what is in between should drain away to θ = 0 and θ = 1. The dotted line is the end of the "
+        "together, with equal epochs, prices and speed of θ. By Theorem 3.1 the optimal network under the flattening "
+        "prior is deterministic: what is in between should drain away to θ = 0 and θ = 1; these are shadow runs, which "
+        "remove nothing before θ is 0. The rivals never reach 0 or 1, so their runs start at θ = 0.9 and remove at "
+        "θ ≤ 0.01, if the upper limit of the benefit is below the price. The dotted line is the end of the "
         f"deciding phase, where what has not arrived is rounded. {' '.join(told)}"
     )
     return Made("Keep probabilities drain to 0 and 1", caption, figure)
@@ -73,11 +76,12 @@ def _panel(ax, runs: list[report.Run], kind: str) -> list:
 
 def _ends(prior: str, runs: list[report.Run]) -> str:
     """How many arrived by themselves, in words."""
-    rounded = [trace["keep_prob"][-1] for run in runs for trace in run.traces if trace.state == "forced"]
+    rounded = np.array([trace["keep_prob"][-1] for run in runs for trace in run.traces if trace.state == "forced"])
     total = sum(len(run.traces) for run in runs)
-    between = sum(0.0 < theta < 1.0 for theta in rounded)
+    exactly = total - int(np.sum((rounded > 0.0) & (rounded < 1.0)))
+    nearly = total - int(np.sum((rounded > NEAR) & (rounded < 1.0 - NEAR)))
     return (
-        f"{prior.capitalize()} prior ({seeds_text([run.config['seed'] for run in runs])}): of {total} structures "
-        f"{total - between} ({100 * (total - between) / total:.1f} %) were at exactly 0 or 1 when the deciding phase "
-        f"ended, {total - len(rounded)} of them by rule; the other {between} were rounded to the nearer end."
+        f"{prior.capitalize()} prior ({seeds_text([run.config['seed'] for run in runs])}): when the deciding phase "
+        f"ended, {exactly} of {total} structures ({100 * exactly / total:.1f} %) were at 0 or 1 or had been decided by "
+        f"rule, {nearly} ({100 * nearly / total:.1f} %) with those within {NEAR:g} of an end; the others were rounded."
     )

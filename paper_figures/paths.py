@@ -10,7 +10,7 @@ from catode.theory.plotting import PALETTE, house_style, new_figure, phase_portr
 from catode.theory.systems import BenefitSystem
 from catode.train import compare, report, shadow
 from paper_figures._common import Made, letter
-from paper_figures.runs import Data
+from paper_figures.runs import DIGITS, Data
 
 NEEDS = ("shadow",)
 PANELS = 6
@@ -41,8 +41,7 @@ class Path:
 
 def make(data: Data) -> Made:
     """Draw six structures of the shadow runs."""
-    runs = [run for runs in data.shadows().values() for run in runs]
-    chosen = _choose([path for run in runs for path in _paths(run)])
+    chosen = _choose([path for run in data.shadows()[DIGITS] for path in _paths(run)])
     figure = new_figure(10.0, 7.4)
     with house_style():
         axes = figure.subplots(2, 3, sharey=True)

@@ -11,10 +11,11 @@ from benchmarks.cifar import Record
 from catode.theory.plotting import PALETTE, house_style, new_figure
 from catode.train import compare, shadow
 from paper_figures._common import Made, letter, percent, seeds_text
-from paper_figures.runs import GROUPS, Data
+from paper_figures.runs import DIGITS, GROUPS, Data
 
 NEEDS = ("pruned", "dense", "fixed", "shadow")
 COLORS = {"derived": ("blue", "o"), "dense": ("black", "*")}
+FEW = 10  # decisions; the interval of fewer says nothing
 FIXED = (("orange", "s"), ("vermillion", "D"), ("purple", "^"))
 
 
@@ -41,10 +42,10 @@ def make(data: Data) -> Made:
         axes[1].set_ylabel("share of the dense network's")
         percent(axes[1].yaxis)
         axes[1].set_title("MACs left")
-        shadows = [run for runs in data.shadows().values() for run in runs]
+        shadows = data.shadows()[DIGITS]
         scores = compare.rules(shadows)
         shown = {rule: scores[rule] for rule in (shadow.DERIVED, *(f"fixed {t:g}" for t in sorted(shadow.FIXED)))}
-        shown = {rule: score for rule, score in shown.items() if score.decisions}
+        shown = {rule: score for rule, score in shown.items() if score.decisions >= FEW}
         for place, (rule, score) in enumerate(shown.items()):
             color = PALETTE["blue" if rule == shadow.DERIVED else "orange"]
             axes[2].plot([place] * 2, [score.low, score.high], color=color, linewidth=2.5)
@@ -68,17 +69,23 @@ def make(data: Data) -> Made:
     for name in [name for name in groups if name not in COLORS]:
         pairs = [(a, b) for a in groups[name] for b in groups["derived"] if a.config["seed"] == b.config["seed"]]
         difference = [a.accuracy - b.accuracy for a, b in pairs]
+        sizes = [
+            100 * np.mean([one.result["macs"] / one.result["macs_dense"] for one in side])
+            for side in zip(*pairs, strict=True)
+        ]
         told.append(
-            f"{name}: accuracy {spread(difference, '{:+.2f}')} points against the derived tolerance, paired by seed, "
-            f"at {100 * np.mean(macs[name]):.0f} % of the MACs in place of {100 * np.mean(macs['derived']):.0f} %"
+            f"{name}: accuracy {spread(difference, '{:+.2f}')} points against the derived tolerance, paired by seed "
+            f"(n = {len(pairs)}), "
+            f"at {sizes[0]:.0f} % of the MACs in place of {sizes[1]:.0f} %"
         )
     seeds = [record.config["seed"] for record in groups["derived"]]
     caption = (
         "A fixed tolerance removes a structure as soon as its θ is at or below it and the upper limit of its benefit "
         f"is below its price, however noisy the way there. ResNet-20 on the digits, {seeds_text(seeds)}; bars are "
         f"means, dots seeds. {'; '.join(told)}. (c) Regrets of the same rules over {len(shadows)} shadow runs, in "
-        "which nothing is removed before θ = 0: regrets of decisions; the upper end counts what was left open as "
-        "regrets."
+        "which nothing is removed before θ = 0, of rules that look at θ alone beside the derived one: regrets of "
+        f"decisions; the upper end counts what was left open as regrets; rules with fewer than {FEW} decisions are left "
+        "out."
     )
     return Made("Premature pruning", caption, figure)
 

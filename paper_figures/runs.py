@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cifar
-from catode.train import Config, compare, report, run, shadow
+from catode.train import Config, compare, report, run
 
 RECORDS = Path(cifar.__file__).parent / "records"
+DIGITS = "digits, resnet20"
 SHORT: dict[str, Any] = {"dataset": "digits", "epochs": 30, "memory": 200, "threads": 1}
 SEEDS = (0, 1, 2)
+RIVALS = ("bernoulli", "concrete")
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "pruned": {"pruned": {}},
     "dense": {"dense": {"nu": 0.0}},
     "narrow": {"narrow": {"nu": 0.0, "hidden_scale": 0.38}},
     "shadow": {"shadow": {"shadow": True}},
-    "fixed": {f"fixed-{tol:g}": {"tol": tol} for tol in (0.5, 0.9)},
+    "priors": {f"prior-{name}": {"prior": name, "tol": 0.01, "initial_keep_prob": 0.9} for name in RIVALS},
+    "fixed": {"fixed-0.9": {"tol": 0.9}},
     "knobs": {
         **{f"nu-{nu:g}": {"nu": nu} for nu in (1.0, 9.0)},
         **{f"alpha-{alpha:g}": {"alpha": alpha} for alpha in (0.0, 1.0)},
@@ -37,8 +40,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def seeds(group: str) -> tuple[int, ...]:
-    """Seeds of a group's runs; the effect of a knob is measured from the first alone."""
-    return SEEDS[:1] if group == "knobs" else SEEDS
+    """Seeds of a group's runs; a knob's effect and the rival priors are measured from the first alone, for the time's sake."""
+    return SEEDS[: {"pruned": 3, "shadow": 3, "knobs": 1, "priors": 1}.get(group, 2)]
 
 
 def plan(folder: Path, groups: Iterable[str]) -> dict[Path, Config]:
@@ -99,7 +102,7 @@ def _one(config: Config) -> None:
         return
     if (Path(config.out) / "config.json").exists():
         config = replace(config, resume=config.out)
-    run(config, progress=False)
+    run(config, progress=False, with_report=False)
 
 
 class Data:
@@ -127,23 +130,22 @@ class Data:
         return [self._once(report.read, folder) for folder in self.folders(name)]
 
     def by_prior(self) -> dict[str, list[report.Run]]:
-        """Shadow runs by the prior that they were trained under."""
-        found: dict[str, list[report.Run]] = {}
-        for one in self.reports("shadow"):
-            found.setdefault(one.config.get("prior", "flattening"), []).append(one)
-        return found
+        """Runs by their prior: shadow runs under the flattening one, and under its rivals what ends below 0.01."""
+        rivals = {name: found for name in RIVALS if (found := self.reports(f"prior-{name}"))}
+        return {"flattening": self.reports("shadow"), **rivals}
 
     def results(self, name: str) -> list[cifar.Record]:
         """Digits runs with their last rows alone."""
         return [self._once(cifar.read, folder) for folder in self.folders(name)]
 
     def shadows(self) -> dict[str, list[compare.Run]]:
-        """Shadow runs by the data set and network that they are of, records included."""
+        """Shadow runs by the data set and network that they are of: those on the digits, and records of larger images."""
         found: dict[str, list[compare.Run]] = {}
-        own = self.folders("shadow")
-        packed = [f for f in self._record_folders() if any((f / f"{shadow.FILE}{end}").exists() for end in ("", ".gz"))]
-        for folder in own + packed:
+        packed = sorted(path.parent for path in (self.records_folder / "shadow").glob("*/result.json"))
+        for folder in self.folders("shadow") + packed:
             one = self._once(compare.read, folder)
+            if folder in packed and one.config["dataset"] == SHORT["dataset"]:
+                continue  # the other figures too have the digits' runs that are trained here
             found.setdefault(f"{one.config['dataset']}, {one.config['arch']}", []).append(one)
         return {
             name: [replace(one, decisions=[replace(d, run=i) for d in one.decisions]) for i, one in enumerate(runs)]

@@ -136,6 +136,18 @@ def test_every_figure_says_what_it_needs_and_is_made_from_that(name, data):
     assert any(ax.get_title(loc="left") for ax in made.figure.axes)
 
 
+def test_shadow_records_of_other_images_have_a_row_of_their_own_and_those_of_the_digits_are_not_counted(
+    folder, tmp_path
+):
+    for number, dataset in enumerate(("cifar10", "digits")):
+        record = shutil.copytree(folder / "digits-shadow-s0", tmp_path / "shadow" / str(number))
+        _change(record / "config.json", dataset=dataset)
+    data = runs.Data(folder, tmp_path)
+    assert {name: len(found) for name, found in data.shadows().items()} == {runs.DIGITS: 3, "cifar10, resnet20": 1}
+    assert FIGURES["paths"].make(data).caption == FIGURES["paths"].make(runs.Data(folder, folder)).caption
+    assert "cifar10, resnet20" in FIGURES["regrets"].make(data).table
+
+
 def test_the_command_writes_png_vector_and_an_index_that_keeps_other_sections(tmp_path, folder, capsys):
     write_index(tmp_path, {"thetas": "## Old", "basins": "## Older"}, "svg")
     given = ["--only", "widths", "--runs", folder, "--out", tmp_path, "--records", tmp_path, "--vector", "svg"]

@@ -1,11 +1,18 @@
 """README's commands are the ones that CI runs, its links lead somewhere, and its defaults are the code's."""
 
+import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
+import pytest
+
 import catode
+from benchmarks import cifar
 from catode.train.config import Config
+from paper_figures import __main__ as figures
+from paper_figures.runs import RECORDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,3 +47,59 @@ def test_paths_named_in_the_text_exist():
 
 def test_the_default_folder_is_the_one_the_readme_names():
     assert f"`{Config.from_presets().out}`" in README and re.fullmatch(r"\d+\.\d+\.\d+", catode.__version__)
+
+
+# --- claims: each with what shows it and the command that makes that --------------------------------------------------
+
+
+def claims():
+    table = README.split("| claim |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+
+
+def shown_by(cell):
+    """Links of a cell, and all that is written in them: of a picture, its section in the index beside it."""
+    links, text = re.findall(r"\]\(([^)]+)\)", cell), ""
+    for link in links:
+        file = ROOT / link
+        if file.suffix == ".md":
+            text += file.read_text()
+        elif (index := file.parent / figures.INDEX).exists():
+            text += index.read_text().split(f"<!-- {file.stem} -->", 1)[1].split("<!-- ", 1)[0]
+    return links, text
+
+
+@pytest.mark.parametrize("claim", claims(), ids=lambda claim: re.sub(r"\W+", "-", claim[0])[:40])
+def test_every_claim_has_what_shows_it_and_the_command_that_makes_it(claim, monkeypatch, capsys):
+    said, shown, made = claim
+    links, text = shown_by(shown)
+    assert links and all((ROOT / link).exists() for link in links)
+    for number in re.findall(r"\*\*(.+?)\*\*", said):
+        assert number in text, f"{number} is not in {links}"
+    (command,) = re.findall(r"`([^`]+)`", made)
+    words = shlex.split(command)
+    assert words[:2] == ["python", "-m"]
+    module, given = words[2], words[3:]
+    if module == "pytest":
+        assert all((ROOT / file.split("::")[0]).exists() for file in given if not file.startswith("-"))
+        return
+    monkeypatch.setattr(sys, "argv", [module, *(word for word in given[:1] if not word.startswith("-")), "--help"])
+    program = importlib.import_module(f"{module}.__main__" if (ROOT / module / "__main__.py").exists() else module)
+    with pytest.raises(SystemExit):
+        program.main()
+    helped = capsys.readouterr().out
+    assert all(flag in helped for flag in given if flag.startswith("--"))
+    if module == "paper_figures":
+        assert given[0] == "--only" and f"docs/figures/{given[1]}.png" in links
+
+
+def test_every_figure_is_part_of_a_claim():
+    text = " ".join(cell for claim in claims() for cell in claim)
+    assert not [name for name in figures.FIGURES if f"docs/figures/{name}.png" not in text]
+
+
+def test_the_table_of_cifar_is_that_of_the_committed_records():
+    made = cifar.table([cifar.read(path.parent) for path in sorted(RECORDS.glob("*/result.json"))])
+    ours = [re.sub(" +", " ", line) for line in README.splitlines()]
+    rows = [re.sub(" +", " ", line) for line in made.splitlines() if line.startswith("| cifar")]
+    assert rows and not [row for row in rows if row not in ours]

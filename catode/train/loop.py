@@ -405,12 +405,13 @@ class _Table:
         self._file.close()
 
 
-def run(config: Config, *, progress: bool = True) -> Path:
+def run(config: Config, *, progress: bool = True, with_report: bool = True) -> Path:
     """Train, prune while training, and leave a folder as documented in the README.
 
     Args:
         config: The resolved configuration.
         progress: Show a progress bar on standard error.
+        with_report: Write report.md and its pictures, which takes seconds.
 
     Returns:
         The run's folder.
@@ -419,10 +420,10 @@ def run(config: Config, *, progress: bool = True) -> Path:
         ValueError: for bad input, a folder that is in use or a checkpoint that cannot be read, before anything is written.
         NotFinite: if the loss stops being finite; the folder then holds the last good network.
     """
-    return train(prepare(config), progress=progress)
+    return train(prepare(config), progress=progress, with_report=with_report)
 
 
-def train(setup: Setup, *, progress: bool = True) -> Path:
+def train(setup: Setup, *, progress: bool = True, with_report: bool = True) -> Path:
     """The same for a prepared run; see `run`."""
     folder = Path(setup.config.out)
     group = setup.group
@@ -437,7 +438,8 @@ def train(setup: Setup, *, progress: bool = True) -> Path:
         finally:
             trainer.close()
         if group.leads:
-            report.write(folder)
+            if with_report:
+                report.write(folder)
             checkpoint.drop_states(folder)
             lock.drop(folder)
     return folder
