@@ -10,7 +10,7 @@ from catode.theory.plotting import PALETTE, house_style, new_figure, phase_portr
 from catode.theory.systems import BenefitSystem
 from catode.train import compare, report, shadow
 from paper_figures._common import Made, letter
-from paper_figures.runs import DIGITS, Data
+from paper_figures.runs import Data
 
 NEEDS = ("shadow",)
 PANELS = 6
@@ -38,10 +38,16 @@ class Path:
     system: BenefitSystem
     lead: int
 
+    @property
+    def states(self) -> np.ndarray:
+        """States of the comparison system, shape (n, 2)."""
+        return np.stack([self.benefit, self.theta], axis=1)
+
 
 def make(data: Data) -> Made:
     """Draw six structures of the shadow runs."""
-    chosen = _choose([path for run in data.shadows()[DIGITS] for path in _paths(run)])
+    paths = [path for run in data.own_shadows() for path in _paths(run)]
+    chosen = _choose(paths)
     figure = new_figure(10.0, 7.4)
     with house_style():
         axes = figure.subplots(2, 3, sharey=True)
@@ -58,14 +64,20 @@ def make(data: Data) -> Made:
             for handle, text in zip(*ax.get_legend_handles_labels(), strict=True):
                 handles.setdefault(text, handle)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    decided = [path for path in paths if path.decided is not None]
+    left = sum(not path.system.contains(path.states[path.decided :]).all() for path in decided)
+    regrets = sum(path.end == shadow.REGRET for path in decided)
     told = "; ".join(f"({sign}) {path.name}, {_fate(path)}" for sign, (_, path) in zip("abcdef", chosen, strict=False))
     caption = (
         "The measured way of single structures through the plane of benefit and keep probability, in shadow runs, "
         "where nothing is removed before θ is 0. Grey arrows and the yellow domain D, in which the theory guarantees "
         "that a structure is driven out, are computed from the structure's own measured price, gain, decay, rate "
-        "ratio and drift: those at the decision where there was one (marked ▼), else their medians. The tolerance "
-        "lies below the edge of D by a margin for noise. Benefits are estimates from a window of probes, noisy where "
-        f"the window is young. {told}."
+        "ratio and drift: those at the decision where there was one (marked ▼), else their medians. They are the worst "
+        "case that the measured bounds admit, in which the benefit grows as fast as it can: a path that keeps to the "
+        "bounds runs left of the arrows, and only inside D the arrows say where it must end. The tolerance lies below "
+        f"the edge of D by a margin for noise. Of {len(decided)} decided paths, {left} were outside the D of their "
+        f"decision at a later check, and {regrets} came back to 1. Benefits are estimates from a window of probes, "
+        f"noisy where the window is young. {told}."
     )
     return Made("Measured paths over their own phase portraits", caption, figure)
 

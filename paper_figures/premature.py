@@ -11,7 +11,7 @@ from benchmarks.cifar import Record
 from catode.theory.plotting import PALETTE, house_style, new_figure
 from catode.train import compare, shadow
 from paper_figures._common import Made, letter, percent, seeds_text
-from paper_figures.runs import DIGITS, GROUPS, Data
+from paper_figures.runs import GROUPS, Data
 
 NEEDS = ("pruned", "dense", "fixed", "shadow")
 COLORS = {"derived": ("blue", "o"), "dense": ("black", "*")}
@@ -20,11 +20,12 @@ FIXED = (("orange", "s"), ("vermillion", "D"), ("purple", "^"))
 
 
 def make(data: Data) -> Made:
-    """Draw accuracy, MACs and layers by tolerance over seeds, and regret rates of the same rules in shadow runs."""
-    groups = {"dense": data.results("dense"), "derived": data.results("pruned")}
-    groups |= {f"fixed {change['tol']:g}": data.results(name) for name, change in GROUPS["fixed"].items()}
-    looks = dict(COLORS)
-    looks |= dict(zip([name for name in groups if name not in COLORS], FIXED, strict=False))
+    """Draw accuracy and MACs by tolerance over seeds, and regret rates of such rules in shadow runs."""
+    groups = {f"fixed {change['tol']:g}": data.results(name) for name, change in GROUPS["fixed"].items()}
+    looks = dict(zip(groups, FIXED, strict=False)) | COLORS
+    groups = {"dense": data.results("dense"), "derived": data.results("pruned")} | groups
+    common = set.intersection(*({record.config["seed"] for record in group} for group in groups.values()))
+    groups = {name: [r for r in group if r.config["seed"] in common] for name, group in groups.items()}
     figure = new_figure(10.0, 4.2)
     with house_style():
         axes = figure.subplots(1, 3)
@@ -42,7 +43,7 @@ def make(data: Data) -> Made:
         axes[1].set_ylabel("share of the dense network's")
         percent(axes[1].yaxis)
         axes[1].set_title("MACs left")
-        shadows = data.shadows()[DIGITS]
+        shadows = data.own_shadows()
         scores = compare.rules(shadows)
         shown = {rule: scores[rule] for rule in (shadow.DERIVED, *(f"fixed {t:g}" for t in sorted(shadow.FIXED)))}
         shown = {rule: score for rule, score in shown.items() if score.decisions >= FEW}
@@ -82,8 +83,8 @@ def make(data: Data) -> Made:
     caption = (
         "A fixed tolerance removes a structure as soon as its θ is at or below it and the upper limit of its benefit "
         f"is below its price, however noisy the way there. ResNet-20 on the digits, {seeds_text(seeds)}; bars are "
-        f"means, dots seeds. {'; '.join(told)}. (c) Regrets of the same rules over {len(shadows)} shadow runs, in "
-        "which nothing is removed before θ = 0, of rules that look at θ alone beside the derived one: regrets of "
+        f"means, dots seeds. {'; '.join(told)}. (c) Regrets over {len(shadows)} shadow runs, in "
+        "which nothing is removed before θ = 0, of the derived rule and of rules that look at θ alone: regrets of "
         f"decisions; the upper end counts what was left open as regrets; rules with fewer than {FEW} decisions are left "
         "out."
     )

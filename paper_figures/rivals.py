@@ -9,7 +9,7 @@ from benchmarks._common import markdown, spread
 from benchmarks.cifar import Record
 from catode.theory.plotting import PALETTE, house_style, new_figure
 from paper_figures._common import Made, legend_below, letter, mark_mean, percent, seeds_text
-from paper_figures.runs import DIGITS, GROUPS, Data
+from paper_figures.runs import GROUPS, Data
 
 NEEDS = ("pruned", "dense", "narrow", "fixed")
 LOOKS = (
@@ -25,7 +25,7 @@ LOOKS = (
 
 def make(data: Data) -> Made:
     """Draw a panel for each data set, network and number of epochs."""
-    panels = {DIGITS: _digits(data)}
+    panels = {"digits, resnet20": _digits(data)}
     for record in data.records:
         dataset, arch, epochs = record.task
         variant = record.variant.replace(f" {arch}", "")

@@ -17,19 +17,18 @@ from typing import Any
 
 from benchmarks import cifar
 from catode.train import Config, compare, report, run
+from catode.train.priors import PRIORS
 
 RECORDS = Path(cifar.__file__).parent / "records"
-DIGITS = "digits, resnet20"
 SHORT: dict[str, Any] = {"dataset": "digits", "epochs": 30, "memory": 200, "threads": 1}
 SEEDS = (0, 1, 2)
-RIVALS = ("bernoulli", "concrete")
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "pruned": {"pruned": {}},
     "dense": {"dense": {"nu": 0.0}},
     "narrow": {"narrow": {"nu": 0.0, "hidden_scale": 0.38}},
     "shadow": {"shadow": {"shadow": True}},
-    "priors": {f"prior-{name}": {"prior": name, "tol": 0.01, "initial_keep_prob": 0.9} for name in RIVALS},
-    "fixed": {"fixed-0.9": {"tol": 0.9}},
+    "priors": {f"prior-{name}": {"prior": name, "tol": 0.01, "initial_keep_prob": 0.9} for name in PRIORS},
+    "fixed": {"fixed-0.5": {"tol": 0.5}},
     "knobs": {
         **{f"nu-{nu:g}": {"nu": nu} for nu in (1.0, 9.0)},
         **{f"alpha-{alpha:g}": {"alpha": alpha} for alpha in (0.0, 1.0)},
@@ -130,27 +129,28 @@ class Data:
         return [self._once(report.read, folder) for folder in self.folders(name)]
 
     def by_prior(self) -> dict[str, list[report.Run]]:
-        """Runs by their prior: shadow runs under the flattening one, and under its rivals what ends below 0.01."""
-        rivals = {name: found for name in RIVALS if (found := self.reports(f"prior-{name}"))}
-        return {"flattening": self.reports("shadow"), **rivals}
+        """Runs by the prior that they were trained under."""
+        return {name: found for name in PRIORS if (found := self.reports(f"prior-{name}"))}
 
     def results(self, name: str) -> list[cifar.Record]:
         """Digits runs with their last rows alone."""
         return [self._once(cifar.read, folder) for folder in self.folders(name)]
 
     def shadows(self) -> dict[str, list[compare.Run]]:
-        """Shadow runs by the data set and network that they are of: those on the digits, and records of larger images."""
+        """Shadow runs by data set, network and epochs: those on the digits that are trained here, first, and records."""
         found: dict[str, list[compare.Run]] = {}
         packed = sorted(path.parent for path in (self.records_folder / "shadow").glob("*/result.json"))
         for folder in self.folders("shadow") + packed:
             one = self._once(compare.read, folder)
-            if folder in packed and one.config["dataset"] == SHORT["dataset"]:
-                continue  # the other figures too have the digits' runs that are trained here
-            found.setdefault(f"{one.config['dataset']}, {one.config['arch']}", []).append(one)
+            found.setdefault("{dataset}, {arch}, {epochs} epochs".format(**one.config), []).append(one)
         return {
             name: [replace(one, decisions=[replace(d, run=i) for d in one.decisions]) for i, one in enumerate(runs)]
             for name, runs in found.items()
         }
+
+    def own_shadows(self) -> list[compare.Run]:
+        """Shadow runs on the digits that are trained here."""
+        return next(iter(self.shadows().values()))
 
     @cached_property
     def records(self) -> list[cifar.Record]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks._common import differences
 from catode.theory.plotting import house_style, new_figure
 from catode.train import report
 from paper_figures._common import Made, letter, seeds_text
-from paper_figures.runs import Data
+from paper_figures.runs import SHORT, Data
 
 NEEDS = ("pruned",)
 
@@ -41,7 +42,7 @@ def make(data: Data) -> Made:
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     told = "; ".join(
-        f"{dataset}, {seeds_text([run.config['seed']])}: "
+        f"{dataset}{_other(run)}, {seeds_text([run.config['seed']])}: "
         + ", ".join(
             f"{sum(t.state == state for t in run.traces)} {report.LOOKS[state].text}"
             for state, _ in looks
@@ -56,3 +57,10 @@ def make(data: Data) -> Made:
         f"derived for the structure. What became of them ({told})."
     )
     return Made("Keep probabilities during training", caption, figure)
+
+
+def _other(run: report.Run) -> str:
+    """What a record's run has other than the preset of its data set, in words; a run on the digits is as the index says."""
+    if run.config["dataset"] == SHORT["dataset"]:
+        return ""
+    return "".join(f", {name} {value}" for name, value in differences(run.config).items())
