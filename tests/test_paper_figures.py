@@ -136,16 +136,16 @@ def test_every_figure_says_what_it_needs_and_is_made_from_that(name, data):
     assert any(ax.get_title(loc="left") for ax in made.figure.axes)
 
 
-def test_shadow_records_of_other_images_have_a_row_of_their_own_and_those_of_the_digits_are_not_counted(
-    folder, tmp_path
-):
-    for number, dataset in enumerate(("cifar10", "digits")):
-        record = shutil.copytree(folder / "digits-shadow-s0", tmp_path / "shadow" / str(number))
-        _change(record / "config.json", dataset=dataset)
+def test_shadow_records_have_a_row_for_each_data_set_network_and_length(folder, tmp_path):
+    for number, (dataset, epochs) in enumerate((("cifar10", 20), ("digits", 60), ("digits", 60))):
+        record = shutil.copytree(folder / f"digits-shadow-s{number}", tmp_path / "shadow" / str(number))
+        _change(record / "config.json", dataset=dataset, epochs=epochs)
     data = runs.Data(folder, tmp_path)
-    assert {name: len(found) for name, found in data.shadows().items()} == {runs.DIGITS: 3, "cifar10, resnet20": 1}
-    assert FIGURES["paths"].make(data).caption == FIGURES["paths"].make(runs.Data(folder, folder)).caption
-    assert "cifar10, resnet20" in FIGURES["regrets"].make(data).table
+    rows = {name: len(found) for name, found in data.shadows().items()}
+    short = f"digits, resnet20, {runs.SHORT['epochs']} epochs"
+    assert rows == {short: 3, "cifar10, resnet20, 20 epochs": 1, "digits, resnet20, 60 epochs": 2}
+    assert next(iter(rows)) == short and len(data.own_shadows()) == 3
+    assert all(name in FIGURES["regrets"].make(data).table for name in rows)
 
 
 def test_the_command_writes_png_vector_and_an_index_that_keeps_other_sections(tmp_path, folder, capsys):
