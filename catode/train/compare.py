@@ -58,7 +58,7 @@ CONFIDENCE = 0.95
 _MEASURED = (*ASSUMED, "benefit_upper", "price")
 _CONFIG = dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, alpha=float, beta=float, risk=float)
 _RESULT = dict(
-    accuracy=float, macs=int, macs_dense=int, layers_kept=int, layers_total=int, units_kept=int, units_total=int
+    accuracy=float, macs=float, macs_dense=float, layers_kept=int, layers_total=int, units_kept=int, units_total=int
 )
 
 
