@@ -125,8 +125,10 @@ def read(folder: Path) -> Record:
     if rows and (absent := [name for name in PLACE if name not in rows[0]]):
         raise ValueError(f"{packed(folder / 'structures.csv')} must have the column {absent[0]!r}; got none.")
     last = [rows[i] for i in sorted(_last(rows).values())]
-    config = read_json(folder / "config.json", dict(dataset=str, arch=str, epochs=int, seed=int, nu=float))
-    result = read_json(folder / "result.json", dict(accuracy=float, macs=float, macs_dense=float))
+    config = read_json(
+        folder / "config.json", dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, hidden_scale=float)
+    )
+    result = read_json(folder / "result.json", dict(accuracy=float, macs=float, macs_dense=float, params=float))
     return Record(config, result, read_json(folder / "env.json"), last)
 
 

@@ -97,7 +97,8 @@ def main() -> None:
     files = data.load("folder", args.data_dir, image_size=args.image_size, augment=args.augment, array_bytes=0)
     if (args.batches + 1) * args.batch_size > len(files.train_labels):
         raise ValueError(
-            f"`batches` must leave an epoch of {len(files.train_labels)} images; got batches={args.batches}"
+            f"`batches` must leave an epoch of {len(files.train_labels)} images; got batches={args.batches}. "
+            "Take fewer, or smaller ones."
         )
     step = stepper(args.arch, len(files.classes), args.device)
     common = dict(mean=files.mean, std=files.std, augment=args.augment, device=args.device, channels_last=True)

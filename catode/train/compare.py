@@ -333,7 +333,7 @@ def assumptions(runs: Sequence[Run]) -> dict[str, tuple[int, int, int, float]]:
     return {
         name: (
             len(pairs),
-            sum(x > 1.0 for x, _ in pairs),
+            int(sum(x > 1.0 for x, _ in pairs)),
             sum(regret for x, regret in pairs if x > 1.0),
             float(np.median([x for x, _ in pairs if x > 1.0])) if any(x > 1.0 for x, _ in pairs) else float("nan"),
         )
