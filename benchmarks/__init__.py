@@ -1,5 +1,6 @@
 """Measurements behind the numbers that the README states; each is a command, ``python -m benchmarks.NAME --help``.
 
 `digits` (accuracy and removals on the default data), `cifar` (CIFAR-10 against its rivals), `estimators` (bias and
-noise against exact enumeration), `gate_cost` (what gates, measuring and checking cost, what compaction gives back).
+noise against exact enumeration), `gate_cost` (what gates, measuring and checking cost, what compaction gives back),
+`sensitivity` (what each knob does) and others; `pool`, which is no command, trains many runs side by side.
 """

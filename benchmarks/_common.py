@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,15 +14,19 @@ import numpy as np
 import torch
 
 from catode.train.config import Config, ConfigError, settings
+from catode.train.device import processor
+from catode.train.loop import NotFinite
 
 RESULTS = Path(__file__).parent / "results"
+NEVER = ("resume", "dry_run")
+"""Settings that no benchmark admits: each trains its runs from the start."""
 
 
 def hardware(device: str = "cpu") -> str:
     """The machine of this process, its PyTorch and threads, in one line."""
     return machine(
         {
-            "processor": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+            "processor": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
@@ -44,15 +46,6 @@ def machine(env: dict[str, Any]) -> str:
 def load() -> str:
     """Load of the machine over the last minute; a timing on a busy machine is to be taken with care."""
     return f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else "load unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -78,11 +71,17 @@ def quartiles(values: Sequence[float], form: str = "{:.2f}") -> str:
     return f"{middle} ({low}-{high})"
 
 
-def overrides(pairs: Iterable[str]) -> dict[str, Any]:
+def overrides(pairs: Iterable[str], *, flags: Iterable[str] = (), fixed: Iterable[str] = ()) -> dict[str, Any]:
     """Settings of `Config` from texts ``name=value``.
 
+    Args:
+        pairs: The texts.
+        flags: Settings that have a flag of their own in the command.
+        fixed: Settings that the command makes itself, apart from `NEVER`.
+
     Raises:
-        ConfigError: if a text has another form or a number does not parse; `Config` checks the rest.
+        ConfigError: if a text has another form, names what it may not, or a number does not parse; `Config` checks the
+            rest.
     """
     values, known = {}, settings()
     for pair in pairs:
@@ -90,6 +89,11 @@ def overrides(pairs: Iterable[str]) -> dict[str, Any]:
         name = name.strip().replace("-", "_")
         if not equals or name not in known:
             raise ConfigError(f"`set` must be name=value, a setting's name; got {pair!r}. See catode.train --help.")
+        if name in flags:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"`set` must leave out {name}, which has a flag of its own; got {pair!r}. Use {flag}.")
+        if name in (*fixed, *NEVER):
+            raise ConfigError(f"`set` must leave out {name}, which this command sets itself; got {pair!r}. Remove it.")
         setting = known[name]
         if setting.optional and text.lower() == "none":
             values[name] = None
@@ -122,16 +126,28 @@ def differences(config: dict[str, Any]) -> dict[str, Any]:
     return {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n)}
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """One JSON file of a run's folder."""
-    return json.loads((folder / name).read_text())
+def check_name(name: str, own: str) -> str:
+    """The name of a result file that overwrites no other benchmark's.
 
+    Args:
+        name: What was asked for.
+        own: The benchmark that asks.
 
-def read_rows(folder: Path, name: str) -> list[dict[str, str]]:
-    """The rows of a CSV file of a run's folder, compressed or not."""
-    packed = folder / f"{name}.gz"
-    with gzip.open(packed, "rt", newline="") if packed.exists() else (folder / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+    Raises:
+        ConfigError: if it is no plain name, or another benchmark's, or begins like one.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ConfigError(
+            f"`write` must be a plain name of letters, digits, - and _; got write={name!r}. Use --write {own}."
+        )
+    others = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} - {own}
+    for other in sorted(others):
+        if name == other or name.startswith(f"{other}_"):
+            raise ConfigError(
+                f"`write` must not be the name of another benchmark's results; got write={name!r}, of benchmarks.{other}. "
+                f"Use --write {own}."
+            )
+    return name
 
 
 def publish(name: str, text: str, write: bool) -> None:
@@ -144,9 +160,12 @@ def publish(name: str, text: str, write: bool) -> None:
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Run a command; bad input is one line and exit status 2."""
+    """Run a command; bad input is one line and exit status 2, a loss that is not finite one line and exit status 1."""
     try:
         main()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

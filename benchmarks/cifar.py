@@ -14,8 +14,10 @@ import csv
 import gzip
 import io
 import json
+import math
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,11 @@ from benchmarks._common import (
     markdown,
     overrides,
     publish,
-    read_json,
-    read_rows,
     spread,
 )
-from catode.train import run, shadow
-from catode.train.config import Config
+from catode.train import compare, run, shadow
+from catode.train.config import CommandLine, Config
+from catode.train.files import PLACE, packed, read_json, read_rows, structure_key
 
 KINDS = {"pruned": {}, "dense": {"nu": 0.0}, "narrow": {"nu": 0.0}, "short": {"nu": 0.0, "arch": "resnet14"}}
 SHORTENED = {"resnet14": "resnet20"}
@@ -88,18 +89,25 @@ class Record:
         return 100 * self.result["accuracy"]
 
 
-def start(args: argparse.Namespace) -> None:
-    """Train one network."""
-    given = {**KINDS[args.kind], **overrides(args.set)}
+def plan(args: argparse.Namespace) -> Config:
+    """The configuration of one network.
+
+    Raises:
+        ConfigError: if a setting is given that the kind or a flag stands for.
+    """
+    flags = ("seed", "dataset", "data_dir", "out", "epochs")
+    given = {**KINDS[args.kind], **overrides(args.set, flags=flags, fixed=KINDS[args.kind])}
     for name in ("epochs", "threads"):
         if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
-    if args.compile:
-        given["compile"] = True
+            given.setdefault(name, getattr(args, name))
     if args.kind == "narrow":
         given.setdefault("hidden_scale", args.hidden_scale)
-    config = Config.from_presets(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed, out=args.out, **given)
-    folder = run(config, progress=sys.stderr.isatty())
+    return Config.from_presets(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed, out=args.out, **given)
+
+
+def start(args: argparse.Namespace) -> None:
+    """Train one network."""
+    folder = run(plan(args), progress=sys.stderr.isatty())
     record = read(folder)
     macs, seconds = record.result["macs"] / 1e6, record.result["seconds"]
     print(f"{record.variant}, seed {args.seed}: {record.accuracy:.2f} %, {macs:.2f} M MACs, {seconds:.0f} s")
@@ -113,9 +121,15 @@ def read(folder: Path) -> Record:
     """
     if not (folder / "result.json").is_file():
         raise FileNotFoundError(f"`folder` must hold a finished run; got {str(folder)!r} without result.json.")
-    rows = read_rows(folder, "structures.csv")
+    rows = read_rows(folder / "structures.csv")
+    if rows and (absent := [name for name in PLACE if name not in rows[0]]):
+        raise ValueError(f"{packed(folder / 'structures.csv')} must have the column {absent[0]!r}; got none.")
     last = [rows[i] for i in sorted(_last(rows).values())]
-    return Record(*(read_json(folder, f"{name}.json") for name in ("config", "result", "env")), last)
+    config = read_json(
+        folder / "config.json", dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, hidden_scale=float)
+    )
+    result = read_json(folder / "result.json", dict(accuracy=float, macs=float, macs_dense=float, params=float))
+    return Record(config, result, read_json(folder / "env.json"), last)
 
 
 def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
@@ -124,58 +138,104 @@ def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
     Args:
         folder: The run.
         target: Folder for the records; the run gets a folder of its own name there.
-        limit: Most bytes of structures.csv.gz. Every structure's decisive rows stay, of the checks every k-th.
+        limit: Most bytes of structures.csv.gz. The last row of every structure, which holds its decision, always stays;
+            of the checks every k-th. Of a shadow run all rows between a derived decision and its outcome stay as they
+            are; where these are too many, those that hold the decision or a largest value after it, which is all that
+            `catode.train.compare` looks at.
 
     Returns:
         Bytes written.
+
+    Raises:
+        FileNotFoundError: if the run is not finished.
+        ValueError: if a file is damaged; nothing is written then.
     """
     record, to = read(folder), target / folder.name
     config = {**record.config, "out": folder.name}
     if config["data_dir"] is not None:
         config["data_dir"] = Path(config["data_dir"]).name
+    tables = {"metrics.csv": _packed(_rounded(read_rows(folder / "metrics.csv")))}
+    rows, decisions = read_rows(folder / "structures.csv"), []
+    if config.get("shadow"):
+        decisions = read_rows(folder / shadow.FILE, ("rule", *PLACE, "step", "outcome_step"))
+        tables[shadow.FILE] = _packed(decisions)
+    tables["structures.csv"] = _condensed(rows, decisions, limit)
     to.mkdir(parents=True, exist_ok=True)
     for name, content in (("config", config), ("result", record.result), ("env", record.env)):
         (to / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    (to / "metrics.csv.gz").write_bytes(_packed(read_rows(folder, "metrics.csv")))
-    if (folder / shadow.FILE).exists():
-        (to / f"{shadow.FILE}.gz").write_bytes(_packed(read_rows(folder, shadow.FILE)))
-    rows, decided = read_rows(folder, "structures.csv"), set()
-    if (folder / shadow.FILE).exists():
-        lines = read_rows(folder, shadow.FILE)
-        decided = {(*_name(line), line["step"]) for line in lines if line["rule"] == shadow.DERIVED}
-    every, packed = 1, _packed(rows)
-    while len(packed) > limit and every < len(rows):
-        every *= 2
-        packed = _packed(_thinned(rows, every, decided))
-    (to / "structures.csv.gz").write_bytes(packed)
+    for name, content in tables.items():
+        (to / f"{name}.gz").write_bytes(content)
     return sum(path.stat().st_size for path in to.iterdir())
+
+
+def _condensed(rows: list[dict[str, str]], decisions: list[dict[str, str]], limit: int) -> bytes:
+    """What is kept of structures.csv, compressed."""
+    observed = _observed(rows, decisions)
+    whole = {i for span in observed for i in span}
+    least = {i for span in observed for i in _decisive(rows, span)}
+    last = set(_last(rows).values())
+    for kept in (whole, least):
+        short, every = _rounded(rows, kept), 1
+        content = _packed(short)
+        while len(content) > limit and every < len(rows):
+            every *= 2
+            content = _packed(_thinned(short, every, kept | last))
+        if len(content) <= limit:
+            break
+    return content
 
 
 def _last(rows: list[dict[str, str]]) -> dict[tuple[str, ...], int]:
     """Number of each structure's last row."""
-    return {_name(row): i for i, row in enumerate(rows)}
+    return {structure_key(row): i for i, row in enumerate(rows)}
 
 
-def _name(row: dict[str, str]) -> tuple[str, ...]:
-    return row["kind"], row["block"], row["site"], row["index"]
+def _observed(rows: list[dict[str, str]], decisions: list[dict[str, str]]) -> list[list[int]]:
+    """Numbers of the rows from each derived decision on to its outcome, or to the end where it has none."""
+    traces: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        traces[structure_key(row)].append(i)
+    spans = []
+    for line in decisions:
+        if line["rule"] == shadow.DERIVED:
+            begin, end = int(line["step"]), int(line["outcome_step"] or sys.maxsize)
+            spans.append([i for i in traces[structure_key(line)] if begin <= int(rows[i]["step"]) <= end])
+    return spans
 
 
-def _thinned(rows: list[dict[str, str]], every: int, decided: set[tuple[str, ...]]) -> list[dict[str, str]]:
-    """Rows of every k-th check, the last row of each structure, which holds its decision, and those of shadow decisions."""
+def _decisive(rows: list[dict[str, str]], span: list[int]) -> list[int]:
+    """Of the rows after a decision, its own and those with the largest value of each bound, and of benefit over price."""
+
+    def value(i: int, name: str) -> float:
+        number = float(rows[i][name] or "nan") / (float(rows[i]["price"]) if name == "benefit_upper" else 1.0)
+        return -math.inf if math.isnan(number) else number
+
+    names = (*compare.ASSUMED, "benefit_upper") if len(span) > 1 else ()
+    return span[:1] + [max(span[1:], key=lambda i: value(i, name)) for name in names]
+
+
+def _thinned(rows: list[dict[str, str]], every: int, keep: set[int]) -> list[dict[str, str]]:
+    """Rows of every k-th check, and those to be kept."""
     steps = {step: i for i, step in enumerate(dict.fromkeys(row["step"] for row in rows))}
-    keep = set(_last(rows).values()) | {i for i, row in enumerate(rows) if (*_name(row), row["step"]) in decided}
     return [row for i, row in enumerate(rows) if i in keep or steps[row["step"]] % every == 0]
 
 
+def _rounded(rows: list[dict[str, str]], keep: Collection[int] = ()) -> list[dict[str, str]]:
+    """Rows with measured numbers to four digits, but for those to be kept as they are."""
+    return [
+        row if i in keep else {name: value if name in EXACT else _short(value) for name, value in row.items()}
+        for i, row in enumerate(rows)
+    ]
+
+
 def _packed(rows: list[dict[str, str]]) -> bytes:
-    """Rows as compressed CSV, measured numbers to four digits; the same rows give the same bytes."""
+    """Rows as compressed CSV; the same rows give the same bytes."""
     if not rows:
         return gzip.compress(b"", mtime=0)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({name: value if name in EXACT else _short(value) for name, value in row.items()})
+    writer.writerows(rows)
     return gzip.compress(text.getvalue().encode(), 9, mtime=0)
 
 
@@ -272,8 +332,8 @@ def _decisions(record: Record) -> list[Any]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cifar", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
+    parser = CommandLine(prog="python -m benchmarks.cifar", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("run", help="train one network with the data set's preset")
     one.add_argument("kind", choices=tuple(KINDS))
     one.add_argument("--seed", type=int, default=0)
@@ -281,9 +341,8 @@ def main() -> None:
     one.add_argument("--data-dir", required=True, help="folder that holds the images")
     one.add_argument("--out", required=True, help="folder of the run")
     one.add_argument("--hidden-scale", type=float, default=0.58, help="narrow: factor on every hidden width (0.58)")
-    one.add_argument("--epochs", type=int)
-    one.add_argument("--threads", type=int)
-    one.add_argument("--compile", action="store_true", help="torch.compile the step while there are no gates")
+    one.add_argument("--epochs", type=int, help="epochs (those of the preset)")
+    one.add_argument("--threads", type=int, help="CPU threads")
     one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting; repeatable")
     one.set_defaults(do=start)
     small = commands.add_parser("condense", help="write runs' records as small files")

@@ -7,16 +7,16 @@ Each seed is trained twice: with the defaults and, paired, ungated (nu = 0).
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import guarded, machine, markdown, overrides, publish, read_json, read_rows, spread
+from benchmarks._common import guarded, machine, markdown, overrides, publish, spread
 from catode.train import run
-from catode.train.config import Config
+from catode.train.config import CommandLine, Config
+from catode.train.files import read_json, read_rows
 
 LEAST_SHARE, MOST_LOSS = 0.30, 0.01
 
@@ -58,12 +58,12 @@ def by_tolerance(folder: Path) -> dict[str, int]:
     Raises:
         ValueError: if a removal does not satisfy 0 < keep_prob <= tolerance, or the counts differ from result.json.
     """
-    rows = [r for r in read_rows(folder, "structures.csv") if r["state"] == "pruned_tolerance"]
+    rows = [r for r in read_rows(folder / "structures.csv") if r["state"] == "pruned_tolerance"]
     for row in rows:
         # six digits are written
         if not 0.0 < float(row["keep_prob"]) <= float(row["tolerance"]) * (1 + 1e-5):
             raise ValueError(f"`keep_prob` must lie in (0, tolerance] where state=pruned_tolerance; got {row}")
-    recorded = read_json(folder, "result.json")["decisions"].get("pruned_tolerance", 0)
+    recorded = read_json(folder / "result.json")["decisions"].get("pruned_tolerance", 0)
     if recorded != len(rows):
         raise ValueError(f"structures.csv must hold every removal; got {len(rows)} rows, result.json counts {recorded}")
     return {kind: sum(row["kind"] == kind for row in rows) for kind in ("unit", "layer")}
@@ -76,8 +76,8 @@ def pair(seed: int, folder: Path, **settings: Any) -> Pair:
         given = {**settings, **change, "seed": seed, "out": str(folder / f"{name}-s{seed}")}
         runs[name] = run(Config.from_presets(**given), progress=sys.stderr.isatty())
     removed = by_tolerance(runs["pruned"])
-    results = {name: read_json(path, "result.json") for name, path in runs.items()}
-    env = read_json(runs["pruned"], "env.json")
+    results = {name: read_json(path / "result.json") for name, path in runs.items()}
+    env = read_json(runs["pruned"] / "env.json")
     return Pair(seed, **results, units=removed["unit"], layers=removed["layer"], env=env)
 
 
@@ -140,21 +140,21 @@ def summary(pairs: list[Pair], notes: str) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__.splitlines()[0])
+    parser = CommandLine(prog="python -m benchmarks.digits", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds (default: 0 1 2 3 4)")
     parser.add_argument("--out", type=Path, help="keep the runs in this folder")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than the defaults")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/digits.md")
     args = parser.parse_args()
-    changed = overrides(args.set)
+    changed = overrides(args.set, fixed=("dataset", "data_dir", "seed", "out"))
     notes = "default settings"
     if changed:
         notes = "settings " + ", ".join(f"{k}={v}" for k, v in changed.items())
     with tempfile.TemporaryDirectory() as temporary:
         folder, pairs = args.out or Path(temporary), []
         for seed in args.seeds:
-            pairs.append(pair(seed, folder, dataset="digits", threads=args.threads, **changed))
+            pairs.append(pair(seed, folder, **{"dataset": "digits", "threads": args.threads} | changed))
             print(markdown(HEADER, [row(pairs[-1])]).splitlines()[-1], file=sys.stderr, flush=True)
         publish("digits", summary(pairs, notes), args.write)
 

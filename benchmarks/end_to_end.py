@@ -9,7 +9,6 @@ steadier clock where a machine is shared; on an accelerator only wall time tells
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks._common import guarded, hardware, load, markdown, overrides, publish
+from benchmarks._common import check_name, guarded, hardware, load, markdown, overrides, publish
 from catode.train import loop
-from catode.train.config import Config
+from catode.train.config import CommandLine, Config
 
 TIME_LIMIT, MACS_TARGET = 0.8, 0.5
 
@@ -114,16 +113,19 @@ def report(plain: Epochs, pruned: Epochs) -> tuple[str, dict[str, float]]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.splitlines()[0])
+    parser = CommandLine(prog="python -m benchmarks.end_to_end", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="digits", help="digits, cifar10, cifar100 or folder")
     parser.add_argument("--data-dir", help="folder that holds the data")
     parser.add_argument("--images", type=int, help="train on so many images only")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of both networks")
     parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.md")
     args = parser.parse_args()
+    name = check_name(args.write or "end_to_end", "end_to_end")
     began, before = time.perf_counter(), load()
     with tempfile.TemporaryDirectory() as folder:
-        common = dict(dataset=args.dataset, data_dir=args.data_dir) | overrides(args.set)
+        common = dict(dataset=args.dataset, data_dir=args.data_dir) | overrides(
+            args.set, flags=("dataset", "data_dir"), fixed=("out",)
+        )
         configs = [
             Config.from_presets(**common | {"out": f"{folder}/{name}"} | own)
             for name, own in (("ungated", {"nu": 0.0, "target_macs": None, "target_params": None}), ("pruned", {}))
@@ -144,7 +146,7 @@ def main() -> None:
         f"(at most {TIME_LIMIT:g} where about {MACS_TARGET:.0%} of the MACs are left); wall time {totals['wall']:.3f}",
         f"- accuracy {100 * totals['plain accuracy']:.1f} % ungated, {100 * totals['pruned accuracy']:.1f} % pruned",
     ]
-    publish(args.write or "end_to_end", "\n".join([title + ".", "", table, "", *verdicts]), bool(args.write))
+    publish(name, "\n".join([title + ".", "", table, "", *verdicts]), bool(args.write))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ examples normalise badly.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from scipy.stats import spearmanr
 
 from benchmarks._common import guarded, hardware, markdown, publish
 from catode.train import data
-from catode.train.config import Config
+from catode.train.config import CommandLine, Config
 from catode.train.estimators import Probe, batch_statistics_only, curvature_corrected, straight_through
 from catode.train.gates import Gates
 from catode.train.loop import learning_rates, make_optimizer
@@ -342,7 +341,7 @@ def resnet_probes(epochs: int, length: int, batches: int, units: int, seed: int)
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.estimators", description=__doc__.splitlines()[0])
+    parser = CommandLine(prog="python -m benchmarks.estimators", description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=220, help="batches and draws per estimate (220)")
     parser.add_argument("--batch", type=int, default=64, help="batch size (64)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs of the late measurement (40); the early one: 1")

@@ -9,7 +9,6 @@ CPU time counts the work of all threads: the steadier clock on a machine that ot
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from torch import nn
 
 from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
 from catode.train import compact, models
-from catode.train.config import Config
+from catode.train.config import CommandLine, Config
 from catode.train.device import keep_freed_memory
 from catode.train.prune import Pruner
 from catode.train.structure import count
@@ -308,7 +307,7 @@ def _verdict(what: str, value: float, limit: float) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate_cost", description=__doc__.splitlines()[0])
+    parser = CommandLine(prog="python -m benchmarks.gate_cost", description=__doc__.splitlines()[0])
     nets = [name for name, own in models.ARCHITECTURES.items() if own.stem == "cifar"]
     parser.add_argument("--arch", default="resnet20", choices=nets, help="the network (resnet20)")
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")

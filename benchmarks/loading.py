@@ -10,7 +10,6 @@ as many images, already in memory.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import time
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 
 from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
 from catode.train import data, models
-from catode.train.config import settings
+from catode.train.config import CommandLine, settings
 from catode.train.device import keep_freed_memory
 
 HEADER = ["images", "first batch, ms", "images/s, no steps", "ms a step", "ms of it waiting", "wait share"]
@@ -77,7 +76,7 @@ def row(name: str, batches: data.Batches, number: int, step: Callable[[torch.Ten
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=__doc__.splitlines()[0])
+    parser = CommandLine(prog="python -m benchmarks.loading", description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True, help="folder with train/<class>/... and val/ or test/")
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels (default: 64)")
     parser.add_argument(
@@ -98,7 +97,8 @@ def main() -> None:
     files = data.load("folder", args.data_dir, image_size=args.image_size, augment=args.augment, array_bytes=0)
     if (args.batches + 1) * args.batch_size > len(files.train_labels):
         raise ValueError(
-            f"`batches` must leave an epoch of {len(files.train_labels)} images; got batches={args.batches}"
+            f"`batches` must leave an epoch of {len(files.train_labels)} images; got batches={args.batches}. "
+            "Take fewer, or smaller ones."
         )
     step = stepper(args.arch, len(files.classes), args.device)
     common = dict(mean=files.mean, std=files.std, augment=args.augment, device=args.device, channels_last=True)

@@ -18,7 +18,6 @@ saddle uniform in [.1, .9]^2 and D between 10 % and 90 % of the box.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from benchmarks._common import RESULTS, guarded, hardware, load, markdown, publi
 from catode._validate import check_int
 from catode.theory import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem, certify
 from catode.theory.networks import COORDINATES, Coverage, Structure, bounds, coverage, draw
+from catode.train.config import CommandLine
 
 KINDS = {"layer": "block", "unit": "unit"}
 SHARE_GOAL, AREA_GOAL = 0.01, 0.99
@@ -168,7 +168,7 @@ def picture(results: dict[str, list[dict[str, Trial]]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__.splitlines()[0])
+    parser = CommandLine(prog="python -m benchmarks.networks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few networks and starts: a look, not a measurement")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/networks.md and .png")
     parser.add_argument("--networks", type=int, metavar="N", help="networks of each kind (40; quick 2)")

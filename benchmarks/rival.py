@@ -1,19 +1,21 @@
 """The usual way: train the whole network, prune it once with Torch-Pruning, train on; as many epochs in all as ours.
 
-    pip install torch-pruning==1.6.1
+    pip install torch-pruning
     python -m benchmarks.rival --macs 0.45 --seed 0 --data-dir DIR --out FOLDER
 
 The same data, batches, augmentation and optimizer as every other row of `benchmarks.cifar`; both halves have a whole
 one-cycle schedule. Channels go by group norms over the whole network (`GroupNormPruner` with
-`GroupMagnitudeImportance`), a little at a time until the MACs are met.
+`GroupMagnitudeImportance`), a little at a time until the MACs are met, all between two steps of training: without the sparse
+training that Torch-Pruning's authors put before it. A run that was cut off goes on from its trained network.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
+import importlib
 import json
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -21,14 +23,32 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks._common import guarded, overrides, read_json, read_rows
-from catode._validate import check_int, check_interval
-from catode.train import load, run
-from catode.train.config import Config, ConfigError, check_out
+from benchmarks import pool
+from benchmarks._common import guarded, overrides
+from catode._validate import check_int, check_interval, fail
+from catode.train import load
+from catode.train.config import CommandLine, Config, ConfigError, check_out
+from catode.train.files import read_json, read_rows
 from catode.train.loop import METRIC_FIELDS, _Table, prepare, train
+from catode.train.prune import ROW_FIELDS
 from catode.train.structure import count
 
 STEPS = 400
+METHOD = "group-norm magnitude, one shot, no sparse training"
+
+
+def check_installed() -> None:
+    """Make sure that Torch-Pruning can be imported.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    try:
+        importlib.import_module("torch_pruning")
+    except ImportError as error:
+        raise ConfigError(
+            f"`torch_pruning` must be installed for the rival; got: {error}. Run pip install torch-pruning."
+        ) from None
 
 
 def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
@@ -40,7 +60,7 @@ def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
         share: MACs to keep; the first network at or below it is taken.
 
     Raises:
-        RuntimeError: if the share cannot be reached.
+        ValueError: if the share cannot be reached.
     """
     import torch_pruning
 
@@ -60,24 +80,45 @@ def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
         pruner.step()
         if count(model, example).macs <= goal:
             return model
-    raise RuntimeError(f"Torch-Pruning left {count(model, example).macs} MACs where {goal:.0f} were asked for.")
+    reached = count(model, example).macs / goal * share
+    fail("macs", f"be a share that Torch-Pruning can reach, {reached:.3g} or more", share, mend="Ask for more.")
 
 
 def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: Path) -> None:
-    """Train, prune, train on, and leave a record like that of any run in `out`."""
+    """Train, prune, train on, and leave a record like that of any run.
+
+    Args:
+        common: Settings of the run.
+        share: MACs to keep, in (0, 1).
+        tune_epochs: Epochs after pruning, of all.
+        tune_lr: Largest learning rate of these.
+        out: Its folder, with the two halves in `trained` and `tuned`. A trained half that is there is used, or gone on with;
+            what a cut-off run left of the other one is deleted.
+
+    Raises:
+        ValueError: if Torch-Pruning is missing, a setting is not admitted, `out` holds another run, or the share cannot be
+            reached.
+    """
+    check_installed()
     whole = Config.from_presets(**common, nu=0.0, out=str(out))
     if tune_epochs >= whole.epochs:
         raise ConfigError(f"`tune_epochs` must be below epochs, {whole.epochs}; got {tune_epochs}. Take half of them.")
     check_out(whole)
     first = dataclasses.replace(whole, epochs=whole.epochs - tune_epochs, out=f"{out}/trained")
     second = dataclasses.replace(whole, epochs=tune_epochs, lr=tune_lr, out=f"{out}/tuned")
-    trained = load(run(first, progress=sys.stderr.isatty()))
+    trained = load(pool.complete(first, flag="out", progress=sys.stderr.isatty()))
+    if Path(second.out).is_dir():
+        shutil.rmtree(second.out)
     setup = prepare(second)
     memory_format = torch.channels_last if second.channels_last else torch.contiguous_format
     pruned = prune(trained, setup.example.cpu(), share).train().to(second.device, memory_format=memory_format)
     train(dataclasses.replace(setup, model=pruned), progress=sys.stderr.isatty())
-    a, b = (read_json(Path(c.out), "result.json") for c in (first, second))
-    rival = {"rival": f"torch-pruning {version('torch-pruning')}", "tune_epochs": tune_epochs, "tune_lr": tune_lr}
+    a, b = (read_json(Path(c.out) / "result.json") for c in (first, second))
+    rival = {
+        "rival": f"{METHOD} (torch-pruning {version('torch-pruning')})",
+        "tune_epochs": tune_epochs,
+        "tune_lr": tune_lr,
+    }
     result = b | {
         "macs_dense": a["macs_dense"],
         "params_dense": a["params_dense"],
@@ -89,12 +130,12 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
         **{name: a[name] + b[name] for name in ("seconds", "cpu_seconds")},
     }
     table = _Table(out, "metrics.csv", METRIC_FIELDS)
-    rows, more = (read_rows(Path(c.out), "metrics.csv") for c in (first, second))
+    rows, more = (read_rows(Path(c.out) / "metrics.csv") for c in (first, second))
     for row in more:
         row |= {name: float(row[name]) + float(rows[-1][name]) for name in ("epoch", "step", "time", "seconds")}
     table.add(rows + more)
     table.close()
-    _Table(out, "structures.csv", ["state"]).close()
+    _Table(out, "structures.csv", ROW_FIELDS).close()
     for name, content in (("config", json.loads(whole.to_json()) | rival), ("result", result)):
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (out / "env.json").write_text((Path(second.out) / "env.json").read_text())
@@ -103,7 +144,7 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rival", description=__doc__.splitlines()[0])
+    parser = CommandLine(prog="python -m benchmarks.rival", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="cifar10", help="digits, cifar10, cifar100 or folder")
     parser.add_argument("--data-dir", help="folder that holds the data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
@@ -113,9 +154,11 @@ def main() -> None:
     parser.add_argument("--tune-lr", type=float, default=0.05, help="largest learning rate after pruning (0.05)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
     args = parser.parse_args()
-    share = check_interval("macs", args.macs, 0, 1)
+    share = check_interval("macs", args.macs, 0, 1, low_open=True, high_open=True, mend="Choose e.g. 0.5.")
     epochs = check_int("tune_epochs", args.tune_epochs, low=1)
-    common = dict(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed) | overrides(args.set)
+    common = dict(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed) | overrides(
+        args.set, flags=("dataset", "data_dir", "seed", "out"), fixed=("nu", "shadow", "target_macs", "target_params")
+    )
     compete(common, share, epochs, args.tune_lr, args.out)
 
 

@@ -3,29 +3,27 @@
     python -m benchmarks.sensitivity [--grid NAME=VALUE,VALUE ...] [--seeds N] [--runs FOLDER] [--write NAME]
 
 Without `--grid`: nu x alpha x beta. For premature pruning: ``--grid tol=none,0.05,0.5,0.9 --seeds 5``. Finished
-runs in the folder are read, not made again; two train at a time, with one thread each.
+runs in the folder are read, not made again, and runs that were cut off go on; two train at a time, with one thread each.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
-import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._common import guarded, machine, markdown, overrides, publish, read_json, spread
+from benchmarks import pool
+from benchmarks._common import NEVER, check_name, guarded, machine, markdown, overrides, publish, spread
 from catode._validate import check_int
-from catode.train import run
-from catode.train.config import Config, ConfigError
+from catode.train.config import CommandLine, Config, ConfigError, settings
+from catode.train.files import read_json
 
 GRID = ("nu=1,3,9", "alpha=0.25,0.5,0.75", "beta=0,1")
+OWN = ("dataset", "data_dir", "seed", "epochs", "threads", "out", *NEVER)  # set by the command
 SHOWN = {"macs": "MACs", "params": "parameters", "layers": "layers", "units": "units", "accuracy": "accuracy"}
 
 
@@ -33,17 +31,27 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Values by the name of the setting.
 
     Raises:
-        ConfigError: if a text has another form, or a value is not admitted.
+        ConfigError: if a text has another form, names no setting or one that the command sets itself, or a value is not
+            admitted or given twice.
     """
     grid: dict[str, list[Any]] = {}
     for text in texts:
         name, _, values = text.partition("=")
+        if name not in settings():
+            raise ConfigError(
+                f"`grid` must be NAME=VALUE,VALUE with a setting's name, spelt with _; got {text!r}. "
+                "See python -m catode.train --help."
+            )
+        if name in OWN:
+            raise ConfigError(f"`grid` must leave out {name}, which this command sets itself; got {text!r}. Remove it.")
         for value in values.split(","):
-            parsed = overrides([f"{name}={value}"])
-            Config.from_presets(dataset="digits", **parsed)
-            grid.setdefault(name, []).append(parsed[name])
-        if len(grid[name]) < 2:
-            raise ConfigError(f"`grid` must have two values or more; got {text!r}. Write {name}=1,2.")
+            (parsed,) = overrides([f"{name}={value}"]).values()
+            if parsed in grid.setdefault(name, []):
+                raise ConfigError(f"`grid` must have different values; got {name}={value} twice. Remove one.")
+            grid[name].append(parsed)
+    for name, values in grid.items():
+        if len(values) < 2:
+            raise ConfigError(f"`grid` must have two values or more; got {name}={shown(name, values[0])}. Add another.")
     return grid
 
 
@@ -53,15 +61,22 @@ def points(grid: dict[str, list[Any]], seeds: int) -> list[dict[str, Any]]:
     return [dict(zip([*grid, "seed"], point, strict=True)) for point in values]
 
 
-def train(point: dict[str, Any], epochs: int, runs: Path) -> Path:
-    """One run, unless it is there already."""
+def plan(point: dict[str, Any], epochs: int, runs: Path) -> Config:
+    """The run of one point.
+
+    Raises:
+        ConfigError: if the point's settings do not go together.
+    """
     name = "-".join(f"{key}{value}" for key, value in point.items())
-    folder = runs / f"{name}-e{epochs}"
-    if not (folder / "result.json").exists():
-        resume = {"resume": str(folder)} if (folder / "config.json").exists() else {}
-        settings = {**point, "epochs": epochs, "threads": 1, "out": str(folder), **resume}
-        run(Config.from_presets(dataset="digits", **settings), progress=False, with_report=False)
-    return folder
+    out = str(runs / f"{name}-e{epochs}")
+    return Config.from_presets(**{**point, "dataset": "digits", "epochs": epochs, "threads": 1, "out": out})
+
+
+def shown(name: str, value: Any) -> str:
+    """A setting's value as text."""
+    if value is None:
+        return "derived" if name == "tol" else "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
@@ -79,7 +94,7 @@ def table(grid: dict[str, list[Any]], found: list[tuple[dict[str, Any], dict[str
     rows = []
     for point, group in groups.items():
         cells = [spread([g[name] for g in group], "{:.2f}" if name == "accuracy" else "{:.1f}") for name in SHOWN]
-        rows.append([*("derived" if v is None else f"{v:g}" for v in point), *cells])
+        rows.append([*map(shown, grid, point), *cells])
     header = [*grid, "MACs left, %", "parameters left, %", "layers", "units", "accuracy, %"]
     return "\n".join([markdown(header, rows), "", *sentences(grid, groups)])
 
@@ -96,13 +111,13 @@ def sentences(grid: dict[str, list[Any]], groups: dict[tuple, list[dict[str, flo
             ups = sum(c > 0 for c in change)
             unit = "" if key in ("layers", "units") else " points"
             said.append(f"{text} {np.mean(change):+.1f}{unit} (up in {ups} of {len(change)})")
-        ends = " to ".join("derived" if v is None else f"{v:g}" for v in (first, last))
+        ends = " to ".join(shown(name, value) for value in (first, last))
         yield f"- `{name}` from {ends}: {', '.join(said)}."
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sensitivity", description=__doc__.splitlines()[0])
+    parser = CommandLine(prog="python -m benchmarks.sensitivity", description=__doc__.splitlines()[0])
     parser.add_argument("--grid", action="append", metavar="NAME=VALUE,VALUE", help="a setting's values; repeatable")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of each point (1)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs of each run (40)")
@@ -110,19 +125,15 @@ def main() -> None:
     parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.md")
     args = parser.parse_args()
     seeds, epochs = check_int("seeds", args.seeds, low=1), check_int("epochs", args.epochs, low=1)
+    name = check_name(args.write or "sensitivity", "sensitivity")
     grid = parse_grid(args.grid or GRID)
-    todo = points(grid, seeds)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    found = []
-    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(train, point, epochs, args.runs) for point in todo]
-        for number, (point, future) in enumerate(zip(todo, futures, strict=True), start=1):
-            folder = future.result()
-            found.append((point, read_json(folder, "result.json")))
-            print(f"{number} of {len(todo)}: {folder.name}", file=sys.stderr)
-    env = read_json(folder, "env.json")
-    title = f"Digits, ResNet-20, {epochs} epochs, final epoch, {seeds} seed(s), all else as preset; {machine(env)}."
-    publish(args.write or "sensitivity", "\n".join([title, "", table(grid, found)]), bool(args.write))
+    planned = [(point, plan(point, epochs, args.runs)) for point in points(grid, seeds)]
+    pool.train((config for _, config in planned), processes=min(2, os.cpu_count() or 1))
+    found = [(point, read_json(Path(config.out) / "result.json")) for point, config in planned]
+    env = read_json(Path(planned[-1][1].out) / "env.json")
+    arch = "" if "arch" in grid else f", {planned[-1][1].arch}"
+    title = f"Digits{arch}, {epochs} epochs, final epoch, {seeds} seed(s), all else as preset; {machine(env)}."
+    publish(name, "\n".join([title, "", table(grid, found)]), bool(args.write))
 
 
 if __name__ == "__main__":

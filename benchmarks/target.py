@@ -7,14 +7,13 @@ Each share is asked for twice, of the MACs and of the parameters, from each seed
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-from pathlib import Path
 
-from benchmarks._common import guarded, machine, markdown, overrides, publish, read_json
+from benchmarks._common import guarded, machine, markdown, overrides, publish
 from catode.train import run
-from catode.train.config import Config
+from catode.train.config import CommandLine, Config
+from catode.train.files import read_json
 from catode.train.target import QUANTITIES
 
 NEAR = 0.02
@@ -51,22 +50,23 @@ def row(quantity: str, share: float, result: dict) -> tuple[list[str], float]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.target", description=__doc__.splitlines()[0])
+    parser = CommandLine(prog="python -m benchmarks.target", description=__doc__.splitlines()[0])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.5, 0.7], help="default: 0.3 0.5 0.7")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than the defaults")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/target.md")
     args = parser.parse_args()
-    changed, rows, worst, env = overrides(args.set), [], 0.0, {}
+    fixed = ("dataset", "data_dir", "seed", "out", *(f"target_{quantity}" for quantity in QUANTITIES))
+    changed, rows, worst, env = overrides(args.set, fixed=fixed), [], 0.0, {}
     with tempfile.TemporaryDirectory() as folder:
         for quantity in QUANTITIES:
             for share in args.shares:
                 for seed in args.seeds:
                     given = {**changed, f"target_{quantity}": share, "seed": seed, "out": f"{folder}/{len(rows)}"}
                     path = run(Config.from_presets(dataset="digits", **given), progress=sys.stderr.isatty())
-                    cells, off = row(quantity, share, read_json(Path(path), "result.json"))
+                    cells, off = row(quantity, share, read_json(path / "result.json"))
                     rows.append(cells)
-                    worst, env = max(worst, off), read_json(Path(path), "env.json")
+                    worst, env = max(worst, off), read_json(path / "env.json")
                     print(markdown(HEADER, [cells]).splitlines()[-1], file=sys.stderr, flush=True)
     notes = ", ".join(f"{k}={v}" for k, v in changed.items()) or "default settings"
     lines = [

@@ -13,7 +13,6 @@ site-packages folder to look in after this environment's own. All run on one thr
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -31,6 +30,7 @@ from catode.theory import UnitSystem
 from catode.theory.basins import UNDECIDED, basins_of_attraction
 from catode.theory.batch import Batch, integrate_batch
 from catode.theory.box import BoxSystem
+from catode.train.config import CommandLine
 
 UNIT = UnitSystem(price=0.1, weight_decay=0.1, rate_ratio=1.0, benefit_slope=0.5)
 BAND, HORIZON = 1e-3, 200.0
@@ -256,7 +256,7 @@ def _verdict(what: str, value: float, goal: float) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.theory", description=__doc__.splitlines()[0])
+    parser = CommandLine(prog="python -m benchmarks.theory", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds and small grids: a look, not a measurement")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/theory.md and .png")
     parser.add_argument("--peers", metavar="FOLDER", help="a site-packages folder with more peers")

@@ -65,8 +65,3 @@ def mark_mean(ax: Axes, x: Sequence[float], y: Sequence[float], *, color: str, m
     spread = {"xerr": x.std(ddof=1), "yerr": y.std(ddof=1)} if len(x) > 1 else {}
     look = {"color": color, "markeredgecolor": PALETTE["black"], "markeredgewidth": 0.7, "markersize": 8}
     ax.errorbar(x.mean(), y.mean(), fmt=marker, elinewidth=1.2, capsize=2.5, zorder=3, label=label, **look, **spread)
-
-
-def legend_below(ax: Axes, columns: int = 2) -> None:
-    """Put the legend under the Axes."""
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, frameon=False)

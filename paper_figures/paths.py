@@ -9,6 +9,7 @@ import numpy as np
 from catode.theory.plotting import PALETTE, house_style, new_figure, phase_portrait
 from catode.theory.systems import BenefitSystem
 from catode.train import compare, report, shadow
+from catode.train.files import structure_key
 from paper_figures._common import Made, letter
 from paper_figures.runs import Data
 
@@ -94,7 +95,7 @@ def _paths(run: compare.Run) -> list[Path]:
     """All structures of a run of which the benefit and the constants are known."""
     traces: dict[tuple, list[dict[str, str]]] = {}
     for row in run.rows:
-        traces.setdefault((row["kind"], row["block"], row["site"], row["index"]), []).append(row)
+        traces.setdefault(structure_key(row), []).append(row)
     derived = {d.structure: d for d in run.decisions if d.rule == shadow.DERIVED}
     zero = {d.structure for d in run.decisions if d.rule == shadow.ZERO}
     found = []

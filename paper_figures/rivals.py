@@ -7,8 +7,8 @@ from itertools import count
 
 from benchmarks._common import markdown, spread
 from benchmarks.cifar import Record
-from catode.theory.plotting import PALETTE, house_style, new_figure
-from paper_figures._common import Made, legend_below, letter, mark_mean, percent, seeds_text
+from catode.theory.plotting import PALETTE, house_style, legend_below, new_figure
+from paper_figures._common import Made, letter, mark_mean, percent, seeds_text
 from paper_figures.runs import GROUPS, Data
 
 NEEDS = ("pruned", "dense", "narrow", "fixed")

@@ -6,17 +6,14 @@ of them together take minutes.
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cifar
-from catode.train import Config, compare, report, run
+from benchmarks import cifar, pool
+from catode.train import Config, compare, report
 from catode.train.priors import PRIORS
 
 RECORDS = Path(cifar.__file__).parent / "records"
@@ -70,38 +67,7 @@ def train(folder: Path, groups: Iterable[str], *, processes: int = 2) -> None:
     Raises:
         ValueError: if a folder holds another run than the planned one.
     """
-    todo = []
-    for out, config in plan(folder, groups).items():
-        if (out / "config.json").exists():
-            there = report.read_json(out / "config.json")
-            own = config.identity()
-            other = [name for name in own if there.get(name) != own[name] and name not in ("out", "data_dir")]
-            if other:
-                raise ValueError(
-                    f"`runs` must hold runs as planned here; got {str(out)!r} with {other[0]}={there.get(other[0])!r} "
-                    f"in place of {own[other[0]]!r}. Delete that folder or give another --runs."
-                )
-        if not (out / "result.json").exists():
-            todo.append(config)
-    if not todo:
-        return
-    print(f"{len(todo)} runs on the digits are to be trained, {processes} at a time", file=sys.stderr)
-    todo.sort(key=lambda config: (not config.shadow, config.nu == 0))  # what takes longest first
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=processes, mp_context=context) as pool:
-        started = {pool.submit(_one, config): config for config in todo}
-        for number, future in enumerate(as_completed(started), 1):
-            future.result()
-            print(f"  {number}/{len(todo)} {started[future].out}", file=sys.stderr, flush=True)
-
-
-def _one(config: Config) -> None:
-    """Train one run, or go on with it."""
-    if (Path(config.out) / "result.json").exists():  # trained by somebody else in the meantime
-        return
-    if (Path(config.out) / "config.json").exists():
-        config = replace(config, resume=config.out)
-    run(config, progress=False, with_report=False)
+    pool.train(plan(folder, groups).values(), processes=processes)
 
 
 class Data:

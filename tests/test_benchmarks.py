@@ -9,13 +9,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import cifar, sensitivity
-from benchmarks._common import read_rows
-from catode.train import shadow
+from benchmarks import _common, cifar, digits, pool, rival, sensitivity
+from catode.train import compare, loop, shadow
 from catode.train.config import Config, ConfigError
+from catode.train.files import read_json, read_rows
 from catode.train.models import build
 from catode.train.structure import count
 
@@ -30,7 +31,7 @@ def record(seed=0, accuracy=0.8, macs=40e6, **settings):
     return cifar.Record(config, result | {"cpu_seconds": 60.0}, env, [])
 
 
-COMMANDS = sorted(p.stem for p in Path(cifar.__file__).parent.glob("*.py") if not p.stem.startswith("_"))
+COMMANDS = sorted(p.stem for p in Path(cifar.__file__).parent.glob("[a-z]*.py") if p.stem != "pool")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -39,6 +40,94 @@ def test_every_command_starts(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         importlib.import_module(f"benchmarks.{name}").main()
     assert left.value.code == 0 and f"python -m benchmarks.{name}" in capsys.readouterr().out
+
+
+def told(capsys, monkeypatch, module, line):
+    """Exit status and standard error of a command that is guarded."""
+    monkeypatch.setattr(sys, "argv", ["x", *line.split()])
+    with pytest.raises(SystemExit) as left:
+        _common.guarded(importlib.import_module(f"benchmarks.{module}").main)
+    said = capsys.readouterr()
+    assert not said.out
+    return left.value.code, said.err
+
+
+RUN = "run dense --data-dir d --out o"
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "expected"),
+    [
+        *((name, "--no-such-flag 1", "`") for name in COMMANDS if name != "cifar"),
+        ("cifar", "", "`command` must be given"),
+        ("cifar", "walk", "`command` must be one of"),
+        ("cifar", f"{RUN} --no-such-flag", "`--no-such-flag` must be a known flag"),
+        ("cifar", "run wide --data-dir d --out o", "`kind` must be one of"),
+        ("cifar", f"{RUN} --epochs many", "`epochs` must be an integer; got epochs='many'. Write --epochs NUMBER."),
+        (
+            "cifar",
+            f"{RUN} --set seed=1",
+            "`set` must leave out seed, which has a flag of its own; got 'seed=1'. Use --seed.",
+        ),
+        ("cifar", f"{RUN} --set out=y", "Use --out."),
+        ("cifar", f"{RUN} --set data-dir=y", "Use --data-dir."),
+        ("cifar", f"{RUN} --set epochs=3", "Use --epochs."),
+        ("cifar", f"{RUN} --set nu=3", "`set` must leave out nu, which this command sets itself"),
+        ("cifar", f"{RUN} --set resume=y", "`set` must leave out resume"),
+        ("rival", "--macs 0.5 --out o --set nu=1", "`set` must leave out nu"),
+        ("rival", "--macs 1 --out o", "`macs` must lie in (0, 1)"),
+        ("rival", "--out o", "`macs` must be given; got no --macs."),
+        ("digits", "--set seed=1", "`set` must leave out seed"),
+        ("digits", "--set threads=0", "`threads` must be"),
+        ("target", "--set target_macs=0.5", "`set` must leave out target_macs"),
+        ("end_to_end", "--set dataset=folder", "Use --dataset."),
+        ("end_to_end", "--write digits", "`write` must not be the name of another benchmark's results"),
+        ("sensitivity", "--write theory", "`write` must not be the name of another benchmark's results"),
+        ("sensitivity", "--write gate_cost_resnet56", "of benchmarks.gate_cost"),
+        ("sensitivity", "--write ../x", "`write` must be a plain name"),
+        ("sensitivity", "--grid warmup_epochs=1,50", "`warmup_epochs` must be <"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(module, line, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, error = told(capsys, monkeypatch, module, line)
+    assert status == 2 and error.startswith("error: `") and expected in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_status_1(monkeypatch, capsys):
+    def diverge(config, progress):
+        raise loop.NotFinite("`loss` must stay finite; got nan.")
+
+    monkeypatch.setattr(digits, "run", diverge)
+    assert told(capsys, monkeypatch, "digits", "--seeds 0") == (1, "error: `loss` must stay finite; got nan.\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "expected"),
+    [
+        ("pruned", "", dict(arch="resnet20", nu=2.4, threads=None)),
+        ("dense", "--set arch=resnet56 --threads 2", dict(arch="resnet56", nu=0.0, threads=2)),
+        ("narrow", "--hidden-scale 0.4 --epochs 3", dict(arch="resnet20", nu=0.0, hidden_scale=0.4, epochs=3)),
+        ("short", "--set threads=1 --threads 2", dict(arch="resnet14", nu=0.0, threads=1)),
+    ],
+)
+def test_every_kind_of_network_is_trained_as_it_is_later_called(kind, more, expected, monkeypatch, tmp_path, capsys):
+    configs = []
+
+    def run(config, progress):
+        configs.append(config)
+        made = record()
+        for name, content in (("config", json.loads(config.to_json())), ("result", made.result), ("env", made.env)):
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        (tmp_path / "structures.csv").write_text("")
+        return tmp_path
+
+    monkeypatch.setattr(cifar, "run", run)
+    monkeypatch.setattr(sys, "argv", ["x", "run", kind, "--data-dir", "d", "--out", "o", *more.split()])
+    cifar.main()
+    assert {name: getattr(configs[0], name) for name in expected} == expected
+    assert cifar.read(tmp_path).kind == kind and capsys.readouterr().out.startswith(f"{kind} {expected['arch']}")
 
 
 def rows(text, start):
@@ -55,7 +144,7 @@ def rows(text, start):
 
 def test_pairs_are_formed_at_equal_macs_and_against_the_dense_network():
     rival = dataclasses.replace(record(nu=0.0, macs=18.5e6, accuracy=0.79))
-    rival.config["rival"] = "torch-pruning 1"
+    rival.config["rival"] = "one shot (torch-pruning 1)"
     told = cifar.table(
         [
             *(record(seed, 0.80 + 0.02 * seed, 18e6) for seed in (0, 1)),
@@ -65,51 +154,80 @@ def test_pairs_are_formed_at_equal_macs_and_against_the_dense_network():
             record(0, 0.75, 18.2e6, alpha=0.0),
             record(0, 0.50, 18e6, epochs=9),
             rival,
+            record(0, 0.72, 18.4e6, nu=0.0, arch="resnet14"),
         ]
     )
     pairs = {row[0]: row[1:] for row in rows(told, "difference")}
     assert pairs == {
         "cifar10, pruned resnet20 - dense resnet20": ["20", "2", "-9.00 ± 1.41", "45.0 ± 0.0"],
         "cifar10, pruned resnet20 - narrow resnet20 (hidden_scale=0.46)": ["20", "1", "+10.00", "100.0"],
-        "cifar10, pruned resnet20 - torch-pruning 1 resnet20": ["20", "1", "+1.00", "97.3"],
+        "cifar10, pruned resnet20 - short resnet14": ["20", "1", "+8.00", "97.8"],
+        "cifar10, pruned resnet20 - one shot (torch-pruning 1) resnet20": ["20", "1", "+1.00", "97.3"],
         "cifar10, pruned resnet20 - pruned resnet20 (alpha=0)": ["20", "1", "+5.00", "98.9"],
         "cifar10, pruned resnet20 (alpha=0) - dense resnet20": ["20", "1", "-15.00", "45.5"],
         "cifar10, pruned resnet20 (alpha=0) - narrow resnet20 (hidden_scale=0.46)": ["20", "1", "+5.00", "101.1"],
-        "cifar10, pruned resnet20 (alpha=0) - torch-pruning 1 resnet20": ["20", "1", "-4.00", "98.4"],
+        "cifar10, pruned resnet20 (alpha=0) - short resnet14": ["20", "1", "+3.00", "98.9"],
+        "cifar10, pruned resnet20 (alpha=0) - one shot (torch-pruning 1) resnet20": ["20", "1", "-4.00", "98.4"],
     }
     networks = {(row[1], row[2]): row for row in rows(told, "data")}
     assert networks["pruned resnet20", "20"][4] == "81.00 ± 1.41"
     assert networks["narrow resnet20 (hidden_scale=0.46)", "20"][6] == "45.0"
 
 
-def test_a_condensed_run_keeps_every_decision_and_no_path(tmp_path):
-    folder = tmp_path / "run"
+PLACES = [dict(kind="unit", block="b", site="s", index=index) for index in range(3)]
+DECIDED, ENDED = 101, 140
+
+
+def write_shadow_run(folder):
+    """A shadow run of three structures; the first is decided at step 101 and confirmed at 140, the second at 150, left open."""
     folder.mkdir()
-    made = record()
+    made = record(shadow=True)
     (folder / "config.json").write_text(json.dumps(made.config | {"data_dir": "/secret/place/data"}))
     (folder / "result.json").write_text(json.dumps(made.result))
     (folder / "env.json").write_text(json.dumps(made.env))
-    names = ["step", "kind", "block", "site", "index", "keep_prob", "state", "rule"]
-    for name in ("metrics.csv", "structures.csv", shadow.FILE):
+    draws = np.random.default_rng(0)
+    measured = []
+    for step in range(200):
+        for place in PLACES:
+            state = "committed" if step == 199 - place["index"] else "undecided"
+            numbers = dict(
+                zip(("gain", "drift", "noise", "benefit_upper", "price"), draws.uniform(1, 2, 5), strict=True)
+            )
+            measured.append(dict(step=step, **place, keep_prob=0.123456789 * step, **numbers, state=state))
+    numbers = dict.fromkeys(shadow.NUMBERS, 0.0123456)
+    lines = [
+        dict(rule=shadow.DERIVED, **PLACES[0], step=DECIDED, **numbers, outcome="confirmed", outcome_step=ENDED),
+        dict(rule=shadow.DERIVED, **PLACES[1], step=150, **numbers, outcome="undecided", outcome_step=""),
+        dict(rule="fixed 0.5", **PLACES[2], step=20, **numbers, outcome="confirmed", outcome_step=180),
+    ]
+    for name, content in (("metrics.csv", [{"epoch": 1}]), ("structures.csv", measured), (shadow.FILE, lines)):
         with (folder / name).open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, names)
+            writer = csv.DictWriter(stream, list(content[0]))
             writer.writeheader()
-            for step in range(200):
-                for index in range(3):
-                    state = "committed" if step == 199 - index else "undecided"
-                    keep = 0.123456789 * step
-                    rule = shadow.DERIVED if (step, index) == (101, 2) else shadow.ZERO
-                    writer.writerow(dict(zip(names, (step, "unit", "b", "s", index, keep, state, rule), strict=True)))
-    cifar.condense(folder, tmp_path / "to", limit=1500)
+            writer.writerows(content)
+
+
+@pytest.mark.parametrize(("limit", "whole"), [(14_000, True), (6_000, True), (1_500, False)])
+def test_a_condensed_run_keeps_what_was_observed_and_no_path(tmp_path, limit, whole):
+    write_shadow_run(tmp_path / "run")
+    cifar.condense(tmp_path / "run", tmp_path / "to", limit=limit)
     to = tmp_path / "to" / "run"
     assert "/secret" not in (to / "config.json").read_text()
-    assert (to / "structures.csv.gz").stat().st_size <= 1500
-    kept = read_rows(to, "structures.csv")
-    assert len(kept) < 600
-    assert ("101", "2") in {(row["step"], row["index"]) for row in kept}
+    assert (to / "structures.csv.gz").stat().st_size <= limit
+    kept, there = (read_rows(folder / "structures.csv") for folder in (to, tmp_path / "run"))
+    spans = [
+        [row for row in part if (row["index"] == "0" and DECIDED <= int(row["step"]) <= ENDED) or
+         (row["index"] == "1" and int(row["step"]) >= 150)]
+        for part in (kept, there)
+    ]  # fmt: skip
+    assert (spans[0] == spans[1]) is whole
+    assert (len(kept) < len(there)) is (limit < 14_000)
     last = {row["index"]: row for row in kept}
     assert last["0"]["step"] == "199" and float(last["0"]["keep_prob"]) == pytest.approx(0.123456789 * 199)
-    assert len(read_rows(to, shadow.FILE)) == 600
+    assert read_rows(to / shadow.FILE) == read_rows(tmp_path / "run" / shadow.FILE)
+    record, run = compare.read(to), compare.read(tmp_path / "run")
+    assert compare.assumptions([record]) == compare.assumptions([run]) and compare.rules([record]).keys()
+    assert compare.assumptions([run])["gain"][0] == 2
 
 
 def test_the_sentence_of_a_knob_is_the_change_at_equal_other_settings():
@@ -124,16 +242,94 @@ def test_the_sentence_of_a_knob_is_the_change_at_equal_other_settings():
     assert "- `beta` from 0 to 1: MACs +10.0 points (up in 2 of 2)" in told
 
 
-@pytest.mark.parametrize("text", ["nu=1", "nu", "alpha=0,2", "neu=1,2"])
-def test_wrong_grids_are_refused(text):
+def test_values_that_are_no_numbers_are_named():
+    grid = sensitivity.parse_grid(["arch=resnet14,resnet20", "tol=none,0.5"])
+    assert grid == {"arch": ["resnet14", "resnet20"], "tol": [None, 0.5]}
+    result = dict(macs=1, macs_dense=2, params=1, params_dense=2, layers_kept=9, units_kept=5, accuracy=0.9)
+    told = sensitivity.table(grid, [(point, result) for point in sensitivity.points(grid, 1)])
+    assert [row[:2] for row in rows(told, "arch")][:2] == [["resnet14", "derived"], ["resnet14", "0.5"]]
+    assert "- `arch` from resnet14 to resnet20: MACs" in told and "- `tol` from derived to 0.5: MACs" in told
+    assert sensitivity.shown("target_macs", None) == "none"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["nu=1"], ["nu"], ["alpha=0,2"], ["neu=1,2"], ["warmup-epochs=1,2"], ["nu=1,1.0"], ["nu=1,2", "nu=2,3"]]
+    + [[f"{name}=1,2"] for name in sensitivity.OWN],
+)
+def test_wrong_grids_are_refused(texts):
     with pytest.raises(ConfigError, match="` must "):
-        sensitivity.parse_grid([text])
+        for point in sensitivity.points(sensitivity.parse_grid(texts), 1):
+            sensitivity.plan(point, 40, Path("runs"))
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Training on the first images of the digits alone, without timing."""
+
+    def few(*args, load=loop.data.load, **kwargs):
+        whole = load(*args, **kwargs)
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        return dataclasses.replace(whole, **{name: getattr(whole, name)[:64] for name in names})
+
+    monkeypatch.setattr(loop.data, "load", few)
+    monkeypatch.setattr(loop, "latency_ms", lambda networks, example: [[1.0] * len(networks)] * 2)
+
+
+TINY = dict(dataset="digits", arch="resnet14", nu=0.0, epochs=2, batch_size=32, threads=1)
+
+
+def test_finished_runs_are_left_alone_cut_off_ones_go_on_and_others_are_refused(tmp_path, small):
+    config = Config.from_presets(**TINY, out=str(tmp_path / "a"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text(config.to_json())
+    (tmp_path / "a" / "metrics.csv").write_text("")  # cut off before its first checkpoint
+    assert not pool.finished(config)
+    folder = pool.complete(config)
+    before = (folder / "result.json").stat().st_mtime_ns
+    assert pool.finished(config) and pool.complete(config) == folder
+    pool.train([config])
+    assert (folder / "result.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="with seed=0 in place of 1. Delete that folder or give another --runs."):
+        pool.train([dataclasses.replace(config, seed=1)])
 
 
 def test_torch_pruning_meets_the_macs():
     pytest.importorskip("torch_pruning", reason="the rival's package is no part of the tests' environment")
-    from benchmarks.rival import prune
-
     model, example = build("resnet14", in_channels=3, classes=10), torch.zeros(1, 3, 32, 32)
-    share = count(prune(model, example, 0.5), example).macs / count(model, example).macs
+    share = count(rival.prune(model, example, 0.5), example).macs / count(model, example).macs
     assert 0.45 < share <= 0.5
+
+
+def test_the_rival_leaves_a_record_and_goes_on_from_its_trained_half(tmp_path, small, monkeypatch, capsys):
+    pytest.importorskip("torch_pruning", reason="the rival's package is no part of the tests' environment")
+    out, common = tmp_path / "rival", {name: value for name, value in TINY.items() if name != "nu"}
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="`macs` must be a share that"):
+        patch.setattr(rival, "STEPS", 2)
+        rival.compete(common, 0.01, 1, 0.05, out)
+    trained = (out / "trained" / "result.json").stat().st_mtime_ns
+    (out / "tuned").mkdir()
+    (out / "tuned" / "config.json").write_text("{}")  # cut off in the second half
+    monkeypatch.setattr(rival, "STEPS", 40)
+    rival.compete(common, 0.5, 1, 0.05, out)
+    assert (out / "trained" / "result.json").stat().st_mtime_ns == trained
+    made = cifar.read(out)
+    assert made.kind == "rival" and made.variant.startswith(
+        "group-norm magnitude, one shot, no sparse training (torch-"
+    )
+    assert 0.3 < made.result["macs"] / made.result["macs_dense"] <= 0.5 and len(made.result["accuracy_history"]) == 2
+    assert [float(row["epoch"]) for row in read_rows(out / "metrics.csv")] == [1, 2]
+    assert made.variant in cifar.table([made]) and "% of the MACs" in capsys.readouterr().out
+    assert read_json(out / "config.json")["tune_epochs"] == 1
+    with pytest.raises(ConfigError, match="`out` must be a folder without a run"):
+        rival.compete(common, 0.5, 1, 0.05, out)
+
+
+def test_without_torch_pruning_nothing_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    status, error = told(capsys, monkeypatch, "rival", f"--dataset digits --macs 0.5 --out {tmp_path / 'r'}")
+    assert status == 2 and "`torch_pruning` must be installed" in error and "pip install torch-pruning" in error
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -96,6 +96,13 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def legend_below(ax: Axes, columns: int = 2) -> Axes:
+    """Put the legend under the Axes, if there is anything to tell in it."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
+    return ax
+
+
 def phase_portrait(
     ax: Axes,
     system: BenefitSystem,

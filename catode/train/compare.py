@@ -4,7 +4,7 @@
 
 Of shadow runs (``--shadow``) it tells, rule by rule, how many decisions were regretted and how early they came, how often
 the predicted probability of an escape came true, and which assumptions held after the decisions. Of all runs it
-lists accuracy and size.
+lists accuracy and size. Shadow runs of different data sets, networks, numbers of epochs or stated risks are told apart.
 
 Source: CONTRACT, "A run's folder" (regret); THEORY sections 5 and 6.
 """
@@ -12,34 +12,54 @@ Source: CONTRACT, "A run's folder" (regret); THEORY sections 5 and 6.
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
-import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from catode.theory.plotting import PALETTE, house_style, new_figure
+from catode import _validate
+from catode.theory.plotting import PALETTE, house_style, legend_below, new_figure
 from catode.train import shadow
-from catode.train.config import CommandLine
-from catode.train.report import markdown_table, read_json
+from catode.train.config import CommandLine, settings
+from catode.train.files import PLACE, number, packed, read_json, read_rows, structure_key
+from catode.train.report import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
-__all__ = ["Decision", "Run", "calibration", "draw", "interval", "main", "picture", "read", "rules", "rules_table"]
+__all__ = [
+    "Decision",
+    "Run",
+    "Score",
+    "assumptions",
+    "calibration",
+    "draw",
+    "groups",
+    "interval",
+    "main",
+    "picture",
+    "read",
+    "read_all",
+    "rules",
+    "rules_table",
+    "text",
+]
 
 BINS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0)  # of the predicted probability of an escape
 BY_SIZE = (shadow.FILTER, shadow.SCALE)  # decide without looking at theta, so that a return to 1 says nothing
 ASSUMED = ("gain", "drift", "noise")  # bounds taken at a decision, to hold from then on
 CONFIDENCE = 0.95
+_MEASURED = (*ASSUMED, "benefit_upper", "price")
+_CONFIG = dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, alpha=float, beta=float, risk=float)
+_RESULT = dict(
+    accuracy=float, macs=float, macs_dense=float, layers_kept=int, layers_total=int, units_kept=int, units_total=int
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +94,7 @@ class Run:
         config: config.json.
         result: result.json.
         decisions: Lines of shadow.csv; empty for a run that removed what it decided.
-        rows: Lines of structures.csv.
+        rows: Lines of structures.csv, as texts.
     """
 
     folder: Path
@@ -82,6 +102,27 @@ class Run:
     result: dict[str, Any]
     decisions: list[Decision]
     rows: list[dict[str, str]]
+
+    @property
+    def shadow(self) -> bool:
+        """Whether it decided without removing."""
+        return bool(self.config.get("shadow", False))
+
+    @property
+    def group(self) -> tuple[str, str, int, float]:
+        """What shadow runs must share to be counted together: data set, network, epochs, stated risk."""
+        c = self.config
+        return c["dataset"], c["arch"], c["epochs"], c["risk"]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All of the configuration that decides the course of the run."""
+        known = settings()
+        return {
+            name: value
+            for name, value in self.config.items()
+            if name in ("dataset", "arch", "seed") or name not in known or known[name].identity
+        }
 
 
 @dataclass(frozen=True)
@@ -97,7 +138,10 @@ class Score:
         high: Its upper end, where all that is open counts as a regret.
         precision: Share of the decisions whose theta reached 0 in the end, those that went with site or block left out.
         recall: Share of all structures whose theta reached 0 that were decided before.
-        leads: Steps from each such decision to theta = 0.
+        leads: Steps from each confirmed decision to theta = 0. By a rule by size, which does not look at theta, every
+            decision whose theta reached 0 in the end counts.
+        checks: Number of different checks, of a run each, at which the decisions were taken.
+        regretted: Number of runs with at least one regret.
     """
 
     decisions: int
@@ -109,68 +153,98 @@ class Score:
     precision: float
     recall: float
     leads: NDArray[np.int64]
+    checks: int
+    regretted: int
 
 
-def read(folder: Path, number: int = 0) -> Run:
+def read(folder: Path, place: int = 0) -> Run:
     """A run's files, compressed or not.
 
     Args:
         folder: A finished run, or the condensed record of one.
-        number: The run's number among those compared.
+        place: The run's number among those compared.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if one cannot be read.
+        ValueError: if one cannot be read, or holds what no run writes; the message names the file.
     """
+    config = read_json(folder / "config.json", _CONFIG, dict(tol=float, shadow=bool))
+    result = read_json(folder / "result.json", _RESULT, dict(decided_by_rule=float))
+    path = folder / "structures.csv"
+    rows = read_rows(path, ("step", *PLACE, *_MEASURED))
+    for row in rows:
+        for name in ("step", *_MEASURED):
+            number(path, name, row[name])
     found = []
-    for row in _rows(folder / shadow.FILE, optional=True):
-        try:
-            found.append(
-                Decision(
-                    run=number,
-                    rule=row["rule"],
-                    structure=_structure(row),
-                    step=int(row["step"]),
-                    numbers={name: float(row[name]) for name in shadow.NUMBERS},
-                    outcome=row["outcome"],
-                    outcome_step=int(row["outcome_step"]) if row["outcome_step"] else None,
-                )
-            )
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{folder / shadow.FILE} must have a decision in every row; got {error}.") from None
-    config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
-    return Run(folder, config, result, found, _rows(folder / "structures.csv"))
+    if config.get("shadow"):
+        path = folder / shadow.FILE
+        found = [_decision(packed(path), row, place) for row in read_rows(path, ("rule", *PLACE, "step", *_OUTCOME))]
+    return Run(folder, config, result, found, rows)
 
 
-def _structure(row: dict[str, str]) -> tuple[str, str, str, str]:
-    return row["kind"], row["block"], row["site"], row["index"]
+_OUTCOME = (*shadow.NUMBERS, "outcome", "outcome_step")
 
 
-def _rows(path: Path, optional: bool = False) -> list[dict[str, str]]:
-    packed = path.with_name(path.name + ".gz")
-    if packed.exists():
-        return list(csv.DictReader(io.StringIO(gzip.decompress(packed.read_bytes()).decode())))
-    if not path.exists():
-        if optional:
-            return []
-        raise FileNotFoundError(
-            f"`folder` must hold {path.name}, as a finished run's does; got {path.parent} without it."
+def _decision(path: Path, row: dict[str, str], place: int) -> Decision:
+    for name, known in (("rule", shadow.RULES), ("outcome", shadow.OUTCOMES)):
+        if row[name] not in known:
+            raise ValueError(f"{path} must hold one of {', '.join(known)} in column {name!r}; got {row[name]!r}.")
+    try:
+        return Decision(
+            run=place,
+            rule=row["rule"],
+            structure=structure_key(row),
+            step=int(row["step"]),
+            numbers={name: float(row[name]) for name in shadow.NUMBERS},
+            outcome=row["outcome"],
+            outcome_step=int(row["outcome_step"]) if row["outcome_step"] else None,
         )
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+    except ValueError as error:
+        raise ValueError(f"{path} must have a decision in every row; got {error}.") from None
 
 
-def interval(events: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Clopper-Pearson interval of a probability, two-sided; (0, 1) without trials.
+def read_all(folders: Sequence[Path]) -> list[Run]:
+    """Several runs, numbered in their order.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if one cannot be read, or a run is given twice: the same folder, or the same configuration.
+    """
+    places: dict[Path, Path] = {}
+    for folder in folders:
+        if folder.resolve() in places:
+            _validate.fail("folders", "be different runs", str(folder), mend="Name each folder once.")
+        places[folder.resolve()] = folder
+    runs = [read(folder, place) for place, folder in enumerate(folders)]
+    for one, other in combinations(runs, 2):
+        if one.identity == other.identity:
+            raise ValueError(
+                f"`folders` must be different runs; got {str(one.folder)!r} and {str(other.folder)!r} with the same "
+                f"configuration and seed={one.config['seed']}. Leave one of them out."
+            )
+    return runs
+
+
+def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Shadow runs that may be counted together, by a heading that says what they share."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.shadow:
+            dataset, arch, epochs, risk = run.group
+            found.setdefault(f"{arch}, {dataset}, {epochs} epochs, risk {risk:g}", []).append(run)
+    return found
+
+
+def interval(events: int, trials: int) -> tuple[float, float]:
+    """Clopper-Pearson interval of a probability, two-sided, 95 %; (0, 1) without trials.
 
     Args:
         events: How often it happened.
-        trials: Of how many.
-        confidence: Coverage, in (0, 1).
+        trials: Of how many, independent of each other.
     """
     from scipy.stats import beta
 
-    tail = (1.0 - confidence) / 2.0
+    tail = (1.0 - CONFIDENCE) / 2.0
     low = float(beta.ppf(tail, events, trials - events + 1)) if events else 0.0
     high = float(beta.ppf(1.0 - tail, events + 1, trials - events)) if events < trials else 1.0
     return low, high
@@ -185,6 +259,7 @@ def rules(runs: Sequence[Run]) -> dict[str, Score]:
         confirmed, regrets = (sum(d.outcome == o for d in own) for o in (shadow.CONFIRMED, shadow.REGRET))
         left = len(own) - confirmed - regrets
         gone = [d for d in own if zero.get((d.run, d.structure), -1) >= d.step]
+        led = gone if rule in BY_SIZE else [d for d in gone if d.outcome == shadow.CONFIRMED]
         judged = len(own) - sum(d.outcome == shadow.PROMOTED for d in own)
         found[rule] = Score(
             decisions=len(own),
@@ -195,7 +270,9 @@ def rules(runs: Sequence[Run]) -> dict[str, Score]:
             high=interval(regrets + left, len(own))[1],
             precision=len(gone) / judged if judged else float("nan"),
             recall=len(gone) / len(zero) if zero else float("nan"),
-            leads=np.array([zero[d.run, d.structure] - d.step for d in gone], dtype=np.int64),
+            leads=np.array([zero[d.run, d.structure] - d.step for d in led], dtype=np.int64),
+            checks=len({(d.run, d.step) for d in own}),
+            regretted=len({d.run for d in own if d.outcome == shadow.REGRET}),
         )
     return found
 
@@ -203,25 +280,26 @@ def rules(runs: Sequence[Run]) -> dict[str, Score]:
 def calibration(runs: Sequence[Run]) -> list[tuple[float, float, float, int, int, int]]:
     """Predicted against observed escapes in bins of the prediction.
 
-    Every decision of a rule that looks at theta counts once for its structure and step, whichever rules took it.
+    Of the decisions of all rules that look at theta, a bin takes each structure's first whose prediction lies in it, so that
+    within a bin every structure of a run counts once. A structure may be in several bins.
 
     Returns:
-        Lower and upper end of each bin that has decisions, its mean prediction, decisions, regrets and those left open.
+        Lower and upper end of each bin that has decisions, its mean prediction, structures, regrets and those left open.
     """
     looks = set(shadow.RULES) - {shadow.ZERO, *BY_SIZE}
-    once = {
-        (d.run, d.structure, d.step): d
-        for run in runs
-        for d in run.decisions
-        if d.rule in looks and np.isfinite(d.numbers["escape"])
-    }
+    own = [d for run in runs for d in run.decisions if d.rule in looks and np.isfinite(d.numbers["escape"])]
+    own.sort(key=lambda d: d.step)
     found = []
     for low, high in pairwise(BINS):
-        own = [d for d in once.values() if low <= d.numbers["escape"] < high or (high == 1.0 == d.numbers["escape"])]
-        if own:
-            regrets = sum(d.outcome == shadow.REGRET for d in own)
-            left = sum(d.outcome in (shadow.OPEN, shadow.PROMOTED) for d in own)
-            found.append((low, high, float(np.mean([d.numbers["escape"] for d in own])), len(own), regrets, left))
+        first: dict[tuple, Decision] = {}
+        for d in own:
+            if low <= d.numbers["escape"] < high or (high == 1.0 == d.numbers["escape"]):
+                first.setdefault((d.run, d.structure), d)
+        if first:
+            regrets = sum(d.outcome == shadow.REGRET for d in first.values())
+            left = sum(d.outcome in (shadow.OPEN, shadow.PROMOTED) for d in first.values())
+            mean = float(np.mean([d.numbers["escape"] for d in first.values()]))
+            found.append((low, high, mean, len(first), regrets, left))
     return found
 
 
@@ -237,24 +315,25 @@ def assumptions(runs: Sequence[Run]) -> dict[str, tuple[int, int, int, float]]:
     for run in runs:
         traces: dict[tuple, list[dict[str, str]]] = {}
         for row in run.rows:
-            traces.setdefault(_structure(row), []).append(row)
+            traces.setdefault(structure_key(row), []).append(row)
         for d in run.decisions:
             if d.rule != shadow.DERIVED:
                 continue
             end = d.outcome_step or sys.maxsize
-            rows = [row for row in traces.get(d.structure, []) if d.step <= int(row["step"]) <= end]
-            if len(rows) < 2 or int(rows[0]["step"]) != d.step:
+            rows = [row for row in traces.get(d.structure, []) if d.step <= float(row["step"]) <= end]
+            if len(rows) < 2 or float(rows[0]["step"]) != d.step:
                 continue
             regret = d.outcome == shadow.REGRET
+            path = run.folder / "structures.csv"
+            values = {name: np.array([number(path, name, row[name]) for row in rows]) for name in _MEASURED}
             for name in ASSUMED:
-                bound, later = float(rows[0][name]), max(float(row[name]) for row in rows[1:])
+                bound, later = values[name][0], np.fmax.reduce(values[name][1:])
                 found[name].append((later / bound if bound > 0 else (np.inf if later > 0 else 0.0), regret))
-            worth = max(float(row["benefit_upper"]) / float(row["price"]) for row in rows[1:])
-            found["benefit"].append((worth, regret))
+            found["benefit"].append((np.fmax.reduce(values["benefit_upper"][1:] / values["price"][1:]), regret))
     return {
         name: (
             len(pairs),
-            sum(x > 1.0 for x, _ in pairs),
+            int(sum(x > 1.0 for x, _ in pairs)),
             sum(regret for x, regret in pairs if x > 1.0),
             float(np.median([x for x, _ in pairs if x > 1.0])) if any(x > 1.0 for x, _ in pairs) else float("nan"),
         )
@@ -268,37 +347,47 @@ def assumptions(runs: Sequence[Run]) -> dict[str, tuple[int, int, int, float]]:
 def text(runs: Sequence[Run]) -> str:
     """All tables, as Markdown."""
     parts = ["# Runs", _runs_table(runs)]
-    watched = [run for run in runs if run.decisions]
+    watched = groups(runs)
     if not watched:
-        return (
-            "\n\n".join([*parts, "None of them is a shadow run (--shadow): there is nothing to say about regrets."])
-            + "\n"
-        )
-    risks = sorted({run.config["risk"] for run in watched})
-    stated = ", ".join(f"{risk:g}" for risk in risks)
+        parts.append("None of them is a shadow run (--shadow): there is nothing to say about regrets.")
+        return "\n\n".join(parts) + "\n"
+    count = sum(len(own) for own in watched.values())
+    stated = ", ".join(f"{risk:g}" for risk in sorted({run.config["risk"] for own in watched.values() for run in own}))
     parts += [
-        f"# Decisions and what became of them ({len(watched)} shadow runs, stated risk {stated})",
+        f"# Decisions and what became of them ({count} shadow run{'s' if count > 1 else ''}, stated risk {stated})",
         "A regret: theta came back to 1 before it first reached 0. The interval is Clopper-Pearson's at 95 %; its upper end "
         "counts everything left open (undecided, or gone with its site or block) as a regret. It takes decisions as "
-        "independent; those of one run are not quite. Precision: theta reached 0 in the end. Recall: of all thetas that "
-        "reached 0, decided before. Lead: steps from decision to theta = 0. Rules by size take as many units as "
-        "`derived` at the same check, whatever their theta; a return to 1 says nothing about them.",
-        rules_table(watched),
-    ]
-    per_run = rules_by_run(watched)
-    parts += ["`derived`, run by run: " + "; ".join(per_run) + "."]
-    parts += [
+        "independent; those of one run, and more so those of one check, are not. Precision: theta reached 0 in the end. "
+        "Recall: of all thetas that reached 0, decided before. Lead: steps from a confirmed decision to theta = 0. Rules by "
+        "size take as many units as `derived` at the same check, whatever their theta; a return to 1 says nothing about "
+        "them, and their lead is that of all whose theta reached 0.",
+        *_by_group(watched, lambda own: f"{rules_table(own)}\n\n{_derived(own)}"),
         "# Predicted and observed escapes",
-        "All decisions of the rules that look at theta, each once, by the bound on the probability of an escape that the "
-        "theory gave at that moment.",
-        _calibration_table(watched),
+        "Decisions of all rules that look at theta, by the bound on the probability of an escape that the theory gave at that "
+        "moment. Within a bin every structure of a run counts once, by its first decision there; it may be in several "
+        "bins, so the rows are not independent of each other.",
+        *_by_group(watched, _calibration_table),
         "# What was assumed at the decision, and what was measured afterwards",
         "Upper limits at the decision against the largest value at a later check, up to the end of the observation. "
-        "Later values are measured with noise and have their own margin, so an excess does not prove a "
-        "violation; a regret without one would.",
-        _assumptions_table(watched),
+        "Later values are measured with noise and have their own margin, so an excess does not prove a violation. Nor does a "
+        "regret: the claim is about its probability.",
+        *_by_group(watched, _assumptions_table),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _by_group(watched: dict[str, list[Run]], tell: Callable[[Sequence[Run]], str]) -> list[str]:
+    """What is told of each group, under a heading where there are several."""
+    return [f"## {name}\n\n{tell(own)}" if len(watched) > 1 else tell(own) for name, own in watched.items()]
+
+
+def _derived(runs: Sequence[Run]) -> str:
+    """How the decisions of the derived rule are spread over checks and runs."""
+    score = rules(runs)[shadow.DERIVED]
+    return (
+        f"`derived`: {score.decisions} decisions, taken at {score.checks} different checks; a regret in {score.regretted} of "
+        f"{len(runs)} runs. Run by run: {'; '.join(rules_by_run(runs))}."
+    )
 
 
 def rules_by_run(runs: Sequence[Run]) -> list[str]:
@@ -323,7 +412,7 @@ def _runs_table(runs: Sequence[Run]) -> str:
             [
                 run.folder.name,
                 f"{c['arch']}, {c['dataset']}",
-                kind + (", shadow" if run.decisions else ""),
+                kind + (", shadow" if run.shadow else ""),
                 f"{c['nu']:g}/{c['alpha']:g}/{c['beta']:g}",
                 str(c["seed"]),
                 f"{100 * r['accuracy']:.2f} %",
@@ -372,7 +461,7 @@ def _calibration_table(runs: Sequence[Run]) -> str:
                 f"{100 * span[0]:.1f} to {100 * span[1]:.1f} %",
             ]
         )
-    return markdown_table(["bound", "mean bound", "decisions", "regrets", "open", "observed", "interval"], rows)
+    return markdown_table(["bound", "mean bound", "structures", "regrets", "open", "observed", "interval"], rows)
 
 
 def _assumptions_table(runs: Sequence[Run]) -> str:
@@ -385,29 +474,38 @@ def _assumptions_table(runs: Sequence[Run]) -> str:
 
 
 def picture(runs: Sequence[Run], path: Path) -> None:
-    """Draw regret rates, the reliability diagram and the leads into a file.
+    """Draw regret rates, the reliability diagram and the leads into a file, a row for each of the `groups`.
 
     Args:
-        runs: Shadow runs.
+        runs: Shadow runs, and others that are passed over.
         path: A file that matplotlib can write.
 
     Raises:
         ValueError: if none of the runs is a shadow run.
     """
-    figure = new_figure(14.0, 5.2)
-    draw(figure, runs)
+    watched = groups(runs)
+    figure = new_figure(14.0, 5.2 * max(1, len(watched)))
+    if len(watched) <= 1:
+        draw(figure, runs)
+    else:
+        for part, (name, own) in zip(figure.subfigures(len(watched), 1), watched.items(), strict=True):
+            draw(part, own)
+            part.suptitle(name)
     figure.savefig(path)
 
 
 def draw(figure: FigureBase, runs: Sequence[Run]) -> None:
-    """The same into an empty figure or part of one, three times as wide as high.
+    """The same for a single group, into an empty figure or part of one, three times as wide as high.
 
     Raises:
-        ValueError: if none of the runs is a shadow run.
+        ValueError: if none of the runs is a shadow run, or they are of several groups.
     """
-    runs = [run for run in runs if run.decisions]
-    if not runs:
+    watched = groups(runs)
+    if not watched:
         raise ValueError("`runs` must hold a shadow run; got none. Train with --shadow.")
+    if len(watched) > 1:
+        raise ValueError(f"`runs` must be of one group; got {'; '.join(watched)}. Draw each group by itself.")
+    (runs,) = watched.values()
     scores = {rule: s for rule, s in rules(runs).items() if rule not in BY_SIZE and s.decisions}
     with house_style():
         axes = figure.subplots(1, 3, width_ratios=(1.0, 1.1, 1.1))
@@ -436,7 +534,7 @@ def _draw_regrets(ax: Axes, scores: dict[str, Score], risk: float) -> None:
     ax.set_xlabel("regret rate, 95 % interval")
     ax.set_title("Regrets by rule")
     ax.plot([], [], "|", color=PALETTE["black"], markersize=12, markeredgewidth=1.6, label="stated risk")
-    _legend_below(ax)
+    legend_below(ax)
 
 
 def _draw_reliability(ax: Axes, bins: Sequence[tuple[float, float, float, int, int, int]]) -> None:
@@ -459,8 +557,8 @@ def _draw_reliability(ax: Axes, bins: Sequence[tuple[float, float, float, int, i
     ax.set_ylim(floor, 1.6)
     ax.set_xlabel("predicted bound on the probability of an escape")
     ax.set_ylabel("share of regrets")
-    ax.set_title("Reliability (regrets / decisions)")
-    _legend_below(ax)
+    ax.set_title("Reliability (regrets / structures)")
+    legend_below(ax)
 
 
 def _draw_leads(ax: Axes, scores: dict[str, Score]) -> None:
@@ -478,12 +576,7 @@ def _draw_leads(ax: Axes, scores: dict[str, Score]) -> None:
     ax.set_xlabel("steps from decision to θ = 0")
     ax.set_ylabel("share of confirmed decisions")
     ax.set_title("How early the rules decide")
-    _legend_below(ax)
-
-
-def _legend_below(ax: Axes) -> None:
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    legend_below(ax)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -493,12 +586,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for compare.md and, of shadow runs, compare.png")
     try:
         args = parser.parse_args(argv)
-        runs = [read(folder, number) for number, folder in enumerate(args.folders)]
+        if args.out is not None and args.out.exists() and not args.out.is_dir():
+            _validate.fail("out", "be a folder", str(args.out), mend="Choose another --out.")
+        runs = read_all(args.folders)
         told = text(runs)
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "compare.md").write_text(told, encoding="utf-8")
-            if any(run.decisions for run in runs):
+            if groups(runs):
                 picture(runs, args.out / "compare.png")
     except (ValueError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -881,17 +882,26 @@ class CommandLine(argparse.ArgumentParser):
             near = _nearest(name.lstrip("-"), flags)
             mend = f"Did you mean --{near}?" if near else "See --help for all flags."
             return f"`{name}` must be a known flag; got {first}. {mend}"
+        if message.startswith("the following arguments are required: "):
+            names = message.removeprefix("the following arguments are required: ").split(", ")
+            name = names[0].split("/")[0].lstrip("-").replace("-", "_").lower()
+            return f"`{name}` must be given; got no {', no '.join(names)}. See --help."
         if message.startswith("argument "):
             names, _, what = message.removeprefix("argument ").partition(": ")
             if what.startswith("`"):
                 return what
             flag = names.split("/")[0]
-            name = flag.lstrip("-").replace("-", "_")
+            name = flag.lstrip("-").replace("-", "_").lower()
             if what.startswith("expected"):
                 return f"`{name}` must have a value; got {flag} without one. Write {flag}=VALUE."
             if what.startswith("ignored explicit argument"):
                 value = what.removeprefix("ignored explicit argument").strip()
                 return f"`{name}` must stand without a value; got {flag}={value}. Write {flag} alone."
+            if found := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", what):
+                return f"`{name}` must be one of {found[2]}; got {name}={found[1]}. See --help."
+            if found := re.fullmatch(r"invalid (int|float) value: (.*)", what):
+                kind = {"int": "an integer", "float": "a number"}[found[1]]
+                return f"`{name}` must be {kind}; got {name}={found[2]}. Write {flag} NUMBER."
         return message
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from catode import __version__
 from catode.train import board, checkpoint, data, distributed, lock, models, report, shadow, steptime, transfer, weights
 from catode.train.config import Config, check_out
-from catode.train.device import check_compile, keep_freed_memory, latency_ms
+from catode.train.device import check_compile, keep_freed_memory, latency_ms, processor
 from catode.train.gates import plain_name
 from catode.train.prune import ROW_FIELDS, Pruner
 from catode.train.structure import Counts, count, describe
@@ -838,18 +838,8 @@ def _environment(config: Config) -> dict:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": config.device,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

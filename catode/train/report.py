@@ -6,8 +6,6 @@ made again at any time, on any machine, without the model or the data.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from catode.theory.plotting import PALETTE, house_style, new_figure, phase_portrait
 from catode.theory.systems import BenefitSystem
+from catode.train.files import PLACE, number, read_json, read_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +31,7 @@ __all__ = ["Run", "Trace", "comparison_system", "final_sites", "read", "theta_pa
 
 MAX_PATHS = 30
 
-_TEXT_COLUMNS = ("kind", "block", "site", "index", "state")
+_TEXT_COLUMNS = (*PLACE, "state")
 _NUMBER_COLUMNS = ("step", "keep_prob", "benefit", "price", "gain", "decay", "rate_ratio", "drift", "tolerance")
 _METRIC_COLUMNS = (
     "epoch",
@@ -219,7 +218,7 @@ def read(folder: Path) -> Run:
         folder=folder,
         config=read_json(folder / "config.json"),
         env=read_json(folder / "env.json"),
-        metrics=_numbers(folder / "metrics.csv", *_read_csv(folder / "metrics.csv", _METRIC_COLUMNS)),
+        metrics=_numbers(folder / "metrics.csv", *read_table(folder / "metrics.csv", _METRIC_COLUMNS)),
         traces=_read_traces(folder / "structures.csv", structure),
         result=read_json(folder / "result.json"),
         structure=structure,
@@ -247,65 +246,16 @@ def read(folder: Path) -> Run:
     return run
 
 
-def _missing(path: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"`folder` must hold {path.name}, as every finished run's folder does; got {path.parent} without it."
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise _missing(path) from None
-    except ValueError as error:
-        raise ValueError(f"{path} must hold valid JSON; {error}.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}.")
-    return value
-
-
-def _read_csv(path: Path, required: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    packed = path.with_name(path.name + ".gz")
-    try:
-        with (
-            gzip.open(packed, "rt", newline="", encoding="utf-8")
-            if packed.exists()
-            else path.open(newline="", encoding="utf-8")
-        ) as stream:
-            rows = [row for row in csv.reader(stream) if row]
-    except (FileNotFoundError, NotADirectoryError):
-        raise _missing(path) from None
-    if not rows:  # an ungated run may leave the file without even a header
-        return list(required), []
-    header = rows[0]
-    if absent := [name for name in required if name not in header]:
-        raise ValueError(f"{path} must have the column {absent[0]!r}; its header is {','.join(header)}.")
-    for number, row in enumerate(rows[1:], start=2):
-        if len(row) != len(header):
-            raise ValueError(f"{path} must have {len(header)} values in every row; row {number} has {len(row)}.")
-    return header, rows[1:]
-
-
-def _number(path: Path, name: str, text: str) -> float:
-    if text == "" or text == "None":
-        return math.nan
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{path} must hold numbers in column {name!r}; got {text!r}.") from None
-
-
 def _numbers(path: Path, header: list[str], rows: list[list[str]]) -> dict[str, np.ndarray]:
-    return {name: np.array([_number(path, name, row[place]) for row in rows]) for place, name in enumerate(header)}
+    return {name: np.array([number(path, name, row[place]) for row in rows]) for place, name in enumerate(header)}
 
 
 def _read_traces(path: Path, structure: dict[str, Any] | None) -> list[Trace]:
-    header, rows = _read_csv(path, _TEXT_COLUMNS + _NUMBER_COLUMNS)
+    header, rows = read_table(path, _TEXT_COLUMNS + _NUMBER_COLUMNS)
     place = {name: header.index(name) for name in _TEXT_COLUMNS + _NUMBER_COLUMNS}
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[place[name]] for name in ("kind", "block", "site", "index")), []).append(row)
+        groups.setdefault(tuple(row[place[name]] for name in PLACE), []).append(row)
     traces = []
     for key, members in groups.items():
         if key[0] not in _KINDS:
@@ -314,7 +264,7 @@ def _read_traces(path: Path, structure: dict[str, Any] | None) -> list[Trace]:
         if unknown := [state for state in states if state not in LOOKS]:
             raise ValueError(f"{path} must hold one of {', '.join(LOOKS)} in column 'state'; got {unknown[0]!r}.")
         columns = {
-            name: np.array([_number(path, name, row[place[name]]) for row in members]) for name in _NUMBER_COLUMNS
+            name: np.array([number(path, name, row[place[name]]) for row in members]) for name in _NUMBER_COLUMNS
         }
         order = np.argsort(columns["step"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
@@ -862,7 +812,7 @@ _ABSENT = "not recorded"
 
 def waiting(folder: Path) -> str:
     """Share of the steps' time that a run spent waiting for images, mean over its epochs, as text."""
-    return _waiting(_numbers(folder / "metrics.csv", *_read_csv(folder / "metrics.csv", _METRIC_COLUMNS)))
+    return _waiting(_numbers(folder / "metrics.csv", *read_table(folder / "metrics.csv", _METRIC_COLUMNS)))
 
 
 def _waiting(metrics: dict[str, np.ndarray]) -> str:

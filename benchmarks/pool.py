@@ -1,0 +1,97 @@
+"""Many runs on the processor, a few at a time with one thread each; what is finished is not made again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from catode.train import Config, run
+from catode.train.files import read_json
+
+THREADS = "OMP_NUM_THREADS"
+
+
+def finished(config: Config, flag: str = "runs") -> bool:
+    """Whether the run is there, whole, in its folder.
+
+    Args:
+        config: The run.
+        flag: What names the folder on the command line, for the message.
+
+    Raises:
+        ValueError: if the folder holds another run than the planned one.
+    """
+    out = Path(config.out)
+    if (out / "config.json").exists():
+        there, own = read_json(out / "config.json"), config.identity()
+        other = [name for name in own if there.get(name) != own[name] and name not in ("out", "data_dir")]
+        if other:
+            raise ValueError(
+                f"`{flag}` must hold runs as planned here; got {str(out)!r} with {other[0]}={there.get(other[0])!r} "
+                f"in place of {own[other[0]]!r}. Delete that folder or give another --{flag}."
+            )
+    return (out / "result.json").exists()
+
+
+def complete(config: Config, *, flag: str = "runs", progress: bool = False) -> Path:
+    """Train one run, go on with it if it was cut off, or leave it as it is.
+
+    Args:
+        config: The run; `resume` is set here.
+        flag: What names the folder on the command line, for the message.
+        progress: Show a progress bar.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        ValueError: if the folder holds another run than the planned one, or the configuration cannot be run.
+    """
+    if not finished(config, flag):
+        if (Path(config.out) / "config.json").exists():
+            config = replace(config, resume=config.out)
+        run(config, progress=progress, with_report=False)
+    return Path(config.out)
+
+
+def train(configs: Iterable[Config], *, processes: int = 2) -> None:
+    """Train what is planned and not there yet, and go on with what was cut off.
+
+    Args:
+        configs: The runs.
+        processes: Runs at a time.
+
+    Raises:
+        ValueError: if a folder holds another run than the planned one; nothing is trained then.
+    """
+    todo = [config for config in configs if not finished(config)]
+    if not todo:
+        return
+    print(f"{len(todo)} runs are to be trained, {processes} at a time", file=sys.stderr)
+    todo.sort(key=lambda config: (not config.shadow, config.nu == 0))  # what takes longest first
+    context = multiprocessing.get_context("spawn")
+    with _single_threaded(), ProcessPoolExecutor(max_workers=processes, mp_context=context) as pool:
+        started = {pool.submit(complete, config): config for config in todo}
+        for number, future in enumerate(as_completed(started), 1):
+            future.result()
+            print(f"  {number}/{len(todo)} {started[future].out}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Let processes that start meanwhile compute with one thread each."""
+    before = os.environ.get(THREADS)
+    os.environ[THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[THREADS]
+        else:
+            os.environ[THREADS] = before
