@@ -21,10 +21,9 @@ def make(data: Data) -> Made:
         if len(groups) > 1:
             row.suptitle(name)
         score = compare.rules(runs)[shadow.DERIVED]
-        risks = ", ".join(f"{risk:g}" for risk in sorted({run.config["risk"] for run in runs}))
         told.append(
-            f"{name} ({runs[0].config['epochs']} epochs, {seeds_text([run.config['seed'] for run in runs])}): of "
-            f"{score.decisions} decisions by the derived tolerance at risk {risks}, {score.confirmed} were confirmed, "
+            f"{name} ({seeds_text([run.config['seed'] for run in runs])}): of "
+            f"{score.decisions} decisions by the derived tolerance, {score.confirmed} were confirmed, "
             f"{score.regrets} regretted and {score.open} left open, a regret rate of {100 * score.low:.1f} to "
             f"{100 * score.high:.1f} % at 95 % confidence with all that is open counted as regrets in the upper end"
         )

@@ -7,7 +7,6 @@ of them together take minutes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -103,20 +102,18 @@ class Data:
         return [self._once(cifar.read, folder) for folder in self.folders(name)]
 
     def shadows(self) -> dict[str, list[compare.Run]]:
-        """Shadow runs by data set, network and epochs: those on the digits that are trained here, first, and records."""
-        found: dict[str, list[compare.Run]] = {}
-        packed = sorted(path.parent for path in (self.records_folder / "shadow").glob("*/result.json"))
-        for folder in self.folders("shadow") + packed:
-            one = self._once(compare.read, folder)
-            found.setdefault("{dataset}, {arch}, {epochs} epochs".format(**one.config), []).append(one)
-        return {
-            name: [replace(one, decisions=[replace(d, run=i) for d in one.decisions]) for i, one in enumerate(runs)]
-            for name, runs in found.items()
-        }
+        """Shadow runs that may be counted together, by what they share: those on the digits trained here, and records."""
+        return compare.groups(self._shadows)
 
     def own_shadows(self) -> list[compare.Run]:
         """Shadow runs on the digits that are trained here."""
-        return next(iter(self.shadows().values()))
+        own = self.folders("shadow")
+        return [run for run in self._shadows if run.folder in own]
+
+    @cached_property
+    def _shadows(self) -> list[compare.Run]:
+        packed = sorted(path.parent for path in (self.records_folder / "shadow").glob("*/result.json"))
+        return compare.read_all([*self.folders("shadow"), *packed])
 
     @cached_property
     def records(self) -> list[cifar.Record]:

@@ -142,9 +142,9 @@ def test_shadow_records_have_a_row_for_each_data_set_network_and_length(folder, 
         _change(record / "config.json", dataset=dataset, epochs=epochs)
     data = runs.Data(folder, tmp_path)
     rows = {name: len(found) for name, found in data.shadows().items()}
-    short = f"digits, resnet20, {runs.SHORT['epochs']} epochs"
-    assert rows == {short: 3, "cifar10, resnet20, 20 epochs": 1, "digits, resnet20, 60 epochs": 2}
-    assert next(iter(rows)) == short and len(data.own_shadows()) == 3
+    lengths = ((f"digits, {runs.SHORT['epochs']}", 3), ("cifar10, 20", 1), ("digits, 60", 2))
+    assert rows == {f"resnet20, {name} epochs, risk 0.05": number for name, number in lengths}
+    assert next(iter(rows.values())) == 3 and len(data.own_shadows()) == 3
     assert all(name in FIGURES["regrets"].make(data).table for name in rows)
 
 
