@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (2 for bad input, 1 for a loss that is not finite)."""
+    """Run the command line; returns the exit status: 2 for bad input, 1 for a loss that is not finite or a full disk."""
     from catode.train import data, distributed, loop, preflight
 
     with distributed.joined() as group:
@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except distributed.Lost as error:  # each says so: the first may be the one that died
             mend = f" Go on with --resume {setup.config.out}" if setup else ""
             print(f"error: process {group.rank} of {group.size}: {error}.{mend}", file=sys.stderr)
+            return 1
+        except OSError as error:  # of the one process that writes, or of all of them before the first step
+            mend = f". Mend that, then go on with --resume {setup.config.out}" if setup else ""
+            print(f"error: {error}{mend}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             if setup is None:

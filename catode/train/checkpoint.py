@@ -28,12 +28,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _beside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Write a file under another name and flush it to the disk; it need only be moved into place."""
+    """Write a file under another name and flush it to the disk; it need only be moved into place.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; what was written of it is gone.
+    """
     part = path.with_name(path.name + PART)
-    with part.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind a RuntimeError
+        if not isinstance(cause, OSError):
+            raise
+        part.unlink(missing_ok=True)
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
     return part
 
 

@@ -343,6 +343,37 @@ def test_a_finished_run_is_not_resumed_but_one_without_its_report_is(ungated, tm
     assert_same_end(tmp_path / "run", folder)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit for the size of files")
+@pytest.mark.parametrize(("limit", "file"), [(100_000, "checkpoint-9.pt"), (200, "structures.csv")])
+def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on(pruned, limit, file, tmp_path, monkeypatch, capfd):
+    import resource
+
+    flags, expected = pruned
+    folder, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, train = loop._Trainer.prune, loop.train
+
+    def fill(self, *args):
+        if self.step == 9:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        return before(self, *args)
+
+    def emptied(setup):
+        try:
+            return train(setup, progress=False)  # standard error may be a file too
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "prune", fill)
+        patch.setattr(loop, "train", emptied)
+        assert main([*flags, "--out", str(folder)]) == 1
+    told = capfd.readouterr().err
+    assert f"File too large: '{folder / file}'. Mend that, then go on with --resume {folder}" in told
+    assert "Traceback" not in told and not list(folder.glob("*.part"))
+    assert main(["--resume", str(folder), "--threads", "1"]) == 0
+    assert_same_end(folder, expected)
+
+
 # Killed for real: a process that has imported everything forks one child a run, which is killed or kills itself.
 
 SERVER = """
