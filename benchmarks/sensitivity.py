@@ -100,11 +100,15 @@ def table(grid: dict[str, list[Any]], found: list[tuple[dict[str, Any], dict[str
 
 
 def sentences(grid: dict[str, list[Any]], groups: dict[tuple, list[dict[str, float]]]) -> Iterable[str]:
-    """What each knob does from its first to its last value, in the mean over all else and in how many of the pairs."""
-    means = {point: {name: np.mean([g[name] for g in group]) for name in SHOWN} for point, group in groups.items()}
+    """What each knob does from its first to its last value, paired by seed, in the mean and in how many of the pairs."""
     for place, (name, values) in enumerate(grid.items()):
         first, last = values[0], values[-1]
-        pairs = [(m, means[(*p[:place], last, *p[place + 1 :])]) for p, m in means.items() if p[place] == first]
+        pairs = [
+            pair
+            for point, group in groups.items()
+            if point[place] == first
+            for pair in zip(group, groups[(*point[:place], last, *point[place + 1 :])], strict=True)
+        ]
         said = []
         for key, text in SHOWN.items():
             change = [float(b[key] - a[key]) for a, b in pairs]
