@@ -31,6 +31,7 @@ from benchmarks._common import (
     publish,
     spread,
 )
+from catode import export
 from catode.train import compare, run, shadow
 from catode.train.config import CommandLine, Config
 from catode.train.files import PLACE, packed, read_json, read_rows, structure_key
@@ -132,7 +133,7 @@ def read(folder: Path) -> Record:
     return Record(config, result, read_json(folder / "env.json"), last)
 
 
-def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
+def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = False) -> int:
     """Write a run's record as small files, without paths of this machine.
 
     Args:
@@ -142,6 +143,7 @@ def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
             of the checks every k-th. Of a shadow run all rows between a derived decision and its outcome stay as they
             are; where these are too many, those that hold the decision or a largest value after it, which is all that
             `catode.train.compare` looks at.
+        latency: Measure latencies anew, here and now, in place of those from the end of the run.
 
     Returns:
         Bytes written.
@@ -154,6 +156,11 @@ def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
     config = {**record.config, "out": folder.name}
     if config["data_dir"] is not None:
         config["data_dir"] = Path(config["data_dir"]).name
+    result = record.result
+    if latency:
+        _, ((dense, compact), (dense_128, compact_128)) = export.measure(folder, seconds=10.0)
+        result = {**result, "latency_dense_ms": dense, "latency_ms": compact}
+        result |= {"latency_dense_ms_128": dense_128, "latency_ms_128": compact_128}
     tables = {"metrics.csv": _packed(_rounded(read_rows(folder / "metrics.csv")))}
     rows, decisions = read_rows(folder / "structures.csv"), []
     if config.get("shadow"):
@@ -161,7 +168,7 @@ def condense(folder: Path, target: Path, limit: int = LIMIT) -> int:
         tables[shadow.FILE] = _packed(decisions)
     tables["structures.csv"] = _condensed(rows, decisions, limit)
     to.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config", config), ("result", record.result), ("env", record.env)):
+    for name, content in (("config", config), ("result", result), ("env", record.env)):
         (to / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     for name, content in tables.items():
         (to / f"{name}.gz").write_bytes(content)
@@ -348,6 +355,7 @@ def main() -> None:
     small = commands.add_parser("condense", help="write runs' records as small files")
     small.add_argument("folders", type=Path, nargs="+")
     small.add_argument("--to", type=Path, required=True)
+    small.add_argument("--latency", action="store_true", help="measure latencies anew; let nothing else run meanwhile")
     small.set_defaults(do=_condense_all)
     show = commands.add_parser("table", help="print records, or finished runs, as Markdown")
     show.add_argument("records", type=Path, nargs="+", help="folders of runs, or folders of such folders")
@@ -359,7 +367,7 @@ def main() -> None:
 
 def _condense_all(args: argparse.Namespace) -> None:
     for folder in args.folders:
-        print(f"{args.to / folder.name}: {condense(folder, args.to) / 1024:.0f} KiB")
+        print(f"{args.to / folder.name}: {condense(folder, args.to, latency=args.latency) / 1024:.0f} KiB")
 
 
 def _show(args: argparse.Namespace) -> None:

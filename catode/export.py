@@ -25,9 +25,9 @@ from catode._validate import check_int, fail
 from catode.train import checkpoint
 from catode.train.config import CommandLine, check_device
 from catode.train.device import latency_ms
-from catode.train.structure import count
+from catode.train.structure import Counts, count
 
-__all__ = ["TOLERANCE", "Mismatch", "main", "write"]
+__all__ = ["TOLERANCE", "Mismatch", "main", "measure", "write"]
 
 SUFFIX = {"torch-export": ".pt2", "onnx": ".onnx"}
 NEEDS = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -144,13 +144,26 @@ def _check_packages(format: str) -> None:
         )
 
 
-def latency_table(folder: Path, device: str = "cpu") -> str:
-    """MACs beside measured latencies of a run's whole and compact network on a device, as text."""
+def measure(folder: Path, device: str = "cpu", seconds: float = 0.5) -> tuple[list[Counts], list[list[float]]]:
+    """Counts and latencies of a run's whole and compact network on a device.
+
+    Args:
+        folder: The run.
+        device: Where to measure.
+        seconds: Time for each of the two sizes of batches; see `latency_ms`.
+
+    Returns:
+        MACs and parameters of the two; milliseconds of the two for one image, and for 128.
+    """
     structure = checkpoint.read_structure(folder)
     networks = [checkpoint.fresh(structure).to(device), checkpoint.load(folder).to(device)]
     example = torch.zeros(1, *structure["image_shape"], device=device)
-    counts = [count(model, example) for model in networks]
-    small, large = latency_ms(networks, example)
+    return [count(model, example) for model in networks], latency_ms(networks, example, seconds=seconds)
+
+
+def latency_table(folder: Path, device: str = "cpu") -> str:
+    """MACs beside measured latencies of a run's whole and compact network on a device, as text."""
+    counts, (small, large) = measure(folder, device)
     lines = [f"{device:<12} {'MACs':>14} {'parameters':>12} {'ms, batch 1':>12} {'ms, batch 128':>14}"]
     for name, counted, one, many in zip(("dense", "compact"), counts, small, large, strict=True):
         lines.append(f"{name:<12} {counted.macs:>14,} {counted.params:>12,} {one:>12.3f} {many:>14.3f}")

@@ -1,16 +1,20 @@
 """README's commands are the ones that CI runs, its links lead somewhere, and its defaults are the code's."""
 
 import importlib
+import os
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import catode
 from benchmarks import cifar
+from catode.train import loop, shadow
 from catode.train.config import Config
+from catode.train.prune import ROW_FIELDS
 from paper_figures import __main__ as figures
 from paper_figures.runs import RECORDS
 
@@ -35,9 +39,26 @@ def test_the_commands_name_files_and_extras_that_exist():
     assert "test =" in (ROOT / "pyproject.toml").read_text()
 
 
-def test_relative_links_lead_to_files():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links and all((ROOT / link).exists() for link in links), links
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem
+)
+def test_relative_links_lead_to_files_and_their_headings(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), link
+        headings = (
+            [
+                re.sub(r"[^\w -]", "", line.lstrip("# ").lower())
+                for line in file.read_text().splitlines()
+                if line[:1] == "#"
+            ]
+            if heading
+            else []
+        )
+        assert not heading or heading in [text.replace(" ", "-") for text in headings], link
 
 
 def test_paths_named_in_the_text_exist():
@@ -53,8 +74,18 @@ def test_the_default_folder_is_the_one_the_readme_names():
 
 
 def claims():
-    table = README.split("| claim |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+    """Claims of README and docs/evidence.md: what is said, what shows it and what makes that; links from the root."""
+    found = []
+    for page in (ROOT / "README.md", ROOT / "docs" / "evidence.md"):
+        table = page.read_text().split("| claim |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+        for line in table:
+            said, shown, made = (cell.strip() for cell in line.strip("|").split(" | "))
+            found.append([said, re.sub(r"(?<=\]\()[^)]+", partial(from_root, page), shown), made])
+    return found
+
+
+def from_root(page, link):
+    return os.path.relpath(page.parent / link[0], ROOT)
 
 
 def shown_by(cell):
@@ -92,6 +123,19 @@ def test_every_claim_has_what_shows_it_and_the_command_that_makes_it(claim, monk
     assert all(flag in helped for flag in given if flag.startswith("--"))
     if module == "paper_figures":
         assert given[0] == "--only" and f"docs/figures/{given[1]}.png" in links
+
+
+def test_the_columns_in_the_conventions_are_those_of_the_files():
+    text = (ROOT / "docs" / "conventions.md").read_text()
+    for file, names in (
+        ("metrics.csv", loop.METRIC_FIELDS),
+        ("structures.csv", ROW_FIELDS),
+        ("shadow.csv", shadow.FIELDS),
+    ):
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {file}")]
+        assert row.split("structure: " if file == "structures.csv" else ": ", 1)[1].rstrip(" |").split(", ") == list(
+            names
+        )
 
 
 def test_every_figure_is_part_of_a_claim():

@@ -250,12 +250,18 @@ def interval(events: int, trials: int) -> tuple[float, float]:
     return low, high
 
 
-def rules(runs: Sequence[Run]) -> dict[str, Score]:
-    """How every rule did over all runs, in the order of `catode.train.shadow.RULES`."""
-    zero = {(d.run, d.structure): d.step for run in runs for d in run.decisions if d.rule == shadow.ZERO}
+def rules(runs: Sequence[Run], kind: str | None = None) -> dict[str, Score]:
+    """How every rule did over all runs, in the order of `catode.train.shadow.RULES`.
+
+    Args:
+        runs: Shadow runs.
+        kind: Count "layer" or "unit" alone; None for both together.
+    """
+    counted = [d for run in runs for d in run.decisions if kind in (None, d.structure[0])]
+    zero = {(d.run, d.structure): d.step for d in counted if d.rule == shadow.ZERO}
     found = {}
     for rule in shadow.RULES[:-1]:
-        own = [d for run in runs for d in run.decisions if d.rule == rule]
+        own = [d for d in counted if d.rule == rule]
         confirmed, regrets = (sum(d.outcome == o for d in own) for o in (shadow.CONFIRMED, shadow.REGRET))
         left = len(own) - confirmed - regrets
         gone = [d for d in own if zero.get((d.run, d.structure), -1) >= d.step]
@@ -382,11 +388,19 @@ def _by_group(watched: dict[str, list[Run]], tell: Callable[[Sequence[Run]], str
 
 
 def _derived(runs: Sequence[Run]) -> str:
-    """How the decisions of the derived rule are spread over checks and runs."""
+    """How the decisions of the derived rule are spread over kinds, checks and runs."""
     score = rules(runs)[shadow.DERIVED]
+    kinds = []
+    for kind in ("unit", "layer"):
+        own = rules(runs, kind)[shadow.DERIVED]
+        kinds.append(
+            f"{own.decisions} on {kind}s with {own.regrets} regrets ({100 * own.low:.1f} to {100 * own.high:.1f} %)"
+            if own.decisions
+            else f"none on {kind}s"
+        )
     return (
-        f"`derived`: {score.decisions} decisions, taken at {score.checks} different checks; a regret in {score.regretted} of "
-        f"{len(runs)} runs. Run by run: {'; '.join(rules_by_run(runs))}."
+        f"`derived`: {score.decisions} decisions, {' and '.join(kinds)}, taken at {score.checks} different checks; a regret in "
+        f"{score.regretted} of {len(runs)} runs. Run by run: {'; '.join(rules_by_run(runs))}."
     )
 
 

@@ -257,7 +257,16 @@ def test_two_runs_add_up(tmp_path):
     score = compare.rules(runs)[shadow.DERIVED]
     assert (score.decisions, score.recall, score.checks, score.regretted) == (18, 1.0, 2, 2)
     assert [n for *_, n, _, _ in compare.calibration(runs)] == [18, 2]
-    assert "18 decisions, taken at 2 different checks; a regret in 2 of 2 runs" in compare.text(runs)
+    low, high = (f"{100 * end:.1f}" for end in (score.low, score.high))
+    told = (
+        f"18 decisions, 18 on units with 2 regrets ({low} to {high} %) and none on layers, taken at 2 different checks"
+    )
+    assert f"{told}; a regret in 2 of 2 runs" in compare.text(runs)
+    assert compare.rules(runs, "unit").keys() == compare.rules(runs).keys()
+    assert (
+        compare.rules(runs, "unit")[shadow.DERIVED].regrets == 2
+        and compare.rules(runs, "layer")[shadow.DERIVED].decisions == 0
+    )
 
 
 def test_a_bin_takes_each_structure_once_by_its_first_decision_in_it(tmp_path):
