@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's parser; it raises ValueError instead of leaving the process."""
-    parser = _Parser(prog="python -m catode.theory", description=__doc__.split("derives")[-1].strip().capitalize())
+    parser = _Parser(prog="python -m catode.theory", description="Derive a tolerance, say why, and draw it.")
     one = parser.add_argument_group("one structure")
     for name, text in _NEEDED.items():
         one.add_argument(f"--{name}", type=float, metavar="FLOAT", help=f"{text} (needed)")

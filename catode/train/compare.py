@@ -597,7 +597,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = CommandLine(prog="python -m catode.train.compare", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a finished run, or a record of one")
-    parser.add_argument("--out", type=Path, help="folder for compare.md and, of shadow runs, compare.png")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for compare.md, which is printed too, and, of shadow runs (catode.train --shadow), compare.png",
+    )
     try:
         args = parser.parse_args(argv)
         if args.out is not None and args.out.exists() and not args.out.is_dir():

@@ -326,7 +326,7 @@ class Config:
         0.05,
         float,
         "pruning",
-        "accepted probability that a removed structure would have recovered",
+        "aimed-at share of removals that would have recovered by themselves; several limits use it, each as if alone",
         low=0,
         high=0.5,
         low_open=True,
@@ -927,7 +927,7 @@ def _default_text(name: str, default: Any) -> str:
         if name in preset and (dataset, preset[name]) != ("*", default):
             groups.setdefault((dataset, preset[name]), []).append(arch)
     everywhere = all(name in PRESETS.get((dataset, "*"), {}) for dataset in settings()["dataset"].choices)
-    parts = [] if default in (None, False) or everywhere else [_shown(default)]
+    parts = [] if default is None or default is False or everywhere else [_shown(default)]
     for (dataset, value), archs in groups.items():
         where = [] if dataset == "*" else [dataset]
         where += [] if archs == ["*"] else [" ".join(archs)]
@@ -941,6 +941,23 @@ def _shown(value: Any) -> str:
     )
 
 
+_METAVARS = {"data_dir": "DIR", "init": "FILE", "device": "DEVICE", "out": "FOLDER", "resume": "FOLDER"}
+_EPILOG = """\
+words:
+  unit, layer     a channel inside a residual block; a whole residual block
+  theta           keep probability of a structure, a unit or layer; 1 for good: committed, 0 for good: removed
+  benefit, price  training loss (nats) that a structure saves; that it must save to stay, its share of nu
+  tolerance       theta below which a structure goes for good, if its benefit surely lies below its price
+  ODE time        sum of lr / (1 - momentum) over the steps: the time in which weights and thetas move
+
+examples:
+  python -m catode.train
+  python -m catode.train --dataset cifar10 --data-dir DIR --download --target-macs 0.5
+  python -m catode.train --dataset folder --data-dir DIR --arch resnet50 --image-size 64 --dry-run
+  python -m catode.train --resume FOLDER
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """A parser with one flag for each field of `Config`; what is not given is left out of the namespace.
 
@@ -950,6 +967,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandLine(
         prog="python -m catode.train",
         description="Train a residual network once, pruning units and layers on the way, and keep the compact network.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -962,9 +981,8 @@ def build_parser() -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction if setting.negatable else "store_true"
             options["default"] = argparse.SUPPRESS
         else:
-            options["metavar"] = (
-                "{" + ",".join(setting.choices) + "}" if setting.choices else setting.kind.__name__.upper()
-            )
+            kind = _METAVARS.get(field.name, setting.kind.__name__.upper())
+            options["metavar"] = "{" + ",".join(setting.choices) + "}" if setting.choices else kind
             if setting.kind in (int, float):
                 options["type"] = _convert(field.name, setting)
         groups[setting.group].add_argument("--" + field.name.replace("_", "-"), **options)

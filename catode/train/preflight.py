@@ -56,6 +56,7 @@ def table(setup: Setup) -> str:
     target = Target.choose(cost, config.target_macs, config.target_params)
     if target is not None:
         lines.append(
-            f"target: {target.share:.1%} of the {target.quantity}, above the least possible; nu is set while training"
+            f"target: {target.share:.1%} of the {target.quantity}, above the least possible; nu starts as above and is set "
+            "while training, and prices with it"
         )
     return "\n".join(lines)
