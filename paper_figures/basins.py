@@ -61,8 +61,12 @@ def make(data: Data) -> Made:
         "training can measure, as the state. Above the price θ rises, below it falls; between the yellow and the blue "
         "region the bounds alone do not decide. (d) Noise lowers the edge: the tolerance for three accepted risks, "
         "from the same constants, and for a rate ratio four times as large, at which θ outruns the weights more "
-        f"easily and the domain is larger. Constants: price {BENEFIT.price:g} nats, gain {BENEFIT.gain:g} nats/time, "
-        f"decay {BENEFIT.decay:g}/time."
+        "easily and the domain is larger. Percentages are shares of the window that is drawn. Constants, price "
+        f"{BENEFIT.price:g} nats and rate ratio {BENEFIT.rate_ratio:g} in all: (a) weight decay {LAYER.weight_decay:g}, "
+        f"gradient bound {LAYER.grad_bound:g}, benefit slope {LAYER.benefit_slope:g}; (b) weight decay {UNIT.weight_decay:g}, "
+        f"benefit slope {UNIT.benefit_slope:g}; (c, d) gain {BENEFIT.gain:g} (at least {BENEFIT.gain_lower:g}), decay "
+        f"{BENEFIT.decay:g} (at most {BENEFIT.decay_upper:g}), drift {BENEFIT.drift:g}; (d) noise of θ {NOISE['noise']:g}, "
+        f"of the benefit {NOISE['benefit_noise']:g}, a step of {NOISE['step_time']:g} of ODE time."
     )
     return Made("Domains of attraction of the removed state", caption, figure)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.lines import Line2D
 
 from catode.theory.plotting import PALETTE, house_style, new_figure, phase_portrait
 from catode.theory.systems import BenefitSystem
@@ -64,6 +65,9 @@ def make(data: Data) -> Made:
         for ax in axes.flat:
             for handle, text in zip(*ax.get_legend_handles_labels(), strict=True):
                 handles.setdefault(text, handle)
+        grey = {"color": PALETTE["grey"], "linestyle": "none", "markersize": 5}
+        handles["start of a path"] = Line2D([], [], marker="o", markerfacecolor="white", **grey)
+        handles["its end"] = Line2D([], [], marker="o", **grey)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     decided = [path for path in paths if path.decided is not None]
     left = sum(not path.system.contains(path.states[path.decided :]).all() for path in decided)

@@ -12,7 +12,7 @@ NEEDS = ("shadow",)
 
 def make(data: Data) -> Made:
     """Draw each data set's shadow runs in a row of their own."""
-    groups = data.shadows()
+    groups = dict(sorted(data.shadows().items(), key=lambda item: -len(item[1])))
     figure = new_figure(14.0, 5.2 * len(groups))
     rows = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
     told, tables = [], []
@@ -33,7 +33,9 @@ def make(data: Data) -> Made:
         "Left: share of decisions that were regretted, θ back at 1 before it first reached 0, with Clopper-Pearson "
         "intervals; the black mark is the stated risk. Middle: the bound on the probability of an escape that the "
         "theory gave at each decision, against the share that did escape; below the dashed line the bound holds, and "
-        "a triangle at the lower edge stands for no escape at all. Right: how many steps before θ = 0 the confirmed "
+        "a triangle at the lower edge stands for no escape at all. Few decisions cannot show a small rate: where a whisker "
+        "passes its mark, or an upper end lies above the dashed line, there were too few to test the bound. Right: how "
+        "many steps before θ = 0 the confirmed "
         "decisions came. " + "; ".join(told) + "."
     )
     return Made("Regrets and calibration", caption, figure, "\n\n".join(tables))

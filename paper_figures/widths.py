@@ -39,7 +39,8 @@ def make(data: Data) -> Made:
     )
     caption = (
         "Channels left in every residual block, from the input (left) to the output. Grey bars are the widths before "
-        "training, lines the means over seeds, dots single runs; a cross is a run in which the whole block was "
+        "training, lines the means over seeds (a removed block counts as 0), dots single runs; a cross is a run in which "
+        "the whole block was "
         f"removed, so that its signal takes the shortcut. Runs ({told})."
     )
     return Made("Final widths over seeds", caption, figure)

@@ -554,15 +554,17 @@ def _draw_regrets(ax: Axes, scores: dict[str, Score], risk: float) -> None:
 def _draw_reliability(ax: Axes, bins: Sequence[tuple[float, float, float, int, int, int]]) -> None:
     floor = 1e-3
     ax.plot([floor, 1], [floor, 1], color=PALETTE["grey"], linestyle="--", label="bound met exactly")
-    for low, high, mean, count, regrets, left in bins:
+    for place, (low, high, mean, count, regrets, left) in enumerate(bins):
         mean, span = max(mean, floor), (interval(regrets, count)[0], interval(regrets + left, count)[1])
         ax.plot([max(low, floor), high], [span[1]] * 2, color=PALETTE["sky"], linewidth=3, solid_capstyle="butt")
         ax.plot([mean] * 2, [max(span[0], floor), span[1]], color=PALETTE["blue"], linewidth=1.6)
         look = ("o", regrets / count) if regrets else ("v", floor)
         ax.plot(mean, look[1], look[0], color=PALETTE["blue"], clip_on=False, zorder=3)
         middle = (max(low, floor) * high) ** 0.5
-        note = ax.annotate(f"{regrets}/{count}", (middle, span[1]), (0, 4), textcoords="offset points", ha="center")
-        note.set(fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+        note = ax.annotate(
+            f"{regrets}/{count}", (middle, span[1]), (0, 4 + 12 * (place % 2)), textcoords="offset points", ha="center"
+        )
+        note.set(fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.2, "alpha": 0.8})
     ax.plot([], [], color=PALETTE["sky"], linewidth=3, label="upper end, open counted")
     ax.plot([], [], "o", color=PALETTE["blue"], label="observed (▾ none)")
     ax.set_xscale("log")
