@@ -82,7 +82,8 @@ def write(
                 _save_onnx(program, images, part, opset, metadata)
                 run = _onnx_runner(part)
             else:
-                torch.export.save(program, part, extra_files={EXTRA_FILE: json.dumps(metadata)})
+                with part.open("wb") as file:  # torch.export opens a path itself, and hides why it cannot
+                    torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(metadata)})
                 run = torch.export.load(part).module()
             difference, scale = _compare(model, run, images, (batch,) if batch else (1, 2, 7))
         if not difference <= TOLERANCE * max(1.0, scale):
@@ -111,6 +112,8 @@ def _compare(model: nn.Module, run: Callable, images: torch.Tensor, sizes: Seque
 def _save_onnx(program, images: torch.Tensor, path: Path, opset: int, metadata: dict) -> None:
     names = dict(input_names=["images"], output_names=["logits"])
     written = torch.onnx.export(program, (images,), dynamo=True, verbose=False, opset_version=opset, **names)
+    if written.model.opset_imports[""] != opset:  # the converter gives up silently
+        fail("opset", "be one that PyTorch can convert to", opset, mend=f"Leave it out for {OPSET}.")
     written.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     written.save(path)
 
@@ -254,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{path}: {given.format}, batch {given.batch}, largest difference {difference:.2g}")
         if given.latency:
             print(latency_table(folder, given.device))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Mismatch as error:

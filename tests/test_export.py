@@ -189,6 +189,39 @@ def test_bad_input_is_one_line_and_writes_nothing(name, tmp_path, capsys):
     assert re.fullmatch(rf"error: `{name.split()[0]}` must [^\n]+; got [^\n]+\n", printed.err), printed.err
 
 
+def test_an_opset_that_the_converter_gives_up_on_is_one_line(tmp_path, capsys):
+    save(tmp_path, "resnet14", *compacted("resnet14"))
+    before = set(tmp_path.iterdir())
+    assert export.main([str(tmp_path), "--format", "onnx", "--opset", "99"]) == 2
+    assert re.fullmatch(r"error: `opset` must be one [^\n]+; got opset=99[^\n]+\n", capsys.readouterr().err)
+    assert set(tmp_path.iterdir()) == before
+
+
+DAMAGES = {
+    "cut": lambda state, structure: (state[:1000], structure),
+    "noise": lambda state, structure: (bytes(range(256)) * 10, structure),
+    "empty": lambda state, structure: (b"", structure),
+    "classes": lambda state, structure: (state, structure | {"classes": 3}),
+    "no classes": lambda state, structure: (state, structure | {"classes": structure["classes"][:-1]}),
+    "block": lambda state, structure: (state, structure | {"blocks": {name: {} for name in structure["blocks"]}}),
+    "blocks": lambda state, structure: (state, structure | {"blocks": None}),
+    "shape": lambda state, structure: (state, structure | {"image_shape": "x"}),
+    "scale": lambda state, structure: (state, structure | {"hidden_scale": "a"}),
+    "arch": lambda state, structure: (state, structure | {"arch": "resnet7"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_one_line(damage, tmp_path, capsys):
+    save(tmp_path, "resnet14", *compacted("resnet14"))
+    structure = json.loads((tmp_path / "structure.json").read_text())
+    state, structure = DAMAGES[damage]((tmp_path / "model.pt").read_bytes(), structure)
+    (tmp_path / "model.pt").write_bytes(state)
+    (tmp_path / "structure.json").write_text(json.dumps(structure))
+    assert export.main([str(tmp_path), "--format", "torch-export"]) == 2
+    assert re.fullmatch(r"error: `folder` must hold a whole [^\n]+; got [^\n]+\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"arch": "resnet14"}'])
 def test_a_damaged_structure_is_one_line(text, tmp_path, capsys):
     save(tmp_path, "resnet14", *compacted("resnet14"))

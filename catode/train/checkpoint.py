@@ -17,7 +17,16 @@ from torch import nn
 from catode.train import compact, models
 
 PART = ".part"  # ending of a file that is being written
-STRUCTURE = ("arch", "in_channels", "classes", "hidden_scale", "image_shape", "mean", "std", "blocks")
+STRUCTURE = dict(
+    arch=str,
+    in_channels=int,
+    classes=list,
+    hidden_scale=(int, float),
+    image_shape=list,
+    mean=list,
+    std=list,
+    blocks=dict,
+)
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a state and the step after which it was written
 FORMAT = 4  # of a state; raise it when what is in one changes
 
@@ -183,8 +192,8 @@ def read_structure(folder: Path) -> dict:
             )
     try:
         structure = json.loads((folder / "structure.json").read_text())
-        missing = [key for key in STRUCTURE if key not in structure]
-    except (ValueError, TypeError) as error:
+        missing = [key for key, kind in STRUCTURE.items() if not isinstance(structure.get(key), kind)]
+    except (ValueError, TypeError, AttributeError) as error:
         missing = [str(error)]
     if missing:
         raise ValueError(
@@ -216,13 +225,13 @@ def load(folder: str | os.PathLike) -> nn.Module:
     """
     folder = Path(folder)
     structure = read_structure(folder)
-    model = fresh(structure)
-    compact.restrict(model, model.structures(), structure["blocks"])
-    state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        model = fresh(structure)
+        compact.restrict(model, model.structures(), structure["blocks"])
+        model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever a damaged file makes torch stumble over
         raise ValueError(
-            f"`folder` must hold a model.pt that fits its structure.json; got {str(folder)!r}: {error}"
+            f"`folder` must hold a whole model.pt and the structure.json that it fits; got {str(folder)!r}, which cannot "
+            f"be read ({_reason(error)}). Restore the files from the run."
         ) from error
     return model.eval()

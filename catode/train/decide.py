@@ -62,9 +62,13 @@ def inputs(found: dict[str, NDArray], where: NDArray[np.bool_], memory: NDArray)
 
 
 def ration(
-    safe: NDArray[np.bool_], found: dict[str, NDArray], is_layer: NDArray[np.bool_], sites: Sequence[NDArray[np.int64]]
+    safe: NDArray[np.bool_],
+    found: dict[str, NDArray],
+    is_layer: NDArray[np.bool_],
+    sites: Sequence[NDArray[np.int64]],
+    multiple: int = 1,
 ) -> NDArray[np.bool_]:
-    """Let one check remove at most one layer and a quarter of a site, the least useful first.
+    """Let one check remove at most one layer and a quarter of a site, or one group, the least useful first.
 
     Benefits are measured with all the others in place; spreading the removals over checks lets the pools follow.
 
@@ -73,6 +77,7 @@ def ration(
         found: What was measured.
         is_layer: Which structures are layers, shape (n,).
         sites: Numbers of the units left at each site.
+        multiple: Size of a group; fewer units cannot leave, see `hold_back`.
     """
     allowed = np.zeros_like(safe)
     ratio = np.divide(found["benefit_upper"], found["price"], out=np.zeros(len(safe)), where=safe)
@@ -81,7 +86,7 @@ def ration(
         allowed[layers[np.argmin(ratio[layers])]] = True
     for left in sites:
         units = left[safe[left]]
-        most = max(1, int(MOST_OF_A_SITE * len(left)))
+        most = max(multiple, int(MOST_OF_A_SITE * len(left)))
         allowed[units[np.argsort(ratio[units], kind="stable")[:most]]] = True
     return allowed
 

@@ -30,7 +30,7 @@ from catode.train import board, checkpoint, data, distributed, lock, models, rep
 from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms, processor
 from catode.train.gates import plain_name
-from catode.train.prune import ROW_FIELDS, Pruner
+from catode.train.prune import ROW_FIELDS, Pruner, rate_ratios
 from catode.train.structure import Counts, count, describe
 from catode.train.target import Target
 
@@ -193,8 +193,6 @@ def prepare(config: Config) -> Setup:
             f"{steps * config.epochs} steps in all. Shorten the warm-up or train longer."
         )
     example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
-    if (config.target_macs, config.target_params) != (None, None):  # out of reach is told before anything is written
-        Target.choose(describe(model, model.structures(), example), config.target_macs, config.target_params)
     schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
     if state is not None and (state["steps_per_epoch"], state["classes"]) != (steps, list(images.classes)):
         raise ValueError(
@@ -207,7 +205,14 @@ def prepare(config: Config) -> Setup:
             "sync_bn each normalises its own share of a batch, so that another number would be another training."
         )
     step_times = _step_times(config, model, example, state)
-    return Setup(config, images, model, example, steps, schedule, state, tuple(notes), held, step_times, group)
+    setup = Setup(config, images, model, example, steps, schedule, state, tuple(notes), held, step_times, group)
+    if config.nu > 0:  # what the pruner would refuse is told before anything is written
+        complexity = describe(model, model.structures(), example)
+        Target.choose(complexity, config.target_macs, config.target_params)
+        if step_times is not None:
+            complexity = steptime.MeasuredComplexity(complexity, step_times)
+        rate_ratios(complexity, nu=config.nu, alpha=config.alpha, beta=config.beta, clock=setup.rate_ratio)
+    return setup
 
 
 def _step_times(

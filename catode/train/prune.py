@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import count, islice, pairwise
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from catode._validate import check_choice, check_int, check_interval, check_positive
+from catode.complexity import Complexity
 from catode.train import compact, decide, shadow
 from catode.train.distributed import Group, norms_are_shared
 from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, straight_through
@@ -68,6 +69,7 @@ PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
 
 LEAD = 4  # memories before the thetas may move, from which on there are gates and measurements
 LEAST_OF_MEAN = 0.05  # of the mean price of its kind: below it, a structure's theta is slower than `rate_ratio`
+MOST_ROWS = 1_000_000  # of structures.csv, about: a ResNet-50 over 90 epochs of ImageNet would have 50 million, 11 GB
 LEAST_PROBE = 12  # examples, where the batch has as many
 _ARRAYS = ("keep_prob", "kept", "rate_ratio", "_zero", "_pending", "_rounded_up")
 _SCALARS = ("nu", "done", "time", "started", "finished")
@@ -78,7 +80,8 @@ class Check:
     """What one check found and did.
 
     Attributes:
-        rows: One record for every structure that was undecided before it or changed its state, keys `ROW_FIELDS`.
+        rows: One record for every structure that was undecided before it or changed its state, keys `ROW_FIELDS`. In
+            runs of very many checks and units, undecided units are recorded at some of the checks only (`MOST_ROWS`).
         warnings: One line each.
         removed: Number of structures removed, promoted ones included.
     """
@@ -230,6 +233,10 @@ class Pruner:
             )
         self.steps = check_int("steps", steps, low=1)
         if rate_ratio is None:
+            if _step_time(optimizer) == 0.0:
+                raise ValueError(
+                    "`rate_ratio` must be given where the learning rate begins at 0; got None. Try 10 / (ODE time)."
+                )
             rate_ratio = 10.0 / (self.steps * _step_time(optimizer))
         self._clock = check_positive("rate_ratio", rate_ratio)
         self.warmup = check_int("warmup", warmup, low=0)
@@ -275,16 +282,7 @@ class Pruner:
         starts = layers + np.concatenate([[0], np.cumsum(self.complexity.widths)])
         self.present = [np.arange(a, b) for a, b in pairwise(starts)]
         self._site_start = starts
-        full = self.complexity.prices(np.ones(n), nu=self.nu, alpha=self.alpha, beta=self.beta)
-        for kind in (self.is_layer, ~self.is_layer):  # a price of next to nothing must not make a theta jump
-            full[kind] = np.maximum(full[kind], LEAST_OF_MEAN * full[kind].mean())
-        with np.errstate(over="ignore"):
-            self.rate_ratio = np.divide(self._clock, full, out=np.ones(n), where=full > 0)
-        if not np.isfinite(self.rate_ratio).all():
-            raise ValueError(
-                f"`nu` must give every gated structure a price that rate_ratio can be divided by; got nu={self.nu:g}, "
-                f"alpha={self.alpha:g}, rate_ratio={self._clock:g}. Use a larger nu, or 0 or 1 for an alpha next to them."
-            )
+        self.rate_ratio = rate_ratios(self.complexity, nu=self.nu, alpha=self.alpha, beta=self.beta, clock=self._clock)
 
         self.done, self.time = 0, 0.0
         self.finished = False
@@ -325,7 +323,7 @@ class Pruner:
     @property
     def _burst(self) -> list[int]:
         """Steps of a cycle whose gradients are multiplied: three without a probe, so that no step bears both."""
-        return [p for p in range(self._burst_every) if self.measure_every == 1 or p % self.measure_every][:3]
+        return list(islice((p for p in count() if self.measure_every == 1 or p % self.measure_every), 3))
 
     @property
     def expected_complexity(self) -> float:
@@ -569,6 +567,7 @@ class Pruner:
         if not self._drawn:
             theta, self._chances = self._theta(), torch.from_numpy(self.keep_prob).float()
             number = self.read_every - self.done % self.read_every
+            number = min(number, max(self._watch_until - self.done, 1))
             self._hold(torch.stack([torch.bernoulli(self._chances, generator=self._generator) for _ in range(number)]))
         self.gates.set(theta, self._drawn[0][1])
         self._captured = {} if self.done % self.measure_every == 0 else None
@@ -762,17 +761,18 @@ class Pruner:
         known = open_ & ~np.isnan(separatrix)
         zero = open_ & self._zero
         safe = known & ~zero & (found["benefit_upper"] < found["price"]) & (self.keep_prob <= tolerance)
+        decided = safe & (self.shadow is not None)
         if self.shadow and self.done > self.steps:  # nothing is decided any more
             safe = np.zeros_like(safe)
         elif self.shadow:
             self._watch(found, known & ~zero, safe, tolerance)
             safe = np.zeros_like(safe)
         elif not final:
-            safe = decide.ration(safe, found, self.is_layer, [u[self.kept[u]] for u in self.present])
+            safe = decide.ration(safe, found, self.is_layer, self._left(self.kept), self.round_to)
         worth = found["benefit_upper"] / found["price"]
-        kept = self._without(self.kept, zero | safe, open_, worth)
-        refused = (zero | safe) & kept  # going past the target
-        zero, safe = zero & ~refused, safe & ~refused
+        kept, waits = self._without(self.kept, zero | safe, open_, worth, found)
+        refused = (zero | safe) & kept & ~waits  # going past the target
+        zero, safe = zero & ~refused & ~waits, safe & ~refused & ~waits
         progress = (self.done - self.warmup) / max(self.steps - self.warmup, 1)
         certain = decide.certain(
             found,
@@ -784,7 +784,7 @@ class Pruner:
             risk=self.risk,
         )
         if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
-            certain = refused if self.target.may_go(kept, open_ & kept).any() else open_ & kept
+            certain = refused if self._may_go(kept, open_ & kept).any() else open_ & kept
         certain &= ~zero & ~safe & (self.prior == "flattening")
         watched = np.zeros_like(open_)
         if self.shadow and self.done < self._watch_until:
@@ -792,10 +792,11 @@ class Pruner:
         down = open_ & ~zero & ~safe & ~certain & ~watched & final
         if self.target is None:
             down &= self.keep_prob < 0.5
+            waits = decide.hold_back(zero | safe | down, found, self._left(self.kept), self.round_to)
+            zero, safe, down = zero & ~waits, safe & ~waits, down & ~waits
         else:
-            down &= ~self._without(kept, down, open_, worth)
-        waits = self._wait(zero | safe | down, found)
-        zero, safe, down = zero & ~waits, safe & ~waits, down & ~waits
+            down &= ~self._without(kept, down, open_, worth, found)[0]
+            waits &= ~down & ~certain
         kept = self.complexity.close(self.kept & ~zero & ~safe & ~down)
         rounded = open_ & ~zero & ~safe & ~certain & ~watched & final
         rounded &= kept | down  # the others went with their site or block
@@ -809,6 +810,8 @@ class Pruner:
             kept, rounded, final = self.kept.copy(), open_, True
             zero, safe, certain, rounded_up, watched = np.zeros((5, len(open_)), dtype=bool)
         old = self.state.copy()
+        if self.target is not None:  # what stays only because the target is met was not decided by its benefit
+            rounded |= certain & (self.keep_prob < decide.NEARLY_ONE)
         self.state[certain] = COMMITTED
         self.state[safe] = PRUNED_TOLERANCE
         self.state[zero] = PRUNED_ZERO
@@ -821,7 +824,8 @@ class Pruner:
         self._rounded_up |= rounded_up
         fold = np.where(rounded_up, self.keep_prob, 1.0)
         self.keep_prob = np.where(kept, np.where(self.state == UNDECIDED, self.keep_prob, 1.0), 0.0)
-        rows = self._rows(found, separatrix, tolerance, np.flatnonzero(open_ | (self.state != old)))
+        noted = (self.state != old) | decided | self._due_for_a_row(open_, final)
+        rows = self._rows(found, separatrix, tolerance, np.flatnonzero(noted))
         removed = int((before & ~kept).sum())
         if removed or (self.state != UNDECIDED).sum() != (~open_).sum():
             self._compact(before, fold)
@@ -860,19 +864,53 @@ class Pruner:
         ]
 
     def _without(
-        self, kept: NDArray[np.bool_], going: NDArray[np.bool_], open_: NDArray[np.bool_], worth: NDArray
-    ) -> NDArray[np.bool_]:
-        """What stays if these go, those of the least worth first, and not past the target if there is one."""
+        self,
+        kept: NDArray[np.bool_],
+        going: NDArray[np.bool_],
+        open_: NDArray[np.bool_],
+        worth: NDArray,
+        found: dict[str, NDArray],
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """What stays if these go; with a target, in whole groups, those of the least worth first, and not past it.
+
+        Returns:
+            Those that stay, and those of `going` that wait for others to make a group; without a target none do so here.
+        """
         if self.target is None:
-            return self.complexity.close(kept & ~going)
-        return self.target.remove(kept, kept & going, kept & open_, worth)
+            return self.complexity.close(kept & ~going), np.zeros_like(going)
+        waits = decide.hold_back(kept & going, found, self._left(kept), self.round_to)
+        going = kept & going & ~waits
+        groups = [np.array([s]) for s in np.flatnonzero(going & self.is_layer)]
+        for left in self._left(kept):
+            units = left[going[left]]
+            units = units[np.argsort(worth[units], kind="stable")]
+            ends = range(self._group(len(left)), len(units), self.round_to)
+            groups += [group for group in np.split(units, ends) if len(group)]
+        return self.target.remove(kept, going, kept & open_, worth, groups), waits
+
+    def _may_go(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which of the undecided may still go on the way to the target, with as many as must go with them."""
+        sizes = np.where(self.is_layer, 1.0, np.inf)
+        for left in self._left(kept):
+            group = self._group(len(left))
+            if open_[left].sum() >= group:
+                sizes[left] = group
+        return self.target.may_go(kept, open_, sizes)
+
+    def _group(self, width: int) -> int:
+        """Units that must leave a site of this width together, so that its width becomes a multiple of `round_to`."""
+        return width % self.round_to or self.round_to
+
+    def _left(self, kept: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+        """Numbers of the units that are left at each site."""
+        return [units[kept[units]] for units in self.present]
 
     def _aim(self, known: NDArray[np.bool_], worth: NDArray, progress: float) -> None:
         """Set nu to what the target takes; a useless structure goes on sinking at the same speed."""
         level = self.target.level(self.kept, known, worth, progress)
         if self.target.lags(self.keep_prob, self.kept, progress):
             passed = (self.done - self._checked_before()) * _step_time(self.optimizer)
-            level = max(level or 0.0, self.nu * math.exp(self._clock * passed))
+            level = max(level or 0.0, self.nu * math.exp(min(self._clock * passed, 1.0)))
         if not level:
             return
         self.rate_ratio *= self.nu / level
@@ -883,16 +921,18 @@ class Pruner:
         due = (self.done - self.read_every) // self.check_every * self.check_every
         return -(-due // self.read_every) * self.read_every
 
-    def _wait(self, leaving: NDArray[np.bool_], found: dict[str, NDArray]) -> NDArray[np.bool_]:
-        """Units that stay for now because the rest of their site would not be a multiple of `round_to`."""
-        return decide.hold_back(leaving, found, [u[self.kept[u]] for u in self.present], self.round_to)
-
     def _settled(self, open_: NDArray[np.bool_], waits: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Units of the sites where everything that is `open_` waits at theta 0, so that no group can come together."""
         settled = np.zeros_like(open_)
         for units in self.present:
             settled[units] = not (open_ & ~(waits & self._zero))[units].any()
         return settled
+
+    def _due_for_a_row(self, open_: NDArray[np.bool_], final: bool) -> NDArray[np.bool_]:
+        """Of what is undecided, layers at every check; units at so many that a run has about `MOST_ROWS` rows."""
+        checks = self._watch_until / self.check_every
+        every = max(1, round(len(open_) * checks / MOST_ROWS))
+        return open_ & (self.is_layer | final | (self.done // self.check_every % every == 0))
 
     def _rows(self, found: dict[str, NDArray], separatrix: NDArray, tolerance: NDArray, which: NDArray) -> list[dict]:
         rows, names = [], self.names()
@@ -983,6 +1023,26 @@ class Pruner:
             hook.remove()
 
 
+def rate_ratios(complexity: Complexity, *, nu: float, alpha: float, beta: float, clock: float) -> NDArray:
+    """Rate ratio of every structure at the start: useless ones sink from 1 to 0 in 1 / `clock` of ODE time, shape (n,).
+
+    Raises:
+        ValueError: if a price is too small to be divided by.
+    """
+    is_layer = np.arange(complexity.size) < complexity.size - sum(complexity.widths)
+    full = complexity.prices(np.ones(complexity.size), nu=nu, alpha=alpha, beta=beta)
+    for kind in (is_layer, ~is_layer):  # a price of next to nothing must not make a theta jump
+        full[kind] = np.maximum(full[kind], LEAST_OF_MEAN * full[kind].mean())
+    with np.errstate(over="ignore"):
+        ratios = np.divide(clock, full, out=np.ones(complexity.size), where=full > 0)
+    if not np.isfinite(ratios).all():
+        raise ValueError(
+            f"`nu` must give every gated structure a price that rate_ratio can be divided by; got nu={nu:g}, "
+            f"alpha={alpha:g}, rate_ratio={clock:g}. Use a larger nu, or 0 or 1 for an alpha next to them."
+        )
+    return ratios
+
+
 def _targets(
     logits: torch.Tensor, gradient: torch.Tensor, scale: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1004,6 +1064,11 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise ValueError(
             f"`optimizer` must be torch.optim.SGD, whose steps have an ODE time; got {type(optimizer).__name__}. Use SGD."
         )
+    for name in ("dampening", "maximize"):
+        if any(group[name] for group in optimizer.param_groups):
+            raise ValueError(
+                f"`optimizer` must have no {name}, which ODE time knows nothing of; got one with it. Leave it out."
+            )
     for name in ("lr", "momentum"):
         values = {float(group[name]) for group in optimizer.param_groups}
         if len(values) > 1:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.utils import parametrize
 
 from catode.theory import tolerance
 from catode.train import decide
@@ -38,13 +39,18 @@ def unit_norms(model: nn.Module, spec: Site) -> NDArray:
     """
     filters, scale = 0.0, None
     for name in spec.producers:
-        weight = model.get_submodule(name).weight.detach()
+        weight = _ungated(model.get_submodule(name)).detach()
         if weight.dim() > 1:
             filters = filters + weight.flatten(1).double().square().sum(1)
         else:
             scale = weight.double().abs()
     filters = filters.sqrt()
     return torch.stack([filters, filters if scale is None else scale]).cpu().numpy()
+
+
+def _ungated(module: nn.Module) -> torch.Tensor:
+    """A module's weight itself: what reads gated units shows it times the draw."""
+    return module.parametrizations.weight.original if parametrize.is_parametrized(module, "weight") else module.weight
 
 
 class Shadow:

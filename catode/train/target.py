@@ -10,6 +10,7 @@ Source: derived here; the prices are those of THEORY section 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,16 +81,32 @@ class Target:
         removable = getattr(self.complexity, f"removable_{self.quantity}")
         return gradient * removable / getattr(self.complexity, self.quantity)(np.ones(self.complexity.size))
 
-    def may_go(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which of the undecided would, alone, bring the share nearer, past the target by no more than the slack."""
-        parts, excess = self.parts(kept), self.of(kept) - self.share
+    def may_go(
+        self, kept: NDArray[np.bool_], open_: NDArray[np.bool_], sizes: NDArray | None = None
+    ) -> NDArray[np.bool_]:
+        """Which of the undecided would, alone, bring the share nearer, past the target by no more than the slack.
+
+        Args:
+            kept: Structures that are there, shape (n,).
+            open_: Those of them that are undecided, shape (n,).
+            sizes: With how many of its kind each must go at least, itself counted; infinite where it cannot. None: alone.
+        """
+        sizes = np.ones(len(kept)) if sizes is None else sizes
+        open_ = open_ & np.isfinite(sizes)
         if not open_.any():
             return open_
+        excess = self.of(kept) - self.share
+        parts = self.parts(kept) * np.where(open_, sizes, 1.0)
         slack = max(SLACK, float(parts[open_].min()))
         return open_ & (parts < np.minimum(2.0 * excess, excess + slack))
 
     def remove(
-        self, kept: NDArray[np.bool_], going: NDArray[np.bool_], open_: NDArray[np.bool_], worth: NDArray
+        self,
+        kept: NDArray[np.bool_],
+        going: NDArray[np.bool_],
+        open_: NDArray[np.bool_],
+        worth: NDArray,
+        groups: Sequence[NDArray[np.int64]] | None = None,
     ) -> NDArray[np.bool_]:
         """Let structures go, those of the least worth first, as far as the target.
 
@@ -98,6 +115,7 @@ class Target:
             going: Those of them that are to go, shape (n,).
             open_: Those of them that are undecided, `going` among them, shape (n,).
             worth: Benefit over price or alike, shape (n,).
+            groups: Structures of `going` that go together or not at all, each of one kind and site. None: each alone.
 
         Returns:
             Those that stay, closed under promotion, shape (n,).
@@ -106,10 +124,15 @@ class Target:
         everything = close(kept & ~going)
         if self.of(everything) >= self.share:
             return everything
-        for s in np.flatnonzero(going)[np.argsort(worth[going], kind="stable")]:
-            if kept[s] and self.may_go(kept, open_ & kept)[s]:
+        if groups is None:
+            groups = list(np.flatnonzero(going)[:, None])
+        for place in np.argsort([worth[group].mean() for group in groups], kind="stable"):
+            group = groups[place]
+            sizes = np.ones(len(kept))
+            sizes[group] = len(group)
+            if kept[group].all() and self.may_go(kept, open_ & kept, sizes)[group].all():
                 kept = kept.copy()
-                kept[s] = False
+                kept[group] = False
                 kept = close(kept)
         return kept
 

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from catode.train import data
+from catode.train import data, prune
 from catode.train.compact import restrict
 from catode.train.models import DenseBlock, DenseResNet, build
 from catode.train.prune import ROW_FIELDS, Pruner
+from catode.train.shadow import unit_norms
 from catode.train.structure import Counts, count
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -533,3 +534,51 @@ def test_a_long_warm_up_begins_without_gates_and_trains_as_the_ungated_network_d
     assert np.isfinite(pruner.measured()["benefit_upper"]).all()
     for a, b in zip(pruner.snapshot()[0].values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "says"),
+    [
+        ({"dampening": 0.5}, {}, "`optimizer` must have no dampening"),
+        ({"maximize": True}, {}, "`optimizer` must have no maximize"),
+        ({"lr": 0.0}, {"rate_ratio": None}, "`rate_ratio` must be given where"),
+    ],
+)
+def test_optimizers_whose_steps_have_another_time_are_refused(settings, changes, says):
+    model = dense()
+    optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9} | settings)
+    with pytest.raises(ValueError, match=rf"^{says}[^\n]+; got [^\n]+$"):
+        Pruner(model, EXAMPLE, optimizer=optimizer, nu=0.5, steps=100, **changes)
+
+
+def test_measuring_and_reading_seldom_costs_nothing_beforehand():
+    model, optimizer, pruner = make(measure_every=10**9, read_every=10**9, steps=50, warmup=0)
+    assert pruner._burst == [1, 2, 3] and len(pruner._drawn) <= 50
+    loop(model, optimizer, pruner, 2)
+    assert len(pruner._drawn) < 50
+
+
+def test_the_shadow_sees_filters_not_their_draws():
+    model = build("resnet50", in_channels=3, classes=10, hidden_scale=0.05, stem="cifar")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    block = model.structures()[0]
+    plain = [unit_norms(model, site) for site in block.sites]
+    pruner = Pruner(model, torch.zeros(1, 3, 8, 8), optimizer=optimizer, nu=1.0, steps=10, initial_keep_prob=0.5)
+    model.train()(torch.randn(4, 3, 8, 8))
+    gated = [unit_norms(model, site) for site in pruner.blocks[0].sites]
+    assert all(np.array_equal(a, b) for a, b in zip(plain, gated, strict=True))
+
+
+def test_long_runs_of_many_units_record_undecided_units_at_some_checks_only(monkeypatch):
+    recorded = {}
+    for most in (10**6, 200):
+        monkeypatch.setattr(prune, "MOST_ROWS", most)
+        model, optimizer, pruner = make(steps=200, warmup=20, check_every=10)
+        rows = [row for check in loop(model, optimizer, pruner, 200) for row in check.rows]
+        recorded[most] = {
+            (row["step"], row["kind"], row["block"], row["site"], row["index"]): row["state"] for row in rows
+        }
+    whole, part = recorded[10**6], recorded[200]
+    assert part.items() < whole.items() and len(part) < len(whole) / 2
+    left_out = [key for key in whole.keys() - part.keys()]
+    assert all(key[1] == "unit" and whole[key] == "undecided" for key in left_out)

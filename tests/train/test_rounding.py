@@ -15,6 +15,7 @@ from catode.train import decide
 from catode.train.data import load
 from catode.train.models import DenseResNet
 from catode.train.prune import Pruner
+from catode.train.target import SLACK
 
 BLOCKS, HIDDEN = 3, 24
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -142,6 +143,28 @@ def test_a_site_may_empty_and_takes_its_block_along():
     pruner._zero[BLOCKS : BLOCKS + HIDDEN] = True
     pruner._check(0.5)
     assert widths(model) == [24, 24] and pruner.layers_kept == 2 and pruner.kept_for_rounding == 0
+
+
+@pytest.mark.parametrize(("multiple", "share"), [(4, 0.4), (8, 0.55), (8, 0.7)])
+def test_a_target_is_met_in_whole_groups(multiple, share):
+    settings = dict(round_to=multiple, target_macs=share, alpha=0.0, steps=300, warmup=30, rate_ratio=None)
+    model, optimizer, pruner = make(**settings)
+    train(model, optimizer, pruner, 300)
+    assert all(width % multiple == 0 for width in widths(pruner.finish()))
+    whole = np.ones(pruner.complexity.size)
+    group = multiple * pruner.target.parts(whole)[-1]
+    assert abs(pruner.target.of(pruner.kept) - share) <= max(group / 2, SLACK) + 1e-9
+
+
+def test_a_narrow_site_leaves_in_groups_by_tolerance_too():
+    units, left = np.arange(16), np.arange(16)
+    found = {"benefit_upper": np.linspace(0.1, 0.2, 16), "benefit": np.zeros(16), "price": np.ones(16)}
+    found["keep_prob"] = np.full(16, 0.1)
+    for _ in range(2):  # a quarter of the site is less than a group
+        safe = decide.ration(np.isin(units, left), found, np.zeros(16, bool), [left], multiple=8)
+        safe &= ~decide.hold_back(safe, found, [left], 8)
+        left = np.setdiff1d(left, units[safe])
+    assert len(left) == 0
 
 
 @pytest.mark.parametrize("value", [0, -8, 2.0, True, "8"])

@@ -1,5 +1,6 @@
 """Ending at a share of the MACs or parameters: the laws of `catode.train.target`, and a run that lands there."""
 
+import csv
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catode.train.__main__ import main
+from catode.train.decide import NEARLY_ONE
 from catode.train.models import Architecture, BasicBlock, ResNet
 from catode.train.structure import describe
 from catode.train.target import HEADROOM, LAG, RAMP, SLACK, Target
@@ -85,6 +87,40 @@ def test_parts_are_what_goes_with_each_structure():
         without = kept.copy()
         without[s] = False
         assert parts[s] == pytest.approx(1.0 - target.of(without), rel=1e-12)
+
+
+def test_what_stays_because_the_target_is_met_is_counted_as_rounded(tmp_path):
+    folder = tmp_path / "run"
+    flags = [
+        "--arch=resnet14",
+        "--hidden-scale=0.5",
+        "--batch-size=256",
+        "--epochs=4",
+        "--warmup-epochs=1",
+        "--alpha=0",
+    ]
+    flags += ["--memory=10", "--measure-every=1", "--check-every=3", "--threads=1", "--target-macs=0.5"]
+    assert main([*flags, "--out", str(folder)]) == 0
+    rows = {}
+    for row in csv.DictReader((folder / "structures.csv").open()):
+        rows[row["block"], row["site"], row["index"]] = row
+    committed = [row for row in rows.values() if row["state"] == "committed"]
+    forced = [row for row in rows.values() if row["state"] == "forced"]
+    assert forced and all(float(row["keep_prob"]) >= NEARLY_ONE for row in committed)
+
+
+@pytest.mark.parametrize("flags", [["--rate-ratio=1000"], ["--sink-share=1e-5"]])
+def test_however_fast_a_theta_sinks_the_price_level_stays_a_number(flags, tmp_path):
+    short = [
+        "--arch=resnet14",
+        "--hidden-scale=0.25",
+        "--epochs=2",
+        "--warmup-epochs=0.2",
+        "--check-every=5",
+        "--threads=1",
+    ]
+    assert main([*short, "--target-macs=0.5", *flags, "--out", str(tmp_path / "run")]) == 0
+    assert np.isfinite(json.loads((tmp_path / "run" / "result.json").read_text())["macs"])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan"), 1e-4])
