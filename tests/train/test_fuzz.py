@@ -18,6 +18,7 @@ LEFT_OUT = {"dataset", "data_dir", "out", "resume", "init", "device", "compile",
 LEFT_OUT |= {"image_size", "array_gib", "workers"}  # of the machine, of other data sets, or given below
 SLOW_ARCHITECTURES = ("resnet44", "resnet56", "resnet110", "resnet50", "resnet101", "resnet34", "resnet18", "resnet32")
 WRONG = ["", "nan", "-1", "1e9", "x", "0"]
+EPOCHS = config.settings()["epochs"]  # as many would take as long
 IMAGES = 40
 
 
@@ -29,9 +30,12 @@ def values(setting, wrong):
         return st.sampled_from([c for c in setting.choices if c not in SLOW_ARCHITECTURES])
     elif setting.kind is int:
         low = max(int(setting.low), 0) if setting.low > -1e9 else 0
-        return st.integers(low, min(setting.high, low + 12)).map(lambda v: str(int(v)))
+        usual = st.integers(low, min(setting.high, low + 12))
+        far = [] if setting is EPOCHS else [v for v in (10**5, 10**9) if low <= v <= setting.high]
+        return st.one_of(usual, usual, *([st.sampled_from(far)] if far else [])).map(lambda v: str(int(v)))
     low, high = max(setting.low, 0.0), min(setting.high, 5.0)
-    return st.floats(low, high).map("{:.3g}".format)
+    far = [10.0**power for power in range(-30, 31) if setting.low < 10.0**power < setting.high]
+    return st.one_of(st.floats(low, high), st.floats(low, high), st.sampled_from(far)).map("{:.3g}".format)
 
 
 @st.composite
