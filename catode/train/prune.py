@@ -785,7 +785,7 @@ class Pruner:
         )
         if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
             certain = refused if self._may_go(kept, open_ & kept).any() else open_ & kept
-        certain &= ~zero & ~safe & (self.prior == "flattening")
+        certain &= ~zero & ~safe & ~waits & (self.prior == "flattening")
         watched = np.zeros_like(open_)
         if self.shadow and self.done < self._watch_until:
             watched = open_ & ~zero & ~certain & self.shadow.watching()
@@ -796,7 +796,7 @@ class Pruner:
             zero, safe, down = zero & ~waits, safe & ~waits, down & ~waits
         else:
             down &= ~self._without(kept, down, open_, worth, found)[0]
-            waits &= ~down & ~certain
+            waits &= ~down
         kept = self.complexity.close(self.kept & ~zero & ~safe & ~down)
         rounded = open_ & ~zero & ~safe & ~certain & ~watched & final
         rounded &= kept | down  # the others went with their site or block
