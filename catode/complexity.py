@@ -46,6 +46,8 @@ class Complexity:
         widths: Units of each site, shape (sites,).
 
     Attributes:
+        is_layer: Which structures are layers, shape (n,); the others are units.
+        sites: Numbers of the units of each site.
         removable_macs: F_0, MACs of all blocks together.
         removable_params: P_0, parameters of all blocks together.
     """
@@ -61,6 +63,9 @@ class Complexity:
         self.unit_site = np.repeat(np.arange(len(self.widths)), self.widths)
         self.unit_block = self.site_block[self.unit_site]
         self.size = blocks + len(self.unit_site)
+        self.is_layer = np.arange(self.size) < blocks
+        ends = blocks + np.cumsum(self.widths)
+        self.sites = [np.arange(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
         ones = len(self.widths)  # index of the constant 1 appended to the factor vectors
         self._macs = np.array([t.macs for t in terms], dtype=np.float64)
         self._params = np.array([t.params for t in terms], dtype=np.float64)

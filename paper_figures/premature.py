@@ -84,7 +84,7 @@ def make(data: Data) -> Made:
         "A fixed tolerance removes a structure as soon as its θ is at or below it and the upper limit of its benefit "
         f"is below its price, however noisy the way there. ResNet-20 on the digits, {seeds_text(seeds)}; bars are "
         f"means, dots seeds, and one test image is 0.28 points. {'; '.join(told)}. Five seeds and larger tolerances are in "
-        "benchmarks/results/premature.md. (c) Regrets over {len(shadows)} shadow runs, in "
+        f"benchmarks/results/premature.md. (c) Regrets over {len(shadows)} shadow runs, in "
         "which nothing is removed before θ = 0, of the derived rule and of rules that look at θ alone: regrets of "
         f"decisions; the upper end counts what was left open as regrets; rules with fewer than {FEW} decisions are left "
         "out."

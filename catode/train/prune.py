@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count, islice, pairwise
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from catode.train.distributed import Group, norms_are_shared
 from catode.train.estimators import ESTIMATORS, Probe, curvature_corrected, straight_through
 from catode.train.gates import Gates
 from catode.train.measure import LEAST_EVIDENCE, Evidence, GradientProducts, summary
+from catode.train.outcome import COMMITTED, FORCED, PROMOTED, UNDECIDED, Outcome, Outcomes
 from catode.train.priors import PRIORS
 from catode.train.shadow import Shadow
 from catode.train.steptime import MeasuredComplexity, Table
@@ -63,9 +64,6 @@ ROW_FIELDS = [
     "tolerance",
     "state",
 ]
-
-UNDECIDED, COMMITTED, FORCED, PROMOTED = "undecided", "committed", "forced", "promoted"
-PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
 
 LEAD = 4  # memories before the thetas may move, from which on there are gates and measurements
 LEAST_OF_MEAN = 0.05  # of the mean price of its kind: below it, a structure's theta is slower than `rate_ratio`
@@ -273,15 +271,14 @@ class Pruner:
         n, layers = self.complexity.size, len(self.blocks)
         self.shadow = None if shadow is None else Shadow(n)
         self._watch_until = self.steps if shadow is None else check_int("shadow", shadow, low=self.steps)
-        self.is_layer = np.arange(n) < layers
+        self._outcomes = Outcomes(self.complexity, self.round_to, self.target)
+        self.is_layer = self.complexity.is_layer
         self.gated = np.where(self.is_layer, self.alpha > 0, self.alpha < 1)
         self.state = np.where(self.gated, UNDECIDED, COMMITTED).astype("<U16")
         self.keep_prob = np.where(self.gated, initial_keep_prob, 1.0)
         self.kept = np.ones(n, dtype=bool)
         self._zero, self._rounded_up = np.zeros((2, n), dtype=bool)
-        starts = layers + np.concatenate([[0], np.cumsum(self.complexity.widths)])
-        self.present = [np.arange(a, b) for a, b in pairwise(starts)]
-        self._site_start = starts
+        self.present = list(self.complexity.sites)  # units that are there physically, the dead ones too
         self.rate_ratio = rate_ratios(self.complexity, nu=self.nu, alpha=self.alpha, beta=self.beta, clock=self._clock)
 
         self.done, self.time = 0, 0.0
@@ -387,7 +384,7 @@ class Pruner:
             sites = {}
             for spec in block.sites:
                 sites[spec.name] = (
-                    [int(u - self._site_start[site]) for u in self.present[site] if self.kept[u]]
+                    [int(u - self.complexity.sites[site][0]) for u in self.present[site] if self.kept[u]]
                     if self.kept[number]
                     else []
                 )
@@ -756,8 +753,6 @@ class Pruner:
         separatrix, tolerance = decide.tolerances(
             found, enough, memory=self._evidence.memory(), risk=self.risk, fixed=self.tolerance
         )
-        before = self.kept.copy()
-        warnings = []
         known = open_ & ~np.isnan(separatrix)
         zero = open_ & self._zero
         safe = known & ~zero & (found["benefit_upper"] < found["price"]) & (self.keep_prob <= tolerance)
@@ -768,72 +763,54 @@ class Pruner:
             self._watch(found, known & ~zero, safe, tolerance)
             safe = np.zeros_like(safe)
         elif not final:
-            safe = decide.ration(safe, found, self.is_layer, self._left(self.kept), self.round_to)
-        worth = found["benefit_upper"] / found["price"]
-        kept, waits = self._without(self.kept, zero | safe, open_, worth, found)
-        refused = (zero | safe) & kept & ~waits  # going past the target
-        zero, safe = zero & ~refused & ~waits, safe & ~refused & ~waits
+            left = [units[self.kept[units]] for units in self.complexity.sites]
+            safe = decide.ration(safe, found, self.is_layer, left, self.round_to)
         progress = (self.done - self.warmup) / max(self.steps - self.warmup, 1)
-        certain = decide.certain(
-            found,
-            known,
-            slope=self._evidence.slope(),
-            progress=progress,
-            steps_left=max(self.steps - self.done, 1),
-            step_time=step_time,
-            risk=self.risk,
-        )
-        if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
-            certain = refused if self._may_go(kept, open_ & kept).any() else open_ & kept
-        certain &= ~zero & ~safe & ~waits & (self.prior == "flattening")
-        watched = np.zeros_like(open_)
+        certain = np.zeros_like(open_)
+        if self.prior == "flattening":
+            certain = decide.certain(
+                found,
+                known,
+                slope=self._evidence.slope(),
+                progress=progress,
+                steps_left=max(self.steps - self.done, 1),
+                step_time=step_time,
+                risk=self.risk,
+            )
+        watching = np.zeros_like(open_)
         if self.shadow and self.done < self._watch_until:
-            watched = open_ & ~zero & ~certain & self.shadow.watching()
-        down = open_ & ~zero & ~safe & ~certain & ~watched & final
-        if self.target is None:
-            down &= self.keep_prob < 0.5
-            waits = decide.hold_back(zero | safe | down, found, self._left(self.kept), self.round_to)
-            zero, safe, down = zero & ~waits, safe & ~waits, down & ~waits
-        else:
-            down &= ~self._without(kept, down, open_, worth, found)[0]
-            waits &= ~down
-        kept = self.complexity.close(self.kept & ~zero & ~safe & ~down)
-        rounded = open_ & ~zero & ~safe & ~certain & ~watched & final
-        rounded &= kept | down  # the others went with their site or block
-        rounded_up = waits & kept & (final | self._settled(open_ & ~certain & kept, waits))
-        rounded |= rounded_up
-        if not kept[self.is_layer].any():
+            watching = self.shadow.watching()
+        outcome = self._outcomes.of(
+            self.state, self.kept, found, zero=zero, safe=safe, certain=certain, watching=watching, final=final
+        )
+        noted = (outcome.state != self.state) | decided | self._due_for_a_row(open_, final)
+        removed = self._carry_out(outcome)
+        rows = self._rows(found, separatrix, tolerance, np.flatnonzero(noted))
+        warnings = []
+        if outcome.everything:
             warnings.append(
                 f"everything would go at step {self.done}: `nu`={self.nu:g} is too large. Pruning stops here and the network "
                 "as it stands is kept; choose a smaller nu."
             )
-            kept, rounded, final = self.kept.copy(), open_, True
-            zero, safe, certain, rounded_up, watched = np.zeros((5, len(open_)), dtype=bool)
-        old = self.state.copy()
-        if self.target is not None:  # what stays only because the target is met was not decided by its benefit
-            rounded |= certain & (self.keep_prob < decide.NEARLY_ONE)
-        self.state[certain] = COMMITTED
-        self.state[safe] = PRUNED_TOLERANCE
-        self.state[zero] = PRUNED_ZERO
-        self.state[rounded] = FORCED
-        self.state[self.kept & ~kept & ~safe & ~zero & ~rounded] = PROMOTED
-        self.kept = kept
-        if self.shadow:
-            self.shadow.end(shadow.REGRET, certain, self.done, self.time)
-            self.shadow.end(shadow.PROMOTED, self.state == PROMOTED, self.done, self.time)
-        self._rounded_up |= rounded_up
-        fold = np.where(rounded_up, self.keep_prob, 1.0)
-        self.keep_prob = np.where(kept, np.where(self.state == UNDECIDED, self.keep_prob, 1.0), 0.0)
-        noted = (self.state != old) | decided | self._due_for_a_row(open_, final)
-        rows = self._rows(found, separatrix, tolerance, np.flatnonzero(noted))
-        removed = int((before & ~kept).sum())
-        if removed or (self.state != UNDECIDED).sum() != (~open_).sum():
-            self._compact(before, fold)
-        if (final and not watched.any()) or not self.undecided:
+        if (final and not outcome.watched.any()) or not self.undecided:
             self._leave()
         elif self.target is not None:
             self._aim(enough & (self.state == UNDECIDED), self.nu * found["benefit"] / found["price"], progress)
         return Check(rows, warnings, removed)
+
+    def _carry_out(self, outcome: Outcome) -> int:
+        """Take over what a check ended with; returns the number of structures removed."""
+        before, changed = self.kept, (outcome.state != self.state).any()
+        self.state, self.kept = outcome.state, outcome.kept
+        if self.shadow:
+            self.shadow.end(shadow.REGRET, outcome.certain, self.done, self.time)
+            self.shadow.end(shadow.PROMOTED, self.state == PROMOTED, self.done, self.time)
+        self._rounded_up |= outcome.folded
+        fold = np.where(outcome.folded, self.keep_prob, 1.0)
+        self.keep_prob = np.where(self.kept, np.where(self.state == UNDECIDED, self.keep_prob, 1.0), 0.0)
+        if changed:
+            self._compact(before, fold)
+        return int((before & ~self.kept).sum())
 
     def _watch(
         self, found: dict[str, NDArray], known: NDArray[np.bool_], safe: NDArray[np.bool_], tolerance: NDArray
@@ -859,51 +836,9 @@ class Pruner:
         sites = [(block.name, site.name) for block in self.blocks for site in block.sites]
         units = zip(self.complexity.unit_site, range(len(self.blocks), self.complexity.size), strict=True)
         return layers + [
-            {"kind": "unit", "block": sites[k][0], "site": sites[k][1], "index": int(s - self._site_start[k])}
+            {"kind": "unit", "block": sites[k][0], "site": sites[k][1], "index": int(s - self.complexity.sites[k][0])}
             for k, s in units
         ]
-
-    def _without(
-        self,
-        kept: NDArray[np.bool_],
-        going: NDArray[np.bool_],
-        open_: NDArray[np.bool_],
-        worth: NDArray,
-        found: dict[str, NDArray],
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """What stays if these go; with a target, in whole groups, those of the least worth first, and not past it.
-
-        Returns:
-            Those that stay, and those of `going` that wait for others to make a group; without a target none do so here.
-        """
-        if self.target is None:
-            return self.complexity.close(kept & ~going), np.zeros_like(going)
-        waits = decide.hold_back(kept & going, found, self._left(kept), self.round_to)
-        going = kept & going & ~waits
-        groups = [np.array([s]) for s in np.flatnonzero(going & self.is_layer)]
-        for left in self._left(kept):
-            units = left[going[left]]
-            units = units[np.argsort(worth[units], kind="stable")]
-            ends = range(self._group(len(left)), len(units), self.round_to)
-            groups += [group for group in np.split(units, ends) if len(group)]
-        return self.target.remove(kept, going, kept & open_, worth, groups), waits
-
-    def _may_go(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which of the undecided may still go on the way to the target, with as many as must go with them."""
-        sizes = np.where(self.is_layer, 1.0, np.inf)
-        for left in self._left(kept):
-            group = self._group(len(left))
-            if open_[left].sum() >= group:
-                sizes[left] = group
-        return self.target.may_go(kept, open_, sizes)
-
-    def _group(self, width: int) -> int:
-        """Units that must leave a site of this width together, so that its width becomes a multiple of `round_to`."""
-        return width % self.round_to or self.round_to
-
-    def _left(self, kept: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-        """Numbers of the units that are left at each site."""
-        return [units[kept[units]] for units in self.present]
 
     def _aim(self, known: NDArray[np.bool_], worth: NDArray, progress: float) -> None:
         """Set nu to what the target takes; a useless structure goes on sinking at the same speed."""
@@ -920,13 +855,6 @@ class Pruner:
         """The step at which the check before this one was due: at the first reading after a multiple of `check_every`."""
         due = (self.done - self.read_every) // self.check_every * self.check_every
         return -(-due // self.read_every) * self.read_every
-
-    def _settled(self, open_: NDArray[np.bool_], waits: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Units of the sites where everything that is `open_` waits at theta 0, so that no group can come together."""
-        settled = np.zeros_like(open_)
-        for units in self.present:
-            settled[units] = not (open_ & ~(waits & self._zero))[units].any()
-        return settled
 
     def _due_for_a_row(self, open_: NDArray[np.bool_], final: bool) -> NDArray[np.bool_]:
         """Of what is undecided, layers at every check; units at so many that a run has about `MOST_ROWS` rows."""
@@ -1029,9 +957,8 @@ def rate_ratios(complexity: Complexity, *, nu: float, alpha: float, beta: float,
     Raises:
         ValueError: if a price is too small to be divided by.
     """
-    is_layer = np.arange(complexity.size) < complexity.size - sum(complexity.widths)
     full = complexity.prices(np.ones(complexity.size), nu=nu, alpha=alpha, beta=beta)
-    for kind in (is_layer, ~is_layer):  # a price of next to nothing must not make a theta jump
+    for kind in (complexity.is_layer, ~complexity.is_layer):  # a price of next to nothing must not make a theta jump
         full[kind] = np.maximum(full[kind], LEAST_OF_MEAN * full[kind].mean())
     with np.errstate(over="ignore"):
         ratios = np.divide(clock, full, out=np.ones(complexity.size), where=full > 0)

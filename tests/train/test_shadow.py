@@ -21,7 +21,8 @@ from catode.train import compare, shadow
 from catode.train.__main__ import main
 from catode.train.data import load
 from catode.train.models import DenseResNet
-from catode.train.prune import PRUNED_TOLERANCE, PRUNED_ZERO, Pruner
+from catode.train.outcome import PRUNED_TOLERANCE, PRUNED_ZERO
+from catode.train.prune import Pruner
 from catode.train.shadow import Shadow
 
 STEPS, AFTER = 180, 40
