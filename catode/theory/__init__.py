@@ -5,7 +5,7 @@ Imports numpy and scipy only; never torch, `catode.train` or, at import time, sy
 * `catode.theory.systems`: the comparison systems with their separatrices in closed form (THEORY section 4).
 * `catode.theory.box`: any field on a box, as a function or as sympy expressions.
 * `catode.theory.flow`, `faces`, `batch`: the projected ODE, one trajectory or millions, faces met exactly (section 3).
-* `catode.theory.equilibria`, `continuation`: equilibria on every face, nullclines, manifolds, and how they move.
+* `catode.theory.equilibria`, `curves`, `continuation`: equilibria on every face, nullclines and manifolds, how they move.
 * `catode.theory.basins`: domains of attraction on grids.
 * `catode.theory.certificates`: inner approximations of them, proved in exact arithmetic.
 * `catode.theory.tolerance`: how small a keep probability must be for safe removal (section 5).
