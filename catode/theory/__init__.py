@@ -10,8 +10,9 @@ Imports numpy and scipy only; never torch, `catode.train` or, at import time, sy
 * `catode.theory.certificates`: inner approximations of them, proved in exact arithmetic.
 * `catode.theory.tolerance`: how small a keep probability must be for safe removal (section 5).
 * `catode.theory.stochastic`: the iterates themselves, and how often they escape.
-* `catode.theory.prior`, `symbolic`, `networks`: the flattening prior and its rivals, gated networks as exact projected
-  ODEs, and bounds that put small ones under a comparison system.
+* `catode.theory.prior`, `symbolic`: the flattening prior and its rivals, gated networks as exact projected ODEs.
+* `catode.theory.networks`, `network_bounds`, `network_runs`: small ones, bounds that put them under a comparison system,
+  and their real flow held against it.
 * `catode.theory.plotting`: pictures of all that.
 """
 
