@@ -9,7 +9,7 @@ Imports numpy and scipy only; never torch, `catode.train` or, at import time, sy
 * `catode.theory.basins`: domains of attraction on grids.
 * `catode.theory.certificates`: inner approximations of them, proved in exact arithmetic.
 * `catode.theory.tolerance`: how small a keep probability must be for safe removal (section 5).
-* `catode.theory.stochastic`: the iterates themselves, and how often they escape.
+* `catode.theory.stochastic`, `escape`: the iterates themselves, and how often they escape.
 * `catode.theory.prior`, `symbolic`: the flattening prior and its rivals, gated networks as exact projected ODEs.
 * `catode.theory.networks`, `network_bounds`, `network_runs`: small ones, bounds that put them under a comparison system,
   and their real flow held against it.
