@@ -27,7 +27,9 @@ import numpy as np
 from benchmarks._common import RESULTS, guarded, hardware, load, markdown, publish, quartiles
 from catode._validate import check_int
 from catode.theory import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem, certify
-from catode.theory.networks import COORDINATES, Coverage, Structure, bounds, coverage, draw
+from catode.theory.network_bounds import COORDINATES, bounds
+from catode.theory.network_runs import Coverage, coverage
+from catode.theory.networks import Structure, draw
 from catode.train.config import CommandLine
 
 KINDS = {"layer": "block", "unit": "unit"}

@@ -5,13 +5,14 @@ Imports numpy and scipy only; never torch, `catode.train` or, at import time, sy
 * `catode.theory.systems`: the comparison systems with their separatrices in closed form (THEORY section 4).
 * `catode.theory.box`: any field on a box, as a function or as sympy expressions.
 * `catode.theory.flow`, `faces`, `batch`: the projected ODE, one trajectory or millions, faces met exactly (section 3).
-* `catode.theory.equilibria`, `continuation`: equilibria on every face, nullclines, manifolds, and how they move.
+* `catode.theory.equilibria`, `curves`, `continuation`: equilibria on every face, nullclines and manifolds, how they move.
 * `catode.theory.basins`: domains of attraction on grids.
 * `catode.theory.certificates`: inner approximations of them, proved in exact arithmetic.
 * `catode.theory.tolerance`: how small a keep probability must be for safe removal (section 5).
-* `catode.theory.stochastic`: the iterates themselves, and how often they escape.
-* `catode.theory.prior`, `symbolic`, `networks`: the flattening prior and its rivals, gated networks as exact projected
-  ODEs, and bounds that put small ones under a comparison system.
+* `catode.theory.stochastic`, `escape`: the iterates themselves, and how often they escape.
+* `catode.theory.prior`, `symbolic`: the flattening prior and its rivals, gated networks as exact projected ODEs.
+* `catode.theory.networks`, `network_bounds`, `network_runs`: small ones, bounds that put them under a comparison system,
+  and their real flow held against it.
 * `catode.theory.plotting`: pictures of all that.
 """
 

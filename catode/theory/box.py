@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from catode._validate import check_real, check_shape, fail
+from catode.theory.systems import PlanarSystem
 
-__all__ = ["BoxSystem"]
+__all__ = ["BoxSystem", "as_box"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -202,3 +203,22 @@ def _vectorise(symbols: Sequence[Any], expressions: Any, shape: tuple[int, ...])
         return out.reshape(*state.shape[:-1], *shape)
 
     return evaluate
+
+
+def as_box(system: BoxSystem | PlanarSystem) -> BoxSystem:
+    """A comparison system as a field on its box, size not negative and theta in [0, 1]; a `BoxSystem` as it is.
+
+    Raises:
+        ValueError: if the system is neither.
+    """
+    if isinstance(system, BoxSystem):
+        return system
+    if not isinstance(system, PlanarSystem):
+        fail("system", "be a BoxSystem or a PlanarSystem", system)
+    return BoxSystem(
+        velocity=system.field,
+        derivative=system.jacobian,
+        lower=(0.0, 0.0),
+        upper=(np.inf, 1.0),
+        names=("size", "theta"),
+    )

@@ -14,7 +14,8 @@ import numpy as np
 
 from catode._validate import check_interval, check_real, check_shape, fail
 from catode.theory.box import BoxSystem
-from catode.theory.equilibria import Equilibrium, _branches, find
+from catode.theory.curves import branches
+from catode.theory.equilibria import Equilibrium, find
 from catode.theory.systems import BenefitSystem, PlanarSystem
 from catode.theory.tolerance import derive
 
@@ -276,8 +277,8 @@ def _boundary(
         origin="searched",
     )
     reach = min(window[0], saddle[0]), max(window[1], saddle[0])
-    branches = _branches(system, point, -1.0, ((reach[0], bottom), (reach[1], top)), 1e-9, 400)
-    left, right = sorted((branch.points for branch in branches), key=lambda line: line[-1, 0])
+    stable = branches(system, point, -1.0, ((reach[0], bottom), (reach[1], top)), 1e-9, 400)
+    left, right = sorted((branch.points for branch in stable), key=lambda line: line[-1, 0])
     line = np.concatenate([left[:0:-1], right])
     if np.any(np.diff(line[:, 0]) <= 0.0) or np.any(np.diff(line[:, 1]) >= 0.0):
         return "folded", None

@@ -1,26 +1,10 @@
-"""Small real networks against the comparison systems: proven constants, proven domains, and how cautious they are.
+"""Small real networks: one structure of a `GatedNetwork`, the box of its states, and networks drawn at random.
 
 A structure (the whole block, or one unit of it) of a `GatedNetwork` of one block adds M(x) = W_out f(W_in x) to the
-output, where |f(z)| <= |z| and |f'| <= 1. Write s = |W_in|, t = |W_out|, r^2 = s^2 + t^2 <= R^2 (so s t <= r^2/2), e0
-for the derivative of the loss by the output without the structure, e1 with it, and H for the Lipschitz constant of that
-derivative: 1 for the squared loss, 1/4 for the logistic. Then, averaged over examples and over the gates of the others,
+output, where |f(z)| <= |z| and |f'| <= 1. What is proven of it, from `Structure.moments` on, is in `network_bounds`; what
+its real flow does, in `network_runs`.
 
-    |M(x)| <= s t |x|,   |e1| <= |e0| + H s t |x|,   |grad_in L1| <= kappa t,   |grad_out L1| <= kappa s,
-    kappa = A + (H/2) R^2 m,   A = mean |e0| |x|,   m = mean |x|^2
-
-(for the identity A may be the spectral norm of mean e0 x^T). Everything that THEORY section 4 asks for follows:
-
-* 4.1 |grad L1| <= kappa R = eta, and |b| <= A s t + (H/2) m (s t)^2 <= (R/2)(A + (H/4) R^2 m) r.
-* 4.2 |b| <= kappa s t.
-* 4.3 q = eta^2. For f homogeneous, w.grad L1 = 2 dL/dxi at xi = 1, at most -2 b + H mean |M|^2: hence a = 2 lambda and
-  delta = lambda H m R^4 / 4. For tanh, 0 <= f - z f' <= min(z, 2 z^3 / 3) for z > 0 adds to delta.
-
-At the kink of the relu every slope in [0, 1] satisfies all of this. Each is a sum of products of non-negative numbers,
-raised by 1e-12 of itself; e0, the one difference, is raised by 1e-12 of the sizes it is the difference of. That is far
-above the rounding error. That the real flow stays in the ball r <= R follows from the comparison solution: see
-`Bounds.certifies`.
-
-Source: THEORY section 4; the constants are derived here.
+Source: THEORY section 4.
 """
 
 from __future__ import annotations
@@ -33,39 +17,17 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from catode._validate import (
-    check_choice,
-    check_int,
-    check_positive,
-    check_real,
-    check_shape,
-    fail,
-)
+from catode._validate import check_choice, check_int, check_real, check_shape, fail
 from catode.theory.symbolic import GatedNetwork
-from catode.theory.systems import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem
 
-__all__ = [
-    "COORDINATES",
-    "Bounds",
-    "Coverage",
-    "Runs",
-    "Structure",
-    "bounds",
-    "coverage",
-    "draw",
-    "follow",
-    "natural_radius",
-    "usual_norm",
-]
-
-COORDINATES = ("layer", "unit", "benefit")
-"""The comparison systems of THEORY 4.1, 4.2 and 4.3. A block with weights on both sides satisfies all three."""
+__all__ = ["UP", "Structure", "box_grid", "box_starts", "draw", "usual_norm"]
 
 _ACTIVATIONS = {"identity": lambda z: z, "tanh": np.tanh, "relu": lambda z: np.maximum(z, 0.0)}
 _CURVATURE = {"squared": 1.0, "logistic": 0.25}
 _LONGEST = 200.0  # time in which a useless structure of a drawn network goes, at most
 _ROUNDING = 1e-12  # more than the relative rounding error of a few dozen operations on non-negative numbers
-_UP = 1.0 + _ROUNDING
+UP = 1.0 + _ROUNDING
+"""Factor that lifts a computed bound above its rounding error."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,6 +81,11 @@ class Structure:
     def price(self) -> float:
         """Complexity cost g of keeping the structure, nats."""
         return self.network.prices[self.gate]
+
+    @property
+    def curvature(self) -> float:
+        """Lipschitz constant H of the derivative of the loss by the output."""
+        return _CURVATURE[self.network.loss]
 
     @functools.cached_property
     def moves(self) -> np.ndarray:
@@ -206,7 +173,7 @@ class Structure:
         return self.embed(state[..., :-1], state[..., -1])
 
     def moments(self, rest: float = 0.0) -> tuple[float, float, float, float]:
-        """Upper bounds on A, m, mean |e0| |x|^3 and mean |x|^4, over all that the others may do.
+        """Upper bounds on A, m (see `network_bounds`), mean |e0| |x|^3 and mean |x|^4, over all that the others may do.
 
         Args:
             rest: Bound on the squared norm of the other weights where they move.
@@ -219,12 +186,12 @@ class Structure:
         error = _ROUNDING * (size * (1.0 + 0.5 * others) + np.linalg.norm(network.targets, axis=1))
         pull = self._odds @ np.linalg.norm(slopes, axis=-1) + error
         if not self.isolated:
-            pull += 0.5 * _CURVATURE[network.loss] * rest * size
+            pull += 0.5 * self.curvature * rest * size
         first = np.mean(pull * size)
         if self.isolated and network.activation == "identity":
             slope = np.tensordot(self._odds, slopes, 1)
             first = np.linalg.norm(slope.T @ x, 2) / len(x) + np.mean(error * size)
-        return tuple(_UP * float(value) for value in (first, *(np.mean(v) for v in (size**2, pull * size**3, size**4))))
+        return tuple(UP * float(value) for value in (first, *(np.mean(v) for v in (size**2, pull * size**3, size**4))))
 
     @property
     def _others(self) -> np.ndarray:
@@ -265,209 +232,6 @@ class Structure:
         return np.stack([self._slope(x + (hidden * gates) @ outward.reshape(d, width).T) for gates in self._patterns])
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """Proven constants of a structure on the ball r <= radius, and the domain that follows from them.
-
-    Args:
-        structure: What they describe.
-        coordinates: Which comparison system they are meant for, one of `COORDINATES`.
-        radius: Radius R of the ball.
-        level: Highest cost of a start, nats, where the rest moves: it bounds the rest, |W|^2 <= 2 level / lambda.
-        grad_bound: eta, at least |grad L1|.
-        norm_slope: kappa of 4.1, at least |b| / r; also b <= A r^2 / 2.
-        unit_slope: kappa of 4.2, at least |b| / (s t), |grad_in L1| / t and |grad_out L1| / s.
-        gain: q, at least |grad L1|^2.
-        decay: a of 4.3, 2 lambda.
-        drift: delta of 4.3: lambda w.grad L1 <= -a b + delta. `inf` where the rest moves.
-    """
-
-    structure: Structure
-    coordinates: str
-    radius: float
-    level: float | None
-    grad_bound: float
-    norm_slope: float
-    unit_slope: float
-    gain: float
-    decay: float
-    drift: float
-
-    @functools.cached_property
-    def system(self) -> PlanarSystem:
-        """The comparison system with these constants.
-
-        Raises:
-            ValueError: in benefit coordinates where the rest moves, for then the drift has no bound here.
-        """
-        network = self.structure.network
-        common = {"price": self.structure.price, "rate_ratio": network.rate_ratio}
-        if self.coordinates == "benefit":
-            if math.isinf(self.drift):
-                fail("structure", "stand alone for benefit coordinates", self.coordinates, mend="Give `frozen`.")
-            return BenefitSystem(**common, gain=self.gain, decay=self.decay, drift=self.drift)
-        common["weight_decay"] = network.weight_decay
-        if self.coordinates == "unit":
-            return UnitSystem(**common, benefit_slope=self.unit_slope)
-        return LayerSystem(**common, grad_bound=self.grad_bound, benefit_slope=self.norm_slope)
-
-    def certifies(self, states: Any) -> np.ndarray:
-        """Whether the real flow provably carries states of the network to theta = 0, where theta stays.
-
-        True in the domain D of `system` where the comparison solution also keeps the weights in the ball, so that the
-        constants hold all the way. With V, V* and mu of 4.1, r <= V_0 / mu. In 4.2, u stays below the larger of u_0 and
-        its turning point, where H has its first value at theta = lambda / kappa. In 4.3, q theta <= V_t and
-        V_t = V* - (V* - V_0) e^(mu t) until T, so that r <= r_0 + (eta / q)(V* T - V_0 / mu).
-
-        Args:
-            states: States of the network, shape (..., d).
-
-        Returns:
-            Booleans, shape (...).
-        """
-        structure, system = self.structure, self.system
-        states = structure.check_states("states", states)
-        size, theta = structure.norm(states), states[..., structure.theta]
-        within = np.ones(size.shape, dtype=bool)
-        if self.level is not None:
-            within = structure.network.value(states) <= self.level
-        if self.coordinates != "benefit":
-            return within & self._certifies(size, theta)
-        state = np.stack([structure.benefit(states), theta], axis=-1)
-        mu, price = system.growth_rate, system.price
-        value = mu * np.maximum(state[..., 0], 0.0) + self.gain * theta
-        top = price * (mu + self.decay) - self.drift
-        inside = system.contains(state)
-        path = np.where(inside, top * np.where(inside, system.time_to_zero(state), 0.0) - value / mu, np.inf)
-        return inside & (size + path * self.grad_bound / self.gain <= self.radius)
-
-    def _certifies(self, size: np.ndarray, theta: np.ndarray) -> np.ndarray:
-        """The same from the norm r and theta, in the coordinates "layer" and "unit"."""
-        system = self.system
-        if self.coordinates == "layer":
-            reach = size + system.grad_bound * theta / system.growth_rate
-            return system.contains(np.stack([size, theta], axis=-1)) & (reach <= self.radius)
-        kappa, g, limit = self.unit_slope, system.price, self.radius**2
-        u, rise = size**2, np.maximum(theta - system.saddle[1], 0.0)
-        with np.errstate(divide="ignore"):
-            room = system.rate_ratio * (0.5 * kappa * (u - limit) - g * np.log(u / limit))
-        stays = (limit >= system.saddle[0]) | (kappa * rise**2 <= room)
-        return system.contains(np.stack([u, theta], axis=-1)) & (u <= limit) & stays
-
-    def share(self, n: int = 400, *, seed: int = 0) -> float:
-        """Certified share of the box r <= `usual_norm`, 0 <= theta <= 1.
-
-        Args:
-            n: Points along each side of the grid of midpoints.
-            seed: Seed of the directions, which matter in benefit coordinates only.
-        """
-        if self.coordinates == "benefit":
-            return float(np.mean(self.certifies(_starts(self.structure, n, seed))))
-        return float(np.mean(self._certifies(*_box(self.structure, n))))
-
-
-def bounds(
-    structure: Structure, coordinates: str | None = None, *, radius: float | None = None, level: float | None = None
-) -> Bounds:
-    """Compute the constants eta, kappa, q, a and delta of a structure, each a proven bound on a ball.
-
-    Source: THEORY section 4; derived in the docstring of this module.
-
-    Args:
-        structure: What to bound.
-        coordinates: "layer", "unit" or "benefit"; None for what the structure is.
-        radius: Radius R of the ball; None for `natural_radius`.
-        level: Highest cost at which a start counts, nats; needed where the rest moves, and only there.
-
-    Returns:
-        The bounds.
-
-    Raises:
-        ValueError: if an argument is out of range, or the rest moves without a level or without weight decay.
-
-    Example:
-        >>> network = GatedNetwork(inputs=[[1.0]], targets=[[2.0]], widths=(1,), prices=0.1, gated="layers")
-        >>> found = bounds(Structure(network), radius=1.0)
-        >>> round(found.grad_bound, 6), round(found.norm_slope, 6), found.radius
-        (1.5, 0.625, 1.0)
-    """
-    default = structure.network.gated[:-1]
-    coordinates = default if coordinates is None else check_choice("coordinates", coordinates, COORDINATES)
-    if radius is None:
-        radius = natural_radius(structure, coordinates, level=level)
-    radius = check_positive("radius", radius)
-    network = structure.network
-    decay, curvature = network.weight_decay, _CURVATURE[network.loss]
-    pull, square, cube, fourth = structure.moments(_rest(structure, level))
-    half = 0.5 * radius**2
-    slope = pull + curvature * half * square
-    drift = decay * curvature * square * half**2
-    if network.activation == "tanh":  # mean |e1| |W_out (f - z f')|, where s^3 t <= 3 sqrt(3) R^4 / 16
-        bend = math.sqrt(3.0) / 8.0 * radius**4 * (cube + curvature * half * fourth)
-        drift += decay * min(slope * half, bend)
-    return Bounds(
-        structure=structure,
-        coordinates=coordinates,
-        radius=radius,
-        level=level,
-        grad_bound=_UP * slope * radius,
-        norm_slope=_UP * 0.5 * radius * (pull + 0.5 * curvature * half * square),
-        unit_slope=_UP * slope,
-        gain=_UP**3 * (slope * radius) ** 2,
-        decay=2.0 * decay,
-        drift=_UP * drift if structure.isolated else math.inf,
-    )
-
-
-def _rest(structure: Structure, level: float | None) -> float:
-    """Bound on the squared norm of all weights that move: (lambda/2) |W|^2 is part of the cost, as are terms >= 0."""
-    if structure.isolated:
-        if level is not None:
-            fail("level", "be None where nothing else moves", level)
-        return 0.0
-    if level is None:
-        fail("level", "be a number where the rest moves", None, mend="Give the highest cost of a start.")
-    decay = structure.network.weight_decay
-    if decay == 0.0:
-        fail("weight_decay", "be positive where the rest moves", decay, mend="Without it nothing bounds the rest.")
-    return 2.0 * check_positive("level", level) / decay
-
-
-def natural_radius(structure: Structure, coordinates: str, *, level: float | None = None) -> float:
-    """Radius of the ball that the domain fills.
-
-    For the layer V* / mu = R, for the unit u* = R^2: the least ball that holds every state which the comparison
-    solution visits from D. In benefit coordinates half of the ball is for the start and half for the way of one with
-    b = 0, V_0 = V* / 2: (eta / q)(V* / mu)(log 2 - 1/2) = R / 2; or, where smaller, the ball with delta = a g / 2, for D
-    is empty from delta = a g. Each left side falls with R and delta rises, so there is one such R. A smaller ball would
-    cut the domain off, a larger one make the constants worse.
-
-    Args:
-        structure: What to bound.
-        coordinates: One of `COORDINATES`.
-        level: Highest cost of a start, as in `bounds`.
-
-    Returns:
-        The radius, raised by at most a relative 1e-9.
-    """
-    low, high = 1e-9, 1e9
-    while high > low * (1.0 + 1e-9):
-        radius = math.sqrt(low * high)
-        found = bounds(structure, coordinates, radius=radius, level=level)
-        size, theta = found.system.saddle
-        if coordinates == "unit":
-            filled = math.sqrt(size)
-        elif coordinates == "layer":
-            filled = size + found.grad_bound * theta / found.system.growth_rate
-        elif found.drift > 0.5 * found.decay * found.system.price:
-            filled = 0.0
-        else:
-            filled = (2.0 * math.log(2.0) - 1.0) / found.grad_bound
-            filled *= size + found.gain * theta / found.system.growth_rate
-        low, high = (radius, high) if filled > radius else (low, radius)
-    return high
-
-
 def usual_norm(structure: Structure) -> float:
     """Twice the root mean square of r = |w| under Glorot's initialisation, variance 2 / (d + width) of each weight.
 
@@ -478,185 +242,16 @@ def usual_norm(structure: Structure) -> float:
     return 2.0 * math.sqrt(len(structure.weights) * 2.0 / (d + structure.network.widths[0]))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Runs:
-    """How the real projected flow ended from many starts.
-
-    Args:
-        labels: 1 pruned, 0 not, -1 undecided at the horizon, shape (n,).
-        ends: Last states of the network, shape (n, d).
-        times: Their times, shape (n,).
-        widest: Largest norm r on the way, shape (n,).
-    """
-
-    labels: np.ndarray
-    ends: np.ndarray
-    times: np.ndarray
-    widest: np.ndarray
-
-
-def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: float = 1e-5, settle: bool = True) -> Runs:
-    """Follow the real projected flow of the network, all its moving weights and keep probabilities, from many starts.
-
-    Runge-Kutta 5(4), each start with its own step. A start ends as pruned once theta = 0 and A r^2 / 2 < g: there b < g,
-    r no longer grows, and so theta stays (for weight decay > 0 the weights then go to 0). Where nothing else moves it
-    ends as not pruned once its cost is below that of the removed state, for the cost never rises. Up to the error of
-    integration both are proofs. A state with theta = 1 that has come to rest, every speed below ten times `rtol` (its
-    steps reach no smaller one), also counts as not pruned. The relu gets steps of at least 0.2, or half a time
-    constant: along its kinks the flow slides, which steps can only follow by crossing to and fro.
-
-    Args:
-        structure: The structure to watch.
-        states: Starts, states of the network, shape (n, d).
-        horizon: Time at which a start is given up as undecided.
-        rtol: Relative tolerance, also absolute.
-        settle: Stop a start at its proof; otherwise go on to the horizon, and judge the last state.
-
-    Returns:
-        Labels, last states and times.
-
-    Raises:
-        ValueError: if the starts are not states of the network, or a number is not positive.
-    """
-    from scipy.integrate import RK45
-
-    states = structure.check_states("states", states)
-    check_shape("states", states, f"(n, {len(structure.network.state)})", states.ndim == 2)
-    horizon, rtol = check_positive("horizon", horizon), check_positive("rtol", rtol)
-    network, moves, theta = structure.network, structure.moves, structure.theta
-    faces = slice(len(network.weights), None)
-    rest = 0.0
-    if not structure.isolated and network.weight_decay > 0.0:
-        rest = 2.0 * float(network.value(states).max()) / network.weight_decay
-    pull, square = structure.moments(rest)[:2]
-    removed = np.inf
-    if structure.isolated:
-        removed = float(network.value(structure.embed(np.zeros(len(structure.weights)), 0.0))) - 1e-6
-    provable = structure.isolated or network.weight_decay > 0.0
-
-    def clip(y: np.ndarray) -> np.ndarray:
-        y[:, faces] = np.clip(y[:, faces], 0.0, 1.0)
-        return y
-
-    def floor(y: np.ndarray) -> np.ndarray:
-        if network.activation != "relu":
-            return np.full(len(y), 1e-6)
-        curvature = pull + 1.5 * _CURVATURE[network.loss] * square * structure.norm(y) ** 2
-        return np.minimum(0.2, 0.5 / (network.weight_decay + curvature))
-
-    def judge(y: np.ndarray, speed: np.ndarray) -> np.ndarray:
-        label = np.full(len(y), -1)
-        label[(y[:, theta] == 1.0) & np.all(np.abs(speed) < 10.0 * rtol, axis=1)] = 0
-        if structure.isolated:
-            label[network.value(y) < removed] = 0
-        label[(y[:, theta] == 0.0) & (0.5 * pull * structure.norm(y) ** 2 < structure.price) & provable] = 1
-        return label
-
-    labels, ends, times = np.full(len(states), -1), states.copy(), np.zeros(len(states))
-    widest = structure.norm(states)
-    active = np.arange(len(states))
-    y, step = states.copy(), np.full(len(states), 1e-3)
-    speed = moves * network.projected_field(y)
-    while active.size:
-        h = np.minimum(step, horizon - times[active])
-        stages = np.empty((7, *y.shape))
-        stages[0] = speed
-        for i in range(1, 7):
-            row = RK45.A[i, :i] if i < 6 else RK45.B
-            z = y + h[:, None] * np.tensordot(row, stages[:i], 1)
-            stages[i] = moves * network.projected_field(clip(z))
-        error = h * np.max(np.abs(np.tensordot(RK45.E, stages, 1)) / (rtol * (1.0 + np.abs(y))), axis=1)
-        good = (error <= 1.0) | (h <= floor(y))
-        y, speed = np.where(good[:, None], (z, stages[6]), (y, speed))
-        times[active] += np.where(good, h, 0.0)
-        step = np.maximum(h * np.clip(0.9 * np.maximum(error, 1e-10) ** -0.2, 0.2, 5.0), floor(y))
-        widest[active] = np.maximum(widest[active], structure.norm(y))
-        late = times[active] >= horizon * (1.0 - 1e-12)
-        found = judge(y, speed) if settle or late.any() else np.full(len(y), -1)
-        over = late | (settle & (found >= 0))
-        labels[active[over]], ends[active[over]] = found[over], y[over]
-        active, y, speed, step = (array[~over] for array in (active, y, speed, step))
-    return Runs(labels, ends, times, widest)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Coverage:
-    """How much of what really converges the closed form certifies, in the box r <= `usual_norm`, 0 <= theta <= 1.
-
-    Args:
-        bounds: The bounds on trial.
-        starts: States of the network: a grid of midpoints in (r, theta), each with a direction at random, shape (n, d).
-        certified: Which starts the bounds certify, shape (n,).
-        runs: How the real flow ended from each.
-    """
-
-    bounds: Bounds
-    starts: np.ndarray
-    certified: np.ndarray
-    runs: Runs
-
-    def under(self, other: Bounds) -> Coverage:
-        """The same runs with other bounds of the same structure on trial."""
-        return dataclasses.replace(self, bounds=other, certified=other.certifies(self.starts))
-
-    @property
-    def certified_share(self) -> float:
-        """Share of the box that is certified."""
-        return float(np.mean(self.certified))
-
-    @property
-    def pruned_share(self) -> float:
-        """Share of the box from which the structure really goes."""
-        return float(np.mean(self.runs.labels == 1))
-
-    @property
-    def undecided_share(self) -> float:
-        """Share of the box undecided at the horizon; it counts as not pruned."""
-        return float(np.mean(self.runs.labels == -1))
-
-    @property
-    def ratio(self) -> float:
-        """Certified share over pruned share, 1 for a bound that loses nothing; 0 where nothing is pruned."""
-        return self.certified_share / self.pruned_share if self.pruned_share > 0.0 else 0.0
-
-    @property
-    def violations(self) -> int:
-        """Starts that are certified but did not converge: 0 unless a bound is wrong or the horizon too short."""
-        return int(np.sum(self.certified & (self.runs.labels != 1)))
-
-
-def coverage(found: Bounds, *, n: int = 20, seed: int = 0, horizon: float = 1e3) -> Coverage:
-    """Compare the certified domain with the set of starts that the real projected flow prunes.
-
-    Args:
-        found: Bounds from `bounds`, of a structure with nothing else that moves.
-        n: Grid points along each side of the box.
-        seed: Seed of the directions.
-        horizon: Time at which a start is given up as undecided.
-
-    Returns:
-        The comparison.
-
-    Raises:
-        ValueError: if the rest moves, or a number is out of range.
-    """
-    structure = found.structure
-    if not structure.isolated:
-        fail("found", "bound a structure with nothing else that moves", found.coordinates, mend="Give `frozen`.")
-    starts = _starts(structure, n, seed)
-    return Coverage(found, starts, found.certifies(starts), follow(structure, starts, horizon))
-
-
-def _box(structure: Structure, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Norms r and keep probabilities on a grid of midpoints of the box, each of shape (n^2,)."""
+def box_grid(structure: Structure, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Norms r and keep probabilities on a grid of midpoints of the box r <= `usual_norm`, 0 <= theta <= 1, each (n^2,)."""
     grid = (np.arange(check_int("n", n, low=1)) + 0.5) / n
     r, theta = np.meshgrid(grid * usual_norm(structure), grid)
     return r.ravel(), theta.ravel()
 
 
-def _starts(structure: Structure, n: int, seed: int) -> np.ndarray:
-    """States of the network on that grid, each with weights in a direction at random, shape (n^2, d)."""
-    r, theta = _box(structure, n)
+def box_starts(structure: Structure, n: int, seed: int) -> np.ndarray:
+    """States of the network on `box_grid`, each with weights in a direction at random, shape (n^2, d)."""
+    r, theta = box_grid(structure, n)
     directions = np.random.default_rng(check_int("seed", seed, low=0)).normal(size=(n * n, len(structure.weights)))
     directions *= (r / np.linalg.norm(directions, axis=1))[:, None]
     return structure.embed(directions, theta)

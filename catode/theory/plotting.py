@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from catode.theory.basins import Basins
     from catode.theory.box import BoxSystem
-    from catode.theory.equilibria import Equilibrium, Manifolds
+    from catode.theory.curves import Manifolds
+    from catode.theory.equilibria import Equilibrium
     from catode.theory.flow import Trajectory
     from catode.theory.systems import BenefitSystem, PlanarSystem
 
@@ -218,7 +219,7 @@ def flow_portrait(
     Args:
         ax: Where to draw.
         system: A flow on a box with two coordinates, or a comparison system.
-        window: Lower left and upper right corner, as in `catode.theory.equilibria`.
+        window: Lower left and upper right corner, as in `catode.theory.curves`.
         basins: Domains of attraction on a grid, shaded.
         equilibria: Marked by their class: filled where stable, white where not, a diamond for a saddle.
         manifolds: Stable manifolds as black lines, unstable ones dashed.
@@ -233,7 +234,7 @@ def flow_portrait(
     Raises:
         ValueError: if the window is empty.
     """
-    from catode.theory import equilibria as analysis
+    from catode.theory import curves
 
     (left, bottom), (right, top) = window
     if not (left < right and bottom < top):
@@ -246,7 +247,7 @@ def flow_portrait(
     ax.streamplot(x, y, flow[..., 0], flow[..., 1], density=density, **look)
     names = getattr(system, "names", ("size", "keep probability θ"))
     if nullclines:
-        lines = analysis.nullclines(system, window=window)
+        lines = curves.nullclines(system, window=window)
         for (name, parts), color in zip(lines.items(), ("blue", "green"), strict=False):
             for i, part in enumerate(parts):
                 label = f"{name} at rest" if i == 0 else None

@@ -14,7 +14,7 @@ from scipy.linalg import expm
 from test_flow import BENEFIT, EVERY, LAYER, UNIT
 from test_systems import numbers
 
-from catode.theory import BenefitSystem, UnitSystem, batch, integrate
+from catode.theory import BenefitSystem, UnitSystem, _batch_compiled, batch, integrate
 from catode.theory.batch import STATUSES, integrate_batch
 from catode.theory.box import BoxSystem
 
@@ -239,20 +239,21 @@ def test_numbers_in_the_expressions_do_not_change_what_is_compiled():
 
 def test_without_a_place_to_write_it_compiles_in_memory(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(batch, "_folder", lambda: tmp_path / "file" / "folder")
+    monkeypatch.setattr(_batch_compiled, "_folder", lambda: tmp_path / "file" / "folder")
     system = BoxSystem.from_expressions("s, y", "1, s - 1/2", lower=(0, 0), upper=(1, 1))
     assert check_sagging(system, True).compile_seconds > 0.1
     assert check_sagging(system, True).compile_seconds < 0.1
     integrate_batch(system, np.asfortranarray([[0.0, 0.5], [0.1, 0.5]]), 1.0, targets=np.zeros((3, 2), order="F"))
-    assert len(batch._compile(batch._pose(system).source).signatures) == 1  # all calls share one compilation
+    solve = _batch_compiled.compile_solver(batch._pose(system).source)
+    assert len(solve.signatures) == 1  # all calls share one compilation
 
 
 def test_what_cannot_be_compiled_runs_in_numpy(tmp_path, monkeypatch):
     def refuse(space):
         raise TypingError("no")
 
-    monkeypatch.setattr(batch, "_warm", refuse)
-    monkeypatch.setattr(batch, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(_batch_compiled, "_warm", refuse)
+    monkeypatch.setattr(_batch_compiled, "_folder", lambda: tmp_path)
     starts, x = np.linspace(-1.0, 1.0, 7)[:, None], sympy.Symbol("x")
     for term in (-sympy.re(x), -x):  # sympy has no code for the first, and numba refuses the second
         system = BoxSystem(velocity=np.negative, lower=[-1], upper=[1], names=("x",), expressions=(term,))

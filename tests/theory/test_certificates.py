@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from test_systems import benefits, layers, numbers, units
 
 from benchmarks.networks import area, certificates, draw_system
-from catode.theory import BenefitSystem, LayerSystem, UnitSystem, integrate, integrate_batch
+from catode.theory import BenefitSystem, LayerSystem, UnitSystem, _certify_polygon, integrate, integrate_batch
 from catode.theory import certificates as module
+from catode.theory._exact import Segments, bernstein_on_box, evaluate
 from catode.theory.box import BoxSystem
 from catode.theory.certificates import Certificate, certify
 from catode.theory.systems import growth_rate
@@ -93,7 +94,7 @@ def test_for_the_layer_the_gauge_is_the_linear_function_of_the_theory():
 def test_the_exact_field_is_that_of_the_system(system):
     proof = certify(system)
     for state in np.random.default_rng(5).uniform(0.0, 1.0, (20, 2)):
-        exact = [module._evaluate(f, tuple(map(Fraction, state.tolist()))) for f in proof.field]
+        exact = [evaluate(f, tuple(map(Fraction, state.tolist()))) for f in proof.field]
         assert np.allclose([float(x) for x in exact], system.field(state), rtol=1e-13, atol=1e-15)
 
 
@@ -283,16 +284,16 @@ def test_bernstein_coefficients_enclose_the_polynomial(coefficients, data):
     polynomial = dict(zip(powers, coefficients, strict=True))
     numbers = st.fractions(-2, 2, max_denominator=7)
     a, b = data.draw(st.tuples(numbers, numbers)), data.draw(st.tuples(numbers, numbers))
-    (row,), factor = module._Segments([polynomial])(a, b)
+    (row,), factor = Segments([polynomial])(a, b)
     low, high = tuple(map(min, a, b)), tuple(map(max, a, b))
-    tensor = module._bernstein_on_box(polynomial, low, high)
-    assert Fraction(row[0], factor) == module._evaluate(polynomial, a)
-    assert Fraction(row[-1], factor) == module._evaluate(polynomial, b)
-    assert tensor[0, 0] == module._evaluate(polynomial, low)
-    assert tensor[-1, -1] == module._evaluate(polynomial, high)
+    tensor = bernstein_on_box(polynomial, low, high)
+    assert Fraction(row[0], factor) == evaluate(polynomial, a)
+    assert Fraction(row[-1], factor) == evaluate(polynomial, b)
+    assert tensor[0, 0] == evaluate(polynomial, low)
+    assert tensor[-1, -1] == evaluate(polynomial, high)
     for s in (Fraction(1, 3), Fraction(4, 7)):
         point = tuple(x + s * (y - x) for x, y in zip(a, b, strict=True))
-        value = module._evaluate(polynomial, point)
+        value = evaluate(polynomial, point)
         assert min(row) <= value * factor <= max(row)
         assert min(tensor.flat) <= value <= max(tensor.flat)
 
@@ -327,7 +328,7 @@ def test_bad_inputs_are_refused(system, options, message):
 
 
 def test_too_small_a_slack_is_refused(monkeypatch):
-    monkeypatch.setattr(module, "_MAX_EDGES", 60)
+    monkeypatch.setattr(_certify_polygon, "_MAX_EDGES", 60)
     with pytest.raises(ValueError, match="`slack` must leave enough margin for the exact proof; got slack=1e-08"):
         certify(UNIT, slack=1e-8)
 
