@@ -4,7 +4,7 @@ Imports numpy and scipy only; never torch, `catode.train` or, at import time, sy
 
 * `catode.theory.systems`: the comparison systems with their separatrices in closed form (THEORY section 4).
 * `catode.theory.box`: any field on a box, as a function or as sympy expressions.
-* `catode.theory.flow`, `faces`, `batch`: the projected ODE, one trajectory or millions, faces met exactly (section 3).
+* `catode.theory.flow`, `faces`, `batch`, `trajectory`: the projected ODE, one path or millions, faces met exactly (section 3).
 * `catode.theory.equilibria`, `curves`, `continuation`: equilibria on every face, nullclines and manifolds, how they move.
 * `catode.theory.basins`: domains of attraction on grids.
 * `catode.theory.certificates`: inner approximations of them, proved in exact arithmetic.
@@ -20,9 +20,10 @@ from catode.theory.basins import Basins, basins_fractions, basins_of_attraction
 from catode.theory.batch import Batch, integrate_batch
 from catode.theory.box import BoxSystem
 from catode.theory.certificates import Certificate, certify
-from catode.theory.flow import FaceEvent, Trajectory, integrate, trace_separatrix
+from catode.theory.flow import integrate, trace_separatrix
 from catode.theory.systems import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem
 from catode.theory.tolerance import Tolerance, commit_alarm, derive, escape_probability, fixed
+from catode.theory.trajectory import FaceEvent, Trajectory
 
 __all__ = [
     "Basins",

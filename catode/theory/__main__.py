@@ -13,8 +13,9 @@ from typing import NoReturn
 import numpy as np
 
 from catode.theory import tolerance
-from catode.theory.flow import Trajectory, integrate
+from catode.theory.flow import integrate
 from catode.theory.systems import BenefitSystem
+from catode.theory.trajectory import Trajectory
 
 _NEEDED = {
     "price": "complexity cost g of keeping the structure, nats",

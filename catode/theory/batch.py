@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from catode._validate import check_bool, check_int, check_interval, check_positive, check_real, check_shape, fail
-from catode.theory import flow
+from catode.theory import trajectory
 from catode.theory._batch_compiled import compile_solver, write_solver
 from catode.theory._batch_numpy import solve as solve_in_numpy
 from catode.theory._batch_scheme import outputs
@@ -30,7 +30,7 @@ from catode.theory.systems import PlanarSystem
 
 __all__ = ["STATUSES", "Batch", "integrate_batch"]
 
-STATUSES = (*flow.STATUSES, "arrived")
+STATUSES = (*trajectory.STATUSES, "arrived")
 """How a start can end, in the order of the codes in `Batch.codes`; see `Batch`."""
 
 

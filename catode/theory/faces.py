@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from catode.theory.box import BoxSystem
-from catode.theory.flow import FaceEvent, Trajectory
+from catode.theory.trajectory import FaceEvent, Trajectory
 
 __all__ = ["ActiveSetRun"]
 

@@ -9,17 +9,17 @@ Source: THEORY section 3.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Protocol
 
 import numpy as np
 
 from catode._validate import check_interval, check_positive, check_real, check_shape, fail
 from catode.theory.box import BoxSystem
+from catode.theory.faces import ActiveSetRun
+from catode.theory.trajectory import FaceEvent, Trajectory
 
-__all__ = ["STATUSES", "FaceEvent", "Flow", "Trajectory", "integrate", "trace_separatrix"]
+__all__ = ["Flow", "integrate", "trace_separatrix"]
 
-STATUSES = ("pruned", "kept", "horizon", "failed")
 """How a trajectory can end; see `Trajectory`."""
 
 # scipy.integrate and scipy.optimize take most of a second to import, so the functions that need them import them.
@@ -41,52 +41,6 @@ class Flow(Protocol):
 
     def rest(self, state: Any) -> np.ndarray:
         """Limit of the other coordinates while theta is frozen, monotone on the way, shape (..., d - 1) or (...)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FaceEvent:
-    """A coordinate meets a face of the box, or comes off it.
-
-    Args:
-        time: When, in ODE time.
-        coordinate: Which coordinate of the state.
-        kind: "arrive" or "leave"; between the two it slides.
-    """
-
-    time: float
-    coordinate: int
-    kind: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trajectory:
-    """A solution of the projected ODE.
-
-    Args:
-        times: Increasing times from 0, shape (n,).
-        states: States at those times, theta last, shape (n, d); theta lies in [0, 1].
-        status: "pruned" (theta is 0 with the benefit below the price), "kept" (theta is 1 and stays there), "horizon"
-            (neither, when the time was up; always so in a box of the user's) or "failed" (numerical failure; the states
-            up to it are valid).
-        message: One sentence that says the same, with numbers.
-        events: Arrivals at faces and departures, in order.
-    """
-
-    times: np.ndarray
-    states: np.ndarray
-    status: str
-    message: str
-    events: tuple[FaceEvent, ...] = ()
-
-    @property
-    def end(self) -> np.ndarray:
-        """Last state, shape (d,)."""
-        return self.states[-1]
-
-    @property
-    def keep_prob(self) -> np.ndarray:
-        """Keep probability along the trajectory, shape (n,)."""
-        return self.states[:, -1]
 
 
 def integrate(
@@ -126,8 +80,6 @@ def integrate(
     atol = check_positive("atol", atol)
     options = {"method": "DOP853", "rtol": rtol, "atol": atol, "dense_output": True}
     if isinstance(system, BoxSystem):
-        from catode.theory.faces import ActiveSetRun
-
         start = system.check_inside("start", start)
         check_shape("start", start, f"({system.dimension},)", start.ndim == 1)
         with np.errstate(all="ignore"):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from catode.theory.box import BoxSystem
     from catode.theory.curves import Manifolds
     from catode.theory.equilibria import Equilibrium
-    from catode.theory.flow import Trajectory
     from catode.theory.systems import BenefitSystem, PlanarSystem
+    from catode.theory.trajectory import Trajectory
 
 PALETTE = {
     "black": "#000000",
