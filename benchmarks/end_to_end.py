@@ -67,7 +67,7 @@ def train(configs: Sequence[Config], images: int | None) -> list[Epochs]:
     """Train networks in turn, an epoch each."""
     for config in configs:
         Path(config.out).mkdir(parents=True)
-    trainers = [loop._Trainer(subset(loop.prepare(c), images), Path(c.out), progress=False) for c in configs]
+    trainers = [loop.Trainer(subset(loop.prepare(c), images), Path(c.out), progress=False) for c in configs]
     found = [Epochs([], [], []) for _ in trainers]
     for _ in range(configs[0].epochs):
         for trainer, own in zip(trainers, found, strict=True):

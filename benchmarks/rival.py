@@ -29,7 +29,7 @@ from catode._validate import check_int, check_interval, fail
 from catode.train import load
 from catode.train.config import CommandLine, Config, ConfigError, check_out
 from catode.train.files import read_json, read_rows
-from catode.train.loop import METRIC_FIELDS, _Table, prepare, train
+from catode.train.loop import METRIC_FIELDS, CsvTable, prepare, train
 from catode.train.prune import ROW_FIELDS
 from catode.train.structure import count
 
@@ -129,13 +129,13 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
         "accuracy_history": a["accuracy_history"] + b["accuracy_history"],
         **{name: a[name] + b[name] for name in ("seconds", "cpu_seconds")},
     }
-    table = _Table(out, "metrics.csv", METRIC_FIELDS)
+    table = CsvTable(out, "metrics.csv", METRIC_FIELDS)
     rows, more = (read_rows(Path(c.out) / "metrics.csv") for c in (first, second))
     for row in more:
         row |= {name: float(row[name]) + float(rows[-1][name]) for name in ("epoch", "step", "time", "seconds")}
     table.add(rows + more)
     table.close()
-    _Table(out, "structures.csv", ROW_FIELDS).close()
+    CsvTable(out, "structures.csv", ROW_FIELDS).close()
     for name, content in (("config", json.loads(whole.to_json()) | rival), ("result", result)):
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (out / "env.json").write_text((Path(second.out) / "env.json").read_text())

@@ -377,7 +377,7 @@ def evaluate(
     return math.nan if bad else right / total
 
 
-class _Table:
+class CsvTable:
     """A CSV file written row by row.
 
     Args:
@@ -451,7 +451,7 @@ def train(setup: Setup, *, progress: bool = True, with_report: bool = True) -> P
     with (setup.lock or lock.hold(folder)) if group.leads else nullcontext():
         if group.leads and setup.config.resume is None:
             check_out(setup.config)  # another process may have begun and ended here meanwhile
-        trainer = _Trainer(setup, folder, progress)
+        trainer = Trainer(setup, folder, progress)
         try:
             trainer.train()
         finally:
@@ -492,8 +492,14 @@ class _Sums:
         return cls(**{**state, **tensors})
 
 
-class _Trainer:
-    """State of a run in progress."""
+class Trainer:
+    """A run in progress: `train` takes it to its end, `advance` one epoch further; a benchmark takes two of them in turn.
+
+    Args:
+        setup: What to train.
+        folder: Where the run's files go.
+        progress: Whether to show a bar.
+    """
 
     def __init__(self, setup: Setup, folder: Path, progress: bool):
         config = setup.config
@@ -531,8 +537,8 @@ class _Trainer:
                 checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
         lengths = state["lengths"] if state and self.group.leads else [None, None]
         tables = folder if self.group.leads else None
-        self.metrics = _Table(tables, TABLES[0], METRIC_FIELDS, lengths[0])
-        self.structures = _Table(tables, TABLES[1], ROW_FIELDS, lengths[1])
+        self.metrics = CsvTable(tables, TABLES[0], METRIC_FIELDS, lengths[0])
+        self.structures = CsvTable(tables, TABLES[1], ROW_FIELDS, lengths[1])
         self.history: list[float] = []
         self.unread: list[torch.Tensor] = []
         self.loss = math.nan  # of the last step that was read
@@ -563,6 +569,7 @@ class _Trainer:
             self.board.close()
 
     def train(self) -> None:
+        """Train the epochs that are left and write the result."""
         self.mark = time.perf_counter(), time.process_time()
         while self.epochs_done < self.config.epochs:
             self.advance()
@@ -836,7 +843,7 @@ class _Trainer:
             "seed": self.config.seed,
         }
         if self.pruner is not None and self.pruner.shadow is not None:
-            table = _Table(self.folder, shadow.FILE, shadow.FIELDS)
+            table = CsvTable(self.folder, shadow.FILE, shadow.FIELDS)
             table.add(self.pruner.shadow.rows(self.pruner.names()))
             table.close()
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")

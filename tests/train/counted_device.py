@@ -142,20 +142,20 @@ def epoch(setup, device, folder):
     model, example = copy.deepcopy(setup.model).to(device), setup.example.to(device)
     setup = dataclasses.replace(setup, config=settings, model=model, example=example)
     Path(folder).mkdir()
-    trainer, counts, inner = loop._Trainer(setup, Path(folder), progress=False), [], loop._Trainer.prune
+    trainer, counts, inner = loop.Trainer(setup, Path(folder), progress=False), [], loop.Trainer.prune
 
     def prune(self, *args):
         inner(self, *args)
         counts.append(list(waits))
         waits.clear()
 
-    loop._Trainer.prune = prune
+    loop.Trainer.prune = prune
     waits.clear()
     try:
         loss = trainer.epoch(0)["loss"]
     finally:
         trainer.close()
-        loop._Trainer.prune = inner
+        loop.Trainer.prune = inner
     return trainer.pruner.keep_prob.tolist(), [loss], counts
 
 

@@ -15,14 +15,14 @@ FLAGS = ["--arch=resnet14", "--epochs=2", "--batch-size=256", "--memory=10", "--
 
 def test_events_are_the_metrics_once_each(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    before, folder = loop._Trainer.save_state, tmp_path / "run"
+    before, folder = loop.Trainer.save_state, tmp_path / "run"
 
     def interrupt(self):
         if self.epochs_done == 1:
             raise KeyboardInterrupt  # the first epoch's events are written, its state is not
         before(self)
 
-    monkeypatch.setattr(loop._Trainer, "save_state", interrupt)
+    monkeypatch.setattr(loop.Trainer, "save_state", interrupt)
     assert main([*FLAGS, "--out", str(folder)]) == 130
     monkeypatch.undo()
     monkeypatch.setattr(loop.report, "write", lambda folder: None)  # pictures take longer than the training

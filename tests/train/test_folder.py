@@ -264,20 +264,20 @@ def test_a_run_that_met_an_unreadable_picture_goes_on_when_it_is_mended(tmp_path
     monkeypatch.setattr(folder, "STATISTICS_IMAGES", 2)  # so that not every picture is decoded at the start
     root, flags = write_folder(tmp_path / "images", per_class=6), ["--augment=resized-crop", "--workers=0"]
     assert run(root, tmp_path / "whole", *flags) == 0
-    path, save = root / "train" / "ant" / "2.png", loop._Trainer.save_state
+    path, save = root / "train" / "ant" / "2.png", loop.Trainer.save_state
     good = path.read_bytes()
 
     def damage(self):
         save(self)
         path.write_bytes(good[:50])
 
-    monkeypatch.setattr(loop._Trainer, "save_state", damage)
+    monkeypatch.setattr(loop.Trainer, "save_state", damage)
     capsys.readouterr()
     assert run(root, tmp_path / "run", *flags) == 2
     lines = [x for x in capsys.readouterr().err.replace("\r", "\n").splitlines() if x.startswith("error: ")]
     assert len(lines) == 1 and "2.png', which cannot be decoded" in lines[0]
     assert lines[0].endswith(f"Then go on with --resume {tmp_path / 'run'}")
-    monkeypatch.setattr(loop._Trainer, "save_state", save)
+    monkeypatch.setattr(loop.Trainer, "save_state", save)
     path.write_bytes(good)
     assert main(["--resume", str(tmp_path / "run"), "--threads=1", "--workers=1"]) == 0
     assert_same_weights(tmp_path / "run", tmp_path / "whole")

@@ -81,7 +81,7 @@ def ungated(tmp_path_factory):
 
 def cut_off(monkeypatch, flags, folder, step):
     """Run until `step`, as far as an interrupt lets it."""
-    before = loop._Trainer.show if "--nu=0" in flags else loop._Trainer.prune
+    before = loop.Trainer.show if "--nu=0" in flags else loop.Trainer.prune
 
     def interrupt(self, *args):
         if self.step >= step:
@@ -89,7 +89,7 @@ def cut_off(monkeypatch, flags, folder, step):
         return before(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, before.__name__, interrupt)
+        patch.setattr(loop.Trainer, before.__name__, interrupt)
         assert main([*flags, "--out", str(folder)]) == 130
 
 
@@ -350,7 +350,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on(pruned, limit, file, 
 
     flags, expected = pruned
     folder, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
-    before, train = loop._Trainer.prune, loop.train
+    before, train = loop.Trainer.prune, loop.train
 
     def fill(self, *args):
         if self.step == 9:
@@ -364,7 +364,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on(pruned, limit, file, 
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "prune", fill)
+        patch.setattr(loop.Trainer, "prune", fill)
         patch.setattr(loop, "train", emptied)
         assert main([*flags, "--out", str(folder)]) == 1
     told = capfd.readouterr().err
@@ -465,13 +465,13 @@ KILLS = [  # where, at which call and how; and the newest checkpoint that is the
     ("catode.train.checkpoint:_beside", 4, "half", "checkpoint-2.pt"),
     ("catode.train.checkpoint:_beside", 3, "after", "checkpoint-2.pt"),
     ("catode.train.checkpoint:_flush_folder", 1, "before", "checkpoint-4.pt"),
-    ("catode.train.loop:_Table.add", 1, "after", "checkpoint-4.pt"),
+    ("catode.train.loop:CsvTable.add", 1, "after", "checkpoint-4.pt"),
     ("os:fsync", 7, "pause", "checkpoint-4.pt"),
     ("catode.train.compact:Change.follow", 2, "before", None),
     ("catode.train.gates:Gates.install", 2, "before", None),
     ("catode.train.prune:Pruner._compact", 1, "after", None),
     ("catode.train.prune:Pruner.step", 4, "after", None),
-    ("catode.train.loop:_Trainer.result", 1, "after", "checkpoint-30.pt"),
+    ("catode.train.loop:Trainer.result", 1, "after", "checkpoint-30.pt"),
     ("pathlib:Path.unlink", 1, "after", "checkpoint-30.pt"),
 ]
 

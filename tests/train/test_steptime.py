@@ -154,7 +154,7 @@ def whole(tmp_path_factory):
 
 
 def test_a_run_keeps_its_table_and_goes_on_with_it(whole, tmp_path, monkeypatch, capsys):
-    before, tables = loop._Trainer.epoch, (whole / steptime.FILE).read_text()
+    before, tables = loop.Trainer.epoch, (whole / steptime.FILE).read_text()
 
     def interrupt(self, epoch):
         if epoch == 1:
@@ -164,7 +164,7 @@ def test_a_run_keeps_its_table_and_goes_on_with_it(whole, tmp_path, monkeypatch,
     # the whole run's table instead of a measurement of its own, so that the two must end alike
     same = steptime.read(whole / steptime.FILE, *network("resnet14", None))
     monkeypatch.setattr(steptime, "measure", lambda *a, **k: same)
-    monkeypatch.setattr(loop._Trainer, "epoch", interrupt)
+    monkeypatch.setattr(loop.Trainer, "epoch", interrupt)
     folder = tmp_path / "run"
     assert main([*FLAGS, "--out", str(folder)]) == 130
     monkeypatch.undo()

@@ -213,7 +213,7 @@ def test_fp16_trains_and_prunes_with_a_scaler(tmp_path, monkeypatch):
     given = dict(epochs=3, batch_size=64, warmup_epochs=0.5, nu=0.5, memory=10, measure_every=1, augment="shift")
     config = Config(**given, out=str(tmp_path))
     object.__setattr__(config, "amp", "fp16")
-    trainer = loop._Trainer(loop.prepare(config), tmp_path, progress=False)
+    trainer = loop.Trainer(loop.prepare(config), tmp_path, progress=False)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     skipped, update = [], trainer.update
     trainer.update = lambda: skipped.append(update()) or skipped[-1]

@@ -200,14 +200,14 @@ def test_a_resnet50_starts_from_weights_prunes_is_cut_off_resumed_and_loaded(tmp
     costs = capsys.readouterr().out
     assert len(re.findall(r"^layer1\.\d +5\+5 ", costs, re.M)) == 3 and costs.count("+41 ") == 3
     folder = tmp_path / "run"
-    save_state = loop._Trainer.save_state
+    save_state = loop.Trainer.save_state
 
     def interrupted(self):
         save_state(self)
         if self.epochs_done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Trainer, "save_state", interrupted)
+    monkeypatch.setattr(loop.Trainer, "save_state", interrupted)
     assert main([*flags, "--out", str(folder)]) == 130
     assert "is for 3 classes, these images have 2" in capsys.readouterr().err
     monkeypatch.undo()
