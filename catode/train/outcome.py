@@ -93,11 +93,12 @@ class Outcomes:
         if final:
             down = rest if self.target is not None else rest & (waits | (found["keep_prob"] < 0.5))
             left, waits = self._without(left, down, open_, found)
+            certain |= rest & left & ~waits & (self.target is not None)
         if not left[self.complexity.is_layer].any():
             none = np.zeros_like(open_)
             return Outcome(np.where(open_, FORCED, state), kept.copy(), none, none, none, everything=True)
         folded = waits & left & (final | self._stuck(open_ & left & ~certain, waits & zero))
-        forced = folded | (final & rest & (left | down))  # what is neither went with its site or block
+        forced = folded | (final & rest & ~certain & (left | down))  # what is neither went with its site or block
         if self.target is not None:  # what stays only because the target is met was not decided by its benefit
             forced |= certain & (found["keep_prob"] < decide.NEARLY_ONE)
         ends = {PRUNED_ZERO: zero & ~left, PRUNED_TOLERANCE: safe & ~left, FORCED: forced}
