@@ -33,7 +33,8 @@ from benchmarks._common import (
 )
 from catode import export
 from catode.train import compare, run, shadow
-from catode.train.config import CommandLine, Config
+from catode.train.commandline import CommandLine
+from catode.train.config import Config
 from catode.train.files import PLACE, packed, read_json, read_rows, structure_key
 
 KINDS = {"pruned": {}, "dense": {"nu": 0.0}, "narrow": {"nu": 0.0}, "short": {"nu": 0.0, "arch": "resnet14"}}

@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks._common import guarded, machine, markdown, overrides, publish, spread
 from catode.train import run
-from catode.train.config import CommandLine, Config
+from catode.train.commandline import CommandLine
+from catode.train.config import Config
 from catode.train.files import read_json, read_rows
 
 LEAST_SHARE, MOST_LOSS = 0.30, 0.01

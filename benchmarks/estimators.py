@@ -28,7 +28,8 @@ from scipy.stats import spearmanr
 
 from benchmarks._common import guarded, hardware, markdown, publish
 from catode.train import data
-from catode.train.config import CommandLine, Config
+from catode.train.commandline import CommandLine
+from catode.train.config import Config
 from catode.train.estimators import Probe, batch_statistics_only, curvature_corrected, straight_through
 from catode.train.gates import Gates
 from catode.train.loop import learning_rates, make_optimizer

@@ -21,7 +21,8 @@ from torch import nn
 
 from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
 from catode.train import compact, models
-from catode.train.config import CommandLine, Config
+from catode.train.commandline import CommandLine
+from catode.train.config import Config
 from catode.train.device import keep_freed_memory
 from catode.train.prune import Pruner
 from catode.train.structure import count

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
 from catode.train import data, models
-from catode.train.config import CommandLine, settings
+from catode.train.commandline import CommandLine
+from catode.train.config import settings
 from catode.train.device import keep_freed_memory
 
 HEADER = ["images", "first batch, ms", "images/s, no steps", "ms a step", "ms of it waiting", "wait share"]

@@ -30,7 +30,7 @@ from catode.theory import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem, 
 from catode.theory.network_bounds import COORDINATES, bounds
 from catode.theory.network_runs import Coverage, coverage
 from catode.theory.networks import Structure, draw
-from catode.train.config import CommandLine
+from catode.train.commandline import CommandLine
 
 KINDS = {"layer": "block", "unit": "unit"}
 SHARE_GOAL, AREA_GOAL = 0.01, 0.99

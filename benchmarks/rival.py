@@ -27,7 +27,8 @@ from benchmarks import pool
 from benchmarks._common import guarded, overrides
 from catode._validate import check_int, check_interval, fail
 from catode.train import load
-from catode.train.config import CommandLine, Config, ConfigError, check_out
+from catode.train.commandline import CommandLine
+from catode.train.config import Config, ConfigError, check_out
 from catode.train.files import read_json, read_rows
 from catode.train.loop import METRIC_FIELDS, CsvTable, prepare, train
 from catode.train.prune import ROW_FIELDS

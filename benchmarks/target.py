@@ -12,7 +12,8 @@ import tempfile
 
 from benchmarks._common import guarded, machine, markdown, overrides, publish
 from catode.train import run
-from catode.train.config import CommandLine, Config
+from catode.train.commandline import CommandLine
+from catode.train.config import Config
 from catode.train.files import read_json
 from catode.train.target import QUANTITIES
 

@@ -30,7 +30,7 @@ from catode.theory import UnitSystem
 from catode.theory.basins import UNDECIDED, basins_of_attraction
 from catode.theory.batch import Batch, integrate_batch
 from catode.theory.box import BoxSystem
-from catode.train.config import CommandLine
+from catode.train.commandline import CommandLine
 
 UNIT = UnitSystem(price=0.1, weight_decay=0.1, rate_ratio=1.0, benefit_slope=0.5)
 BAND, HORIZON = 1e-3, 200.0

@@ -23,7 +23,8 @@ from torch import nn
 
 from catode._validate import check_int, fail
 from catode.train import checkpoint
-from catode.train.config import CommandLine, check_device
+from catode.train.commandline import CommandLine
+from catode.train.config import check_device
 from catode.train.device import latency_ms
 from catode.train.structure import Counts, count
 

@@ -8,13 +8,13 @@ import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from catode.train import report
+from catode.train import history, pictures
 
 FRAMES_PER_SECOND = 8
 WINDOW = -2.0, 6.0  # of benefit over price
 
 
-def write(run: report.Run, path: Path, frames: int = 90) -> None:
+def write(run: history.Run, path: Path, frames: int = 90) -> None:
     """Write a run as an animated GIF.
 
     Args:
@@ -24,7 +24,7 @@ def write(run: report.Run, path: Path, frames: int = 90) -> None:
     """
     checks = np.unique(np.concatenate([trace["step"] for trace in run.traces]))
     shown = checks[np.unique(np.linspace(0, len(checks) - 1, frames).round().astype(int))]
-    sites = report.final_sites(run)
+    sites = history.final_sites(run)
     groups = [[t for t in run.of("unit") if (t.block, t.site) == (site.block, site.site)] for site in sites]
     layers = {trace.block: trace for trace in run.of("layer")}
     figure = new_figure(9.0, 4.4)
@@ -59,7 +59,7 @@ def write(run: report.Run, path: Path, frames: int = 90) -> None:
                 for t, k in there
             ]
             dot.set_offsets(np.clip(points, (WINDOW[0], 0.0), (WINDOW[1], 1.0)) if points else np.empty((0, 2)))
-            dot.set_facecolors([report.LOOKS[t.state].color for t, _ in there] or "none")
+            dot.set_facecolors([pictures.LOOKS[t.state].color for t, _ in there] or "none")
         for bar, group in zip(bars, groups, strict=True):
             bar.set_height(sum(not _gone(t, layers, step) for t in group))
         figure.suptitle(f"epoch {float(run.epochs(np.array(step))):.1f}", x=0.02, ha="left")
@@ -72,7 +72,7 @@ def write(run: report.Run, path: Path, frames: int = 90) -> None:
     moving.save(path, writer=PillowWriter(fps=FRAMES_PER_SECOND))
 
 
-def _gone(trace: report.Trace, layers: dict[str, report.Trace], step: float) -> bool:
+def _gone(trace: history.Trace, layers: dict[str, history.Trace], step: float) -> bool:
     """Whether a structure had been removed after a step."""
     end = trace.gone_at(layers)
     return end is not None and step >= end

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from catode.complexity import Complexity
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from catode.train import checkpoint, count, describe, load, report
+from catode.train import checkpoint, count, describe, history, load
 from paper_figures._common import Made, letter, percent, seeds_text
 from paper_figures.runs import Data
 
@@ -37,7 +37,7 @@ class Check:
     layers: dict[str, tuple[float, float, int]]
 
 
-def keep_probabilities(run: report.Run, steps: NDArray) -> dict[tuple[str, str, str], NDArray]:
+def keep_probabilities(run: history.Run, steps: NDArray) -> dict[tuple[str, str, str], NDArray]:
     """theta of every structure after some steps, as last recorded: 0 once it is gone, 1 once committed.
 
     Returns:
@@ -58,7 +58,7 @@ def keep_probabilities(run: report.Run, steps: NDArray) -> dict[tuple[str, str, 
     return found
 
 
-def check(run: report.Run) -> Check:
+def check(run: history.Run) -> Check:
     """Compare a run's polynomial with what is counted.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from catode.train import report
+from catode.train import history
 from paper_figures._common import Made, letter, percent, seeds_text
 from paper_figures.complexity import keep_probabilities
 from paper_figures.runs import Data
@@ -51,19 +51,19 @@ def make(data: Data) -> Made:
     return Made("Keep probabilities drain to 0 and 1", caption, figure)
 
 
-def _own(run: report.Run) -> list[report.Trace]:
+def _own(run: history.Run) -> list[history.Trace]:
     """Structures that did not go with their site or block."""
     return [trace for trace in run.traces if trace.state != "promoted"]
 
 
-def _thetas(run: report.Run, kind: str) -> np.ndarray:
+def _thetas(run: history.Run, kind: str) -> np.ndarray:
     """theta of all structures of one kind at the start and after every epoch, shape (epochs + 1, n)."""
     steps = np.r_[0.0, run.metrics["step"]]
     found = keep_probabilities(run, steps)
     return np.stack([theta for (_, site, _), theta in found.items() if (site == "") == (kind == "layer")], axis=1)
 
 
-def _panel(ax, runs: list[report.Run], kind: str) -> list:
+def _panel(ax, runs: list[history.Run], kind: str) -> list:
     theta = np.concatenate([_thetas(run, kind) for run in runs], axis=1)
     epoch = np.r_[0.0, runs[0].metrics["epoch"]]
     below = np.zeros(len(epoch))
@@ -83,7 +83,7 @@ def _panel(ax, runs: list[report.Run], kind: str) -> list:
     return handles
 
 
-def _ends(prior: str, runs: list[report.Run]) -> str:
+def _ends(prior: str, runs: list[history.Run]) -> str:
     """How many thetas arrived by themselves, in words."""
     theta = np.array([trace["keep_prob"][-1] for run in runs for trace in _own(run)])
     near = int(np.sum((theta <= NEAR) | (theta >= 1.0 - NEAR)))

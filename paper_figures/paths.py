@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from catode.theory.plotting import PALETTE, house_style, new_figure, phase_portrait
 from catode.theory.systems import BenefitSystem
-from catode.train import compare, report, shadow
+from catode.train import compare, history, shadow
 from catode.train.files import structure_key
 from paper_figures._common import Made, letter
 from paper_figures.runs import Data
@@ -106,7 +106,7 @@ def _paths(run: compare.Run) -> list[Path]:
     for key, rows in traces.items():
         numbers = {
             n: np.array([float(r[n] or "nan") for r in rows])
-            for n in ("step", "keep_prob", "benefit", *report.SYSTEM_COLUMNS)
+            for n in ("step", "keep_prob", "benefit", *history.SYSTEM_COLUMNS)
         }
         good = np.isfinite(numbers["benefit"]) & (numbers["price"] > 0)
         if not good.any():
@@ -120,8 +120,8 @@ def _paths(run: compare.Run) -> list[Path]:
             at = int(np.searchsorted(numbers["step"], decision.step))
         elif key not in zero and rows[-1]["state"] != "committed":
             continue
-        middle = {n: numbers[n][at] if at is not None else np.nanmedian(numbers[n]) for n in report.SYSTEM_COLUMNS}
-        system = report.comparison_system(middle) if all(np.isfinite(v) for v in middle.values()) else None
+        middle = {n: numbers[n][at] if at is not None else np.nanmedian(numbers[n]) for n in history.SYSTEM_COLUMNS}
+        system = history.comparison_system(middle) if all(np.isfinite(v) for v in middle.values()) else None
         if system is None:
             continue
         end = decision.outcome if decision is not None else shadow.CONFIRMED if key in zero else "kept"

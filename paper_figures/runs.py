@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cifar, pool
-from catode.train import Config, compare, report
+from catode.train import Config, compare, history
 from catode.train.priors import PRIORS
 
 RECORDS = Path(cifar.__file__).parent / "records"
@@ -89,11 +89,11 @@ class Data:
     def _finished(self, name: str, seed: int) -> bool:
         return (self.runs / f"digits-{name}-s{seed}" / "result.json").exists()
 
-    def reports(self, name: str) -> list[report.Run]:
+    def reports(self, name: str) -> list[history.Run]:
         """Digits runs with their paths over time."""
-        return [self._once(report.read, folder) for folder in self.folders(name)]
+        return [self._once(history.read, folder) for folder in self.folders(name)]
 
-    def by_prior(self) -> dict[str, list[report.Run]]:
+    def by_prior(self) -> dict[str, list[history.Run]]:
         """Runs by the prior that they were trained under."""
         return {name: found for name in PRIORS if (found := self.reports(f"prior-{name}"))}
 
@@ -120,10 +120,10 @@ class Data:
         """The committed records."""
         return [self._once(cifar.read, folder) for folder in self._record_folders()]
 
-    def record_reports(self) -> list[report.Run]:
+    def record_reports(self) -> list[history.Run]:
         """The committed records of pruned runs with their paths over time."""
         return [
-            self._once(report.read, folder)
+            self._once(history.read, folder)
             for folder, one in zip(self._record_folders(), self.records, strict=True)
             if one.kind == "pruned"
         ]

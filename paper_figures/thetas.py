@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks._common import differences
 from catode.theory.plotting import house_style, new_figure
-from catode.train import report
+from catode.train import history, pictures
 from paper_figures._common import Made, letter, seeds_text
 from paper_figures.runs import SHORT, Data
 
@@ -25,7 +25,7 @@ def make(data: Data) -> Made:
         rows = figure.subplots(len(first), 2, sharey=True, squeeze=False)
         for ((dataset, arch), run), row in zip(first.items(), rows, strict=True):
             for ax, kind in zip(row, ("layer", "unit"), strict=True):
-                report.theta_panel(ax, run, kind)
+                pictures.theta_panel(ax, run, kind)
                 number = len(run.of(kind))
                 ax.set_title(f"{arch}, {dataset}: {number} {kind}s")
                 ax.set_xlim(0, run.metrics["epoch"][-1])
@@ -34,7 +34,7 @@ def make(data: Data) -> Made:
             row[0].set_ylabel("keep probability θ")
         letter(rows)
         seen = {trace.state for run in first.values() for trace in run.traces}
-        looks = [(state, look) for state, look in report.LOOKS.items() if state in seen]
+        looks = [(state, look) for state, look in pictures.LOOKS.items() if state in seen]
         plain = ("committed", "undecided")
         handles = [
             Line2D([], [], color=look.color, marker=None if state in plain else look.marker, label=look.text)
@@ -44,7 +44,7 @@ def make(data: Data) -> Made:
     told = "; ".join(
         f"{dataset}{_other(run)}, {seeds_text([run.config['seed']])}: "
         + ", ".join(
-            f"{sum(t.state == state for t in run.traces)} {report.LOOKS[state].text}"
+            f"{sum(t.state == state for t in run.traces)} {pictures.LOOKS[state].text}"
             for state, _ in looks
             if any(t.state == state for t in run.traces)
         )
@@ -59,7 +59,7 @@ def make(data: Data) -> Made:
     return Made("Keep probabilities during training", caption, figure)
 
 
-def _other(run: report.Run) -> str:
+def _other(run: history.Run) -> str:
     """What a record's run has other than the preset of its data set, in words; a run on the digits is as the index says."""
     if run.config["dataset"] == SHORT["dataset"]:
         return ""

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks._common import differences
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from catode.train import report
+from catode.train import history
 from paper_figures._common import Made, letter, seeds_text
 from paper_figures.runs import Data
 
@@ -19,7 +19,7 @@ COLORS = ("blue", "vermillion", "green", "purple", "orange", "sky")
 
 def make(data: Data) -> Made:
     """Draw a panel for each data set and network; what was pruned with other settings gets another colour."""
-    panels: dict[str, dict[str, list[report.Run]]] = defaultdict(lambda: defaultdict(list))
+    panels: dict[str, dict[str, list[history.Run]]] = defaultdict(lambda: defaultdict(list))
     for run in data.reports("pruned"):
         panels[f"{run.config['arch']}, {run.config['dataset']}"]["pruned"].append(run)
     for run in data.record_reports():
@@ -46,16 +46,16 @@ def make(data: Data) -> Made:
     return Made("Final widths over seeds", caption, figure)
 
 
-def _panel(ax, groups: dict[str, list[report.Run]]) -> None:
+def _panel(ax, groups: dict[str, list[history.Run]]) -> None:
     first = next(iter(groups.values()))[0]
-    names = [site.site.removesuffix(".conv1") or site.block for site in report.final_sites(first)]
-    total = [site.total or 0 for site in report.final_sites(first)]
+    names = [site.site.removesuffix(".conv1") or site.block for site in history.final_sites(first)]
+    total = [site.total or 0 for site in history.final_sites(first)]
     x = np.arange(len(names))
     ax.bar(x, total, width=0.86, color="#E9E9E9", label="before training", zorder=1)
     for number, (variant, runs) in enumerate(groups.items()):
         color = PALETTE[COLORS[number % len(COLORS)]]
-        kept = np.array([[site.kept or 0 for site in report.final_sites(run)] for run in runs])
-        alive = np.array([[site.alive for site in report.final_sites(run)] for run in runs])
+        kept = np.array([[site.kept or 0 for site in history.final_sites(run)] for run in runs])
+        alive = np.array([[site.alive for site in history.final_sites(run)] for run in runs])
         shift = (number - (len(groups) - 1) / 2) * 0.8 / len(groups)
         half = 0.36 / len(groups)
         label = f"{variant}: mean of {len(runs)}" if len(groups) > 1 else f"mean of {len(runs)} runs"

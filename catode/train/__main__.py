@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from catode.train import config as configuration
+from catode.train.commandline import parse
+from catode.train.config import ConfigError
 
 if TYPE_CHECKING:
     from catode.train.distributed import Group
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup, problem = None, ""
         try:
             try:
-                setup = loop.prepare(configuration.parse(argv))
+                setup = loop.prepare(parse(argv))
             except ValueError as error:
                 problem = str(error)
             problem = group.problem(problem, None if setup is None else setup.alike())
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if setup.config.dry_run:
                 return _end(group, 0, preflight.table(setup), sys.stdout)
             folder = loop.train(setup)
-        except configuration.ConfigError as error:  # another process is at work in the folder
+        except ConfigError as error:  # another process is at work in the folder
             return _end(group, 2, f"error: {error}")
         except (loop.NotFinite, distributed.Disagreement) as error:
             return _end(group, 1, f"error: {error}")

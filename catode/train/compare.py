@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from catode import _validate
 from catode.theory.plotting import PALETTE, house_style, legend_below, new_figure
 from catode.train import shadow
-from catode.train.config import CommandLine, settings
+from catode.train.commandline import CommandLine
+from catode.train.config import settings
 from catode.train.files import PLACE, number, packed, read_json, read_rows, structure_key
 from catode.train.report import markdown_table
 

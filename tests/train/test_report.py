@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from catode.theory.plotting import new_figure, phase_portrait
 from catode.theory.systems import BenefitSystem
-from catode.train import report
+from catode.train import history, pictures, report
 
 STRUCTURE_COLUMNS = [
     *("step", "time", "kind", "block", "site", "index", "keep_prob", "benefit", "benefit_upper", "benefit_lower"),
@@ -270,9 +270,13 @@ def test_a_committed_unit_that_went_with_its_block_counts_as_gone(run):
     with (folder / "structures.csv").open(newline="") as stream:
         unit = [row for row in csv.DictReader(stream) if row["site"] == "layer2.0.conv1" and row["index"] == "6"]
     assert unit[-1]["state"] == "committed"
-    traces = {(trace.site, trace.index): trace for trace in report.read(folder).traces}
+    traces = {(trace.site, trace.index): trace for trace in history.read(folder).traces}
     assert traces["layer2.0.conv1", "6"].state == "promoted" and traces["layer2.0.conv1", "6"].removed
     assert "1 of 27 structures were not decided by the rule" in text
+
+
+def test_every_state_and_kind_that_is_read_can_be_drawn():
+    assert set(pictures.LOOKS) == set(history.STATES) and set(pictures._KINDS) == set(history.KINDS)
 
 
 def test_configuration_and_environment_are_listed(run):
@@ -344,11 +348,11 @@ def test_one_kind_of_gate_alone(tmp_path, only):
     path = tmp_path / "structures.csv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(line for line in lines if ",layer," not in line) + "\n")
-    text = only(tmp_path, report._theta, report._structure)
+    text = only(tmp_path, pictures.theta_picture, pictures.structure_picture)
     assert "Only units had gates" in text
     assert "no layer gate" in text
     path.write_text("\n".join(line for line in lines if ",unit," not in line) + "\n")
-    assert "Only layers had gates" in only(tmp_path, report._theta, report._structure)
+    assert "Only layers had gates" in only(tmp_path, pictures.theta_picture, pictures.structure_picture)
 
 
 def test_unmeasured_values_are_admitted(tmp_path, only):
@@ -363,7 +367,7 @@ def test_unmeasured_values_are_admitted(tmp_path, only):
         writer = csv.DictWriter(stream, STRUCTURE_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    text = only(tmp_path, report._phase)
+    text = only(tmp_path, pictures.phase_picture)
     assert "For no unit were all the constants" in text
     assert (tmp_path / "phase.png").exists()
     result = json.loads((tmp_path / "result.json").read_text())

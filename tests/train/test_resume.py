@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from catode.train import checkpoint, lock, loop, models
 from catode.train.__main__ import main
-from catode.train.config import Config, ConfigError, parse
+from catode.train.commandline import parse
+from catode.train.config import Config, ConfigError
 
 # units and layers go, dead channels stay, every state of a pruner is passed through
 FLAGS = ["--arch=resnet14", "--hidden-scale=0.5", "--batch-size=256", "--nu=20", "--epochs=6", "--warmup-epochs=1.4"]

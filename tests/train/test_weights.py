@@ -13,7 +13,7 @@ from PIL import Image
 
 from catode.train import count, load, loop
 from catode.train.__main__ import main
-from catode.train.config import parse
+from catode.train.commandline import parse
 from catode.train.models import Architecture, BasicBlock, ResNet, build
 from catode.train.weights import fill, read
 
