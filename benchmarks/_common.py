@@ -109,8 +109,8 @@ def overrides(pairs: Iterable[str], *, flags: Iterable[str] = (), fixed: Iterabl
     return values
 
 
-def differences(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a resolved configuration that change what is computed and differ from the preset of its data set.
+def differences(config: dict[str, Any]) -> str:
+    """Settings of a resolved configuration that change what is computed and differ from the preset, as "a=1, b=x".
 
     The number of epochs is not among them, nor, where nothing is pruned, are the pruner's settings.
     """
@@ -123,7 +123,8 @@ def differences(config: dict[str, Any]) -> dict[str, Any]:
         epochs=config["epochs"],
         data_dir=None if config["dataset"] == "digits" else "unused",
     )
-    return {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n)}
+    changed = {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n)}
+    return ", ".join(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in changed.items())
 
 
 def check_name(name: str, own: str) -> str:

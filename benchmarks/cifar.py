@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import math
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Collection
@@ -74,8 +75,7 @@ class Record:
     @property
     def variant(self) -> str:
         """The kind with the settings that set it apart from the preset."""
-        changed = differences(self.config).items()
-        notes = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed)
+        notes = differences(self.config)
         kind = self.config["rival"] if self.kind == "rival" else self.kind
         return f"{kind} {self.config['arch']}" + (f" ({notes})" if notes else "")
 
@@ -173,6 +173,8 @@ def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = Fal
         (to / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     for name, content in tables.items():
         (to / f"{name}.gz").write_bytes(content)
+    if (folder / "structure.json").is_file():  # it alone tells of units without a gate
+        shutil.copy(folder / "structure.json", to)
     return sum(path.stat().st_size for path in to.iterdir())
 
 

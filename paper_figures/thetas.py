@@ -15,9 +15,10 @@ NEEDS = ("pruned",)
 
 
 def make(data: Data) -> Made:
-    """Draw one pruned run of each data set, a row each: of the records the one that lost most layers."""
+    """Draw one pruned run of each data set, a row each: of the records with gates on both kinds the one that lost most layers."""
     first = {}
-    records = sorted(data.record_reports(), key=lambda run: run.result["layers_kept"] / run.result["layers_total"])
+    records = [run for run in data.record_reports() if 0.0 < run.config["alpha"] < 1.0]
+    records.sort(key=lambda run: run.result["layers_kept"] / run.result["layers_total"])
     for run in [*data.reports("pruned"), *records]:
         first.setdefault((run.config["dataset"], run.config["arch"]), run)
     figure = new_figure(10.0, 3.6 * len(first) + 0.8)
@@ -63,4 +64,5 @@ def _other(run: history.Run) -> str:
     """What a record's run has other than the preset of its data set, in words; a run on the digits is as the index says."""
     if run.config["dataset"] == SHORT["dataset"]:
         return ""
-    return "".join(f", {name} {value}" for name, value in differences(run.config).items())
+    notes = differences(run.config)
+    return f", {notes}" if notes else ""

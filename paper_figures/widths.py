@@ -23,8 +23,7 @@ def make(data: Data) -> Made:
     for run in data.reports("pruned"):
         panels[f"{run.config['arch']}, {run.config['dataset']}"]["pruned"].append(run)
     for run in data.record_reports():
-        changed = ", ".join(f"{name}={value}" for name, value in differences(run.config).items())
-        panels[f"{run.config['arch']}, {run.config['dataset']}"][changed or "preset"].append(run)
+        panels[f"{run.config['arch']}, {run.config['dataset']}"][differences(run.config) or "preset"].append(run)
     figure = new_figure(10.0, 3.7 * len(panels))
     with house_style():
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -47,9 +46,9 @@ def make(data: Data) -> Made:
 
 
 def _panel(ax, groups: dict[str, list[history.Run]]) -> None:
-    first = next(iter(groups.values()))[0]
-    names = [site.site.removesuffix(".conv1") or site.block for site in history.final_sites(first)]
-    total = [site.total or 0 for site in history.final_sites(first)]
+    sites = [history.final_sites(run) for runs in groups.values() for run in runs]
+    names = [site.site.removesuffix(".conv1") or site.block for site in sites[0]]
+    total = [max(site.total or 0 for site in same) for same in zip(*sites, strict=True)]
     x = np.arange(len(names))
     ax.bar(x, total, width=0.86, color="#E9E9E9", label="before training", zorder=1)
     for number, (variant, runs) in enumerate(groups.items()):

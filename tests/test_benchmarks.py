@@ -210,8 +210,10 @@ def write_shadow_run(folder):
 @pytest.mark.parametrize(("limit", "whole"), [(14_000, True), (6_000, True), (1_500, False)])
 def test_a_condensed_run_keeps_what_was_observed_and_no_path(tmp_path, limit, whole):
     write_shadow_run(tmp_path / "run")
+    (tmp_path / "run" / "structure.json").write_text('{"blocks": {}}')
     cifar.condense(tmp_path / "run", tmp_path / "to", limit=limit)
     to = tmp_path / "to" / "run"
+    assert (to / "structure.json").read_text() == '{"blocks": {}}'
     assert "/secret" not in (to / "config.json").read_text()
     assert (to / "structures.csv.gz").stat().st_size <= limit
     kept, there = (read_rows(folder / "structures.csv") for folder in (to, tmp_path / "run"))
