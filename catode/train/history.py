@@ -15,12 +15,12 @@ import numpy as np
 
 from catode.theory.systems import BenefitSystem
 from catode.train.files import PLACE, number, read_json, read_table
+from catode.train.outcome import PROMOTED, PRUNED_TOLERANCE, PRUNED_ZERO, STATES
 
-__all__ = ["KINDS", "STATES", "Run", "SiteWidth", "Trace", "comparison_system", "final_sites", "read", "read_metrics"]
+__all__ = ["KINDS", "Run", "SiteWidth", "Trace", "comparison_system", "final_sites", "read", "read_metrics"]
 
 KINDS = ("layer", "unit")
-STATES = ("committed", "undecided", "pruned_tolerance", "pruned_zero", "promoted", "forced")
-_REMOVED_STATES = ("pruned_tolerance", "pruned_zero", "promoted")
+_REMOVED_STATES = (PRUNED_TOLERANCE, PRUNED_ZERO, PROMOTED)
 
 _TEXT_COLUMNS = (*PLACE, "state")
 _NUMBER_COLUMNS = ("step", "keep_prob", "benefit", "price", "gain", "decay", "rate_ratio", "drift", "tolerance")

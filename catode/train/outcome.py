@@ -20,6 +20,7 @@ from catode.train.target import Target
 
 UNDECIDED, COMMITTED, FORCED, PROMOTED = "undecided", "committed", "forced", "promoted"
 PRUNED_TOLERANCE, PRUNED_ZERO = "pruned_tolerance", "pruned_zero"
+STATES = (COMMITTED, UNDECIDED, PRUNED_TOLERANCE, PRUNED_ZERO, PROMOTED, FORCED)
 
 
 @dataclass(frozen=True)

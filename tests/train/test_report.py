@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from catode.theory.plotting import new_figure, phase_portrait
 from catode.theory.systems import BenefitSystem
-from catode.train import history, pictures, report
+from catode.train import history, outcome, pictures, report
 
 STRUCTURE_COLUMNS = [
     *("step", "time", "kind", "block", "site", "index", "keep_prob", "benefit", "benefit_upper", "benefit_lower"),
@@ -276,7 +276,7 @@ def test_a_committed_unit_that_went_with_its_block_counts_as_gone(run):
 
 
 def test_every_state_and_kind_that_is_read_can_be_drawn():
-    assert set(pictures.LOOKS) == set(history.STATES) and set(pictures._KINDS) == set(history.KINDS)
+    assert set(pictures.LOOKS) == set(outcome.STATES) and set(pictures._KINDS) == set(history.KINDS)
 
 
 def test_configuration_and_environment_are_listed(run):
