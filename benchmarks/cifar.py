@@ -74,9 +74,9 @@ class Record:
 
     @property
     def variant(self) -> str:
-        """The kind with the settings that set it apart from the preset."""
+        """The kind with the settings that set it apart from the preset; the rival in full is in its config."""
         notes = differences(self.config)
-        kind = self.config["rival"] if self.kind == "rival" else self.kind
+        kind = "Torch-Pruning" if self.kind == "rival" else self.kind
         return f"{kind} {self.config['arch']}" + (f" ({notes})" if notes else "")
 
     @property

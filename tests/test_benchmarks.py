@@ -162,12 +162,12 @@ def test_pairs_are_formed_at_equal_macs_and_against_the_dense_network():
         "cifar10, pruned resnet20 - dense resnet20": ["20", "2", "-9.00 ± 1.41", "45.0 ± 0.0"],
         "cifar10, pruned resnet20 - narrow resnet20 (hidden_scale=0.46)": ["20", "1", "+10.00", "100.0"],
         "cifar10, pruned resnet20 - short resnet14": ["20", "1", "+8.00", "97.8"],
-        "cifar10, pruned resnet20 - one shot (torch-pruning 1) resnet20": ["20", "1", "+1.00", "97.3"],
+        "cifar10, pruned resnet20 - Torch-Pruning resnet20": ["20", "1", "+1.00", "97.3"],
         "cifar10, pruned resnet20 - pruned resnet20 (alpha=0)": ["20", "1", "+5.00", "98.9"],
         "cifar10, pruned resnet20 (alpha=0) - dense resnet20": ["20", "1", "-15.00", "45.5"],
         "cifar10, pruned resnet20 (alpha=0) - narrow resnet20 (hidden_scale=0.46)": ["20", "1", "+5.00", "101.1"],
         "cifar10, pruned resnet20 (alpha=0) - short resnet14": ["20", "1", "+3.00", "98.9"],
-        "cifar10, pruned resnet20 (alpha=0) - one shot (torch-pruning 1) resnet20": ["20", "1", "-4.00", "98.4"],
+        "cifar10, pruned resnet20 (alpha=0) - Torch-Pruning resnet20": ["20", "1", "-4.00", "98.4"],
     }
     networks = {(row[1], row[2]): row for row in rows(told, "data")}
     assert networks["pruned resnet20", "20"][4] == "81.00 ± 1.41"
