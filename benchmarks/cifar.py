@@ -81,9 +81,14 @@ class Record:
 
     @property
     def task(self) -> tuple[str, str, int]:
-        """What runs must share to be compared: data set, architecture that is pruned or shortened, epochs."""
-        arch = self.config["arch"]
-        return self.config["dataset"], SHORTENED.get(arch, arch), self.config["epochs"]
+        """What runs must share to be compared: data set, architecture that is pruned or shortened, epochs.
+
+        Images in class folders go by the name of their folder.
+        """
+        arch, data = self.config["arch"], self.config["dataset"]
+        if data == "folder":
+            data = Path(self.config["data_dir"]).name
+        return data, SHORTENED.get(arch, arch), self.config["epochs"]
 
     @property
     def accuracy(self) -> float:

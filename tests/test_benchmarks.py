@@ -22,7 +22,8 @@ from catode.train.structure import count
 
 
 def record(seed=0, accuracy=0.8, macs=40e6, **settings):
-    config = json.loads(Config.from_presets(dataset="cifar10", data_dir="d", seed=seed, **settings).to_json())
+    settings = {"dataset": "cifar10", "data_dir": "d"} | settings
+    config = json.loads(Config.from_presets(seed=seed, **settings).to_json())
     result = dict(
         accuracy=accuracy, macs=macs, macs_dense=40e6, params=1e5, layers_kept=9, layers_total=9, units_kept=100
     )
@@ -172,6 +173,11 @@ def test_pairs_are_formed_at_equal_macs_and_against_the_dense_network():
     networks = {(row[1], row[2]): row for row in rows(told, "data")}
     assert networks["pruned resnet20", "20"][4] == "81.00 ± 1.41"
     assert networks["narrow resnet20 (hidden_scale=0.46)", "20"][6] == "45.0"
+
+
+def test_images_in_class_folders_go_by_the_name_of_their_folder():
+    found = [record(dataset="folder", data_dir=f"sets/{name}", nu=0.0) for name in ("birds", "fish")]
+    assert [row[0] for row in rows(cifar.table(found), "data")] == ["birds", "fish"]
 
 
 PLACES = [dict(kind="unit", block="b", site="s", index=index) for index in range(3)]
