@@ -87,7 +87,7 @@ class Lane:
 
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def network(arch: str) -> nn.Module:
@@ -100,7 +100,7 @@ def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
     """A pruner with the trainer's settings; `settled` means that no theta moves and nothing is checked."""
     config = Config.from_presets(dataset="cifar10", data_dir="unused")
     given = dict(estimator=config.estimator, layer_estimator=config.layer_estimator, probe_size=config.probe_size)
-    given |= dict(measure_every=config.measure_every, memory=config.memory, nu=config.nu, alpha=config.alpha)
+    given |= dict(measure_every=config.measure_every, nu=config.nu, alpha=config.alpha)
     far = 10**9
     given |= dict(rate_ratio=1.0, steps=far, warmup=far - 1 if settled else 0, check_every=far)
     pruner = Pruner(lane.model, lane.x[:1], optimizer=lane.optimizer, **{**given, **settings})

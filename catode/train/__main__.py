@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, TextIO
 
 from catode.train.commandline import parse
 from catode.train.config import ConfigError
+from catode.train.stop import Stopped
 
 if TYPE_CHECKING:
     from catode.train.distributed import Group
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 for bad input, 1 for a loss that is not finite or a full disk."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 128 and its number after a signal.
+    """
     from catode.train import data, distributed, loop, preflight
 
     with distributed.joined() as group:
@@ -47,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             mend = f". Mend that, then go on with --resume {setup.config.out}" if setup else ""
             print(f"error: {error}{mend}", file=sys.stderr)
             return 1
+        except Stopped as stop:
+            return _end(group, 128 + stop.number, f"{stop}; go on with --resume {setup.config.out}")
         except KeyboardInterrupt:
             if setup is None:
                 raise

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from catode.train.augment import AUGMENTATIONS, MIRRORED, Draws, crop_boxes, draw, mixing_share, resize_crops
 from catode.train.folder import ImageFiles, default_workers, stream
 from catode.train.images import DataError
+from catode.train.transfer import upload
 
 HOME_SHARE = 0.25
 """Share of an accelerator's free memory that an array of images may take; a larger one stays in the host's memory."""
@@ -231,7 +232,7 @@ class Batches:
             order, here = draws.order.to(self._home), places.to(self._home)
             for k in steps:
                 chosen = self._images.index_select(0, order[k * self.batch_size + here])
-                yield chosen.to(self.device, non_blocking=True)
+                yield upload(chosen, self.device)
             return
         parts = (k * self.batch_size + places for k in steps)
         requests = [
@@ -242,7 +243,7 @@ class Batches:
 
     def _stream(self, files: ImageFiles, requests: list) -> Iterator[torch.Tensor]:
         for images in stream(files, requests, self.workers, pin=self.device.type == "cuda"):
-            yield images.to(self.device, non_blocking=True)
+            yield images.to(self.device, non_blocking=self.device.type != "mps")  # for CUDA the loader pinned them
 
     def _lay_out(self, images: torch.Tensor) -> torch.Tensor:
         return (images.permute(0, 2, 3, 1) if self.channels_last else images).contiguous()

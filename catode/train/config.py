@@ -473,11 +473,23 @@ class Config:
     measure_every: int = _number(
         2, int, "gates", "steps from one measurement of the benefits to the next", low=1, mend="Use 1 for every step."
     )
-    memory: int = _number(
-        200, int, "gates", "steps over which measurements are pooled", low=10, mend="Use 200 if in doubt."
+    memory: int | None = _number(
+        None,
+        int,
+        "gates",
+        "steps over which measurements are pooled; without it 200, and in long runs 200 (deciding steps/6240)^(2/3)",
+        low=10,
+        optional=True,
+        mend="Leave it out for one that fits the run's length.",
     )
-    check_every: int = _number(
-        50, int, "gates", "steps from one check for removals to the next", low=1, mend="Use 1 for every step."
+    check_every: int | None = _number(
+        None,
+        int,
+        "gates",
+        "steps from one check for removals to the next; without it a quarter of the memory",
+        low=1,
+        optional=True,
+        mend="Leave it out for a quarter of the memory.",
     )
 
     epochs: int = _number(60, int, "training", "passes over the training images", low=1, mend="Use at least one epoch.")

@@ -52,11 +52,13 @@ class Group:
         return self.rank == 0
 
     def place(self, device: str) -> None:
-        """Choose this process's own CUDA device for `cuda`.
+        """Choose this process's own CUDA device for `cuda`; one process takes the one that `device` names.
 
         Raises:
             ValueError: if `device` is none on which several processes can train, or there is none left for this one.
         """
+        if self.size == 1 and device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # what asks for no device means this one
         if self.size == 1 or device == "cpu":
             return
         if device != "cuda" or not dist.is_nccl_available():
@@ -151,7 +153,7 @@ class Group:
         self._compare(slots.tolist(), "thetas, masks and gate draws", f"before step {step}")
         for gradient, part in zip(gradients, values[1:].split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view(gradient.shape))
-        return values[0]
+        return values[0].clone()  # a view would keep all gradients of the step alive as long as its loss
 
     def settle(self, model: nn.Module, *, step: int = 0) -> None:
         """Average the running statistics of norms over all processes and make sure that the models are then the same.
@@ -209,7 +211,7 @@ def joined() -> Iterator[Group]:
         return
 
     def stop(number: int, frame: object) -> None:
-        raise Lost("the launcher stopped it, as it does when another process dies")
+        raise Lost("the launcher stopped it, as it does when another process dies or when it is told to stop")
 
     before = signal.signal(signal.SIGTERM, stop)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ ARRAY_SHARE = 0.25
 """Share of the memory that decoded images may take before they are left on the disk."""
 STATISTICS_IMAGES = 4096
 """Training images, evenly spread over the classes, from which mean and standard deviation are taken."""
+PAUSES = 0.5, 3.0
+"""Seconds before a file that could not be read is tried again."""
 BATCHES_AHEAD = 3
 """Batches that each worker decodes ahead of the step."""
 
@@ -302,7 +306,7 @@ def _decode(path: str, image_size: int | None, crop: np.ndarray | None = None) -
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(_read(path))) as image:
             if image_size is None:
                 return np.asarray(_rgb(image)).transpose(2, 0, 1)
             if crop is None:
@@ -322,8 +326,20 @@ def _decode(path: str, image_size: int | None, crop: np.ndarray | None = None) -
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"`data_dir` must hold readable images; got {str(path)!r}, which cannot be decoded ({reason}). "
-            "Replace or delete the file."
+            "Replace the file."
         ) from error
+
+
+def _read(path: str) -> bytes:
+    """A file's bytes; a disk or a network that fails for a moment is given two more chances."""
+    for pause in PAUSES:
+        try:
+            return Path(path).read_bytes()
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except OSError:
+            time.sleep(pause)
+    return Path(path).read_bytes()
 
 
 def _rgb(image):

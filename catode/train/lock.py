@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import TextIO
 
@@ -15,6 +17,7 @@ except ImportError:  # Windows has no such locks: there nothing keeps two proces
     fcntl = None
 
 FILE = "lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems without locks answer
 
 
 def hold(folder: Path, name: str = "out") -> TextIO:
@@ -51,6 +54,13 @@ def hold(folder: Path, name: str = "out") -> TextIO:
                 f"`{name}` must be a folder in which no other process is at work; got {name}={str(folder)!r}, held by {holder}. "
                 "Wait for its end, or choose another."
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"note: {folder} is on a file system without locks; nothing keeps a second run out of it.",
+                file=sys.stderr,
+            )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()

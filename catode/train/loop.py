@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from catode.train.config import Config, check_out
 from catode.train.device import check_compile, keep_freed_memory, latency_ms, processor
 from catode.train.gates import plain_name
 from catode.train.prune import ROW_FIELDS, Pruner, rate_ratios
+from catode.train.stop import Stop, Stopped
 from catode.train.structure import Counts, count, describe
 from catode.train.target import Target
 
@@ -60,6 +61,7 @@ STATE_FIELDS = (
     "processes",
     "steps_per_epoch",
     "classes",
+    "images",
     "sums",
     "lengths",
     "momentum",
@@ -68,6 +70,10 @@ STATE_FIELDS = (
     "model",
     "rng",
 )
+
+
+LEAST_MEMORY = 200
+SHORT_RUN = 6240  # steps of a deciding phase for which the least memory does: 20 epochs of CIFAR-10
 
 
 class NotFinite(RuntimeError):
@@ -96,7 +102,8 @@ class Setup:
 
     def alike(self) -> tuple:
         """What must be the same in all processes."""
-        return self.config.to_json(), self.steps_per_epoch, self.images.classes, self.state and self.state["step"]
+        images = self.images.classes, self.images.fingerprint
+        return self.config.to_json(), self.steps_per_epoch, images, self.state and self.state["step"]
 
     @property
     def ode_time(self) -> float:
@@ -112,6 +119,22 @@ class Setup:
     def decide_steps(self) -> int:
         """Steps after which the deciding phase ends."""
         return round(self.config.decide_until * len(self.schedule))
+
+    @property
+    def memory(self) -> int:
+        """Steps over which measurements are pooled.
+
+        How fast benefits change is known to within memory^(-3/2) and is extrapolated over the rest of the run, so that a
+        memory in proportion to length^(2/3) leaves a run of any length in the same doubt.
+        """
+        if self.config.memory is not None:
+            return self.config.memory
+        return max(LEAST_MEMORY, round(LEAST_MEMORY * (self.decide_steps / SHORT_RUN) ** (2 / 3)))
+
+    @property
+    def check_every(self) -> int:
+        """Steps from one check to the next."""
+        return self.memory // 4 if self.config.check_every is None else self.config.check_every
 
     @property
     def rate_ratio(self) -> float:
@@ -198,6 +221,11 @@ def prepare(config: Config) -> Setup:
         raise ValueError(
             f"`data_dir` must hold the images that the run began with; got {steps} steps an epoch and {len(images.classes)} "
             f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start anew."
+        )
+    if state is not None and state["images"] != images.fingerprint:
+        raise ValueError(
+            "`data_dir` must hold the images that the run began with; got other files or other labels. Restore them, or start "
+            "anew."
         )
     if state is not None and state["processes"] != group.size and not config.sync_bn:
         raise ValueError(
@@ -336,9 +364,9 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         probe_size=config.probe_size,
         layers_per_probe=config.layers_per_probe,
         measure_every=config.measure_every,
-        check_every=config.check_every,
+        check_every=setup.check_every,
         read_every=config.read_every,
-        memory=config.memory,
+        memory=setup.memory,
         width_multiple=config.width_multiple,
         round_to=config.round_to,
         shadow=len(setup.schedule) if config.shadow else None,
@@ -438,6 +466,7 @@ def run(config: Config, *, progress: bool = True, with_report: bool = True) -> P
     Raises:
         ValueError: for bad input, a folder that is in use or a checkpoint that cannot be read, before anything is written.
         NotFinite: if the loss stops being finite; the folder then holds the last good network.
+        Stopped: a KeyboardInterrupt, if a signal asked for it; the run can go on where it stopped.
     """
     return train(prepare(config), progress=progress, with_report=with_report)
 
@@ -453,7 +482,8 @@ def train(setup: Setup, *, progress: bool = True, with_report: bool = True) -> P
             check_out(setup.config)  # another process may have begun and ended here meanwhile
         trainer = Trainer(setup, folder, progress)
         try:
-            trainer.train()
+            with trainer.stop.heeded() if group.size == 1 else nullcontext():
+                trainer.train()
         finally:
             trainer.close()
         if group.leads:
@@ -503,7 +533,7 @@ class Trainer:
 
     def __init__(self, setup: Setup, folder: Path, progress: bool):
         config = setup.config
-        self.setup, self.config, self.folder, self.group = setup, config, folder, setup.group
+        self.setup, self.config, self.folder, self.group, self.stop = setup, config, folder, setup.group, Stop()
         self.model, self.amp = setup.model, AMP[config.amp]
         self.dense = count(self.model, setup.example)
         blocks = self.model.structures()
@@ -555,7 +585,7 @@ class Trainer:
             unit="step",
             disable=not (progress and self.group.leads),
             file=sys.stderr,
-            mininterval=0.5,
+            mininterval=0.5 if sys.stderr.isatty() else 60.0,  # a line in a log file only grows
         )
         for note in setup.notes if self.group.leads else ():
             self.bar.write(f"note: {note}", file=sys.stderr)
@@ -573,6 +603,8 @@ class Trainer:
         self.mark = time.perf_counter(), time.process_time()
         while self.epochs_done < self.config.epochs:
             self.advance()
+            if self.stop and self.epochs_done < self.config.epochs:
+                self.leave()
         executed = count(self.model, self.setup.example).macs
         if self.pruner is not None:
             self.pruner.finish()
@@ -623,10 +655,13 @@ class Trainer:
             self.bar.update()
             if self.step % max(10, self.config.read_every) == 0:
                 self.show()
-            if len(losses) % self.config.checkpoint_every == 0 and len(losses) < self.setup.steps_per_epoch:
+            due = self.stop or len(losses) % self.config.checkpoint_every == 0
+            if due and len(losses) < self.setup.steps_per_epoch:
                 self.catch_up()
                 self.group.settle(self.model, step=self.step)
                 self.save_state()
+                if self.stop:
+                    self.leave()
             mark, before = time.perf_counter(), mark
             sums.seconds += mark - before
         self.catch_up()
@@ -657,6 +692,10 @@ class Trainer:
             "undecided": undecided,
             "wait_share": sums.waited / sums.seconds,
         }
+
+    def leave(self) -> NoReturn:
+        """End as a signal asked for, now that everything is kept."""
+        raise Stopped(self.stop.number, f"stopped after step {self.step}")
 
     def no_sums(self) -> _Sums:
         return _Sums(torch.zeros((), dtype=torch.long, device=self.config.device))
@@ -779,6 +818,7 @@ class Trainer:
                 "processes": self.group.size,
                 "steps_per_epoch": self.setup.steps_per_epoch,
                 "classes": list(self.setup.images.classes),
+                "images": self.setup.images.fingerprint,
                 **{name: getattr(self, name) for name in _PROGRESS},
                 "sums": {**self.sums.state(), "right": right.cpu()},
                 "lengths": [self.metrics.length(), self.structures.length()],
@@ -868,4 +908,5 @@ def _environment(config: Config) -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": config.device,
+        **({"accelerator": torch.cuda.get_device_name()} if config.device.startswith("cuda") else {}),
     }

@@ -202,9 +202,8 @@ class GradientProducts:
         self.size, self._put = size, put
         self.gain, self.weight_gradient = Pool(size, window), Pool(size, window)
         self._parameters: list[nn.Parameter] = []
-        self._owners: list[NDArray[np.int64]] = []
-        self._layers: list[tuple[int, int, int]] = []
-        self._units: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._layers: list[tuple[int, slice]] = []
+        self._axes: list[list[tuple[int, torch.Tensor]]] = []
         self.begin()
 
     def attach(self, model: nn.Module, blocks: Sequence[tuple[int, Block]], units: Sequence[Sequence[NDArray]]) -> None:
@@ -215,39 +214,24 @@ class GradientProducts:
             blocks: The blocks that are still there, with their layer's number.
             units: For each of them and each of its sites, the numbers of the units now present.
         """
-        self._parameters, parts, ends = [], [], []
+        self._parameters, self._layers, self._axes, start = [], [], [], 0
         self.begin()
         for (number, block), present in zip(blocks, units, strict=True):
-            roots = [
-                (name, module) for name, module in model.get_submodule(block.name).named_modules(prefix=block.name)
-            ]
-            for name, module in roots:
+            numbers = [upload(torch.from_numpy(a), next(model.parameters()).device) for a in present]
+            for name, module in model.get_submodule(block.name).named_modules(prefix=block.name):
                 if any(name == f or name.startswith(f + ".") for f in block.fixed):
                     continue
                 for key, parameter in sorted(module.named_parameters(recurse=False)):  # gates change the order
-                    owners = np.full((3, *parameter.shape), self.size)
-                    owners[0] = number
-                    for site, numbers in zip(block.sites, present, strict=True):
-                        tail = (1,) * (parameter.dim() - 1)
-                        if name in site.producers:
-                            owners[1] = numbers.reshape(-1, *tail)
-                        if name in site.consumers and key == "weight":
-                            owners[2] = numbers.reshape(1, -1, *tail[1:])
+                    axes = [(0, own) for site, own in zip(block.sites, numbers, strict=True) if name in site.producers]
+                    if key == "weight":
+                        axes += [
+                            (1, own) for site, own in zip(block.sites, numbers, strict=True) if name in site.consumers
+                        ]
                     self._parameters.append(parameter)
-                    parts.append(owners.reshape(3, -1))
-            ends.append((number, sum(part.shape[1] for part in parts)))
-        self._owners = list(np.concatenate(parts, axis=1)) if parts else []
-        self._layers, self._units, start = [], [], 0
-        if not parts or self._parameters[0].device.type == "cpu":
-            return
-        for number, stop in ends:
-            self._layers.append((number, start, stop))
+                    self._axes.append(axes)
+            stop = sum(p.numel() for p in self._parameters)
+            self._layers.append((number, slice(start, stop)))
             start = stop
-        for owner in self._owners[1:]:
-            places = np.flatnonzero(owner < self.size)
-            self._units.append(
-                tuple(upload(torch.from_numpy(a), self._parameters[0].device) for a in (places, owner[places]))
-            )
 
     def begin(self) -> None:
         """Begin a burst of three steps."""
@@ -313,16 +297,15 @@ class GradientProducts:
         pool.add(values, seen & np.isfinite(values))
 
     def _sum(self, products: torch.Tensor) -> torch.Tensor:
-        """Sums over the weights of each structure, shape (n,)."""
-        if products.device.type == "cpu":
-            sums = sum(np.bincount(owner, products.numpy(), self.size + 1) for owner in self._owners)
-            return torch.from_numpy(sums[: self.size])
-        # sums over slices and few additions to one place, for the sake of what adds in parallel
+        """Sums over the weights of each structure, shape (n,); in the same order every time."""
         sums = products.new_zeros(self.size)
-        for number, start, stop in self._layers:
-            sums[number] += products[start:stop].sum()
-        for places, owner in self._units:
-            sums.index_add_(0, owner, products[places])
+        for number, weights in self._layers:
+            sums[number] = products[weights].sum()
+        parts = products.split([p.numel() for p in self._parameters])
+        for part, parameter, axes in zip(parts, self._parameters, self._axes, strict=True):
+            for axis, numbers in axes:
+                other = [k for k in range(parameter.dim()) if k != axis]
+                sums.index_add_(0, numbers, part.view(parameter.shape).sum(other) if other else part)
         return sums
 
 

@@ -182,7 +182,7 @@ def measure(
             cases.setdefault(key, (module, []))
         layers.append((term.name, inner, outer, keys))
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([example.device] if example.device.type == "cuda" else []):
         for _ in range(ROUNDS):
             for (_, shape, i, o), (module, times) in cases.items():
                 channels = i * getattr(module, "groups", 1) or o

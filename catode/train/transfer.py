@@ -18,7 +18,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor
     if device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type != "mps")  # MPS would read memory that is already given back
 
 
 def read(tensors: Sequence[torch.Tensor]) -> list[NDArray]:

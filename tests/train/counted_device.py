@@ -63,6 +63,9 @@ def compute(operator, args, kwargs):
     given = tree_leaves((args, kwargs))
     ours = [x for x in given if isinstance(x, Counted)]
     name, target = operator.overloadpacket.__name__, kwargs.get("device")
+    strangers = [x for x in given if isinstance(x, torch.Tensor) and not isinstance(x, Counted) and x.dim() > 0]
+    if ours and strangers and name not in ("copy_", "_to_copy"):
+        raise RuntimeError(f"{name} of tensors on two devices")
     there = bool(ours) if target is None else torch.device(target).type == "counted"
     if there and target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}

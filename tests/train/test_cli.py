@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import pickle
 import re
@@ -13,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from catode.train import data, load
+from catode.train import data, load, loop
 from catode.train.__main__ import main
+from catode.train.commandline import parse
 from catode.train.models import build
 from catode.train.structure import count
 
@@ -198,6 +200,21 @@ def test_dry_run_prints_the_costs_and_writes_nothing(tmp_path, capsys):
     assert f"{dense.macs:,} MACs, {dense.params:,} parameters" in printed
     assert all(f"layer{s}.{b}" in printed for s in (1, 2, 3) for b in (0, 1))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_fits_the_length_of_the_run():
+    setup = loop.prepare(parse([*SMALL, "--memory=50", "--check-every=7"]))
+    assert (setup.memory, setup.check_every) == (50, 7)
+    free = dataclasses.replace(setup.config, memory=None, check_every=None)
+
+    def of(steps):
+        return dataclasses.replace(setup, config=free, schedule=np.ones(steps))
+
+    assert [(of(n).memory, of(n).check_every) for n in (10, 7800)] == [(200, 50)] * 2  # 20 epochs of CIFAR-10
+    for steps in (80_000, 450_000, 10**7):
+        long = of(steps)
+        assert long.memory**1.5 / long.decide_steps == pytest.approx(200**1.5 / loop.SHORT_RUN, rel=1e-3)
+        assert long.check_every == long.memory // 4
 
 
 BAD = {

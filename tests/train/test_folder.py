@@ -1,8 +1,10 @@
 """Images in folders: what is decoded where, in which formats, and that none of it changes a batch."""
 
+import errno
 import os
 import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,6 +175,47 @@ def test_an_unreadable_file_is_named_when_it_is_decoded(tmp_path, name, augment)
         files = load("folder", tmp_path, image_size=8, array_bytes=0, augment=augment)
         list(batches(files, 0, augment, batch_size=7).epoch(0, 0))
     assert "\n" not in str(caught.value)
+
+
+def fails(times, error):
+    """A way to read a file that fails so many times first."""
+    left, read = [error] * times, Path.read_bytes
+
+    def attempt(path):
+        if left:
+            raise left.pop()
+        return read(path)
+
+    return attempt, left
+
+
+def test_a_file_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    files = load("folder", write_folder(tmp_path), array_bytes=0).train_images
+    expected, waited = files.decode(0), []
+    monkeypatch.setattr(folder.time, "sleep", waited.append)
+    broken = OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(Path, "read_bytes", fails(2, broken)[0])
+    assert np.array_equal(files.decode(0), expected) and waited == list(folder.PAUSES)
+    monkeypatch.setattr(Path, "read_bytes", fails(3, broken)[0])
+    with pytest.raises(DataError, match=r"Input/output error\)\. Replace the file\.$"):
+        files.decode(0)
+    attempt, left = fails(3, FileNotFoundError(errno.ENOENT, "No such file or directory"))
+    monkeypatch.setattr(Path, "read_bytes", attempt)
+    with pytest.raises(DataError, match="No such file"):
+        files.decode(0)
+    assert len(left) == 2
+
+
+def test_other_images_have_another_fingerprint(tmp_path):
+    write_folder(tmp_path)
+    options = [{}, {"array_bytes": 0}]
+    first = [load("folder", tmp_path, **more).fingerprint for more in options]
+    assert first == [load("folder", tmp_path, **more).fingerprint for more in options]
+    os.rename(tmp_path / "train" / "bee" / "1.png", tmp_path / "train" / "bee" / "7.png")
+    assert load("folder", tmp_path, array_bytes=0).fingerprint != first[1]
+    os.rename(tmp_path / "train" / "bee" / "7.png", tmp_path / "train" / "ant" / "7.png")
+    for more, before in zip(options, first, strict=True):
+        assert load("folder", tmp_path, **more).fingerprint != before
 
 
 def test_an_unreadable_file_in_a_worker_and_one_of_another_size(tmp_path):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
+import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from catode.train import checkpoint, lock, loop, models
 from catode.train.__main__ import main
 from catode.train.commandline import parse
 from catode.train.config import Config, ConfigError
+from catode.train.stop import Stop, Stopped
 
 # units and layers go, dead channels stay, every state of a pruner is passed through
 FLAGS = ["--arch=resnet14", "--hidden-scale=0.5", "--batch-size=256", "--nu=20", "--epochs=6", "--warmup-epochs=1.4"]
@@ -110,6 +114,50 @@ def test_a_resumed_ungated_run_ends_as_the_whole_one(ungated, tmp_path, monkeypa
     assert [path.name for path in checkpoint.states(tmp_path / "run")] == ["checkpoint-4.pt", "checkpoint-2.pt"]
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1", "--checkpoint-every=1"]) == 0
     assert_same_end(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 9), (signal.SIGINT, 14)])
+def test_a_signal_stops_the_run_after_its_step(pruned, number, step, tmp_path, monkeypatch, capsys):
+    flags, expected = pruned
+    before = loop.Trainer.prune
+
+    def ask(self, *args):
+        if self.step == step:
+            signal.raise_signal(number)
+        return before(self, *args)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "prune", ask)
+        assert main([*flags, "--out", str(tmp_path / "run")]) == 128 + number
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    found = re.search(r"stopped after step (\d+); go on with --resume ", capsys.readouterr().err)
+    assert checkpoint.states(tmp_path / "run")[0].name == f"checkpoint-{found[1]}.pt"
+    assert int(found[1]) in (step, step + 1)
+    assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
+    assert_same_end(tmp_path / "run", expected)
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    stop, before = Stop(), signal.getsignal(signal.SIGTERM)
+    with stop.heeded():
+        assert not stop
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(Stopped, match="at once") as stopped:
+            signal.raise_signal(signal.SIGINT)
+    assert stopped.value.number == signal.SIGINT and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def heed():
+        with Stop().heeded():
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(heed).result() == before
 
 
 OTHER_SETTINGS = [
@@ -295,6 +343,11 @@ def lost_table(folder):
     (folder / "structures.csv").unlink()
 
 
+def other_images(folder):
+    for path in folder.glob("checkpoint*"):
+        change(path, images=1)
+
+
 def half_config(folder):
     truncate_to = (folder / "config.json").read_text()[:60]
     (folder / "config.json").write_text(truncate_to)
@@ -306,6 +359,7 @@ REFUSED = [
     (other_seed, "it is of a run with another seed"),
     (short_table, "metrics.csv is shorter than it was then"),
     (lost_table, "structures.csv is shorter than it was then"),
+    (other_images, "`data_dir` must hold the images that the run began with; got other files or other labels"),
     (half_config, "`config.json` must be valid JSON"),
 ]
 
@@ -549,6 +603,17 @@ def test_one_folder_is_begun_once(tmp_path):
         loop.train(setups[1])
     with pytest.raises(ConfigError, match="`resume` must be a folder that can be written; got resume="):
         lock.hold(tmp_path / "nowhere", "resume")
+
+
+def test_a_file_system_without_locks_costs_a_note(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    lock.hold(tmp_path).close()
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {tmp_path} is on a file system without locks; nothing keeps a second run out of it."
+    ]
 
 
 def test_torch_load_is_never_called_unsafely():
