@@ -109,6 +109,10 @@ def overrides(pairs: Iterable[str], *, flags: Iterable[str] = (), fixed: Iterabl
     return values
 
 
+FORMER = {"memory": 200, "check_every": 50}
+"""Defaults of older records; runs as short as those still have these values."""
+
+
 def differences(config: dict[str, Any]) -> str:
     """Settings of a resolved configuration that change what is computed and differ from the preset, as "a=1, b=x".
 
@@ -123,6 +127,7 @@ def differences(config: dict[str, Any]) -> str:
         epochs=config["epochs"],
         data_dir=None if config["dataset"] == "digits" else "unused",
     )
+    names -= {n for n, value in FORMER.items() if config.get(n) == value and getattr(base, n) is None}
     changed = {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n)}
     return ", ".join(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in changed.items())
 

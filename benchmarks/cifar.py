@@ -15,7 +15,6 @@ import gzip
 import io
 import json
 import math
-import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Collection
@@ -145,10 +144,11 @@ def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = Fal
     Args:
         folder: The run.
         target: Folder for the records; the run gets a folder of its own name there.
-        limit: Most bytes of structures.csv.gz. The last row of every structure, which holds its decision, always stays;
-            of the checks every k-th. Of a shadow run all rows between a derived decision and its outcome stay as they
-            are; where these are too many, those that hold the decision or a largest value after it, which is all that
-            `catode.train.compare` looks at.
+        limit: Most bytes written. The last row of every structure, which holds its decision, always stays; of the
+            checks every k-th; where that is not enough, measured numbers have two or three digits instead of four.
+            Of a shadow run all rows between a derived decision and its outcome stay as they are; where these are too
+            many, those that hold the decision or a largest value after it, which is all that `catode.train.compare`
+            looks at.
         latency: Measure latencies anew, here and now, in place of those from the end of the run.
 
     Returns:
@@ -172,15 +172,18 @@ def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = Fal
     if config.get("shadow"):
         decisions = read_rows(folder / shadow.FILE, ("rule", *PLACE, "step", "outcome_step"))
         tables[shadow.FILE] = _packed(decisions)
-    tables["structures.csv"] = _condensed(rows, decisions, limit)
-    to.mkdir(parents=True, exist_ok=True)
+    files = {f"{name}.gz": content for name, content in tables.items()}
     for name, content in (("config", config), ("result", result), ("env", record.env)):
-        (to / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    for name, content in tables.items():
-        (to / f"{name}.gz").write_bytes(content)
+        files[f"{name}.json"] = (json.dumps(content, indent=2) + "\n").encode()
     if (folder / "structure.json").is_file():  # it alone tells of units without a gate
-        shutil.copy(folder / "structure.json", to)
-    return sum(path.stat().st_size for path in to.iterdir())
+        structure = json.loads((folder / "structure.json").read_text())
+        files["structure.json"] = (json.dumps(structure, separators=(",", ":")) + "\n").encode()
+    left = limit - sum(map(len, files.values()))
+    files["structures.csv.gz"] = _condensed(rows, decisions, left)
+    to.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (to / name).write_bytes(content)
+    return sum(map(len, files.values()))
 
 
 def _condensed(rows: list[dict[str, str]], decisions: list[dict[str, str]], limit: int) -> bytes:
@@ -189,8 +192,8 @@ def _condensed(rows: list[dict[str, str]], decisions: list[dict[str, str]], limi
     whole = {i for span in observed for i in span}
     least = {i for span in observed for i in _decisive(rows, span)}
     last = set(_last(rows).values())
-    for kept in (whole, least):
-        short, every = _rounded(rows, kept), 1
+    for kept, digits in ((whole, 4), (least, 4), (least, 3), (least, 2)):
+        short, every = _rounded(rows, kept, digits), 1
         content = _packed(short)
         while len(content) > limit and every < len(rows):
             every *= 2
@@ -232,13 +235,15 @@ def _decisive(rows: list[dict[str, str]], span: list[int]) -> list[int]:
 def _thinned(rows: list[dict[str, str]], every: int, keep: set[int]) -> list[dict[str, str]]:
     """Rows of every k-th check, and those to be kept."""
     steps = {step: i for i, step in enumerate(dict.fromkeys(row["step"] for row in rows))}
+    if every >= len(steps):  # not even the first check
+        return [row for i, row in enumerate(rows) if i in keep]
     return [row for i, row in enumerate(rows) if i in keep or steps[row["step"]] % every == 0]
 
 
-def _rounded(rows: list[dict[str, str]], keep: Collection[int] = ()) -> list[dict[str, str]]:
-    """Rows with measured numbers to four digits, but for those to be kept as they are."""
+def _rounded(rows: list[dict[str, str]], keep: Collection[int] = (), digits: int = 4) -> list[dict[str, str]]:
+    """Rows with measured numbers to a few digits, but for those to be kept as they are."""
     return [
-        row if i in keep else {name: value if name in EXACT else _short(value) for name, value in row.items()}
+        row if i in keep else {name: value if name in EXACT else _short(value, digits) for name, value in row.items()}
         for i, row in enumerate(rows)
     ]
 
@@ -254,12 +259,12 @@ def _packed(rows: list[dict[str, str]]) -> bytes:
     return gzip.compress(text.getvalue().encode(), 9, mtime=0)
 
 
-def _short(value: str) -> str:
+def _short(value: str, digits: int) -> str:
     try:
         number = float(value)
     except ValueError:
         return value
-    return value if number.is_integer() else f"{number:.4g}"
+    return value if number.is_integer() else f"{number:.{digits}g}"
 
 
 def table(records: list[Record]) -> str:
