@@ -267,8 +267,9 @@ def _class_files(root: Path, split: str) -> dict[str, list[str]]:
     found = {}
     for folder in folders:
         found[folder.name] = sorted(
-            os.path.relpath(os.path.join(place, f), root)
+            os.path.join(within, f)
             for place, _, names in os.walk(folder)
+            for within in [os.path.relpath(place, root)]  # once a folder: it is slow
             for f in names
             if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")
         )
