@@ -1,6 +1,7 @@
 """Bias and noise of the benefit estimators against exact enumeration.
 
     python -m benchmarks.estimators [--draws 220] [--resnet] [--write]
+    python -m benchmarks.estimators --run FOLDER [--write]
 
 A fully-connected residual network with 2 layers and 8 units has 1,024 gate patterns. It is trained on the digits with
 its gates drawn at theta; early and late in that training the loss of every pattern gives the exact benefits L0 - L1.
@@ -9,15 +10,17 @@ which is what training minimises; a row shows what the whole set as one batch wo
 
 With --resnet, a second part trains the ResNet-20 of the main job and compares probes of several sizes there (the
 reference: paired differences over the whole batch, unbiased): a probe is normalised by its own examples, and few
-examples normalise badly.
+examples normalise badly. With --run, that comparison alone, on the network of a finished run.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,9 +28,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.special import ndtr
 from scipy.stats import spearmanr
+from torch import nn
 
 from benchmarks._common import guarded, hardware, markdown, publish
-from catode.train import data
+from benchmarks.cifar import read
+from catode.train import data, load
 from catode.train.commandline import CommandLine
 from catode.train.config import Config
 from catode.train.estimators import Probe, batch_statistics_only, curvature_corrected, straight_through
@@ -264,29 +269,19 @@ def compare(bench: Bench, draws: int) -> str:
 # --- probes on the main job's network --------------------------------------------------------------------------------
 
 
-def resnet_probes(epochs: int, length: int, batches: int, units: int, seed: int) -> str:
-    """Benefits of a ResNet-20 on the digits by probes of several sizes, all gates open.
+def resnet_probes(epochs: int, length: int, seed: int) -> str:
+    """Benefits of a ResNet-20 on the digits by probes of several sizes, early in a run.
 
     Args:
         epochs: Epochs to train before measuring.
         length: Epochs of the whole schedule.
-        batches: Batches to measure on.
-        units: Number of units in the sample, chosen at random; every layer is measured.
         seed: Seed of everything.
     """
     config = Config.from_presets(dataset="digits")
     source = data.load("digits")
     torch.manual_seed(seed)
     model = build("resnet20", in_channels=1, classes=len(source.classes)).to(memory_format=torch.channels_last).train()
-    stream = data.Batches(
-        source.train_images,
-        source.train_labels,
-        config.batch_size,
-        source.mean,
-        source.std,
-        augment=config.augment,
-        channels_last=True,
-    )
+    stream = _stream(source, config)
     optimizer = make_optimizer(model, config)
     rates = iter(learning_rates(config.schedule, config.lr, length * len(stream)))
     for epoch in range(epochs):
@@ -297,6 +292,59 @@ def resnet_probes(epochs: int, length: int, batches: int, units: int, seed: int)
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
+    title = f"ResNet-20 on the digits after {epochs} of {length} epochs (loss {loss.item():.2g})"
+    return probes(title, model, stream.epoch(length, seed), config, len(source.classes), seed)
+
+
+def run_probes(folder: Path, seed: int) -> str:
+    """The same for the network that a finished run handed back, on its own training images."""
+    model, record = load(folder), read(folder)
+    names = ("dataset", "arch", "batch_size", "augment", "data_dir", "image_size")
+    config = Config.from_presets(**{name: record.config[name] for name in names})
+    source = data.load(config.dataset, config.data_dir, image_size=config.image_size)
+    model = model.to(memory_format=torch.channels_last).train()
+    stream = _stream(source, config)
+    title = (
+        f"{config.arch} on {config.dataset} after {record.config['epochs']} epochs (accuracy {record.accuracy:.1f} %)"
+    )
+    return probes(title, model, stream.epoch(record.config["epochs"], seed), config, len(source.classes), seed)
+
+
+def _stream(source: data.ImageData, config: Config) -> data.Batches:
+    return data.Batches(
+        source.train_images,
+        source.train_labels,
+        config.batch_size,
+        source.mean,
+        source.std,
+        augment=config.augment,
+        channels_last=True,
+    )
+
+
+def probes(
+    title: str,
+    model: nn.Module,
+    stream: Iterable[tuple],
+    config: Config,
+    classes: int,
+    seed: int,
+    *,
+    batches=12,
+    units=24,
+) -> str:
+    """Benefits by probes of several sizes, all gates open, against those of whole batches.
+
+    Args:
+        title: What network this is.
+        model: The network, in training mode.
+        stream: Batches of images and labels.
+        config: Gives the size of a batch and of the preset's probe.
+        classes: Number of classes.
+        seed: Seed of the sample and of sampled labels.
+        batches: Batches to measure on.
+        units: Number of units in the sample, chosen at random; every layer is measured.
+    """
     blocks = model.structures()
     ends = np.cumsum([len(blocks)] + [site.width for block in blocks for site in block.sites])
     ones = torch.ones(int(ends[-1]))
@@ -305,10 +353,13 @@ def resnet_probes(epochs: int, length: int, batches: int, units: int, seed: int)
     sample = np.random.default_rng(seed).choice(np.arange(len(blocks), len(ones)), units, replace=False)
     kinds = {"layers": np.arange(len(blocks)), "units": np.sort(sample)}
     generator, found = torch.Generator().manual_seed(seed), {}
-    sizes = [m for m in (config.batch_size, 32, 16) if m <= config.batch_size] + [max(2, config.batch_size // 10)]
-    for x, y in itertools.islice(stream.epoch(length, seed), batches):
+    whole = config.batch_size
+    sizes = sorted(
+        {m for m in (whole, 32, 16, max(2, whole // 10), config.probe_size) if m and m <= whole}, reverse=True
+    )
+    for x, y in itertools.islice(stream, batches):
         gates.set(ones, ones.clone())
-        targets = F.one_hot(y, len(source.classes)).float()
+        targets = F.one_hot(y, classes).float()
         with batch_statistics_only(model):
             (derivative,) = torch.autograd.grad(F.cross_entropy(model(x), y), gates.draw)
         for size in sizes:
@@ -333,10 +384,7 @@ def resnet_probes(epochs: int, length: int, batches: int, units: int, seed: int)
             ]
         )
     header = ["structures, estimator, examples", "median", "exact median", "bias %", "one-draw std %", "Spearman"]
-    title = (
-        f"### ResNet-20 on the digits after {epochs} of {length} epochs (loss {loss.item():.2g}): {len(blocks)} layers "
-        f"and {units} units, {batches} batches of {config.batch_size}, nats"
-    )
+    title = f"### {title}: {len(blocks)} layers and {units} units, {batches} batches of {whole}, nats"
     return f"{title}\n\n{markdown(header, rows)}"
 
 
@@ -348,12 +396,25 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40, help="epochs of the late measurement (40); the early one: 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resnet", action="store_true", help="also compare probe sizes on ResNet-20 (minutes)")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/estimators.md")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="FOLDER",
+        help="only compare probe sizes, on the network of this finished run (minutes)",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write benchmarks/results/estimators.md, or that of the run"
+    )
     args = parser.parse_args()
     if args.draws < 2 or args.epochs < 2:
         raise ValueError(f"`draws` and `epochs` must be >= 2; got {args.draws} and {args.epochs}.")
     torch.set_num_threads(1)
     began = time.perf_counter()
+    if args.run is not None:
+        text = run_probes(args.run, args.seed)
+        name = "estimators_" + json.loads((args.run / "config.json").read_text())["arch"]
+        publish(name, f"{text}\n\n{hardware()}; {time.perf_counter() - began:.0f} s.", args.write)
+        return
     source = data.load("digits")
     images = source.train_images.float() / 255.0
     images = ((images - images.mean()) / images.std()).flatten(1)
@@ -373,7 +434,7 @@ def main() -> None:
     if args.resnet:
         length = Config.from_presets(dataset="digits").epochs
         for epochs in (5, length // 2):
-            parts += [resnet_probes(epochs, length, batches=12, units=24, seed=args.seed), ""]
+            parts += [resnet_probes(epochs, length, args.seed), ""]
     lines = [
         f"Benefit estimators against enumeration of {2**bench.size:,} gate patterns: DenseResNet, {BLOCKS} layers of "
         f"{HIDDEN} units on a stream of {WIDTH}, digits, batch {args.batch}, n = {args.draws} draws, seed {args.seed}; "

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import _common, cifar, digits, pool, rival, sensitivity
+from benchmarks import _common, cifar, digits, estimators, pool, rival, sensitivity
 from catode.train import compare, loop, shadow
 from catode.train.config import Config, ConfigError
 from catode.train.files import read_json, read_rows
@@ -303,6 +303,16 @@ def test_finished_runs_are_left_alone_cut_off_ones_go_on_and_others_are_refused(
     assert (folder / "result.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="with seed=0 in place of 1. Delete that folder or give another --runs."):
         pool.train([dataclasses.replace(config, seed=1)])
+
+
+def test_probes_of_a_finished_run_are_compared_with_whole_batches(tmp_path, small):
+    folder = pool.complete(Config.from_presets(**TINY, out=str(tmp_path / "run")))
+    told = estimators.run_probes(folder, 0)
+    assert "resnet14 on digits after 2 epochs" in told and "6 layers and 24 units, 12 batches of 32" in told
+    found = {row[0]: row[1:] for row in rows(told, "structures, estimator")}
+    assert {name.split(", probe ")[1] for name in found} == {"32", "16", "3"} and len(found) == 12
+    for kind in ("layers", "units"):
+        assert found[f"{kind}, paired, probe 32"][2] == "+0"  # it is what the others are compared with
 
 
 def test_torch_pruning_meets_the_macs():

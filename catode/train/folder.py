@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from catode.train.augment import crop_boxes
 from catode.train.images import DataError, ImageData, statistics
+from catode.train.stop import held_back, outlive
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ANNOTATIONS = "val_annotations.txt"
@@ -139,9 +140,11 @@ def stream(
         num_workers=workers,
         prefetch_factor=BATCHES_AHEAD if workers else None,
         pin_memory=pin,
+        worker_init_fn=outlive,
         generator=torch.Generator(),  # its own, or it would draw from the global one
     )
-    batches = iter(loader)
+    with held_back():
+        batches = iter(loader)
     while True:
         try:
             batch = next(batches)

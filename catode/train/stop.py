@@ -9,6 +9,30 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MASKS = hasattr(signal, "pthread_sigmask")  # not on Windows
+
+
+def outlive(worker: int) -> None:
+    """Leave the first signal of each kind to the run that this process works for; Ctrl-C reaches all of them at once.
+
+    Args:
+        worker: Number of the worker, of no use here.
+    """
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if MASKS:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let signals wait while processes are forked, which take them only once they `outlive` the first."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if MASKS else ()
+    try:
+        yield
+    finally:
+        if MASKS:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Stopped(KeyboardInterrupt):

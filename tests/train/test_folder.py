@@ -4,6 +4,9 @@ import errno
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -324,3 +327,27 @@ def test_a_run_that_met_an_unreadable_picture_goes_on_when_it_is_mended(tmp_path
     path.write_bytes(good)
     assert main(["--resume", str(tmp_path / "run"), "--threads=1", "--workers=1"]) == 0
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to groups of processes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_lets_the_workers_finish_the_step(tmp_path, number):
+    write_folder(tmp_path / "images", per_class=8)
+    flags = [
+        "--dataset=folder",
+        f"--data-dir={tmp_path / 'images'}",
+        "--arch=resnet14",
+        "--hidden-scale=0.25",
+        "--nu=0",
+    ]
+    flags += ["--image-size=8", "--batch-size=4", "--array-gib=0", "--workers=2", "--threads=1", "--epochs=9999"]
+    command = [sys.executable, "-m", "catode.train", *flags, "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not list((tmp_path / "run").glob("checkpoint-*.pt")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    found = re.search(r"stopped after step (\d+); go on with --resume ", told.splitlines()[-1])
+    assert found and (tmp_path / "run" / f"checkpoint-{found[1]}.pt").exists() and "Traceback" not in told, told
