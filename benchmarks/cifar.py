@@ -44,6 +44,17 @@ LIMIT = 200 * 1024
 EXACT = ("keep_prob", "tolerance")  # their order must survive rounding
 
 
+def task(config: dict[str, Any]) -> tuple[str, str, int]:
+    """What runs must share to be compared: data set, architecture that is pruned or shortened, epochs.
+
+    Images in class folders go by the name of their folder.
+    """
+    arch, data = config["arch"], config["dataset"]
+    if data == "folder":
+        data = Path(config["data_dir"]).name
+    return data, SHORTENED.get(arch, arch), config["epochs"]
+
+
 @dataclass(frozen=True)
 class Record:
     """What a finished run left.
@@ -80,14 +91,8 @@ class Record:
 
     @property
     def task(self) -> tuple[str, str, int]:
-        """What runs must share to be compared: data set, architecture that is pruned or shortened, epochs.
-
-        Images in class folders go by the name of their folder.
-        """
-        arch, data = self.config["arch"], self.config["dataset"]
-        if data == "folder":
-            data = Path(self.config["data_dir"]).name
-        return data, SHORTENED.get(arch, arch), self.config["epochs"]
+        """What runs must share to be compared."""
+        return task(self.config)
 
     @property
     def accuracy(self) -> float:

@@ -24,7 +24,7 @@ def make(data: Data) -> Made:
         panels.setdefault(f"{dataset}, {arch}, {epochs} epochs", {}).setdefault(variant, []).append(record)
     columns = min(2, len(panels))
     height = -(-len(panels) // columns)
-    figure = new_figure(5.2 * columns, 4.9 * height)
+    figure = new_figure(6.6 * columns, 5.6 * height)
     with house_style():
         axes = figure.subplots(height, columns, squeeze=False)
         for ax, (name, groups) in zip(axes.flat, panels.items(), strict=False):
@@ -69,7 +69,7 @@ def _panel(ax, name: str, groups: dict[str, list[Record]]) -> None:
     ax.set_xlabel("MACs, share of the dense network's")
     ax.set_ylabel("test accuracy")
     ax.set_title(name)
-    legend_below(ax)
+    legend_below(ax, columns=1)
 
 
 def _table(groups: dict[str, Sequence[Record]]) -> str:

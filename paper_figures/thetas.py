@@ -6,6 +6,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks._common import differences
+from benchmarks.cifar import task
 from catode.theory.plotting import house_style, new_figure
 from catode.train import history, pictures
 from paper_figures._common import Made, letter, seeds_text
@@ -15,12 +16,15 @@ NEEDS = ("pruned",)
 
 
 def make(data: Data) -> Made:
-    """Draw one pruned run of each data set, a row each: of the records with gates on both kinds the one that lost most layers."""
+    """Draw one pruned run of each data set, a row each: of the records with gates on both kinds the one that lost most layers.
+
+    Records that were condensed to the last row of each structure have no path to draw and are left out.
+    """
     first = {}
-    records = [run for run in data.record_reports() if 0.0 < run.config["alpha"] < 1.0]
+    records = [run for run in data.record_reports() if 0.0 < run.config["alpha"] < 1.0 and _has_paths(run)]
     records.sort(key=lambda run: run.result["layers_kept"] / run.result["layers_total"])
     for run in [*data.reports("pruned"), *records]:
-        first.setdefault((run.config["dataset"], run.config["arch"]), run)
+        first.setdefault(task(run.config)[:2], run)
     figure = new_figure(10.0, 3.6 * len(first) + 0.8)
     with house_style():
         rows = figure.subplots(len(first), 2, sharey=True, squeeze=False)
@@ -58,6 +62,11 @@ def make(data: Data) -> Made:
         f"derived for the structure. What became of them ({told})."
     )
     return Made("Keep probabilities during training", caption, figure)
+
+
+def _has_paths(run: history.Run) -> bool:
+    """Whether both kinds have a structure that was recorded more than once."""
+    return all(any(len(trace.states) > 1 for trace in run.of(kind)) for kind in ("layer", "unit"))
 
 
 def _other(run: history.Run) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks._common import differences
+from benchmarks.cifar import task
 from catode.theory.plotting import PALETTE, house_style, new_figure
 from catode.train import history
 from paper_figures._common import Made, letter, seeds_text
@@ -23,8 +24,9 @@ def make(data: Data) -> Made:
     for run in data.reports("pruned"):
         panels[f"{run.config['arch']}, {run.config['dataset']}"]["pruned"].append(run)
     for run in data.record_reports():
-        panels[f"{run.config['arch']}, {run.config['dataset']}"][differences(run.config) or "preset"].append(run)
-    figure = new_figure(10.0, 3.7 * len(panels))
+        dataset, arch, _ = task(run.config)
+        panels[f"{arch}, {dataset}"][differences(run.config) or "preset"].append(run)
+    figure = new_figure(10.0, 4.2 * len(panels))
     with house_style():
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for ax, (name, groups) in zip(axes, panels.items(), strict=True):
@@ -47,7 +49,7 @@ def make(data: Data) -> Made:
 
 def _panel(ax, groups: dict[str, list[history.Run]]) -> None:
     sites = [history.final_sites(run) for runs in groups.values() for run in runs]
-    names = [site.site.removesuffix(".conv1") or site.block for site in sites[0]]
+    names = [_short(site.site or site.block) for site in sites[0]]
     total = [max(site.total or 0 for site in same) for same in zip(*sites, strict=True)]
     x = np.arange(len(names))
     ax.bar(x, total, width=0.86, color="#E9E9E9", label="before training", zorder=1)
@@ -57,20 +59,29 @@ def _panel(ax, groups: dict[str, list[history.Run]]) -> None:
         alive = np.array([[site.alive for site in history.final_sites(run)] for run in runs])
         shift = (number - (len(groups) - 1) / 2) * 0.8 / len(groups)
         half = 0.36 / len(groups)
-        label = f"{variant}: mean of {len(runs)}" if len(groups) > 1 else f"mean of {len(runs)} runs"
+        mean = f"mean of {len(runs)} runs" if len(runs) > 1 else "one run"
+        label = f"{variant}: {mean}" if len(groups) > 1 else mean
         ax.hlines(
             kept.mean(axis=0), x + shift - half, x + shift + half, color=color, linewidth=2.4, label=label, zorder=3
         )
         places = x + shift + np.linspace(-0.6, 0.6, len(runs))[:, None] * half if len(runs) > 1 else (x + shift)[None]
         places = np.broadcast_to(places, kept.shape)
         ax.plot(places[alive], kept[alive], "o", color=color, markersize=4, alpha=0.8, markeredgewidth=0, zorder=4)
-        ax.plot(
-            places[~alive], kept[~alive], "x", color=color, markersize=6, markeredgewidth=1.6, zorder=4, clip_on=False
-        )
-    ax.set_xticks(x, names, rotation=0 if len(names) <= 12 else 60)
+        gone = {"color": color, "markersize": 6, "markeredgewidth": 1.6, "zorder": 4, "clip_on": False}
+        if (
+            not alive.all()
+        ):  # an empty unclipped line has its extent at the corner of the figure, which upsets the layout
+            ax.plot(places[~alive], kept[~alive], "x", **gone)
+    ax.set_xticks(x, names, rotation=0 if len(names) <= 12 else 90)
     ax.set_xlim(-0.6, len(names) - 0.4)
     ax.set_ylim(0, 1.05 * max(total))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.grid(visible=False, axis="x")
+    ax.set_xlabel("block")
     ax.set_ylabel("channels")
     ax.legend(loc="upper left")
+
+
+def _short(site: str) -> str:
+    """A site in few letters: the stage and number of its block, and its convolution where a block has two sites."""
+    return site.removeprefix("layer").removesuffix(".conv1").replace(".conv2", " b")
