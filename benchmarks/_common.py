@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from catode.train.config import Config, ConfigError, settings
-from catode.train.device import processor
+from catode.prune.device import processor
 from catode.train.loop import NotFinite
+from catode.train.settings.config import Config, ConfigError, settings
 
 RESULTS = Path(__file__).parent / "results"
 NEVER = ("resume", "dry_run")

@@ -32,10 +32,12 @@ from benchmarks._common import (
     spread,
 )
 from catode import export
-from catode.train import compare, run, shadow
-from catode.train.commandline import CommandLine
-from catode.train.config import Config
-from catode.train.files import PLACE, packed, read_json, read_rows, structure_key
+from catode.decisions import shadow
+from catode.records import PLACE, packed, read_json, read_rows, structure_key
+from catode.report import compare
+from catode.train import run
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import Config
 
 KINDS = {"pruned": {}, "dense": {"nu": 0.0}, "narrow": {"nu": 0.0}, "short": {"nu": 0.0, "arch": "resnet14"}}
 SHORTENED = {"resnet14": "resnet20"}
@@ -152,7 +154,7 @@ def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = Fal
         limit: Most bytes written. The last row of every structure, which holds its decision, always stays; of the
             checks every k-th; where that is not enough, measured numbers have two or three digits instead of four.
             Of a shadow run all rows between a derived decision and its outcome stay as they are; where these are too
-            many, those that hold the decision or a largest value after it, which is all that `catode.train.compare`
+            many, those that hold the decision or a largest value after it, which is all that `catode.report.compare`
             looks at.
         latency: Measure latencies anew, here and now, in place of those from the end of the run.
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._common import guarded, machine, markdown, overrides, publish, spread
+from catode.records import read_json, read_rows
 from catode.train import run
-from catode.train.commandline import CommandLine
-from catode.train.config import Config
-from catode.train.files import read_json, read_rows
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import Config
 
 LEAST_SHARE, MOST_LOSS = 0.30, 0.01
 

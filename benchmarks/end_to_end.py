@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks._common import check_name, guarded, hardware, load, markdown, overrides, publish
 from catode.train import loop
-from catode.train.commandline import CommandLine
-from catode.train.config import Config
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import Config
 
 TIME_LIMIT, MACS_TARGET = 0.8, 0.5
 

@@ -32,13 +32,13 @@ from torch import nn
 
 from benchmarks._common import guarded, hardware, markdown, publish
 from benchmarks.cifar import read
+from catode.prune.gates import Gates
+from catode.prune.probes import Probe, batch_statistics_only, curvature_corrected, straight_through
 from catode.train import data, load
-from catode.train.commandline import CommandLine
-from catode.train.config import Config
-from catode.train.estimators import Probe, batch_statistics_only, curvature_corrected, straight_through
-from catode.train.gates import Gates
 from catode.train.loop import learning_rates, make_optimizer
 from catode.train.models import DenseResNet, build
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import Config
 
 BLOCKS, HIDDEN, WIDTH = 2, 4, 16
 POOLED = 200  # observations in the last column, the pruner's default memory

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
-from catode.train import compact, models
-from catode.train.commandline import CommandLine
-from catode.train.config import Config
-from catode.train.device import keep_freed_memory
-from catode.train.prune import Pruner
-from catode.train.structure import count
+from catode.prune import cut as compaction
+from catode.prune.describe.protocol import count
+from catode.prune.device import keep_freed_memory
+from catode.prune.pruner import Pruner
+from catode.train import models
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import Config
 
 BATCH, SIZE, CLASSES = 128, 32, 10
 FORMATS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
@@ -226,8 +227,8 @@ def narrowed(arch: str, share: float, multiple: int = 1) -> nn.Module:
             full = block.sites[0].width
             width = min(full - 1, int(level * factor * full)) | 1
             padded = min(full, -(-width // multiple) * multiple)
-            change = compact.keep_units(model, block, 0, range(padded))
-            compact.silence_units(model, block, 0, range(width, padded), change)
+            change = compaction.keep_units(model, block, 0, range(padded))
+            compaction.silence_units(model, block, 0, range(width, padded), change)
         return model
 
     low, high = 0.0, 2.0

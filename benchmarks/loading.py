@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
+from catode.prune.device import keep_freed_memory
 from catode.train import data, models
-from catode.train.commandline import CommandLine
-from catode.train.config import settings
-from catode.train.device import keep_freed_memory
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import settings
 
 HEADER = ["images", "first batch, ms", "images/s, no steps", "ms a step", "ms of it waiting", "wait share"]
 

@@ -27,10 +27,10 @@ import numpy as np
 from benchmarks._common import RESULTS, guarded, hardware, load, markdown, publish, quartiles
 from catode._validate import check_int
 from catode.theory import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem, certify
-from catode.theory.network_bounds import COORDINATES, bounds
-from catode.theory.network_runs import Coverage, coverage
 from catode.theory.networks import Structure, draw
-from catode.train.commandline import CommandLine
+from catode.theory.networks.bounds import COORDINATES, bounds
+from catode.theory.networks.runs import Coverage, coverage
+from catode.train.settings.commandline import CommandLine
 
 KINDS = {"layer": "block", "unit": "unit"}
 SHARE_GOAL, AREA_GOAL = 0.01, 0.99

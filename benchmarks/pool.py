@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from catode.records import read_json
 from catode.train import Config, run
-from catode.train.files import read_json
 
 THREADS = "OMP_NUM_THREADS"
 
@@ -56,7 +56,7 @@ def complete(config: Config, *, flag: str = "runs", progress: bool = False) -> P
     if not finished(config, flag):
         if (Path(config.out) / "config.json").exists():
             config = replace(config, resume=config.out)
-        run(config, progress=progress, with_report=False)
+        run(config, progress=progress)
     return Path(config.out)
 
 

@@ -26,13 +26,13 @@ from torch import nn
 from benchmarks import pool
 from benchmarks._common import guarded, overrides
 from catode._validate import check_int, check_interval, fail
+from catode.prune.describe.protocol import count
+from catode.prune.pruner import ROW_FIELDS
+from catode.records import read_json, read_rows
 from catode.train import load
-from catode.train.commandline import CommandLine
-from catode.train.config import Config, ConfigError, check_out
-from catode.train.files import read_json, read_rows
 from catode.train.loop import METRIC_FIELDS, CsvTable, prepare, train
-from catode.train.prune import ROW_FIELDS
-from catode.train.structure import count
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import Config, ConfigError, check_out
 
 STEPS = 400
 METHOD = "group-norm magnitude, one shot, no sparse training"

@@ -19,9 +19,9 @@ import numpy as np
 from benchmarks import pool
 from benchmarks._common import NEVER, check_name, guarded, machine, markdown, overrides, publish, spread
 from catode._validate import check_int
-from catode.train.commandline import CommandLine
-from catode.train.config import Config, ConfigError, settings
-from catode.train.files import read_json
+from catode.records import read_json
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import Config, ConfigError, settings
 
 GRID = ("nu=1,3,9", "alpha=0.25,0.5,0.75", "beta=0,1")
 OWN = ("dataset", "data_dir", "seed", "epochs", "threads", "out", *NEVER)  # set by the command

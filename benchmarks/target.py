@@ -11,11 +11,11 @@ import sys
 import tempfile
 
 from benchmarks._common import guarded, machine, markdown, overrides, publish
+from catode.decisions.target import QUANTITIES
+from catode.records import read_json
 from catode.train import run
-from catode.train.commandline import CommandLine
-from catode.train.config import Config
-from catode.train.files import read_json
-from catode.train.target import QUANTITIES
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import Config
 
 NEAR = 0.02
 

@@ -28,9 +28,9 @@ import numpy as np
 from benchmarks._common import RESULTS, guarded, hardware, load, markdown, publish, quartiles
 from catode.theory import UnitSystem
 from catode.theory.basins import UNDECIDED, basins_of_attraction
-from catode.theory.batch import Batch, integrate_batch
-from catode.theory.box import BoxSystem
-from catode.train.commandline import CommandLine
+from catode.theory.flow.batch import Batch, integrate_batch
+from catode.theory.systems.box import BoxSystem
+from catode.train.settings.commandline import CommandLine
 
 UNIT = UnitSystem(price=0.1, weight_decay=0.1, rate_ratio=1.0, benefit_slope=0.5)
 BAND, HORIZON = 1e-3, 200.0

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from catode._validate import check_int, fail
-from catode.train import checkpoint
-from catode.train.commandline import CommandLine
-from catode.train.config import check_device
-from catode.train.device import latency_ms
-from catode.train.structure import Counts, count
+from catode.prune.describe.protocol import Counts, count
+from catode.prune.device import latency_ms
+from catode.train.loop import checkpoint
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import check_device
 
 __all__ = ["TOLERANCE", "Mismatch", "main", "measure", "write"]
 

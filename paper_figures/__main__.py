@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from catode import _validate
-from catode.train.commandline import CommandLine
+from catode.train.settings.commandline import CommandLine
 from paper_figures import (
     animation,
     basins,

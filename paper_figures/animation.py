@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 
+from catode.report import history, pictures
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from catode.train import history, pictures
 
 FRAMES_PER_SECOND = 8
 WINDOW = -2.0, 6.0  # of benefit over price

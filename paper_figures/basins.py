@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from catode.theory import BenefitSystem, LayerSystem, UnitSystem, basins_of_attraction, tolerance
-from catode.theory.curves import manifolds
-from catode.theory.equilibria import find
+from catode.theory.basins.curves import manifolds
+from catode.theory.basins.equilibria import find
 from catode.theory.plotting import PALETTE, flow_portrait, house_style, legend_below, new_figure, phase_portrait
 from paper_figures._common import Made, letter
 from paper_figures.runs import Data

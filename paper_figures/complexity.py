@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
-from catode.complexity import Complexity
+from catode.report import history
+from catode.structures.complexity import Complexity
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from catode.train import checkpoint, count, describe, history, load
+from catode.train import count, describe, load
+from catode.train.loop import checkpoint
 from paper_figures._common import Made, letter, percent, seeds_text
 from paper_figures.runs import Data
 

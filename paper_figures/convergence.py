@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from catode.report import history
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from catode.train import history
 from paper_figures._common import Made, letter, percent, seeds_text
 from paper_figures.complexity import keep_probabilities
 from paper_figures.runs import Data

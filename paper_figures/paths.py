@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.lines import Line2D
 
+from catode.decisions import shadow
+from catode.records import structure_key
+from catode.report import compare, history
 from catode.theory.plotting import PALETTE, house_style, new_figure, phase_portrait
 from catode.theory.systems import BenefitSystem
-from catode.train import compare, history, shadow
-from catode.train.files import structure_key
 from paper_figures._common import Made, letter
 from paper_figures.runs import Data
 

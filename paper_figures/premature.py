@@ -8,8 +8,9 @@ import numpy as np
 
 from benchmarks._common import spread
 from benchmarks.cifar import Record
+from catode.decisions import shadow
+from catode.report import compare
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from catode.train import compare, shadow
 from paper_figures._common import Made, letter, percent, seeds_text
 from paper_figures.runs import GROUPS, Data
 

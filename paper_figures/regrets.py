@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from catode.decisions import shadow
+from catode.report import compare
 from catode.theory.plotting import new_figure
-from catode.train import compare, shadow
 from paper_figures._common import Made, seeds_text
 from paper_figures.runs import Data
 

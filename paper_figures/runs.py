@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cifar, pool
-from catode.train import Config, compare, history
-from catode.train.priors import PRIORS
+from catode.decisions.priors import PRIORS
+from catode.report import compare, history
+from catode.train import Config
 
 RECORDS = Path(cifar.__file__).parent / "records"
 SHORT: dict[str, Any] = {"dataset": "digits", "epochs": 30, "memory": 200, "threads": 1}

@@ -9,8 +9,8 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks._common import differences
 from benchmarks.cifar import task
+from catode.report import history
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from catode.train import history
 from paper_figures._common import Made, letter, seeds_text
 from paper_figures.runs import Data
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import settings
 from torch import nn
 
-from catode.train.structure import Block, Site
+from catode.structures.description import Block, Site
 
 settings.register_profile("catode", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("catode")

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from benchmarks import _common, cifar, digits, estimators, pool, rival, sensitivity
-from catode.train import compare, loop, shadow
-from catode.train.config import Config, ConfigError
-from catode.train.files import read_json, read_rows
+from catode.decisions import shadow
+from catode.prune.describe.protocol import count
+from catode.records import read_json, read_rows
+from catode.report import compare
+from catode.train import loop
 from catode.train.models import build
-from catode.train.structure import count
+from catode.train.settings.config import Config, ConfigError
 
 
 def record(seed=0, accuracy=0.8, macs=40e6, **settings):
@@ -278,13 +280,13 @@ def test_wrong_grids_are_refused(texts):
 def small(monkeypatch):
     """Training on the first images of the digits alone, without timing."""
 
-    def few(*args, load=loop.data.load, **kwargs):
+    def few(*args, load=loop.setup.data.load, **kwargs):
         whole = load(*args, **kwargs)
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return dataclasses.replace(whole, **{name: getattr(whole, name)[:64] for name in names})
 
-    monkeypatch.setattr(loop.data, "load", few)
-    monkeypatch.setattr(loop, "latency_ms", lambda networks, example: [[1.0] * len(networks)] * 2)
+    monkeypatch.setattr(loop.setup.data, "load", few)
+    monkeypatch.setattr(loop.trainer, "latency_ms", lambda networks, example: [[1.0] * len(networks)] * 2)
 
 
 TINY = dict(dataset="digits", arch="resnet14", nu=0.0, epochs=2, batch_size=32, threads=1)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from catode import export
-from catode.train import build, checkpoint, load
-from catode.train.compact import restrict
-from catode.train.config import settings
-from catode.train.structure import count
+from catode.prune.cut import restrict
+from catode.prune.describe.protocol import count
+from catode.train import build, load
+from catode.train.loop import checkpoint
+from catode.train.settings.config import settings
 
 ARCHITECTURES = settings()["arch"].choices
 IMAGE = (3, 16, 16)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from catode.train import checkpoint, compact, count, models
+from catode.prune import cut
+from catode.train import count, models
+from catode.train.loop import checkpoint
 from paper_figures import animation, complexity, runs
 from paper_figures.__main__ import FIGURES, INDEX, main, write_index
 
@@ -38,7 +40,7 @@ def write_run(out: Path, config) -> Path:
     }
     for block in kept.values():
         block["sites"] = {name: units if block["kept"] else [] for name, units in block["sites"].items()}
-    compact.restrict(model, blocks, kept)
+    cut.restrict(model, blocks, kept)
     counts = count(model, example)
     described = dict(arch="resnet20", in_channels=1, classes=[str(i) for i in range(10)], image_shape=[1, 8, 8])
     described |= dict(hidden_scale=config.hidden_scale, mean=[0.0], std=[1.0], blocks=kept)

@@ -12,9 +12,10 @@ import pytest
 
 import catode
 from benchmarks import cifar
-from catode.train import loop, shadow
-from catode.train.config import Config
-from catode.train.prune import ROW_FIELDS
+from catode.decisions import shadow
+from catode.prune.pruner import ROW_FIELDS
+from catode.train import loop
+from catode.train.settings.config import Config
 from paper_figures import __main__ as figures
 from paper_figures.runs import RECORDS
 

@@ -13,9 +13,9 @@ from typing import NoReturn
 import numpy as np
 
 from catode.theory import tolerance
-from catode.theory.flow import integrate
-from catode.theory.systems import BenefitSystem
-from catode.theory.trajectory import Trajectory
+from catode.theory.flow.paths import integrate
+from catode.theory.flow.trajectory import Trajectory
+from catode.theory.systems.planar import BenefitSystem
 
 _NEEDED = {
     "price": "complexity cost g of keeping the structure, nats",

@@ -1,13 +1,21 @@
-"""Train a network once and get a smaller one back: the pruner, the architectures, the trainer.
+"""Train a network once and get a smaller one back: settings, data, architectures, the loop.
 
-from catode.train import Pruner, load
+from catode.train import Config, run
 """
 
-from catode.train.checkpoint import load
-from catode.train.config import Config
-from catode.train.loop import run
-from catode.train.models import build
-from catode.train.prune import Pruner
-from catode.train.structure import Block, Counts, Site, count, describe
+from catode._lazy import lazy
 
-__all__ = ["Block", "Config", "Counts", "Pruner", "Site", "build", "count", "describe", "load", "run"]
+_HOMES = {
+    "Block": "catode.structures.description",
+    "Config": "catode.train.settings.config",
+    "Counts": "catode.prune.describe.protocol",
+    "Pruner": "catode.prune.pruner",
+    "Site": "catode.structures.description",
+    "build": "catode.train.models.resnets",
+    "count": "catode.prune.describe.protocol",
+    "describe": "catode.prune.describe.protocol",
+    "load": "catode.train.loop.checkpoint",
+    "run": "catode.train.loop.trainer",
+}
+__getattr__, __dir__ = lazy(__name__, _HOMES)
+__all__ = [*_HOMES]

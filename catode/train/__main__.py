@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from catode.train.commandline import parse
-from catode.train.config import ConfigError
+from catode.train.settings.commandline import parse
+from catode.train.settings.config import ConfigError
 from catode.train.stop import Stopped
 
 if TYPE_CHECKING:
-    from catode.train.distributed import Group
+    from catode.prune.distributed import Group
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 128 and its number after a signal.
     """
-    from catode.train import data, distributed, loop, preflight
+    from catode.prune import distributed
+    from catode.report import report
+    from catode.train import data, loop
+    from catode.train.loop import preflight
 
     with distributed.joined() as group:
         setup, problem = None, ""
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _end(group, 2, f"error: {problem}")
             if setup.config.dry_run:
                 return _end(group, 0, preflight.table(setup), sys.stdout)
-            folder = loop.train(setup)
+            folder = loop.train(setup, at_end=report.write)
         except ConfigError as error:  # another process is at work in the folder
             return _end(group, 2, f"error: {error}")
         except (loop.NotFinite, distributed.Disagreement) as error:
@@ -70,7 +73,7 @@ def _end(group: Group, status: int, text: str, file: TextIO | None = None) -> in
 
 def summary(folder: Path) -> str:
     """What a finished run has to say, in a few lines."""
-    from catode.train.report import waiting
+    from catode.report.report import waiting
 
     result = json.loads((folder / "result.json").read_text())
     lines = [

@@ -14,9 +14,10 @@ from scipy.linalg import expm
 from test_flow import BENEFIT, EVERY, LAYER, UNIT
 from test_systems import numbers
 
-from catode.theory import BenefitSystem, UnitSystem, _batch_compiled, batch, integrate
-from catode.theory.batch import STATUSES, integrate_batch
-from catode.theory.box import BoxSystem
+from catode.theory import BenefitSystem, UnitSystem, integrate
+from catode.theory.flow import _batch_compiled, batch
+from catode.theory.flow.batch import STATUSES, integrate_batch
+from catode.theory.systems.box import BoxSystem
 
 LAWS = settings(max_examples=15, deadline=None, derandomize=True)
 FINE = {"rtol": 1e-9, "atol": 1e-11}

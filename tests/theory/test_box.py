@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from test_systems import numbers
 
-from catode.theory.box import BoxSystem
+from catode.theory.systems.box import BoxSystem
 
 LAWS = settings(max_examples=50, deadline=None, derandomize=True)
 TEXT = "x*y - z**2 + 1/3, sin(x) - y, exp(-z)*x - 1/2"

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from test_systems import benefits, layers, numbers, units
 
 from benchmarks.networks import area, certificates, draw_system
-from catode.theory import BenefitSystem, LayerSystem, UnitSystem, _certify_polygon, integrate, integrate_batch
-from catode.theory import certificates as module
-from catode.theory._exact import Segments, bernstein_on_box, evaluate
-from catode.theory.box import BoxSystem
-from catode.theory.certificates import Certificate, certify
+from catode.theory import BenefitSystem, LayerSystem, UnitSystem, integrate, integrate_batch
+from catode.theory.certificates import Certificate, _certify_polygon, certify
+from catode.theory.certificates import certificate as module
+from catode.theory.certificates._exact import Segments, bernstein_on_box, evaluate
 from catode.theory.systems import growth_rate
+from catode.theory.systems.box import BoxSystem
 
 LAWS = settings(max_examples=30, deadline=None, derandomize=True)
 LAYER = LayerSystem(price=0.1, weight_decay=0.3, rate_ratio=1.0, grad_bound=1.0, benefit_slope=0.5)

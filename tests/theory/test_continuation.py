@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from test_systems import benefits, layers, numbers, units
 
 from catode.theory import BenefitSystem, LayerSystem, UnitSystem, derive
-from catode.theory.box import BoxSystem
-from catode.theory.continuation import STATUSES, follow
+from catode.theory.basins.continuation import STATUSES, follow
+from catode.theory.systems.box import BoxSystem
 
 LAWS = settings(max_examples=15, deadline=None, derandomize=True)
 EVERY = pytest.mark.parametrize("systems", [layers, units, benefits], ids=["layer", "unit", "benefit"])

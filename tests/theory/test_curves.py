@@ -9,9 +9,9 @@ from test_equilibria import BENEFIT, EVERY, LAYER, SLOW, UNIT, box, the_saddle
 from test_systems import numbers
 
 from catode.theory import trace_separatrix
-from catode.theory.box import BoxSystem
-from catode.theory.curves import ENDS, _Tracer, manifolds, nullclines
-from catode.theory.equilibria import Equilibrium, find
+from catode.theory.basins.curves import ENDS, _Tracer, manifolds, nullclines
+from catode.theory.basins.equilibria import Equilibrium, find
+from catode.theory.systems.box import BoxSystem
 
 
 @pytest.mark.parametrize("system", [LAYER, UNIT, BENEFIT], ids=["layer", "unit", "benefit"])

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_systems import benefits, layers, units
 
 from catode.theory import BenefitSystem, LayerSystem, UnitSystem, integrate
-from catode.theory.box import BoxSystem
-from catode.theory.equilibria import STABILITIES, find
+from catode.theory.basins.equilibria import STABILITIES, find
+from catode.theory.systems.box import BoxSystem
 
 SLOW = settings(max_examples=8, deadline=None, derandomize=True)
 EVERY = pytest.mark.parametrize("systems", [layers, units, benefits], ids=["layer", "unit", "benefit"])
@@ -220,7 +220,7 @@ def test_bad_inputs_are_refused(call, message):
 
 def test_the_import_loads_no_heavy_library():
     code = (
-        "import sys, catode.theory.curves, catode.theory.continuation;"
+        "import sys, catode.theory.basins.curves, catode.theory.basins.continuation;"
         "print([m for m in ('torch', 'sympy', 'scipy.integrate', 'contourpy', 'matplotlib') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

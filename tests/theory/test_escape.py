@@ -10,9 +10,9 @@ from scipy.stats import binom, norm
 from test_stochastic import STEP, SYSTEM, numbers
 
 from catode.theory import BenefitSystem, LayerSystem, derive, escape_probability
-from catode.theory.box import BoxSystem
-from catode.theory.escape import cantelli_risk, escape_bounds, escape_frequency, heavy_tails, large_steps
-from catode.theory.stochastic import NORMAL, skewed, student_t
+from catode.theory.flow.stochastic import NORMAL, skewed, student_t
+from catode.theory.systems.box import BoxSystem
+from catode.theory.tolerance.escape import cantelli_risk, escape_bounds, escape_frequency, heavy_tails, large_steps
 
 FAMILY_ERROR = 1e-3  # probability that a law that holds fails by chance, over all its examples together
 CHECK = [(0.02, 0.021), (0.05, 0.068), (0.08, 0.131), (0.10, 0.205)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_systems import numbers
 
 from catode.theory import UnitSystem, integrate
-from catode.theory.box import BoxSystem
+from catode.theory.systems.box import BoxSystem
 
 FEW = settings(max_examples=15, deadline=None, derandomize=True)
 ROTATION = BoxSystem.from_expressions("x, y", "y, -x", lower=(-1, -1), upper=(1, 1))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_networks import CASE, KINDS, PLAIN, TWO, ball, case, network
 
-from catode.theory import network_bounds
-from catode.theory.network_bounds import COORDINATES, bounds, natural_radius
+from catode.theory import networks
 from catode.theory.networks import Structure, draw
+from catode.theory.networks.bounds import COORDINATES, bounds, natural_radius
 
 EVERY = pytest.mark.parametrize("coordinates", COORDINATES)
 
@@ -179,4 +179,4 @@ def test_bad_arguments_are_refused(call, message):
 
 
 def test_the_examples_in_the_docstrings_hold():
-    assert doctest.testmod(network_bounds).failed == 0
+    assert doctest.testmod(networks.bounds).failed == 0

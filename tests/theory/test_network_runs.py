@@ -14,9 +14,9 @@ from test_networks import CASE, FEW, PLAIN, SEEDS, TWO, ball, case, network
 from benchmarks import _common
 from benchmarks import networks as benchmark
 from catode.theory.flow import integrate
-from catode.theory.network_bounds import COORDINATES, bounds
-from catode.theory.network_runs import coverage, follow
 from catode.theory.networks import Structure, draw, usual_norm
+from catode.theory.networks.bounds import COORDINATES, bounds
+from catode.theory.networks.runs import coverage, follow
 
 
 def edge(found, n, seed=0):

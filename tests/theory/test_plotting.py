@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from catode.theory import BoxSystem, UnitSystem, basins_of_attraction, integrate, plotting
-from catode.theory.curves import manifolds
-from catode.theory.equilibria import find
+from catode.theory.basins.curves import manifolds
+from catode.theory.basins.equilibria import find
 
 UNIT = UnitSystem(price=0.1, weight_decay=0.1, rate_ratio=1.0, benefit_slope=0.5)
 WINDOW = ((0.0, 0.0), (1.5, 1.0))

@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from catode.theory import prior as module
-from catode.theory.prior import BernoulliPrior, FlatteningPrior, HardConcrete, Prior, SpikeAndSlab
+from catode.theory.priors import priors as module
+from catode.theory.priors.priors import BernoulliPrior, FlatteningPrior, HardConcrete, Prior, SpikeAndSlab
 
 LAWS = settings(max_examples=25, deadline=None, derandomize=True)
 THETA, PI, GAMMA, PRICE, COST = sympy.symbols("theta prior_prob gamma price slab_cost", positive=True)
@@ -291,7 +291,7 @@ def test_the_examples_in_the_docstrings_hold():
 
 def test_importing_the_symbolic_modules_loads_neither_torch_nor_sympy():
     code = (
-        "import sys, catode.theory.prior, catode.theory.symbolic; "
+        "import sys, catode.theory.priors.priors, catode.theory.networks.symbolic; "
         "print([m for m in ('torch', 'sympy', 'catode.train') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

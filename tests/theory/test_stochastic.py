@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from catode.theory import BenefitSystem, UnitSystem
-from catode.theory.box import BoxSystem
-from catode.theory.stochastic import NORMAL, Noise, iterate, ode_error, skewed, student_t
+from catode.theory.flow.stochastic import NORMAL, Noise, iterate, ode_error, skewed, student_t
+from catode.theory.systems.box import BoxSystem
 
 SYSTEM = BenefitSystem(price=0.1, gain=0.5, rate_ratio=1.0, decay=0.05)
 STEP = {"step_time": 0.01, "noise": 0.1}

@@ -12,10 +12,10 @@ import sympy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from catode.complexity import Complexity, Term
+from catode.structures.complexity import Complexity, Term
 from catode.theory import BenefitSystem, LayerSystem, UnitSystem
-from catode.theory import symbolic as module
-from catode.theory.symbolic import (
+from catode.theory.networks import symbolic as module
+from catode.theory.networks.symbolic import (
     GatedNetwork,
     benefit_comparison,
     layer_comparison,

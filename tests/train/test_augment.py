@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import make, some
 
-from catode.train.augment import CROP_AREA, CROP_RATIO, crop_boxes, draw, mixing_share, resize_crops
 from catode.train.data import Batches, DataError
+from catode.train.data.augment import CROP_AREA, CROP_RATIO, crop_boxes, draw, mixing_share, resize_crops
 
 unit = st.floats(0, 1, exclude_max=True)
 sides = st.integers(1, 700)
@@ -105,7 +105,7 @@ def test_wrong_mixtures_are_refused(mixup, classes):
 def test_images_without_room_on_the_device_stay_with_the_host(monkeypatch):
     """The meta device stands for any that is not the host."""
     for room, place in ((10**9, "meta"), (0, "cpu")):
-        monkeypatch.setattr("catode.train.batches._room", lambda device, room=room: room)
+        monkeypatch.setattr("catode.train.data.batches._room", lambda device, room=room: room)
         batches = make(device="meta")
         assert batches._images.device.type == place
         for x, y in batches.epoch(0, 0):

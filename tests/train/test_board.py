@@ -25,7 +25,7 @@ def test_events_are_the_metrics_once_each(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Trainer, "save_state", interrupt)
     assert main([*FLAGS, "--out", str(folder)]) == 130
     monkeypatch.undo()
-    monkeypatch.setattr(loop.report, "write", lambda folder: None)  # pictures take longer than the training
+    monkeypatch.setattr("catode.report.report.write", lambda folder: None)  # pictures take longer than the training
     assert main(["--resume", str(folder)]) == 0
     events = accumulator.EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0})
     events.Reload()

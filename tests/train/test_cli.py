@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from catode.prune.describe.protocol import count
 from catode.train import data, load, loop
 from catode.train.__main__ import main
-from catode.train.commandline import parse
 from catode.train.models import build
-from catode.train.structure import count
+from catode.train.settings.commandline import parse
 
 METRICS = [
     "epoch",
@@ -213,7 +213,7 @@ def test_the_memory_fits_the_length_of_the_run():
     assert [(of(n).memory, of(n).check_every) for n in (10, 7800)] == [(200, 50)] * 2  # 20 epochs of CIFAR-10
     for steps in (80_000, 450_000, 10**7):
         long = of(steps)
-        assert long.memory**1.5 / long.decide_steps == pytest.approx(200**1.5 / loop.SHORT_RUN, rel=1e-3)
+        assert long.memory**1.5 / long.decide_steps == pytest.approx(200**1.5 / loop.setup.SHORT_RUN, rel=1e-3)
         assert long.check_every == long.memory // 4
 
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from catode.train import config as module
-from catode.train.commandline import build_parser, parse
-from catode.train.config import Config, ConfigError, settings
+from catode.train.settings import config as module
+from catode.train.settings.commandline import build_parser, parse
+from catode.train.settings.config import Config, ConfigError, settings
 
 MESSAGE = re.compile(r"^`[-\w.]+` must [^\n]+; got [^\n]+\. [^\n]+[.?]$|^`[-\w.]+` must [^\n]+; got [^\n]+[.?]$")
 

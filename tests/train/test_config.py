@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from catode.train.commandline import parse
-from catode.train.config import LEAST, PRESETS, Config, ConfigError, check_out, settings
 from catode.train.models import ARCHITECTURES
+from catode.train.settings.commandline import parse
+from catode.train.settings.config import LEAST, PRESETS, Config, ConfigError, check_out, settings
 
 MESSAGE = re.compile(r"^`[-\w.]+` must [^\n]+; got [^\n]+\. [^\n]+[.?]$|^`[-\w.]+` must [^\n]+; got [^\n]+[.?]$")
 

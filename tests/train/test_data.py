@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from catode.train import cifar
-from catode.train.data import AUGMENTATIONS, Batches, DataError, load
+from catode.train.data import AUGMENTATIONS, Batches, DataError, cifar, load
 
 
 def pixels(*shape, seed=0):

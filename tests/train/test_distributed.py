@@ -29,11 +29,12 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from catode.train import checkpoint, loop
+from catode.prune.distributed import Disagreement, Group, SyncBatchNorm, current, synchronise_norms
+from catode.prune.pruner import Pruner
+from catode.train import data, loop
 from catode.train.__main__ import main
-from catode.train.distributed import Disagreement, Group, SyncBatchNorm, current, synchronise_norms
-from catode.train.models import Architecture, BasicBlock, ResNet
-from catode.train.prune import Pruner
+from catode.train.loop import checkpoint
+from catode.train.models import Architecture, ResNet
 
 SMALL = ["--arch=resnet14", "--threads=1", "--layers-per-probe=6", "--memory=10", "--width-multiple=4", "--nu=20"]
 SMALL += ["--epochs=2", "--batch-size=120", "--warmup-epochs=0.5", "--hidden-scale=0.25", "--check-every=5"]
@@ -51,7 +52,7 @@ def child(pipe, function, rank, size, store, args):
 def together(folder, function, *args, size=2):
     """What `function(*args)` returns in each of some processes that have joined; `args` may differ: one tuple each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["catode.train.preflight", "sklearn.datasets", "hypothesis", "pytest"])
+    context.set_forkserver_preload(["catode.train.loop.preflight", "sklearn.datasets", "hypothesis", "pytest"])
     store, running = folder / f"store{time.monotonic_ns()}", []
     for rank in range(size):
         own = [a[rank] if isinstance(a, tuple) else a for a in args]
@@ -162,7 +163,7 @@ def pruned(synchronised, per_example, tamper=None):
     torch.manual_seed(0)
     x = torch.from_numpy(digits.images / 16.0)[:, None]
     y = torch.from_numpy(digits.target)
-    model = ResNet(Architecture(BasicBlock, (1, 1, 1), 4, "A", "cifar"), 1, 10).double()
+    model = ResNet(Architecture("basic", (1, 1, 1), 4, "A", "cifar"), 1, 10).double()
     if synchronised and group.size > 1:
         synchronise_norms(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -231,7 +232,7 @@ def test_a_theta_that_differs_in_its_last_bit_is_found_at_the_next_step(tmp_path
 def command(argv):
     """Exit status, output and errors of the trainer in this process; latencies and figures, which cost some, left out."""
     out, err = io.StringIO(), io.StringIO()
-    quick = mock.patch.object(loop, "latency_ms", return_value=[[1.0], [1.0]]), mock.patch.object(loop.report, "write")
+    quick = mock.patch.object(loop.trainer, "latency_ms", return_value=[[1.0], [1.0]]), mock.patch("catode.report.report.write")
     with quick[0], quick[1], contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(argv)
     return status, out.getvalue(), err.getvalue()
@@ -242,10 +243,10 @@ def precisely(argv):
 
     In single precision a run of one process whose batches are turned round differs by 1e-4 after ten steps.
     """
-    batches = functools.partial(loop.data.Batches, dtype=torch.float64)
+    batches = functools.partial(data.Batches, dtype=torch.float64)
     torch.set_default_dtype(torch.float64)
     try:
-        with mock.patch.object(loop.data, "Batches", batches):
+        with mock.patch.object(loop.trainer.data, "Batches", batches):
             return command(argv)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -9,9 +9,8 @@ import threading
 import pytest
 from test_data import write_cifar10
 
-from catode.train import cifar, download
 from catode.train.__main__ import main
-from catode.train.data import DataError, load
+from catode.train.data import DataError, cifar, download, load
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from test_data import cut, pixels, write_folder
 
-from catode.train import folder, loop
+from catode.train import loop
 from catode.train.__main__ import main
-from catode.train.data import Batches, DataError, load
-from catode.train.folder import ImageFiles
+from catode.train.data import Batches, DataError, folder, load
+from catode.train.data.folder import ImageFiles
 
 
 def batches(images, workers=0, augment="crop-flip", batch_size=4, **options):
@@ -283,8 +283,8 @@ def test_wrong_annotations_are_refused(tmp_path, lines, expected):
 @pytest.fixture
 def quick(monkeypatch):
     """Runs without latencies and pictures, which take longer than these runs themselves."""
-    monkeypatch.setattr(loop, "latency_ms", lambda *_: [[1.0], [1.0]])
-    monkeypatch.setattr(loop.report, "write", lambda _: None)
+    monkeypatch.setattr(loop.trainer, "latency_ms", lambda *_: [[1.0], [1.0]])
+    monkeypatch.setattr("catode.report.report.write", lambda _: None)
 
 
 def run(root, out, *flags):

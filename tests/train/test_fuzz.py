@@ -11,8 +11,9 @@ from unittest import mock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from catode.train import config, loop
+from catode.train import loop
 from catode.train.__main__ import main
+from catode.train.settings import config
 
 LEFT_OUT = {"dataset", "data_dir", "out", "resume", "init", "device", "compile", "download", "threads", "tensorboard"}
 LEFT_OUT |= {"image_size", "array_gib", "workers"}  # of the machine, of other data sets, or given below
@@ -52,7 +53,7 @@ def command_lines(draw):
     return [*argv, "--device=cpu"]
 
 
-def few(*args, load=loop.data.load, **kwargs):
+def few(*args, load=loop.setup.data.load, **kwargs):
     """The data set's first images."""
     whole = load(*args, **kwargs)
     names = ("train_images", "train_labels", "test_images", "test_labels")
@@ -64,9 +65,9 @@ def few(*args, load=loop.data.load, **kwargs):
 def test_a_configuration_trains_or_says_why_not(argv):
     out, err = io.StringIO(), io.StringIO()
     quick = (
-        mock.patch.object(loop.data, "load", few),
-        mock.patch.object(loop, "latency_ms", lambda *args: [[1.0], [1.0]]),
-        mock.patch.object(loop.report, "write"),
+        mock.patch.object(loop.setup.data, "load", few),
+        mock.patch.object(loop.trainer, "latency_ms", lambda *args: [[1.0], [1.0]]),
+        mock.patch("catode.report.report.write"),
     )
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         for each in (*quick, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):

@@ -24,10 +24,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from catode.train import checkpoint, lock, loop, models
+from catode.train import loop, models
 from catode.train.__main__ import main
-from catode.train.commandline import parse
-from catode.train.config import Config, ConfigError
+from catode.train.loop import checkpoint, lock
+from catode.train.settings.commandline import parse
+from catode.train.settings.config import Config, ConfigError
 from catode.train.stop import Stop, Stopped
 
 # units and layers go, dead channels stay, every state of a pruner is passed through
@@ -58,8 +59,8 @@ def assert_same_end(a: Path, b: Path) -> None:
 def quick():
     """Neither latencies nor pictures are of interest here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "latency_ms", lambda *args: [[1.0], [1.0]])
-        patch.setattr(loop.report, "write", lambda folder: None)
+        patch.setattr(loop.trainer, "latency_ms", lambda *args: [[1.0], [1.0]])
+        patch.setattr("catode.report.report.write", lambda folder: None)
         yield
 
 
@@ -279,7 +280,7 @@ def test_a_folder_or_link_named_like_a_checkpoint_is_none(interrupted):
 
 def test_a_checkpoint_holds_what_a_resume_asks_for(interrupted):
     state, _ = checkpoint.load_state(interrupted)
-    assert state.keys() == {*loop.STATE_FIELDS, "format"}
+    assert state.keys() == {*loop.setup.STATE_FIELDS, "format"}
     assert len(state["sums"]["losses"]) == state["step"] - 5 * state["epochs_done"] > 0
 
 
@@ -390,9 +391,9 @@ def test_a_finished_run_is_not_resumed_but_one_without_its_report_is(ungated, tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.report, "write", fail)
+        patch.setattr("catode.report.report.write", fail)
         assert main([*flags, "--out", str(tmp_path / "run")]) == 130
-    monkeypatch.setattr(loop.report, "write", lambda folder: (folder / "report.md").write_text("written"))
+    monkeypatch.setattr("catode.report.report.write", lambda folder: (folder / "report.md").write_text("written"))
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
     assert (tmp_path / "run" / "report.md").read_text() == "written"
     assert_same_end(tmp_path / "run", folder)
@@ -412,9 +413,9 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on(pruned, limit, file, 
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         return before(self, *args)
 
-    def emptied(setup):
+    def emptied(setup, **given):
         try:
-            return train(setup, progress=False)  # standard error may be a file too
+            return train(setup, **given, progress=False)  # standard error may be a file too
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -434,11 +435,12 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on(pruned, limit, file, 
 SERVER = """
 import importlib, json, os, signal, sys, traceback
 import torch._dynamo  # or every child would import it with its first optimizer
+from catode.report import report
 from catode.train import data, loop
 from catode.train.__main__ import main
 
-loop.latency_ms = lambda *args: [[1.0], [1.0]]
-loop.report.write = lambda folder: None
+loop.trainer.latency_ms = lambda *args: [[1.0], [1.0]]
+report.write = lambda folder: None
 data.load("digits", None, seed=0)
 
 def die():
@@ -516,16 +518,16 @@ def going_on(folder):
 
 
 KILLS = [  # where, at which call and how; and the newest checkpoint that is there then, where that is certain
-    ("catode.train.prune:Pruner.step", 2, "before", ""),
-    ("catode.train.checkpoint:_beside", 4, "half", "checkpoint-2.pt"),
-    ("catode.train.checkpoint:_beside", 3, "after", "checkpoint-2.pt"),
-    ("catode.train.checkpoint:_flush_folder", 1, "before", "checkpoint-4.pt"),
+    ("catode.prune.pruner:Pruner.step", 2, "before", ""),
+    ("catode.train.loop.checkpoint:_beside", 4, "half", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_beside", 3, "after", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_flush_folder", 1, "before", "checkpoint-4.pt"),
     ("catode.train.loop:CsvTable.add", 1, "after", "checkpoint-4.pt"),
     ("os:fsync", 7, "pause", "checkpoint-4.pt"),
-    ("catode.train.compact:Change.follow", 2, "before", None),
-    ("catode.train.gates:Gates.install", 2, "before", None),
-    ("catode.train.prune:Pruner._compact", 1, "after", None),
-    ("catode.train.prune:Pruner.step", 4, "after", None),
+    ("catode.prune.cut:Change.follow", 2, "before", None),
+    ("catode.prune.gates:Gates.install", 2, "before", None),
+    ("catode.prune.pruner:Pruner._compact", 1, "after", None),
+    ("catode.prune.pruner:Pruner.step", 4, "after", None),
     ("catode.train.loop:Trainer.result", 1, "after", "checkpoint-30.pt"),
     ("pathlib:Path.unlink", 1, "after", "checkpoint-30.pt"),
 ]
@@ -569,7 +571,7 @@ def test_twenty_kills_at_random_moments(server, pruned, tmp_path):
         folder = tmp_path / str(runs)
         old = {(part.name, part.stat().st_mtime_ns) for part in folder.glob("checkpoint-*.part")}
         kind, appearances = min(kills, key=kills.get), chance.randint(1, 4)
-        inside = ("catode.train.compact:Change.follow", chance.randint(1, 3), "before")
+        inside = ("catode.prune.cut:Change.follow", chance.randint(1, 3), "before")
         process = start(server, going_on(folder), inside if kind == "compaction" else None)
         if kind == "anywhere":
             limit = time.monotonic() + chance.uniform(0.0, seconds)
@@ -617,7 +619,7 @@ def test_a_file_system_without_locks_costs_a_note(tmp_path, monkeypatch, capsys)
 
 
 def test_torch_load_is_never_called_unsafely():
-    root = Path(checkpoint.__file__).parents[2]
+    root = Path(__file__).parents[2]
     found = 0
     for file in (f for part in ("catode", "benchmarks") for f in (root / part).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -13,11 +13,11 @@ from PIL import Image
 
 from catode.train import count, load, loop
 from catode.train.__main__ import main
-from catode.train.commandline import parse
-from catode.train.models import Architecture, BasicBlock, ResNet, build
-from catode.train.weights import fill, read
+from catode.train.models import Architecture, ResNet, build
+from catode.train.models.weights import fill, read
+from catode.train.settings.commandline import parse
 
-TINY = Architecture(BasicBlock, (1, 1), 4, "B", "cifar")
+TINY = Architecture("basic", (1, 1), 4, "B", "cifar")
 
 
 def tiny(classes=5, seed=0):

@@ -1,0 +1,166 @@
+"""Ending at a given share of the network's MACs or parameters: how the price level follows, and where removal stops.
+
+The structures that pay for themselves at a price level nu are those with benefit > nu * (price at nu = 1). So the level
+at which they alone make up a given share of the network is read off the measured benefits, anew at each check. That
+share falls from 1 to the target over the first part of the deciding phase, so that the least useful are priced out
+first; where the network lags behind that, the level grows further. A removal is safe at the price of its moment.
+
+Source: derived here; the prices are those of THEORY section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from catode._validate import check_choice, check_interval, fail
+from catode.structures.complexity import Complexity
+
+QUANTITIES = ("macs", "params")
+RAMP = 0.5  # share of the deciding phase over which the expected share falls to the target
+LAG = 0.3  # share of the deciding phase by which the counted share may follow it
+SLACK = 0.01  # how far past the target one removal may lead, where there are smaller ones
+HEADROOM = 1.5  # over the level at which the marginal structure pays; at that level itself it would never go
+
+
+@dataclass(frozen=True)
+class Target:
+    """A share of the whole network's MACs or parameters.
+
+    Args:
+        complexity: The network's complexity.
+        quantity: One of `QUANTITIES`.
+        share: Share to end at, in (0, 1).
+
+    Raises:
+        ValueError: if the share is not in (0, 1), or below what is left without any block.
+    """
+
+    complexity: Complexity
+    quantity: str
+    share: float
+
+    def __post_init__(self) -> None:
+        check_choice("quantity", self.quantity, QUANTITIES)
+        name, least = f"target_{self.quantity}", self.of(np.zeros(self.complexity.size))
+        mend = f"Without any block the network keeps {least:.4f}."
+        check_interval(name, self.share, least, 1.0, low_open=True, high_open=True, mend=mend)
+
+    @classmethod
+    def choose(cls, complexity: Complexity, macs: float | None, params: float | None) -> Target | None:
+        """The target of the one share that is given; None if neither is.
+
+        Raises:
+            ValueError: if both are.
+        """
+        if macs is not None and params is not None:
+            fail("target_macs", "be left out with target_params", macs, mend="Give one of the two.")
+        if macs is None and params is None:
+            return None
+        return cls(complexity, "macs", macs) if params is None else cls(complexity, "params", params)
+
+    def of(self, kept: NDArray) -> float:
+        """Share of the whole network that `kept` (or keep probabilities), shape (n,), come to."""
+        count = getattr(self.complexity, self.quantity)
+        return count(kept) / count(np.ones(self.complexity.size))
+
+    def due(self, progress: float) -> float:
+        """Expected share due when `progress` of the deciding phase is over: it falls from 1 to the target."""
+        return 1.0 - (1.0 - self.share) * min(max(progress / RAMP, 0.0), 1.0)
+
+    def lags(self, keep_prob: NDArray, kept: NDArray[np.bool_], progress: float) -> bool:
+        """Whether the expected share or the one that is physically there is above what is due."""
+        return self.of(keep_prob) > self.due(progress) or self.of(kept) > self.due(progress - LAG)
+
+    def parts(self, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Share of the whole network that goes with each structure alone, shape (n,)."""
+        gradient = self.complexity.gradient(kept.astype(float), float(self.quantity == "params"))
+        removable = getattr(self.complexity, f"removable_{self.quantity}")
+        return gradient * removable / getattr(self.complexity, self.quantity)(np.ones(self.complexity.size))
+
+    def may_go(
+        self, kept: NDArray[np.bool_], open_: NDArray[np.bool_], sizes: NDArray | None = None
+    ) -> NDArray[np.bool_]:
+        """Which of the undecided would, alone, bring the share nearer, past the target by no more than the slack.
+
+        Args:
+            kept: Structures that are there, shape (n,).
+            open_: Those of them that are undecided, shape (n,).
+            sizes: With how many of its kind each must go at least, itself counted; infinite where it cannot. None: alone.
+        """
+        sizes = np.ones(len(kept)) if sizes is None else sizes
+        open_ = open_ & np.isfinite(sizes)
+        if not open_.any():
+            return open_
+        excess = self.of(kept) - self.share
+        parts = self.parts(kept) * np.where(open_, sizes, 1.0)
+        slack = max(SLACK, float(parts[open_].min()))
+        return open_ & (parts < np.minimum(2.0 * excess, excess + slack))
+
+    def remove(
+        self,
+        kept: NDArray[np.bool_],
+        going: NDArray[np.bool_],
+        open_: NDArray[np.bool_],
+        worth: NDArray,
+        groups: Sequence[NDArray[np.int64]] | None = None,
+    ) -> NDArray[np.bool_]:
+        """Let structures go, those of the least worth first, as far as the target.
+
+        Args:
+            kept: Structures that are there, closed under promotion, shape (n,).
+            going: Those of them that are to go, shape (n,).
+            open_: Those of them that are undecided, `going` among them, shape (n,).
+            worth: Benefit over price or alike, shape (n,).
+            groups: Structures of `going` that go together or not at all, each of one kind and site. None: each alone.
+
+        Returns:
+            Those that stay, closed under promotion, shape (n,).
+        """
+        close = self.complexity.close
+        everything = close(kept & ~going)
+        if self.of(everything) >= self.share:
+            return everything
+        if groups is None:
+            groups = list(np.flatnonzero(going)[:, None])
+        for place in np.argsort([worth[group].mean() for group in groups], kind="stable"):
+            group = groups[place]
+            sizes = np.ones(len(kept))
+            sizes[group] = len(group)
+            if kept[group].all() and self.may_go(kept, open_ & kept, sizes)[group].all():
+                kept = kept.copy()
+                kept[group] = False
+                kept = close(kept)
+        return kept
+
+    def level(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_], worth: NDArray, progress: float) -> float | None:
+        """Price level nu at which the structures that pay for themselves come to the share due, times `HEADROOM`.
+
+        Args:
+            kept: Structures that are there, shape (n,).
+            open_: Those of them that are undecided, shape (n,).
+            worth: Benefit over price at nu = 1, nats, shape (n,); not finite where nothing is known, which then stays.
+            progress: Share of the deciding phase that is over.
+
+        Returns:
+            The level; None if the share due is reached, or out of reach with what is known.
+        """
+        due = self.due(progress)
+        known = np.flatnonzero(open_ & kept & np.isfinite(worth))
+        order = known[np.argsort(worth[known], kind="stable")]
+
+        def reaches(number: int) -> bool:
+            without = kept.copy()
+            without[order[:number]] = False
+            return self.of(self.complexity.close(without)) <= due
+
+        low, high = 0, len(order)
+        if not reaches(high):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if reaches(middle) else (middle + 1, high)
+        return None if low == 0 else HEADROOM * max(float(worth[order[low - 1]]), 0.0)

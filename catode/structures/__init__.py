@@ -1,0 +1,1 @@
+"""What can go, numbered, and what it costs. Needs numpy alone."""

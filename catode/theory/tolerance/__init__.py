@@ -1,0 +1,5 @@
+"""How small a keep probability must be for safe removal, and how often the iterates escape all the same."""
+
+from catode.theory.tolerance.derivation import Tolerance, commit_alarm, derive, escape_probability, fixed
+
+__all__ = ["Tolerance", "commit_alarm", "derive", "escape_probability", "fixed"]

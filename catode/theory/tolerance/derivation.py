@@ -1,0 +1,520 @@
+"""How small a keep probability must be for a structure to be removed safely, from measured quantities.
+
+One function, `derive`, serves the trainer, the command lines, the notebooks and the figures.
+
+Source: THEORY sections 3 (`commit_alarm`), 4.3 and 5; the deterministic part rests on Theorems 3.2 and 3.3 of
+arXiv:2411.09127, everything else is derived.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+
+from catode._validate import (
+    check_broadcast,
+    check_choice,
+    check_int,
+    check_interval,
+    check_nonnegative,
+    check_positive,
+    check_real,
+    fail,
+)
+from catode.theory.systems.planar import growth_rate
+
+__all__ = ["Tolerance", "commit_alarm", "derive", "escape_probability", "fixed"]
+
+_INPUTS = (
+    "benefit",
+    "price",
+    "gain",
+    "decay",
+    "rate_ratio",
+    "noise",
+    "benefit_noise",
+    "drift",
+    "step_time",
+    "memory",
+    "pooled",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tolerance:
+    """Keep probability at or below which each structure may be removed, with what it was derived from.
+
+    Args:
+        values: Tolerance on the keep probability, at most 1, shape () or any; where it is not positive nothing can be
+            removed safely, and `reason` says why and what would help. Read-only.
+        separatrix: Keep probability theta_sep on the boundary of the domain of attraction (the tolerance without
+            noise), same shape; `nan` where the origin is "fixed". Read-only.
+        inputs: What `derive` or `fixed` was given, broadcast views of the same shape by name.
+        origin: "derived" or "fixed".
+    """
+
+    values: np.ndarray
+    separatrix: np.ndarray
+    inputs: dict[str, np.ndarray]
+    origin: str
+
+    def __post_init__(self) -> None:
+        check_choice("origin", self.origin, ("derived", "fixed"))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __float__(self) -> float:
+        return float(self.values)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tolerance):
+            return NotImplemented
+        if self.origin != other.origin or self.inputs.keys() != other.inputs.keys():
+            return False
+        pairs = [(self.values, other.values), (self.separatrix, other.separatrix)]
+        pairs += [(value, other.inputs[name]) for name, value in self.inputs.items()]
+        return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+    def reason(self, index: Any = None) -> str:
+        """Why a tolerance is what it is, and what would help where it is not positive; worked out when asked for.
+
+        Args:
+            index: Position of the structure; needed only where there are several.
+
+        Returns:
+            One sentence. Without an index, for several structures: how many of them have a positive tolerance.
+
+        Raises:
+            IndexError: if there is no such structure.
+        """
+        if index is None and self.values.ndim:
+            return f"{int(np.sum(self.values > 0.0))} of {self.values.size} structures have a positive tolerance."
+        index = () if index is None else index
+        if self.origin == "fixed":
+            return f"The tolerance is fixed at {self.values[index]:.6g} by choice; no failure probability is claimed."
+        given = {name: float(value[index]) for name, value in self.inputs.items()}
+        return _explain(float(self.values[index]), float(self.separatrix[index]), **given)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The sentence for every structure, in the order of the flattened values."""
+        return tuple(self.reason(index) for index in np.ndindex(self.values.shape))
+
+    def to_json(self) -> str:
+        """Return the tolerance as JSON text; floats keep every digit, and those that are not finite become strings."""
+        record = {
+            "origin": self.origin,
+            "values": _encode(self.values.tolist()),
+            "separatrix": _encode(self.separatrix.tolist()),
+            "inputs": {name: _encode(value.tolist()) for name, value in self.inputs.items()},
+        }
+        return json.dumps(record, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Tolerance:
+        """Return the tolerance that `to_json` wrote.
+
+        Args:
+            text: JSON text.
+
+        Returns:
+            An equal tolerance.
+
+        Raises:
+            ValueError: if `text` is not JSON of that form.
+        """
+        record = json.loads(text)
+        keys = {"origin", "values", "separatrix", "inputs"}
+        if not isinstance(record, dict) or record.keys() != keys or not isinstance(record["inputs"], dict):
+            fail("text", f"hold the keys {sorted(keys)}", text, mend="Write it with `Tolerance.to_json`.")
+        inputs = {name: _decode(value) for name, value in record["inputs"].items()}
+        return cls(_decode(record["values"]), _decode(record["separatrix"]), inputs, record["origin"])
+
+
+def derive(
+    *,
+    benefit: Any,
+    price: Any,
+    gain: Any,
+    decay: Any,
+    rate_ratio: Any,
+    noise: Any,
+    benefit_noise: Any,
+    drift: Any,
+    step_time: Any,
+    memory: Any = 0.0,
+    pooled: Any = None,
+    risk: Any = 0.05,
+) -> Tolerance:
+    """Keep probability below which removing a structure is safe, with a failure probability of at most `risk`.
+
+    theta_tol = theta_sep(b) - z_{1-risk} s_V / (q sqrt(mu (2 + tau mu))),
+    theta_sep(b) = [g (mu + a) - delta - mu b+] / q.
+
+    Where theta moves by a pooled estimate instead of a single draw (`memory` T > 0: an exponential average B of the
+    benefit, standing at `pooled` now), the pool is a third state. It slows the escape and filters the noise:
+
+    theta_sep = [ mu (g - b+) + (mu + a) T mu (g - B+) + a g - delta ] / q,   mu (mu + a) (1 + T mu) = rho q,
+
+    and s_V keeps its form with this smaller mu (docs/theory.md). T = 0 is the formula above.
+
+    The covariance of the two noises is not measured, so s_V takes its largest value, q sigma + mu sigma_b
+    (Cauchy-Schwarz). Pass upper limits for benefit, gain, noise and drift, and lower limits for decay and price.
+
+    A tolerance that is not positive is an answer: nothing can be removed safely. It is `-inf` where the claim does not
+    hold at all: the benefit reaches the price, or the drift reaches decay times price (with decay). With a gain of 0
+    both numbers are limits for gain -> 0; the separatrix may then be infinite. The tolerance is 1 at most.
+
+    Source: THEORY 4.3 and 5 (discrete-step form), derived there; the deterministic part is Theorem 3.2 and 3.3 of
+    arXiv:2411.09127.
+
+    Args:
+        benefit: Upper limit of the loss b saved by keeping each structure, nats; may be negative. Scalar or array; all
+            arguments broadcast.
+        price: Complexity cost g of keeping it, nats, positive.
+        gain: Bound q on the squared gradient norm over its weights, nats/time.
+        decay: Lower limit a on the decay of the benefit, 1/time; 0 when unknown.
+        rate_ratio: Speed rho of theta, 1/(nats time), positive.
+        noise: Diffusion sigma of theta, time^-1/2; sigma^2 = tau rho^2 Var[G_hat].
+        benefit_noise: Diffusion sigma_b of the benefit, nats time^-1/2.
+        drift: Bound delta on the growth of the benefit, nats/time.
+        step_time: ODE time tau of one step, lr/(1 - momentum); 0 gives the limit of small steps.
+        memory: Time constant T of the pool through which theta sees the benefit; 0 where it sees single draws.
+        pooled: Where the pool stands, nats; None for `benefit`.
+        risk: Accepted probability that a removed structure would not have gone by itself, in (0, 0.5).
+
+    Returns:
+        The tolerance, its arrays of the broadcast shape.
+
+    Raises:
+        ValueError: if an argument is not finite or out of range (a price of 0: such a structure has no gate), or the
+            shapes do not broadcast.
+
+    Example:
+        >>> tolerance = derive(benefit=0.0, price=0.1, gain=0.5, decay=0.05, rate_ratio=1.0, noise=0.01,
+        ...                    benefit_noise=0.0, drift=0.0, step_time=0.01)
+        >>> round(float(tolerance), 4)
+        0.1325
+        >>> tolerance.reason()
+        'Safe to remove at or below 0.132456: the separatrix 0.1465 less a noise margin of 0.01405 at risk 0.05.'
+    """
+    inputs = _inputs(
+        benefit=benefit,
+        price=price,
+        gain=gain,
+        decay=decay,
+        rate_ratio=rate_ratio,
+        noise=noise,
+        benefit_noise=benefit_noise,
+        drift=drift,
+        step_time=step_time,
+        memory=memory,
+        pooled=benefit if pooled is None else pooled,
+    )
+    from scipy.special import ndtri
+
+    inputs["risk"] = check_interval("risk", risk, 0.0, 0.5, True, True, array=True, mend="Choose e.g. 0.05.")
+    inputs = _broadcast(inputs)
+    separatrix, spread, hopeless = _boundary(**{name: inputs[name] for name in _INPUTS})
+    with np.errstate(invalid="ignore"):
+        values = np.minimum(separatrix + ndtri(inputs["risk"]) * spread, 1.0)
+    values = np.where(hopeless, -np.inf, values)
+    return Tolerance(_frozen(values), _frozen(separatrix), inputs, "derived")
+
+
+def fixed(value: float, n: int | None = None) -> Tolerance:
+    """Tolerance chosen by hand, the same for every structure; it carries no failure probability.
+
+    Args:
+        value: Keep probability at or below which to remove, in [0, 1].
+        n: Number of structures, or None for a single one of shape ().
+
+    Returns:
+        The tolerance, with origin "fixed".
+
+    Raises:
+        ValueError: if `value` lies outside [0, 1] or `n` is not a positive integer.
+    """
+    value = check_interval("value", value, 0.0, 1.0)
+    shape = () if n is None else (check_int("n", n, low=1),)
+    values = _frozen(np.full(shape, value))
+    return Tolerance(values, _frozen(np.full(shape, np.nan)), {"value": values}, "fixed")
+
+
+def escape_probability(
+    *,
+    keep_prob: Any,
+    benefit: Any,
+    price: Any,
+    gain: Any,
+    decay: Any,
+    rate_ratio: Any,
+    noise: Any,
+    benefit_noise: Any,
+    drift: Any,
+    step_time: Any,
+    memory: Any = 0.0,
+    pooled: Any = None,
+) -> np.ndarray:
+    """Upper bound on the probability that theta, left alone, is not absorbed at 0.
+
+    Phi(-(V* - V0) sqrt(mu (2 + tau mu)) / s_V), s_V as in `derive`: at the tolerance it equals the risk. It is 1 where
+    the claim does not hold (see `derive`).
+
+    Source: THEORY section 5.
+
+    Args:
+        keep_prob: Keep probability theta now, in [0, 1].
+        benefit: Upper limit of the benefit b, nats. This and all that follow are as in `derive`.
+        price: Complexity cost g, nats.
+        gain: Bound q on the squared gradient norm, nats/time.
+        decay: Lower limit a on the decay of the benefit, 1/time.
+        rate_ratio: Speed rho of theta, 1/(nats time).
+        noise: Diffusion sigma of theta, time^-1/2.
+        benefit_noise: Diffusion sigma_b of the benefit, nats time^-1/2.
+        drift: Bound delta on the growth of the benefit, nats/time.
+        step_time: ODE time tau of one step.
+        memory: Time constant T of the pool through which theta sees the benefit.
+        pooled: Where the pool stands, nats; None for `benefit`.
+
+    Returns:
+        Probabilities, of the broadcast shape.
+
+    Raises:
+        ValueError: if an argument is not finite or out of range, or the shapes do not broadcast.
+    """
+    inputs = _inputs(
+        benefit=benefit,
+        price=price,
+        gain=gain,
+        decay=decay,
+        rate_ratio=rate_ratio,
+        noise=noise,
+        benefit_noise=benefit_noise,
+        drift=drift,
+        step_time=step_time,
+        memory=memory,
+        pooled=benefit if pooled is None else pooled,
+    )
+    from scipy.special import ndtr
+
+    inputs["keep_prob"] = check_interval("keep_prob", keep_prob, 0.0, 1.0, array=True)
+    inputs = _broadcast(inputs)
+    theta = inputs.pop("keep_prob")
+    separatrix, spread, hopeless = _boundary(**inputs)
+    distance = separatrix - theta
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        exact = np.where(distance > 0.0, np.inf, -np.inf)
+        score = np.where(np.isinf(separatrix) | (spread == 0.0), exact, distance / spread)
+    return np.where(hopeless, 1.0, ndtr(-score))
+
+
+def commit_alarm(
+    *,
+    benefit: Any,
+    price: Any,
+    rate_ratio: Any,
+    noise: Any,
+    step_time: Any,
+    steps_left: Any,
+) -> np.ndarray:
+    """Upper bound on the probability that a theta at 1 reaches 0 by noise alone before the run ends.
+
+    min(1, N exp(-2 rho (b - g) / sigma^2)), N steps left: theta reflecting at 1 is a one-sided (Page) CUSUM, each step
+    may begin an excursion, and an excursion of a Gaussian walk with drift rho (b - g) and diffusion sigma ever covers
+    the distance 1 with probability at most exp(-2 rho (b - g) / sigma^2). With sigma^2 = tau rho^2 Var[G_hat] this is
+    the rate exp(-2 (b - g) / (tau rho Var)) of THEORY section 3.
+
+    Args:
+        benefit: Lower limit of the benefit b, nats, for the rest of the run. All arguments broadcast.
+        price: Complexity cost g, nats, positive.
+        rate_ratio: Speed rho of theta, 1/(nats time), positive.
+        noise: Diffusion sigma of theta, time^-1/2; an upper limit.
+        step_time: ODE time tau of one step. It enters through `noise` alone, and is checked for completeness.
+        steps_left: Steps until the end of the run, non-negative.
+
+    Returns:
+        Probabilities, of the broadcast shape; 1 where the benefit does not exceed the price.
+
+    Raises:
+        ValueError: if an argument is not finite or out of range, or the shapes do not broadcast.
+    """
+    inputs = {
+        "benefit": check_real("benefit", benefit, array=True),
+        "price": _price(price),
+        "rate_ratio": check_positive("rate_ratio", rate_ratio, array=True),
+        "noise": check_nonnegative("noise", noise, array=True),
+        "step_time": check_nonnegative("step_time", step_time, array=True),
+        "steps_left": check_nonnegative("steps_left", steps_left, array=True),
+    }
+    inputs = _broadcast(inputs)
+    gap = inputs["benefit"] - inputs["price"]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        exponent = -2.0 * inputs["rate_ratio"] * gap / np.square(inputs["noise"])
+        alarm = np.minimum(inputs["steps_left"] * np.exp(exponent), 1.0)
+    return np.where(gap > 0.0, alarm, 1.0)
+
+
+def _price(price: Any) -> np.ndarray:
+    mend = "A structure without a price has no gate and needs no tolerance; leave it out."
+    return check_positive("price", price, array=True, mend=mend)
+
+
+def _inputs(**given: Any) -> dict[str, np.ndarray]:
+    """Validate the arguments that `derive` and `escape_probability` share."""
+    checked = {
+        "benefit": check_real("benefit", given["benefit"], array=True),
+        "pooled": check_real("pooled", given["pooled"], array=True),
+        "price": _price(given["price"]),
+        "rate_ratio": check_positive("rate_ratio", given["rate_ratio"], array=True),
+    }
+    for name in _INPUTS:
+        if name not in checked:
+            checked[name] = check_nonnegative(name, given[name], array=True)
+    return {name: checked[name] for name in _INPUTS}
+
+
+def _broadcast(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return read-only views of one common shape."""
+    shape = check_broadcast(inputs)
+    for value in inputs.values():
+        value.setflags(write=False)  # these are copies already
+    return {name: value if value.shape == shape else np.broadcast_to(value, shape) for name, value in inputs.items()}
+
+
+def _boundary(
+    *,
+    benefit: np.ndarray,
+    price: np.ndarray,
+    gain: np.ndarray,
+    decay: np.ndarray,
+    rate_ratio: np.ndarray,
+    noise: np.ndarray,
+    benefit_noise: np.ndarray,
+    drift: np.ndarray,
+    step_time: np.ndarray,
+    memory: np.ndarray,
+    pooled: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Separatrix, standard deviation of its crossing (in theta), and where no claim can be made at all.
+
+    The spread is s_V / (q sqrt(mu (2 + tau mu))). For gain = 0 both are limits for gain -> 0, where any positive gain
+    is a valid bound; the separatrix grows (or falls) faster than the spread unless decay = 0 and the benefit is noisy.
+    """
+    rate = growth_rate(decay, rate_ratio, gain, memory)
+    room = decay * price - drift
+    gap = price - np.maximum(benefit, 0.0) + (rate + decay) * memory * (price - np.maximum(pooled, 0.0))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        separatrix = (rate * gap + room) / gain
+        seen = (
+            rate * (rate + decay) / (rate_ratio * gain)
+        )  # share of the noise of theta that passes the pool: 1 / (1 + T mu)
+        spread = (seen * noise + rate * benefit_noise / gain) / np.sqrt(rate * (2.0 + step_time * rate))
+    flat = gain == 0.0
+    if np.any(flat):
+        wide = np.where(decay > 0.0, room, np.where(drift > 0.0, -1.0, gap)) > 0.0
+        separatrix = np.where(flat, np.where(wide, np.inf, -np.inf), separatrix)
+        spread = np.where(flat, 0.0, spread)
+    hopeless = (benefit >= price) | ((decay > 0.0) & (room <= 0.0)) | (flat & (decay == 0.0) & (benefit_noise > 0.0))
+    return separatrix, spread, hopeless
+
+
+def _explain(
+    value: float,
+    separatrix: float,
+    *,
+    benefit: float,
+    price: float,
+    gain: float,
+    decay: float,
+    rate_ratio: float,
+    noise: float,
+    benefit_noise: float,
+    drift: float,
+    step_time: float,
+    memory: float,
+    pooled: float,
+    risk: float,
+) -> str:
+    """One sentence about one structure."""
+    if benefit >= price:
+        return (
+            f"Not safe: the benefit may be {benefit:.4g} nats, not below the price {price:.4g}; "
+            "measure the benefit more precisely, or raise the price."
+        )
+    if decay > 0.0 and drift >= decay * price:
+        return (
+            f"Not safe: the drift {drift:.4g} is not below decay times price, {decay * price:.4g}, so no domain of "
+            "attraction is certain; measure the drift once it has fallen, or give decay=0 for the claim that theta "
+            "reaches 0 at least once."
+        )
+    if gain == 0.0:
+        if value > 0.0:
+            return "Safe at every keep probability: without gain the benefit cannot grow to the price."
+        if drift > 0.0:
+            return "Not safe: with no gain and no decay the drift raises the benefit for ever; lower the drift."
+        return (
+            "Not safe: with no gain and no decay the noise of the benefit is not damped; give an upper limit for gain."
+        )
+    if separatrix <= 0.0:
+        return (
+            f"Not safe: the drift {drift:.4g} leaves no domain of attraction at benefit {benefit:.4g} and price "
+            f"{price:.4g}; lower the drift or raise the rate ratio or the price."
+        )
+    from scipy.special import ndtri
+
+    z = -float(ndtri(risk))
+    if value >= 1.0:
+        return (
+            f"Safe at every keep probability: the separatrix {separatrix:.4g} exceeds 1 by more than the noise margin."
+        )
+    if value > 0.0:
+        return (
+            f"Safe to remove at or below {value:.6g}: the separatrix {separatrix:.4g} less a noise margin of "
+            f"{separatrix - value:.4g} at risk {risk:g}."
+        )
+    scale = (rate_ratio * gain) ** 0.25
+    needed = z * (noise / rate_ratio * scale / np.sqrt(2.0) + benefit_noise / np.sqrt(2.0) / scale)
+    return (
+        f"Not safe: the noise margin {separatrix - value:.4g} at risk {risk:g} is not below the separatrix "
+        f"{separatrix:.4g}; average more draws, lower the rate ratio or the step time, accept more risk, or raise the "
+        f"price (with benefit, decay and drift at 0 it would have to exceed {needed:.4g} nats)."
+    )
+
+
+def _frozen(values: np.ndarray) -> np.ndarray:
+    values = np.array(values, dtype=np.float64)
+    values.setflags(write=False)
+    return values
+
+
+def _encode(value: Any) -> Any:
+    """Replace floats that JSON cannot hold by strings, in nested lists."""
+    if isinstance(value, list):
+        return [_encode(entry) for entry in value]
+    return value if np.isfinite(value) else str(value)
+
+
+def _decode(value: Any) -> np.ndarray:
+    """Read back what `_encode` wrote; the strings "inf", "-inf" and "nan" convert like numbers."""
+
+    def convert(entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [convert(part) for part in entry]
+        if isinstance(entry, str) and entry in ("inf", "-inf", "nan"):
+            return float(entry)
+        return entry
+
+    return _frozen(_numbers(convert(value)))
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """Return numbers, finite or not, as an array of floats."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iuf" or isinstance(value, bool):
+        fail("text", "hold numbers", value, mend="Write it with `Tolerance.to_json`.")
+    return array.astype(np.float64)

@@ -1,0 +1,8 @@
+"""Images into batches: the data sets by name, what they are read from, and how batches are made of them."""
+
+from catode.train.data.augment import AUGMENTATIONS
+from catode.train.data.batches import Batches
+from catode.train.data.datasets import DATASETS, load
+from catode.train.data.images import DataError, ImageData
+
+__all__ = ["AUGMENTATIONS", "DATASETS", "Batches", "DataError", "ImageData", "load"]

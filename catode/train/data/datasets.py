@@ -1,0 +1,103 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from catode.train.data import cifar, folder
+from catode.train.data.augment import AUGMENTATIONS
+from catode.train.data.batches import Batches
+from catode.train.data.images import DataError, ImageData, assemble
+
+__all__ = ["AUGMENTATIONS", "DATASETS", "Batches", "DataError", "ImageData", "load"]
+
+DATASETS = ("digits", "cifar10", "cifar100", "folder")
+DIGITS_SPLIT_SEED = 0
+DIGITS_TEST_SHARE = 0.2
+
+
+def load(
+    dataset: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    seed: int = 0,
+    image_size: int | None = None,
+    augment: str = "none",
+    array_bytes: int | None = None,
+    download: bool = False,
+) -> ImageData:
+    """Read a data set: into memory, but for a large `folder`.
+
+    Args:
+        dataset: `digits`, `cifar10`, `cifar100` or `folder`.
+        data_dir: Folder with the data; for CIFAR the official folder or its parent. Not used for `digits`.
+        seed: Accepted so that a run can pass its own, and without effect: no split depends on the run, so that accuracies
+            stay comparable.
+        image_size: For `folder`: the shorter side is resized to this many pixels and the centre cropped to a square.
+            Without it all images must share one size.
+        augment: What `Batches` will do; `resized-crop` needs the pictures of a `folder` at their own size.
+        array_bytes: For `folder`: images that take more than this when decoded are left on the disk; None for a quarter
+            of the memory.
+        download: For CIFAR: fetch the official archive first if the data are not there.
+
+    Returns:
+        The images and labels of both splits with the training statistics.
+
+    Raises:
+        DataError: if the data are missing, malformed or do not fit together, or cannot be fetched.
+    """
+    del seed
+    if dataset not in DATASETS:
+        raise DataError(
+            f"`dataset` must be one of {', '.join(DATASETS)}; got dataset={dataset!r}. Use one of these names."
+        )
+    if image_size is not None:
+        if dataset != "folder":
+            raise DataError(
+                "`image_size` must be left out unless dataset='folder'; "
+                f"got image_size={image_size} with dataset={dataset!r}. Leave it out."
+            )
+        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+            raise DataError(
+                f"`image_size` must be an integer >= 1; got image_size={image_size!r}. "
+                "Use the side in pixels, such as 64."
+            )
+    if dataset == "digits":
+        return _digits()
+    if data_dir is None:
+        raise DataError(
+            f"`data_dir` must be given for dataset={dataset!r}; got data_dir=None. Pass the folder that holds the data."
+        )
+    root = Path(data_dir).expanduser()
+    if download and dataset in cifar.CIFAR:
+        cifar.download(root, cifar.CIFAR[dataset])
+    if not root.is_dir():
+        found = "a file" if root.exists() else "a path that does not exist"
+        raise DataError(
+            f"`data_dir` must be an existing folder; got data_dir={str(root)!r}, {found}. "
+            "Pass the folder that holds the data."
+        )
+    if dataset == "folder":
+        return folder.read(root, image_size, whole_pictures=augment == "resized-crop", array_bytes=array_bytes)
+    return cifar.read(root, cifar.CIFAR[dataset])
+
+
+def _digits() -> ImageData:
+    """The 1,797 scans that scikit-learn ships, 8x8, with one fixed stratified split."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    images = np.rint(raw.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = raw.target.astype(np.int64)
+    # RandomState, not default_rng: its stream is frozen, so the split is the same under every version of numpy.
+    random = np.random.RandomState(DIGITS_SPLIT_SEED)
+    test = np.zeros(len(labels), dtype=bool)
+    for k in range(10):
+        members = random.permutation(np.flatnonzero(labels == k))
+        test[members[: round(DIGITS_TEST_SHARE * len(members))]] = True
+    return assemble(
+        "digits", (images[~test], labels[~test]), (images[test], labels[test]), tuple(str(k) for k in range(10))
+    )

@@ -1,0 +1,114 @@
+"""Files from the network: what an earlier try left is gone on with, and a checksum has the last word."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from catode.train.data.images import DataError
+
+CHUNK = 1 << 18
+PATIENCE = 30
+"""Seconds without a byte after which a connection counts as cut."""
+
+
+def fetch(url: str, path: Path, md5: str) -> None:
+    """Download a file, or do nothing if it is there with the right checksum.
+
+    It grows under the name ``path.part`` and gets its own name when it is whole and right. A connection that is cut is taken
+    up again where it ended, as long as each try brings something.
+
+    Args:
+        url: Address of the file.
+        path: Where it goes; its folder exists.
+        md5: Checksum of its content, hexadecimal.
+
+    Raises:
+        DataError: if it cannot be had, or has another checksum; what came of a file that was cut is kept.
+    """
+    if path.exists() and checksum(path) == md5:
+        return
+    part = path.with_name(path.name + ".part")
+    while True:
+        before = _size(part)
+        try:
+            if _receive(url, part):
+                break
+            reason = "the connection was cut"
+        except (OSError, http.client.HTTPException) as error:
+            reason = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
+        if _size(part) <= before:
+            raise DataError(
+                f"`download` must be able to fetch {url}; got: {reason}. Try again with a network (what came so far is kept "
+                f"and gone on with), or put the official archive into {str(path.parent)!r} by hand."
+            )
+    found = checksum(part)
+    if found != md5:
+        part.unlink()
+        raise DataError(
+            f"`download` must get a file of md5 {md5} from {url}; got md5 {found}. It was deleted; try again, or put the "
+            f"official archive into {str(path.parent)!r} by hand."
+        )
+    os.replace(part, path)
+
+
+def _receive(url: str, part: Path) -> bool:
+    """Append what is missing of a file; whether it is whole now."""
+    have = _size(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=PATIENCE)
+    except urllib.error.HTTPError as error:
+        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+            return True  # nothing is missing
+        raise
+    with response:
+        resumed = response.status == http.client.PARTIAL_CONTENT
+        start = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        with (
+            part.open("ab" if resumed else "wb") as file,
+            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, file=sys.stderr) as bar,
+        ):
+            while chunk := response.read1(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    return total is None or _size(part) == total
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def checksum(path: Path) -> str:
+    """The md5 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is inside `alone` with the same file, such as other ranks of a distributed run.
+
+    The system lets go of the file when the process ends, however it ends. Does not wait where there is no `fcntl`.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

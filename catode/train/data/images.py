@@ -1,0 +1,77 @@
+"""A labelled set of images, its statistics, and the one kind of error that data raise."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from catode.train.data.folder import ImageFiles
+
+
+class DataError(ValueError):
+    """Data that is missing, malformed or unusable; one line: argument, constraint, value, mend."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set for classification.
+
+    Its images are arrays in memory, or `catode.train.data.folder.ImageFiles` where they are decoded at every use.
+
+    Args:
+        name: Name of the data set.
+        train_images: Training images, uint8, shape (N, C, H, W).
+        train_labels: Class index of each training image, int64, shape (N,).
+        test_images: Test images, uint8, shape (M, C, H, W).
+        test_labels: Class index of each test image, int64, shape (M,).
+        classes: Class names in the order of the labels.
+        mean: Mean of each channel over the training images, in [0, 1].
+        std: Standard deviation of each channel over the training images, in [0, 1]; at least 1/255.
+    """
+
+    name: str
+    train_images: torch.Tensor | ImageFiles
+    train_labels: torch.Tensor
+    test_images: torch.Tensor | ImageFiles
+    test_labels: torch.Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that images in other files, in another order or under other labels would not have."""
+        number = 0
+        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
+            number = zlib.crc32(labels.numpy().tobytes(), number)
+            if not isinstance(images, torch.Tensor):
+                number = zlib.crc32(images.names.tobytes(), number)
+        return number
+
+
+def assemble(name: str, train: tuple, test: tuple, classes: tuple[str, ...]) -> ImageData:
+    """Join two (images, labels) pairs of numpy arrays and add the training statistics."""
+    (train_images, train_labels), (test_images, test_labels) = (
+        (torch.from_numpy(x), torch.from_numpy(np.asarray(y, dtype=np.int64))) for x, y in (train, test)
+    )
+    mean, std = statistics(train_images)
+    return ImageData(name, train_images, train_labels, test_images, test_labels, classes, mean, std)
+
+
+def statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Exact mean and standard deviation of each channel, in [0, 1] units, of uint8 images (N, C, H, W)."""
+    total = torch.zeros(images.shape[1], dtype=torch.int64)
+    squares = torch.zeros_like(total)
+    for part in images.split(1024):
+        wide = part.to(torch.int32)
+        total += wide.sum(dim=(0, 2, 3))
+        squares += (wide * wide).sum(dim=(0, 2, 3))
+    count = images.numel() / images.shape[1]
+    mean = total.double() / count
+    std = (squares.double() / count - mean**2).clamp_min(1.0).sqrt()
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())

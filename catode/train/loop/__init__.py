@@ -1,0 +1,25 @@
+"""A training run from settings to folder: preparation, the loop, checkpoints, signals, tables."""
+
+from catode.train.loop.optimization import AMP, autocast, evaluate, learning_rates, make_optimizer, make_pruner
+from catode.train.loop.setup import Setup, build_model, prepare
+from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
+from catode.train.loop.trainer import NotFinite, Trainer, run, train
+
+__all__ = [
+    "AMP",
+    "METRIC_FIELDS",
+    "TABLES",
+    "CsvTable",
+    "NotFinite",
+    "Setup",
+    "Trainer",
+    "autocast",
+    "build_model",
+    "evaluate",
+    "learning_rates",
+    "make_optimizer",
+    "make_pruner",
+    "prepare",
+    "run",
+    "train",
+]

@@ -1,0 +1,238 @@
+"""Writing a network with its structure, and a run's whole state, and getting them back."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import nn
+
+from catode.prune import cut
+from catode.train.models import resnets
+
+PART = ".part"  # ending of a file that is being written
+STRUCTURE = dict(
+    arch=str,
+    in_channels=int,
+    classes=list,
+    hidden_scale=(int, float),
+    image_shape=list,
+    mean=list,
+    std=list,
+    blocks=dict,
+)
+_NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a state and the step after which it was written
+FORMAT = 5  # of a state; raise it when what is in one changes
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file in one move."""
+    os.replace(_beside(path, lambda file: file.write(text.encode())), path)
+
+
+def _beside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file under another name and flush it to the disk; it need only be moved into place.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; what was written of it is gone.
+    """
+    part = path.with_name(path.name + PART)
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind a RuntimeError
+        if not isinstance(cause, OSError):
+            raise
+        part.unlink(missing_ok=True)
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    return part
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush to the disk what was moved or deleted in a folder."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def save_state(folder: Path, state: dict, keep: int = 2) -> None:
+    """Write a run's whole state for `load_state`, as checkpoint-STEP.pt.
+
+    Written beside, flushed to the disk and moved into place: whatever kills the process, one whole state is there.
+
+    Args:
+        folder: The run's folder.
+        state: What to write, of types that `torch.load` reads with weights_only; "step" is its number.
+        keep: States kept, this one included; those of later steps, left over from before a resume, go too.
+    """
+    path = folder / f"checkpoint-{state['step']}.pt"
+    os.replace(_beside(path, lambda file: torch.save({**state, "format": FORMAT}, file)), path)
+    _flush_folder(folder)
+    found = states(folder)
+    kept = found[found.index(path) :][:keep]
+    for stale in (*folder.glob("checkpoint-*" + PART), *(other for other in found if other not in kept)):
+        stale.unlink()
+
+
+def load_state(folder: Path, check: Callable[[dict], None] = lambda state: None) -> tuple[dict | None, dict[str, str]]:
+    """The newest good state in a run's folder; deletes nothing.
+
+    Args:
+        folder: The run's folder.
+        check: Raises a ValueError that says why a whole state cannot be used.
+
+    Returns:
+        The state, None if there is none yet; and why each newer file was passed over.
+
+    Raises:
+        ValueError: if there are only bad ones.
+    """
+    bad = {}
+    for path in states(folder):
+        try:
+            state = _whole_state(path)
+            check(state)
+        except Exception as error:  # unpickling damaged bytes can raise anything
+            bad[path.name] = _reason(error)
+        else:
+            return state, bad
+    if bad:
+        raise ValueError(
+            f"`resume` must name a run with a good checkpoint; got {str(folder)!r}, where of "
+            f"{'; of '.join(f'{name}: {reason}' for name, reason in bad.items())}. Restore the files of one run, or start anew "
+            "in another folder."
+        )
+    return None, {}
+
+
+def _reason(error: Exception) -> str:
+    """Why a state cannot be used, in one line."""
+    if isinstance(error, zipfile.BadZipFile):
+        return "it is cut short, or no checkpoint"
+    if isinstance(error, pickle.UnpicklingError):  # whose message tells how to load it unsafely
+        return "it holds more than tensors, numbers and text"
+    if type(error) is ValueError:
+        return str(error)
+    return f"it cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+
+
+def _whole_state(path: Path) -> dict:
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"checksum of {broken} is wrong")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError("it is not a checkpoint of catode")
+    if state["format"] != FORMAT:
+        raise ValueError(f"it is in format {state['format']}, this version of catode reads format {FORMAT}")
+    return state
+
+
+def states(folder: Path) -> list[Path]:
+    """The files of a folder that are named like a state, the newest first."""
+    steps = {path: _NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_file()}
+    return sorted((p for p, found in steps.items() if found), key=lambda path: int(steps[path][1]), reverse=True)
+
+
+def drop_states(folder: Path) -> None:
+    """Delete the states of a run that is finished, the newest last: until then the run can go on."""
+    for path in (*folder.glob("checkpoint-*" + PART), *reversed(states(folder))):
+        path.unlink()
+
+
+def whole(model: nn.Module) -> dict:
+    """Record of a structure from which nothing was removed."""
+    return {
+        block.name: {"kept": True, "sites": {site.name: list(range(site.width)) for site in block.sites}}
+        for block in model.structures()
+    }
+
+
+def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:
+    """Write model.pt and structure.json, each replaced in one move.
+
+    Args:
+        folder: The run's folder.
+        state: State dict of the compact, plain network.
+        structure: What structure.json holds: architecture, its arguments, and the kept blocks and units.
+    """
+    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    files = {
+        folder / "model.pt": lambda file: torch.save(state, file),
+        folder / "structure.json": lambda file: file.write((json.dumps(structure, indent=1) + "\n").encode()),
+    }
+    # both are moved into place only after both are written, so that they always fit each other closely in time
+    parts = {_beside(path, write): path for path, write in files.items()}
+    for part, path in parts.items():
+        os.replace(part, path)
+
+
+def read_structure(folder: Path) -> dict:
+    """What structure.json in a run's folder says.
+
+    Raises:
+        FileNotFoundError: if the folder holds no network.
+        ValueError: if the file is damaged.
+    """
+    for name in ("structure.json", "model.pt"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"`folder` must be a run's folder; got {str(folder)!r} without {name}. Pass the --out of a run."
+            )
+    try:
+        structure = json.loads((folder / "structure.json").read_text())
+        missing = [key for key, kind in STRUCTURE.items() if not isinstance(structure.get(key), kind)]
+    except (ValueError, TypeError, AttributeError) as error:
+        missing = [str(error)]
+    if missing:
+        raise ValueError(
+            f"`folder` must hold a whole structure.json; got {str(folder)!r}, where it lacks or breaks at {missing[0]}. "
+            "Restore the file from the run."
+        )
+    return structure
+
+
+def fresh(structure: dict) -> nn.Module:
+    """A fresh, whole network of the architecture that structure.json names."""
+    return resnets.build(
+        structure["arch"],
+        in_channels=structure["in_channels"],
+        classes=len(structure["classes"]),
+        **{name: structure[name] for name in ("hidden_scale", "shortcut", "stem") if name in structure},
+    )
+
+
+def load(folder: str | os.PathLike) -> nn.Module:
+    """The compact network of a finished run, in eval mode on the CPU.
+
+    Args:
+        folder: A run's folder.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run.
+        ValueError: if its files do not fit each other.
+    """
+    folder = Path(folder)
+    structure = read_structure(folder)
+    try:
+        model = fresh(structure)
+        cut.restrict(model, model.structures(), structure["blocks"])
+        model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever a damaged file makes torch stumble over
+        raise ValueError(
+            f"`folder` must hold a whole model.pt and the structure.json that it fits; got {str(folder)!r}, which cannot "
+            f"be read ({_reason(error)}). Restore the files from the run."
+        ) from error
+    return model.eval()

@@ -1,0 +1,128 @@
+"""Optimizer, precision and learning rates of a run, and its pruner."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from catode.prune import distributed
+from catode.prune.pruner import Pruner
+from catode.train.settings.config import Config
+
+if TYPE_CHECKING:
+    from catode.train.loop.setup import Setup
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def learning_rates(schedule: str, peak: float, steps: int) -> np.ndarray:
+    """Learning rate of every step, shape (steps,).
+
+    Args:
+        schedule: `one-cycle` (linear rise over 15 % of the steps, linear fall to 0), `cosine` or `constant`.
+        peak: Largest learning rate.
+        steps: Number of steps.
+    """
+    position = (np.arange(steps) + 0.5) / steps
+    if schedule == "one-cycle":
+        return peak * np.minimum(position / 0.15, (1.0 - position) / 0.85)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + np.cos(np.pi * position))
+    return np.full(steps, peak)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """SGD whose weight decay reaches every parameter, the norm layers' affine too (the theory needs it).
+
+    With fp16 it is the fused one, which skips a step whose gradient overflowed without asking the host.
+    """
+    fp16 = config.amp == "fp16"
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True if fp16 else None,
+    )
+    if fp16 and config.momentum > 0:
+        for parameter in model.parameters():  # a first step that is skipped would leave them without a value
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
+    """Automatic mixed precision in `dtype`; none with None."""
+    return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None:
+    """The pruner of a run; None for the ungated network (nu = 0)."""
+    config = setup.config
+    if config.nu == 0:
+        return None
+    return Pruner(
+        setup.model,
+        setup.example,
+        optimizer=optimizer,
+        nu=config.nu,
+        alpha=config.alpha,
+        beta=config.beta,
+        risk=config.risk,
+        tolerance=config.tol,
+        prior=config.prior,
+        images=len(setup.images.train_labels),
+        target_macs=config.target_macs,
+        target_params=config.target_params,
+        rate_ratio=setup.rate_ratio,
+        steps=setup.decide_steps,
+        warmup=setup.warmup_steps,
+        initial_keep_prob=config.initial_keep_prob,
+        estimator=config.estimator,
+        layer_estimator=config.layer_estimator,
+        per_example=config.per_example_gates,
+        probe_size=config.probe_size,
+        layers_per_probe=config.layers_per_probe,
+        measure_every=config.measure_every,
+        check_every=setup.check_every,
+        read_every=config.read_every,
+        memory=setup.memory,
+        width_multiple=config.width_multiple,
+        round_to=config.round_to,
+        shadow=len(setup.schedule) if config.shadow else None,
+        step_times=setup.step_times,
+        seed=config.seed,
+        group=setup.group,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches, amp: torch.dtype | None = None, group: distributed.Group | None = None
+) -> float:
+    """Share of correct predictions in eval mode, where theta stands in place of the gates; NaN if a logit is not finite.
+
+    Args:
+        model: The network.
+        batches: Images and labels; with several processes, those of this one's share.
+        amp: Type of automatic mixed precision; None for none.
+        group: Processes that evaluate together.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    right, total, finite = torch.zeros((), dtype=torch.long, device=device), 0, torch.ones((), dtype=torch.bool)
+    finite = finite.to(device)
+    for x, y in batches:
+        with autocast(x.device, amp):
+            logits = model(x)
+        right += (logits.argmax(1) == y).sum()
+        finite &= logits.isfinite().all()
+        total += len(y)
+    model.train(training)
+    counts = torch.stack([right, torch.full_like(right, total), (~finite).long()])
+    right, total, bad = (group or distributed.Group()).sum(counts).cpu().tolist()
+    return math.nan if bad else right / total

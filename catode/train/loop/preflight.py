@@ -1,0 +1,63 @@
+"""What a run will cost, before it runs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from catode.decisions.target import Target
+from catode.prune.describe.protocol import describe
+from catode.prune.steptime import MeasuredComplexity
+from catode.train.loop.trainer import Setup
+
+
+def table(setup: Setup) -> str:
+    """The resolved settings that matter and the price of every block, as text.
+
+    Args:
+        setup: A prepared run.
+    """
+    config = setup.config
+    blocks = setup.model.structures()
+    cost = describe(setup.model, blocks, setup.example)
+    if setup.step_times is not None:
+        cost = MeasuredComplexity(cost, setup.step_times)
+    ones, layers = np.ones(cost.size), len(blocks)
+    prices = cost.prices(ones, nu=config.nu, alpha=config.alpha, beta=config.beta)
+    macs, params = cost.macs(ones), cost.params(ones)
+    lines = [
+        *(f"note: {note}" for note in setup.notes),
+        f"{config.dataset}: {len(setup.images.train_labels)} training and {len(setup.images.test_labels)} test images, "
+        f"{len(setup.images.classes)} classes",
+        f"{config.arch}: {macs:,.0f} MACs, {params:,.0f} parameters; removable {cost.removable_macs / macs:.1%} of the MACs, "
+        f"{cost.removable_params / params:.1%} of the parameters",
+        f"nu {config.nu:g}, alpha {config.alpha:g}, beta {config.beta:g}; {len(setup.schedule)} steps, ODE time "
+        f"{setup.ode_time:.4g}, rate_ratio {setup.rate_ratio:.4g}, deciding from step {setup.warmup_steps} to {setup.decide_steps}",
+        f"memory {setup.memory} steps, a check every {setup.check_every}",
+        "",
+        f"{'block':<12} {'width':>9} {'MACs':>13} {'params':>11} {'layer price':>12} {'unit price':>18}",
+    ]
+    if setup.step_times is not None:
+        time = f"{cost.removable_ms:.4g} ms a step of {config.batch_size} images in the blocks, measured now"
+        lines.insert(-2, f"prices by time: {time}")
+    for number, block in enumerate(blocks):
+        without = ones.copy()
+        without[number] = 0.0
+        sites = np.flatnonzero(cost.site_block == number)
+        widths = "+".join(str(cost.widths[site]) for site in sites)
+        units = " ".join(f"{prices[layers + np.argmax(cost.unit_site == site)]:.3g}" for site in sites)
+        lines.append(
+            f"{block.name:<12} {widths:>9} {macs - cost.macs(without):>13,.0f} {params - cost.params(without):>11,.0f} "
+            f"{prices[number]:>12.3g} {units:>18}"
+        )
+    floor = np.zeros(cost.size)
+    lines += [
+        "",
+        f"least possible: {cost.macs(floor):,.0f} MACs ({cost.macs(floor) / macs:.1%}), {cost.params(floor):,.0f} parameters",
+    ]
+    target = Target.choose(cost, config.target_macs, config.target_params)
+    if target is not None:
+        lines.append(
+            f"target: {target.share:.1%} of the {target.quantity}, above the least possible; nu starts as above and is set "
+            "while training, and prices with it"
+        )
+    return "\n".join(lines)

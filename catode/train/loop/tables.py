@@ -1,0 +1,77 @@
+"""The tables of a run: CSV files written row by row, which a killed run goes on from to the byte."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+METRIC_FIELDS = [
+    "epoch",
+    "step",
+    "time",
+    "lr",
+    "loss",
+    "train_accuracy",
+    "test_accuracy",
+    "expected_complexity",
+    "macs",
+    "params",
+    "layers_kept",
+    "units_kept",
+    "undecided",
+    "seconds",
+    "wait_share",
+]
+
+
+TABLES = ("metrics.csv", "structures.csv")
+
+
+class CsvTable:
+    """A CSV file written row by row.
+
+    Args:
+        folder: Where it is; None for a process that writes none.
+        name: Its name.
+        fields: Its columns.
+        length: Bytes of an earlier file to go on from; the rest of it is cut off.
+    """
+
+    def __init__(self, folder: Path | None, name: str, fields, length: int | None = None):
+        path = Path(os.devnull) if folder is None else folder / name
+        self._file = path.open("w" if length is None else "r+", newline="")
+        self._writer = csv.DictWriter(self._file, fields)
+        if length is None:
+            self._writer.writeheader()
+        else:
+            self._file.truncate(length)
+            self._file.seek(length)
+
+    def length(self) -> int:
+        """Bytes on the disk."""
+        with self._named():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return self._file.tell()
+
+    def add(self, rows: list[dict]) -> None:
+        with self._named():
+            self._writer.writerows(
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+            )
+            self._file.flush()
+
+    def close(self) -> None:
+        with self._named():
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What goes wrong with a file that is open does not say with which."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from None

@@ -1,0 +1,505 @@
+"""One training run, from configuration to folder.
+
+The loop owns data, optimizer, schedule and files; everything about gates, measuring and removing is in
+`catode.prune.pruner.Pruner`, whose ``step()`` follows the optimizer's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from catode.decisions import shadow
+from catode.prune import steptime, transfer
+from catode.prune.describe.protocol import Counts, count
+from catode.prune.device import latency_ms
+from catode.prune.gates import plain_name
+from catode.prune.pruner import ROW_FIELDS
+from catode.train import data
+from catode.train.loop import board, checkpoint, lock
+from catode.train.loop.optimization import AMP, autocast, evaluate, make_optimizer, make_pruner
+from catode.train.loop.result import environment, random_state
+from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
+from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
+from catode.train.settings.config import Config, check_out
+from catode.train.stop import Stop, Stopped
+
+
+class NotFinite(RuntimeError):
+    """The loss stopped being finite; the last good state was kept."""
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+def run(config: Config, *, progress: bool = True, at_end: Callable[[Path], object] | None = None) -> Path:
+    """Train, prune while training, and leave a folder as documented in the README.
+
+    Args:
+        config: The resolved configuration.
+        progress: Show a progress bar on standard error.
+        at_end: Called with the folder of the finished run while it can still be resumed, such as `catode.report.write`.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: for bad input, a folder that is in use or a checkpoint that cannot be read, before anything is written.
+        NotFinite: if the loss stops being finite; the folder then holds the last good network.
+        Stopped: a KeyboardInterrupt, if a signal asked for it; the run can go on where it stopped.
+    """
+    return train(prepare(config), progress=progress, at_end=at_end)
+
+
+def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], object] | None = None) -> Path:
+    """The same for a prepared run; see `run`."""
+    folder = Path(setup.config.out)
+    group = setup.group
+    if group.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+    with (setup.lock or lock.hold(folder)) if group.leads else nullcontext():
+        if group.leads and setup.config.resume is None:
+            check_out(setup.config)  # another process may have begun and ended here meanwhile
+        trainer = Trainer(setup, folder, progress)
+        try:
+            with trainer.stop.heeded() if group.size == 1 else nullcontext():
+                trainer.train()
+        finally:
+            trainer.close()
+        if group.leads:
+            if at_end is not None:
+                at_end(folder)
+            checkpoint.drop_states(folder)
+            lock.drop(folder)
+    return folder
+
+
+@dataclass
+class _Sums:
+    """What an epoch has added up so far: its row in metrics.csv is made of it.
+
+    Attributes:
+        right: Correct predictions, a count on the device.
+        losses: Loss of each step, on the device.
+        waited: Seconds spent waiting for batches.
+        seconds: Seconds spent on steps, the waiting included.
+    """
+
+    right: torch.Tensor
+    losses: list[torch.Tensor] = field(default_factory=list)
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    def state(self) -> dict:
+        """The same for a checkpoint."""
+        losses = torch.stack(self.losses) if self.losses else torch.empty(0)
+        return {"right": self.right.cpu(), "losses": losses.cpu(), "waited": self.waited, "seconds": self.seconds}
+
+    @classmethod
+    def of(cls, state: dict, device: str) -> _Sums:
+        """The sums of a `state`."""
+        tensors = {"right": state["right"].to(device, copy=True), "losses": list(state["losses"].to(device).unbind())}
+        return cls(**{**state, **tensors})
+
+
+class Trainer:
+    """A run in progress: `train` takes it to its end, `advance` one epoch further; a benchmark takes two of them in turn.
+
+    Args:
+        setup: What to train.
+        folder: Where the run's files go.
+        progress: Whether to show a bar.
+    """
+
+    def __init__(self, setup: Setup, folder: Path, progress: bool):
+        config = setup.config
+        self.setup, self.config, self.folder, self.group, self.stop = setup, config, folder, setup.group, Stop()
+        self.model, self.amp = setup.model, AMP[config.amp]
+        self.dense = count(self.model, setup.example)
+        blocks = self.model.structures()
+        self.total = len(blocks), sum(site.width for b in blocks for site in b.sites)
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp == "fp16")
+        if self.scaler.is_enabled():  # the scaler tells its optimizer on the device, and takes it back after the step
+            self.optimizer.register_step_pre_hook(lambda sgd, *_: setattr(self, "skipped", sgd.found_inf.clone()))
+        self.pruner = make_pruner(setup, self.optimizer)
+        self.compiled = torch.compile(self.model) if config.compile else self.model
+        images = setup.images
+        common = dict(mean=images.mean, std=images.std, device=config.device, channels_last=config.channels_last)
+        self.batches = data.Batches(
+            images.train_images,
+            images.train_labels,
+            config.batch_size,
+            augment=config.augment,
+            mixup=config.mixup,
+            classes=len(images.classes),
+            workers=config.workers,
+            shard=(self.group.rank, self.group.size),
+            **common,
+        )
+        state = setup.state
+        if self.group.leads:
+            if config.resume is None:
+                checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
+            own = {**environment(config), "processes": self.group.size}
+            (folder / "env.json").write_text(json.dumps(own, indent=2) + "\n")
+            if setup.step_times is not None and state is None:
+                checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
+        lengths = state["lengths"] if state and self.group.leads else [None, None]
+        tables = folder if self.group.leads else None
+        self.metrics = CsvTable(tables, TABLES[0], METRIC_FIELDS, lengths[0])
+        self.structures = CsvTable(tables, TABLES[1], ROW_FIELDS, lengths[1])
+        self.history: list[float] = []
+        self.unread: list[torch.Tensor] = []
+        self.loss = math.nan  # of the last step that was read
+        self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
+        self.seconds, self.cpu_seconds = 0.0, 0.0
+        self.mark = time.perf_counter(), time.process_time()
+        self.sums = self.no_sums()
+        if state:
+            self.restore(state)
+        self.board = board.Board(folder, self.step) if config.tensorboard and self.group.leads else None
+        self.bar = tqdm(
+            total=len(setup.schedule),
+            initial=self.step,
+            unit="step",
+            disable=not (progress and self.group.leads),
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else 60.0,  # a line in a log file only grows
+        )
+        for note in setup.notes if self.group.leads else ():
+            self.bar.write(f"note: {note}", file=sys.stderr)
+        self.save()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.metrics.close()
+        self.structures.close()
+        if self.board is not None:
+            self.board.close()
+
+    def train(self) -> None:
+        """Train the epochs that are left and write the result."""
+        self.mark = time.perf_counter(), time.process_time()
+        while self.epochs_done < self.config.epochs:
+            self.advance()
+            if self.stop and self.epochs_done < self.config.epochs:
+                self.leave()
+        executed = count(self.model, self.setup.example).macs
+        if self.pruner is not None:
+            self.pruner.finish()
+        if self.group.leads:
+            self.result(executed)
+
+    def advance(self) -> dict:
+        """Train one epoch, or what is left of it, and save; returns its row of metrics.csv."""
+        row = self.epoch(self.epochs_done)
+        self.epochs_done += 1
+        self.sums = self.no_sums()
+        self.tick()
+        row["seconds"] = self.seconds
+        self.metrics.add([row])
+        if self.board is not None:
+            self.board.add(row, self.pruner.keep_prob_by_kind() if self.pruner else {})
+        self.save_state()
+        return row
+
+    def epoch(self, epoch: int) -> dict:
+        self.model.train()
+        sums, losses = self.sums, self.sums.losses
+        mark = time.perf_counter()
+        rate = self.config.lr
+        for x, y in self.batches.epoch(epoch, self.config.seed, start=len(losses)):
+            sums.waited += time.perf_counter() - mark
+            rate = float(self.setup.schedule[self.step])
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            gated = self.pruner is not None and self.pruner.started and not self.pruner.finished
+            forward = self.model if gated else self.compiled
+            with autocast(x.device, self.amp):
+                logits = forward(x)
+                loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
+            checksum = self.pruner.checksum() if self.pruner and self.group.size > 1 else 0
+            losses.append(self.group.join(self.model.parameters(), loss, checksum=checksum, step=self.step + 1))
+            self.unread.append(losses[-1])
+            scale, skipped = self.update()
+            sums.right += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
+            self.step += 1
+            self.time += rate / (1.0 - self.config.momentum)
+            if self.step % self.config.read_every == 0:
+                self.read()
+            if self.pruner is not None:
+                self.prune(scale, skipped)
+            self.bar.update()
+            if self.step % max(10, self.config.read_every) == 0:
+                self.show()
+            due = self.stop or len(losses) % self.config.checkpoint_every == 0
+            if due and len(losses) < self.setup.steps_per_epoch:
+                self.catch_up()
+                self.group.settle(self.model, step=self.step)
+                self.save_state()
+                if self.stop:
+                    self.leave()
+            mark, before = time.perf_counter(), mark
+            sums.seconds += mark - before
+        self.catch_up()
+        sums.seconds += time.perf_counter() - mark
+        self.group.settle(self.model, step=self.step)
+        accuracy = evaluate(self.model, self.test_batches(), self.amp, self.group)
+        if math.isnan(accuracy):  # the last loss was finite, the step after it ruinous
+            self.not_finite(self.step)
+        self.history.append(accuracy)
+        self.save()
+        self.show()
+        seen = len(losses) * self.config.batch_size
+        counts = self.counts()
+        layers, units, undecided = self.left()
+        return {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "time": self.time,
+            "lr": rate,
+            "loss": float(torch.stack(losses).mean()),
+            "train_accuracy": float(self.group.sum(sums.right)) / seen,
+            "test_accuracy": accuracy,
+            "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
+            "macs": counts.macs,
+            "params": counts.params,
+            "layers_kept": layers,
+            "units_kept": units,
+            "undecided": undecided,
+            "wait_share": sums.waited / sums.seconds,
+        }
+
+    def leave(self) -> NoReturn:
+        """End as a signal asked for, now that everything is kept."""
+        raise Stopped(self.stop.number, f"stopped after step {self.step}")
+
+    def no_sums(self) -> _Sums:
+        return _Sums(torch.zeros((), dtype=torch.long, device=self.config.device))
+
+    def tick(self) -> None:
+        """Add the time since the last tick to that of the run."""
+        mark, self.mark = self.mark, (time.perf_counter(), time.process_time())
+        self.seconds += self.mark[0] - mark[0]
+        self.cpu_seconds += self.mark[1] - mark[1]
+
+    def test_batches(self):
+        images = self.setup.images
+        if len(images.test_labels) <= self.group.rank:  # there are more processes than images
+            return []
+        return self.batches.evaluation(images.test_images, images.test_labels, max(self.config.batch_size, 256))
+
+    def update(self) -> tuple[float | torch.Tensor, bool | torch.Tensor]:
+        """One step of the optimizer; the loss scale of its gradients, and whether they overflowed so that it was skipped."""
+        if not self.scaler.is_enabled():
+            self.optimizer.step()
+            return 1.0, False
+        scale = self.scaler.scale(torch.ones((), device=self.config.device))
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return scale, self.skipped
+
+    def read(self) -> None:
+        """Read the losses of the steps since the last time; the host waits for the device."""
+        values = [float(loss) for loss in transfer.read(self.unread)]
+        first = self.step - len(values) + 1
+        self.unread = []
+        for step, loss in enumerate(values, start=first):
+            self.loss = loss
+            if not math.isfinite(loss):
+                self.not_finite(step)
+
+    def catch_up(self) -> None:
+        """Read all that is unread, in every process alike; the thetas then stand where they do at this step."""
+        self.read()
+        if self.pruner is not None:
+            self.pruner.read()
+
+    def prune(self, scale: float | torch.Tensor, skipped: bool | torch.Tensor) -> None:
+        """One step of the pruner, its checks logged; ends the deciding phase when its time has come."""
+        check = self.pruner.step(scale, skipped)
+        if check is not None:
+            self.structures.add(check.rows)
+            for warning in check.warnings if self.group.leads else []:
+                self.bar.write(f"warning: {warning}", file=sys.stderr)
+
+    def not_finite(self, step: int) -> None:
+        raise NotFinite(
+            f"`loss` must stay finite; got a non-finite loss or logit at step {step} "
+            f"(lr {self.optimizer.param_groups[0]['lr']:.3g}). "
+            f"The state after step {self.good_step} is kept in {self.folder}; lower --lr or turn --amp off."
+        )
+
+    def counts(self) -> Counts:
+        """Counted MACs and parameters of the network as it physically stands."""
+        return self.pruner.counts() if self.pruner else self.dense
+
+    def left(self) -> tuple[int, int, int]:
+        """Layers and units left, and how many structures are undecided."""
+        if self.pruner is not None:
+            return self.pruner.layers_kept, self.pruner.units_kept, self.pruner.undecided
+        return *self.total, 0
+
+    def show(self) -> None:
+        layers, units, undecided = self.left()
+        expected = self.pruner.expected_macs if self.pruner else self.dense.macs
+        self.bar.set_postfix_str(
+            f"loss {self.loss:.3f}, accuracy {self.history[-1] if self.history else 0:.3f}, "
+            f"expected MACs {expected / self.dense.macs:.0%}, {layers} layers, {units} units, {undecided} undecided",
+            refresh=False,
+        )
+
+    def save(self) -> None:
+        """Keep the network as it stands as the last good one."""
+        self.good_step = self.step
+        if not self.group.leads:
+            return
+        state, structure = (
+            self.pruner.snapshot() if self.pruner else (self.model.state_dict(), checkpoint.whole(self.model))
+        )
+        images = self.setup.images
+        checkpoint.save(
+            self.folder,
+            state,
+            {
+                "arch": self.config.arch,
+                "in_channels": images.train_images.shape[1],
+                "classes": list(images.classes),
+                "hidden_scale": self.config.hidden_scale,
+                "shortcut": self.config.shortcut,
+                "stem": self.config.stem,
+                "image_shape": list(images.train_images.shape[1:]),
+                "mean": list(images.mean),
+                "std": list(images.std),
+                "blocks": structure,
+            },
+        )
+
+    def save_state(self) -> None:
+        """Keep everything that `restore` needs to go on as if nothing had happened, between any two steps."""
+        self.tick()
+        right = self.group.sum(self.sums.right)
+        if not self.group.leads:
+            return
+        names = {parameter: plain_name(name) for name, parameter in self.model.named_parameters()}
+        momentum = {
+            names[parameter]: own["momentum_buffer"]
+            for parameter, own in self.optimizer.state.items()
+            if own.get("momentum_buffer") is not None
+        }
+        checkpoint.save_state(
+            self.folder,
+            {
+                "config": self.config.identity(),
+                "processes": self.group.size,
+                "steps_per_epoch": self.setup.steps_per_epoch,
+                "classes": list(self.setup.images.classes),
+                "images": self.setup.images.fingerprint,
+                **{name: getattr(self, name) for name in PROGRESS},
+                "sums": {**self.sums.state(), "right": right.cpu()},
+                "lengths": [self.metrics.length(), self.structures.length()],
+                "momentum": momentum,
+                "scaler": self.scaler.state_dict(),
+                "pruner": self.pruner.state_dict() if self.pruner else None,
+                "model": None if self.pruner else self.model.state_dict(),
+                "rng": random_state(self.config.device),
+            },
+            keep=self.config.keep_checkpoints,
+        )
+
+    def restore(self, state: dict) -> None:
+        """Take up a state of `save_state`."""
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state["pruner"])
+        else:
+            self.model.load_state_dict(state["model"])
+        parameters = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
+        for name, buffer in state["momentum"].items():
+            buffer = buffer.to(parameters[name].device, copy=True)
+            self.optimizer.state[parameters[name]] = {"momentum_buffer": buffer}
+        self.scaler.load_state_dict(state["scaler"])
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+        self.sums = _Sums.of(state["sums"], self.config.device)
+        if not self.group.leads:  # those of all processes are with the first one
+            self.sums.right.zero_()
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and torch.device(self.config.device).type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.config.device)
+
+    def result(self, executed: int) -> None:
+        """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""
+        counts = self.counts()
+        layers, units, _ = self.left()
+        dense = build_model(self.config, self.setup.images)
+        latencies = latency_ms([dense, self.model] if self.pruner else [dense], self.setup.example)
+        content = {
+            "accuracy": self.history[-1],
+            "accuracy_history": self.history,
+            "macs": counts.macs,
+            "macs_executed": executed,
+            "macs_dense": self.dense.macs,
+            "params": counts.params,
+            "params_dense": self.dense.params,
+            "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
+            "layers_kept": layers,
+            "layers_total": self.total[0],
+            "units_kept": units,
+            "units_total": self.total[1],
+            "units_kept_for_rounding": self.pruner.kept_for_rounding if self.pruner else 0,
+            "decisions": self.pruner.decisions() if self.pruner else {},
+            "macs_removed_by_tolerance": self.pruner.macs_removed("pruned_tolerance") if self.pruner else 0,
+            "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "latency_ms": latencies[0][-1],
+            "latency_dense_ms": latencies[0][0],
+            "latency_ms_128": latencies[1][-1],
+            "latency_dense_ms_128": latencies[1][0],
+            "seed": self.config.seed,
+        }
+        if self.pruner is not None and self.pruner.shadow is not None:
+            table = CsvTable(self.folder, shadow.FILE, shadow.FIELDS)
+            table.add(self.pruner.shadow.rows(self.pruner.names()))
+            table.close()
+        checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
+
+
+
+

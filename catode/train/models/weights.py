@@ -1,0 +1,102 @@
+"""Starting from weights that were trained before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from catode.train.models.resnets import ResNet
+
+WRAPPERS = ("state_dict", "model")  # under which training scripts save a state dict beside other things
+LISTED = 3  # names that a message lists
+
+
+def read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The state dict in a file of `torch.save`, on the CPU; nothing but tensors is ever unpickled into life.
+
+    A state dict under the key ``state_dict`` or ``model`` is found too, and the prefix ``module.`` of a distributed run
+    is taken off.
+
+    Raises:
+        ValueError: if there is no such file or no state dict in it.
+    """
+    path = os.fspath(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(
+            f"`init` must be a file that can be read; got init={path!r}: {reason}. Give a file of weights."
+        ) from None
+    except Exception as error:  # unpickling damaged bytes can raise anything
+        raise ValueError(
+            f"`init` must be a file of tensors that torch.load reads with weights_only=True; got init={path!r}, where it "
+            f"fails ({type(error).__name__}). Save the state dict anew with torch.save(model.state_dict(), FILE)."
+        ) from None
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not content or not all(_is_entry(*item) for item in content.items()):
+        raise ValueError(
+            f"`init` must hold a state dict, tensors by name; got init={path!r}, which holds something else. "
+            "Save one with torch.save(model.state_dict(), FILE)."
+        )
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _is_entry(name: object, tensor: object) -> bool:
+    return isinstance(name, str) and isinstance(tensor, torch.Tensor)
+
+
+def fill(model: ResNet, state: Mapping[str, torch.Tensor], source: str) -> list[str]:
+    """Load a state dict into a fresh, whole network; a classifier for another number of classes is left as it is.
+
+    The batch norms' counters of batches, which old files lack, may be missing.
+
+    Args:
+        model: The network, changed in place.
+        state: Its new weights.
+        source: Where they are from, for messages.
+
+    Returns:
+        What was left as it is, one line each.
+
+    Raises:
+        ValueError: if the weights are another network's or not finite; the model is then unchanged.
+    """
+    own, notes = model.state_dict(), []
+    _refuse(source, "lacks", [n for n in own if n not in state and not n.endswith("num_batches_tracked")])
+    _refuse(source, "also has", [name for name in state if name not in own])
+    head = state["fc.weight"]
+    if head.dim() == 2 and head.shape[1] == model.fc.in_features and len(head) != model.fc.out_features:
+        notes.append(
+            f"the classifier in {source} is for {len(head)} classes, these images have {model.fc.out_features}: "
+            "it starts from random weights"
+        )
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    wrong = [name for name, tensor in state.items() if tensor.shape != own[name].shape]
+    if wrong == ["conv1.weight"] and state["conv1.weight"].shape[2:] == own["conv1.weight"].shape[2:]:
+        raise ValueError(
+            f"`init` must hold weights for images of {own['conv1.weight'].shape[1]} channels; got init={source!r} for "
+            f"{state['conv1.weight'].shape[1]}. Convert the images, or leave --init out."
+        )
+    shapes = [f"{name} of shape {_shape(state[name])} instead of {_shape(own[name])}" for name in wrong]
+    _refuse(source, "has", shapes)
+    _refuse(source, "has values that are not finite in", [n for n, t in state.items() if not t.isfinite().all()])
+    model.load_state_dict(state, strict=False)
+    return notes
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "()"
+
+
+def _refuse(source: str, verb: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        raise ValueError(
+            f"`init` must hold the weights of the very network; got init={source!r}, which {verb} "
+            f"{', '.join(names[:LISTED])}{more}. Choose the --arch, --shortcut, --stem and --hidden-scale of the file, or "
+            "leave --init out."
+        )

@@ -1,0 +1,186 @@
+"""The command line of a run: one flag for each field of `Config`, whose ranges, choices and presets `--help` tells.
+
+`CommandLine` is the parser of the project's other programs too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from catode.train.settings.config import GROUPS, PRESETS, Config, ConfigError, Setting, nearest, settings
+
+__all__ = ["CommandLine", "build_parser", "parse"]
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser whose every complaint is a `ConfigError` in the one message form."""
+
+    def error(self, message: str) -> None:
+        raise ConfigError(self._one_line(message))
+
+    def _one_line(self, message: str) -> str:
+        flags = [s[2:] for s in self._option_string_actions if s.startswith("--")]
+        if message.startswith("unrecognized arguments: "):
+            first = message.removeprefix("unrecognized arguments: ").split()[0]
+            name = first.split("=")[0]
+            if not name.startswith("-"):
+                return f"`{name}` must follow a flag; got the stray argument {first!r}. Remove it, or see --help."
+            near = nearest(name.lstrip("-"), flags)
+            mend = f"Did you mean --{near}?" if near else "See --help for all flags."
+            return f"`{name}` must be a known flag; got {first}. {mend}"
+        if message.startswith("the following arguments are required: "):
+            names = message.removeprefix("the following arguments are required: ").split(", ")
+            name = names[0].split("/")[0].lstrip("-").replace("-", "_").lower()
+            return f"`{name}` must be given; got no {', no '.join(names)}. See --help."
+        if message.startswith("argument "):
+            names, _, what = message.removeprefix("argument ").partition(": ")
+            if what.startswith("`"):
+                return what
+            flag = names.split("/")[0]
+            name = flag.lstrip("-").replace("-", "_").lower()
+            if what.startswith("expected"):
+                return f"`{name}` must have a value; got {flag} without one. Write {flag}=VALUE."
+            if what.startswith("ignored explicit argument"):
+                value = what.removeprefix("ignored explicit argument").strip()
+                return f"`{name}` must stand without a value; got {flag}={value}. Write {flag} alone."
+            if found := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", what):
+                return f"`{name}` must be one of {found[2]}; got {name}={found[1]}. See --help."
+            if found := re.fullmatch(r"invalid (int|float) value: (.*)", what):
+                kind = {"int": "an integer", "float": "a number"}[found[1]]
+                return f"`{name}` must be {kind}; got {name}={found[2]}. Write {flag} NUMBER."
+        return message
+
+
+def _convert(name: str, setting: Setting) -> Any:
+    """The argparse type of a number."""
+
+    def convert(text: str) -> float | int:
+        try:
+            return setting.kind(text)
+        except ValueError:
+            what = "an integer" if setting.kind is int else "a number"
+            limit = f" {setting.range}" if setting.range else ""
+            mend = f" {setting.mend}" if setting.mend else ""
+            raise argparse.ArgumentTypeError(f"`{name}` must be {what}{limit}; got {name}={text!r}.{mend}") from None
+
+    return convert
+
+
+def _default_text(name: str, default: Any) -> str:
+    """The default and the presets of a field, for `--help`."""
+    groups: dict[tuple[str, Any], list[str]] = {}
+    for (dataset, arch), preset in PRESETS.items():
+        if name in preset and (dataset, preset[name]) != ("*", default):
+            groups.setdefault((dataset, preset[name]), []).append(arch)
+    everywhere = all(name in PRESETS.get((dataset, "*"), {}) for dataset in settings()["dataset"].choices)
+    parts = [] if default is None or default is False or everywhere else [_shown(default)]
+    for (dataset, value), archs in groups.items():
+        where = [] if dataset == "*" else [dataset]
+        where += [] if archs == ["*"] else [" ".join(archs)]
+        parts.append(f"{' with '.join(where)} {_shown(value)}")
+    return "default: " + ", ".join(parts) if parts else ""
+
+
+def _shown(value: Any) -> str:
+    return (
+        "on" if value is True else "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    )
+
+
+_METAVARS = {"data_dir": "DIR", "init": "FILE", "device": "DEVICE", "out": "FOLDER", "resume": "FOLDER"}
+_EPILOG = """\
+words:
+  unit, layer     a channel inside a residual block; a whole residual block
+  theta           keep probability of a structure, a unit or layer; 1 for good: committed, 0 for good: removed
+  benefit, price  training loss (nats) that a structure saves; that it must save to stay, its share of nu
+  tolerance       theta below which a structure goes for good, if its benefit surely lies below its price
+  ODE time        sum of lr / (1 - momentum) over the steps: the time in which weights and thetas move
+
+examples:
+  python -m catode.train
+  python -m catode.train --dataset cifar10 --data-dir DIR --download --target-macs 0.5
+  python -m catode.train --dataset folder --data-dir DIR --arch resnet50 --image-size 64 --dry-run
+  python -m catode.train --resume FOLDER
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A parser with one flag for each field of `Config`; what is not given is left out of the namespace.
+
+    Returns:
+        The parser; its `error` raises `ConfigError`.
+    """
+    parser = CommandLine(
+        prog="python -m catode.train",
+        description="Train a residual network once, pruning units and layers on the way, and keep the compact network.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    for field in dataclasses.fields(Config):
+        setting: Setting = field.metadata["setting"]
+        notes = "; ".join(n for n in (setting.range, _default_text(field.name, field.default)) if n)
+        options: dict[str, Any] = {"help": (setting.help + (f" [{notes}]" if notes else "")).replace("%", "%%")}
+        if setting.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction if setting.negatable else "store_true"
+            options["default"] = argparse.SUPPRESS
+        else:
+            kind = _METAVARS.get(field.name, setting.kind.__name__.upper())
+            options["metavar"] = "{" + ",".join(setting.choices) + "}" if setting.choices else kind
+            if setting.kind in (int, float):
+                options["type"] = _convert(field.name, setting)
+        groups[setting.group].add_argument("--" + field.name.replace("_", "-"), **options)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Read a command line.
+
+    Args:
+        argv: Arguments without the program's name; None for those of the process.
+
+    Returns:
+        The configuration: flags over presets over field defaults.
+
+    Raises:
+        ConfigError: for any wrong argument; print it and exit with status 2.
+    """
+    given = vars(build_parser().parse_args(argv))
+    return Config.from_presets(**given) if given.get("resume") is None else _resumed(**given)
+
+
+_OWN_ON_RESUME = (
+    "threads",
+    "device",
+    "compile",
+    "tensorboard",
+    "data_dir",
+    "array_gib",
+    "workers",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+
+
+def _resumed(resume: str, **given: Any) -> Config:
+    """The configuration of a run that goes on."""
+    for name, value in given.items():
+        if name not in _OWN_ON_RESUME:
+            raise ConfigError(
+                f"`{name}` must be left out with resume; got {name}={value!r} and resume={resume!r}. "
+                "The run goes on with its own settings."
+            )
+    file = Path(resume) / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"`resume` must be the folder of a run that was cut off; got resume={resume!r}, which holds no run. "
+            "Pass the --out of such a run."
+        )
+    return Config.from_json(file.read_text(), **given, out=resume, resume=resume)

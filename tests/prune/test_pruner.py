@@ -1,0 +1,583 @@
+"""The pruner in a loop that its user owns."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from catode.prune.cut import restrict, unit_norms
+from catode.prune.describe.protocol import Counts, count
+from catode.prune.pruner import ROW_FIELDS, Pruner
+from catode.train import data
+from catode.train.models import DenseBlock, DenseResNet, build
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+STATES = {"undecided", "committed", "pruned_tolerance", "pruned_zero", "promoted", "forced"}
+BLOCKS, HIDDEN = 3, 24
+
+
+@functools.cache
+def digits():
+    images = data.load("digits")
+    scale = [(x.float() / 255 - images.mean[0]) / images.std[0] for x in (images.train_images, images.test_images)]
+    return scale[0], images.train_labels, scale[1], images.test_labels
+
+
+def batches(seed, size=64):
+    x, y, *_ = digits()
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(x), generator=generator)
+        for part in order.split(size)[:-1]:
+            yield x[part], y[part]
+
+
+def dense(seed=0):
+    torch.manual_seed(seed)
+    return DenseResNet(64, 10, blocks=BLOCKS, width=32, hidden=HIDDEN)
+
+
+def make(model=None, *, lr=0.05, **changes):
+    model = dense() if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    settings = dict(
+        nu=0.5, rate_ratio=0.05, steps=400, warmup=40, measure_every=2, check_every=20, probe_size=16, memory=100
+    )
+    return model, optimizer, Pruner(model, EXAMPLE, optimizer=optimizer, **settings | changes)
+
+
+def loop(model, optimizer, pruner, steps, seed=0, loss=F.cross_entropy, each=None):
+    """A plain training loop with one line for the pruner; returns the checks."""
+    checks = []
+    model.train()
+    for _, (x, y) in zip(range(steps), batches(seed), strict=False):
+        value = loss(model(x), y)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        check = pruner.step()
+        if check is not None:
+            checks.append(check)
+        if each is not None:
+            each(check)
+    return checks
+
+
+def accuracy(model):
+    *_, x, y = digits()
+    model.eval()
+    with torch.no_grad():
+        return (model(x).argmax(1) == y).float().mean().item()
+
+
+def physical(pruner):
+    """Counts of the compact network as it now stands, without its gates."""
+    state, structure = pruner.snapshot()
+    fresh = dense(5)
+    restrict(fresh, fresh.structures(), structure).load_state_dict(state)
+    return count(fresh, EXAMPLE)
+
+
+def assert_plain(model):
+    for module in model.modules():
+        assert not hasattr(module, "parametrizations") and "Parametrized" not in type(module).__name__
+        assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """One whole run, every step's thetas recorded."""
+    model, optimizer, pruner = make()
+    thetas, counted = [], []
+
+    def each(check):
+        thetas.append(pruner.keep_prob.copy())
+        if check is not None:
+            counted.append((pruner.counts(), physical(pruner)))
+
+    checks = loop(model, optimizer, pruner, 500, each=each)
+    final = pruner.finish()
+    return SimpleNamespace(
+        model=model, optimizer=optimizer, pruner=pruner, checks=checks, thetas=thetas, counted=counted, final=final
+    )
+
+
+def test_the_end_is_a_plain_smaller_network_that_works(finished):
+    assert finished.final is finished.model and finished.pruner.finished
+    assert_plain(finished.final)
+    copy.deepcopy(finished.final)
+    dense_counts = count(dense(), EXAMPLE)
+    small = count(finished.final, EXAMPLE)
+    assert small == finished.pruner.counts()
+    assert small.macs < 0.9 * dense_counts.macs and small.params < dense_counts.params
+    assert accuracy(finished.final) > 0.9
+    assert finished.pruner.expected_macs == small.macs
+    assert finished.pruner.step() is None, "a step after the end does nothing"
+
+
+def test_law_counted_and_physical_network_agree_at_every_check(finished):
+    assert len(finished.counted) > 5
+    for pruner_counts, model_counts in finished.counted:
+        assert pruner_counts == model_counts
+
+
+def test_law_thetas_stay_in_the_unit_interval_and_zero_is_absorbing(finished):
+    thetas = np.array(finished.thetas)
+    assert ((thetas >= 0) & (thetas <= 1)).all()
+    gone = thetas == 0
+    assert (gone[1:] >= gone[:-1]).all()
+    assert (thetas[:40] == 1).all(), "nothing moves in the warm-up"
+    assert (thetas[-1] != thetas[0]).any()
+
+
+def test_states_account_for_every_structure(finished):
+    pruner = finished.pruner
+    assert set(pruner.state) <= STATES - {"undecided"} and pruner.undecided == 0
+    assert sum(pruner.decisions().values()) == pruner.complexity.size
+    removed = np.isin(pruner.state, ["pruned_tolerance", "pruned_zero", "promoted"])
+    assert not pruner.kept[removed].any()
+    assert pruner.kept[pruner.state == "committed"].all()
+    assert (pruner.keep_prob == pruner.kept).all()
+    assert (pruner.complexity.close(pruner.kept) == pruner.kept).all()
+    assert pruner.layers_kept == sum(isinstance(b, DenseBlock) for b in finished.final.blocks)
+    assert pruner.units_kept == sum(b.hidden.out_features for b in finished.final.blocks if isinstance(b, DenseBlock))
+    assert 0 <= pruner.decided_by_rule <= 1
+
+
+def test_rows_of_a_check_keep_the_promises_of_the_states(finished):
+    rows = [row for check in finished.checks for row in check.rows]
+    assert rows and all(list(row) == ROW_FIELDS for row in rows)
+    seen = set()
+    for row in rows:
+        seen.add(row["state"])
+        assert row["state"] in STATES and row["kind"] in ("layer", "unit") and row["risk"] == 0.05
+        assert 0 <= row["keep_prob"] <= 1 and row["price"] > 0
+        if row["state"] == "pruned_tolerance":
+            assert row["benefit_upper"] < row["price"] and 0 < row["keep_prob"] <= row["tolerance"]
+        if row["state"] == "pruned_zero":
+            assert row["keep_prob"] == 0
+        if row["state"] == "committed":
+            assert row["keep_prob"] >= 0.9
+        if not math.isnan(row["tolerance"]):
+            assert row["tolerance"] <= min(row["separatrix"], 1.0)
+    assert len(seen) >= 3
+    decided = [
+        (r["kind"], r["block"], r["site"], r["index"]) for r in rows if r["state"] not in ("undecided", "promoted")
+    ]
+    assert len(decided) == len(set(decided)), "nothing is decided twice, but what was committed may go with its block"
+
+
+def test_law_the_optimizer_follows_every_compaction(finished):
+    parameters = list(finished.final.parameters())
+    held = finished.optimizer.param_groups[0]["params"]
+    assert {id(p) for p in held} == {id(p) for p in parameters} and len(held) == len(parameters)
+    assert set(finished.optimizer.state) == set(parameters)
+    for p in parameters:
+        assert finished.optimizer.state[p]["momentum_buffer"].shape == p.shape
+
+
+def test_structure_and_weights_fit_a_fresh_network(finished):
+    state, structure = finished.pruner.snapshot()
+    fresh = dense(5)
+    restrict(fresh, fresh.structures(), structure)
+    fresh.load_state_dict(state)
+    *_, x, _ = digits()
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(x), finished.final.eval()(x))
+
+
+def test_a_snapshot_in_mid_run_is_the_mean_field_network():
+    model, optimizer, pruner = make(initial_keep_prob=0.7, warmup=150, check_every=10)
+    loop(model, optimizer, pruner, 30)
+    state, structure = pruner.snapshot()
+    fresh = dense(5)
+    restrict(fresh, fresh.structures(), structure)
+    fresh.load_state_dict(state)
+    *_, x, _ = digits()
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    assert pruner.undecided == pruner.complexity.size
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e6, 1e6), st.floats(0, 1e3)), min_size=1, max_size=30),
+    st.floats(0.01, 1.0),
+    st.floats(1e-3, 1e3),
+)
+def test_law_projection_keeps_theta_in_the_unit_interval(rounds, initial, rate_ratio):
+    _, _, pruner = make(initial_keep_prob=initial, rate_ratio=rate_ratio, warmup=0)
+    n = pruner.complexity.size
+    for seed, centre, spread in rounds:
+        random = np.random.default_rng(seed)
+        before = pruner.keep_prob.copy()
+        pruner.done += 1
+        pruner.time += 0.5
+        pruner._pending += 0.5
+        seen = random.random(n) < 0.7
+        pruner._move(centre + spread * random.standard_normal(n), seen, pruner.done)
+        assert ((pruner.keep_prob >= 0) & (pruner.keep_prob <= 1)).all()
+        assert (pruner.keep_prob[~seen] == before[~seen]).all(), "what was not seen does not move"
+        assert (pruner.keep_prob[before == 0] == 0).all()
+        assert pruner.expected_complexity == pytest.approx(pruner.complexity.index(pruner.keep_prob, 0.0))
+
+
+def test_missing_evidence_does_not_override_initial_keep_prob():
+    """Where theta starts is the user's choice; a step without evidence is no reason to leave it at once."""
+    model, optimizer, pruner = make(initial_keep_prob=0.5, warmup=0, rate_ratio=1e-6)
+    loop(model, optimizer, pruner, 2)
+    assert (np.abs(pruner.keep_prob - 0.5) < 0.25).all()
+
+
+@pytest.mark.parametrize("memory", [10, 15, 45])
+def test_a_short_memory_still_pools_sensibly(memory):
+    """Layers pool over memory / 10: with a short one the window keeps a floor."""
+    _, _, pruner = make(memory=memory)
+    n = pruner.complexity.size
+    for _ in range(12):
+        pruner.done += 1
+        pruner._pending += 0.5
+        pruner._move(np.full(n, -0.25), np.ones(n, dtype=bool), pruner.done)
+        np.testing.assert_allclose(pruner._evidence.benefit, 0.25)
+
+
+def test_alpha_zero_gates_no_layers():
+    model, optimizer, pruner = make(alpha=0.0, steps=120, warmup=10)
+    layers = slice(0, BLOCKS)
+    assert (pruner.state[layers] == "committed").all() and pruner.undecided == BLOCKS * HIDDEN
+    x, y = next(batches(0))
+    F.cross_entropy(model(x), y).backward()
+    assert not pruner.gates.draw.grad[layers].any() and pruner.gates.draw.grad[BLOCKS:].all()
+    checks = loop(model, optimizer, pruner, 120)
+    assert all(row["kind"] == "unit" for check in checks for row in check.rows)
+    assert sum(pruner.decisions().values()) == BLOCKS * HIDDEN
+    assert_plain(pruner.finish())
+
+
+def test_alpha_one_gates_no_units():
+    model, optimizer, pruner = make(alpha=1.0, steps=120, warmup=10)
+    assert (pruner.state[BLOCKS:] == "committed").all() and pruner.undecided == BLOCKS
+    x, y = next(batches(0))
+    F.cross_entropy(model(x), y).backward()
+    assert not pruner.gates.draw.grad[BLOCKS:].any() and pruner.gates.draw.grad[:BLOCKS].all()
+    checks = loop(model, optimizer, pruner, 120)
+    assert all(row["kind"] == "layer" for check in checks for row in check.rows)
+    final = pruner.finish()
+    assert_plain(final)
+    assert all(b.hidden.out_features == HIDDEN for b in final.blocks if isinstance(b, DenseBlock))
+
+
+def test_a_fixed_tolerance_is_used_as_it_is():
+    model, optimizer, pruner = make(tolerance=0.4, steps=200, warmup=20)
+    rows = [row for check in loop(model, optimizer, pruner, 200) for row in check.rows]
+    values = {row["tolerance"] for row in rows if not math.isnan(row["tolerance"])}
+    assert values == {0.4}
+    assert any(row["state"] == "pruned_tolerance" for row in rows)
+    assert all(0 < row["keep_prob"] <= 0.4 for row in rows if row["state"] == "pruned_tolerance")
+
+
+@pytest.mark.parametrize("changes", [{}, {"alpha": 0.0}, {"alpha": 1.0}, {"tolerance": 1.0}], ids=str)
+def test_when_everything_would_go_a_network_is_left_and_a_warning_given(changes):
+    model, optimizer, pruner = make(nu=1e4, rate_ratio=0.2, steps=300, warmup=20, **changes)
+    warnings = [w for check in loop(model, optimizer, pruner, 300) for w in check.warnings]
+    assert len(warnings) == 1 and "nu" in warnings[0] and "too large" in warnings[0] and "\n" not in warnings[0]
+    final = pruner.finish()
+    assert pruner.layers_kept >= 1 and pruner.units_kept >= 1 and pruner.undecided == 0
+    assert_plain(final)
+    assert count(final, EXAMPLE) == pruner.counts()
+    assert final.eval()(digits()[2]).isfinite().all()
+
+
+def test_undecided_structures_are_forced_at_the_end_and_say_so():
+    model, optimizer, pruner = make(steps=10, warmup=9)
+    loop(model, optimizer, pruner, 10)
+    assert pruner.finished and set(pruner.state) == {"forced"} and pruner.kept.all()
+    assert pruner.decided_by_rule == 0.0
+    assert count(model, EXAMPLE) == count(dense(), EXAMPLE)
+
+
+def test_finish_may_come_early():
+    model, optimizer, pruner = make()
+    loop(model, optimizer, pruner, 7)
+    assert_plain(pruner.finish())
+    assert pruner.finish() is model
+
+
+def test_a_step_needs_a_backward_pass():
+    model, optimizer, pruner = make()
+    with pytest.raises(RuntimeError, match="backward"):
+        pruner.step()
+    loop(model, optimizer, pruner, 1)
+    with pytest.raises(RuntimeError, match="backward"):
+        pruner.step()
+    x, y = next(batches(0))
+    F.cross_entropy(model.eval()(x), y).backward()
+    with pytest.raises(RuntimeError, match="train mode"):
+        pruner.step()
+
+
+def test_another_loss_is_refused():
+    model, optimizer, pruner = make()
+    with pytest.raises(RuntimeError, match="mean softmax cross-entropy"):
+        loop(model, optimizer, pruner, 4, loss=lambda z, y: F.mse_loss(z, F.one_hot(y, 10).float()))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_scaled_loss_gives_the_same_thetas(smoothing):
+    found = []
+    for scale in (1.0, 256.0):
+        model, optimizer, pruner = make(warmup=5)
+        model.train()
+        for _, (x, y) in zip(range(40), batches(0), strict=False):
+            optimizer.zero_grad()
+            (scale * F.cross_entropy(model(x), y, label_smoothing=smoothing)).backward()
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                p.grad /= scale
+            optimizer.step()
+            pruner.step(grad_scale=scale)
+        found.append(pruner.keep_prob)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-3)
+
+
+def run_again(seed):
+    model, optimizer, pruner = make(seed=seed, steps=120, warmup=10, rate_ratio=0.2)
+    loop(model, optimizer, pruner, 120)
+    return model, pruner
+
+
+def test_law_the_same_seed_gives_the_same_run():
+    (one, a), (two, b), (_, c) = run_again(0), run_again(0), run_again(1)
+    assert (a.state == b.state).all() and (a.keep_prob == b.keep_prob).all()
+    assert one.state_dict().keys() == two.state_dict().keys()
+    assert all(torch.equal(t, two.state_dict()[n]) for n, t in one.state_dict().items())
+    assert not torch.equal(a.gates.draw, c.gates.draw) or (a.state != c.state).any()
+
+
+@pytest.mark.parametrize("estimator", ["curvature", "paired", "straight-through"])
+@pytest.mark.parametrize("per_example", [False, True])
+def test_every_estimator_and_mode_runs_to_a_plain_network(estimator, per_example):
+    model, optimizer, pruner = make(
+        estimator=estimator, layer_estimator=estimator, per_example=per_example, steps=60, warmup=5, rate_ratio=0.3
+    )
+    loop(model, optimizer, pruner, 60)
+    assert pruner.finished
+    assert_plain(model)
+    assert count(model, EXAMPLE) == pruner.counts()
+
+
+def test_a_convolutional_network_and_a_foreign_one(bottleneck_net):
+    for model in (build("resnet14", in_channels=1, classes=10), bottleneck_net()):
+        model, optimizer, pruner = make(model, steps=30, warmup=2, rate_ratio=1.0, nu=2.0, check_every=5)
+        loop(model, optimizer, pruner, 30)
+        assert_plain(model)
+        assert count(model, EXAMPLE) == pruner.counts() and isinstance(pruner.counts(), Counts)
+        assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+
+
+def test_macs_removed_by_a_state_include_what_is_promoted():
+    _, _, pruner = make()
+    pruner.state[BLOCKS : BLOCKS + HIDDEN] = "pruned_tolerance"  # every unit of the first block
+    one_block = HIDDEN * (32 + 32 + 1)  # two linear layers and a norm; biases cost no MACs
+    assert pruner.macs_removed("pruned_tolerance") == one_block
+    assert pruner.macs_removed("pruned_zero") == 0
+
+
+BAD = [
+    ("nu", 0),
+    ("nu", -1.0),
+    ("nu", float("nan")),
+    ("nu", float("inf")),
+    ("rate_ratio", 0.0),
+    ("rate_ratio", "fast"),
+    ("steps", 0),
+    ("steps", 1.5),
+    ("alpha", -0.1),
+    ("alpha", 1.1),
+    ("beta", -0.1),
+    ("beta", 2),
+    ("risk", 0.0),
+    ("risk", 0.5),
+    ("risk", 0.7),
+    ("tolerance", -0.1),
+    ("tolerance", 1.5),
+    ("warmup", -1),
+    ("initial_keep_prob", 0.0),
+    ("initial_keep_prob", 1.2),
+    ("estimator", "reinforce"),
+    ("layer_estimator", "STE"),
+    ("probe_size", 1),
+    ("measure_every", 0),
+    ("check_every", 0),
+    ("read_every", 0),
+    ("memory", 9),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_bad_input_is_refused_and_the_model_left_alone(name, value):
+    model = dense()
+    with pytest.raises(ValueError, match=rf"^`{name}` must [^\n]+; got [^\n]+$"):
+        make(model, **{name: value})
+    assert_plain(model)
+
+
+def test_a_model_without_structures_is_refused():
+    with pytest.raises(ValueError, match=r"`model` must have a method structures\(\); got Linear"):
+        make(nn.Linear(3, 3))
+
+
+def test_dead_channels_round_widths_up_while_training_and_are_gone_in_the_end():
+    model, optimizer, pruner = make(width_multiple=8)
+    padded = []
+
+    def each(check):
+        if check is None:
+            return
+        for number, block in enumerate(pruner.blocks):
+            if not pruner.kept[number]:
+                continue
+            live = len(pruner.structure()[block.name]["sites"][block.sites[0].name])
+            width = model.get_submodule(block.output).weight.shape[1]
+            assert width == -(-live // 8) * 8
+            padded.append(width > live)
+        assert physical(pruner) == pruner.counts()
+
+    loop(model, optimizer, pruner, 500, each=each)
+    assert any(padded)
+    *_, x, _ = digits()
+    model.eval()
+    before = model(x[:32])
+    final = pruner.finish()
+    assert_plain(final)
+    assert count(final, EXAMPLE) == pruner.counts() and {p for g in optimizer.param_groups for p in g["params"]} == set(
+        final.parameters()
+    )
+    torch.testing.assert_close(final(x[:32]), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("measure_every", [1, 2, 3, 4, 7, 12])
+def test_gradient_products_and_probes_take_different_steps(measure_every, monkeypatch):
+    model, optimizer, pruner = make(measure_every=measure_every, warmup=200, initial_keep_prob=0.999)
+    steps = {"probe": [], "products": [], "weights": []}
+    probed, added, noted = pruner._probe, pruner._products.add, pruner._products.note_weights
+    monkeypatch.setattr(pruner, "_probe", lambda open_: steps["probe"].append(pruner.done) or probed(open_))
+    monkeypatch.setattr(pruner._products, "add", lambda draw: steps["products"].append(pruner.done) or added(draw))
+    monkeypatch.setattr(pruner._products, "note_weights", lambda: steps["weights"].append(pruner.done) or noted())
+    cycles = 4
+    loop(model, optimizer, pruner, cycles * pruner._burst_every)
+    assert steps["probe"] == list(range(1, cycles * pruner._burst_every + 1, measure_every))
+    assert measure_every == 1 or not set(steps["probe"]) & set(steps["products"])
+    assert len(steps["products"]) == 3 * cycles and np.diff(steps["products"]).max() <= pruner._burst_every
+    assert [s + 1 for s in steps["weights"]] == steps["products"][1::3], "noted right before the second of each burst"
+    products = pruner._products
+    assert (products.gain.count > 1).all() and (products.weight_gradient.count > 1).all()
+
+
+def test_thetas_below_one_have_gates_from_the_start():
+    *_, pruner = make(warmup=60, memory=10, measure_every=1, layers_per_probe=3, initial_keep_prob=0.5)
+    assert pruner.started
+
+
+def test_a_dead_channel_that_comes_back_to_life_is_refused():
+    model, optimizer, pruner = make(width_multiple=8)
+    loop(model, optimizer, pruner, 500)
+    block = next(b for n, b in enumerate(pruner.blocks) if pruner.kept[n] and not pruner.kept[pruner.present[n]].all())
+    with torch.no_grad():
+        model.get_submodule(block.output).weight.add_(1e-3)
+    with pytest.raises(RuntimeError, match="`width_multiple` must be 1"):
+        pruner.finish()
+
+
+def test_a_state_is_not_shared_between_pruners():
+    model, optimizer, pruner = make()
+    loop(model, optimizer, pruner, 61)
+    state = pruner.state_dict()
+    before = copy.deepcopy(state)
+    for _ in range(2):
+        other, sgd, again = make(dense(3))
+        again.load_state_dict(state)
+        loop(other, sgd, again, 40, seed=1)
+    assert not state["draws"].requires_grad
+    for key in ("arrays", "model"):
+        assert all(torch.equal(a, before[key][k]) for k, a in state[key].items())
+    with pytest.raises(ValueError, match="`state` must be of the same network"):
+        make(DenseResNet(64, 10, blocks=2, width=32, hidden=HIDDEN))[2].load_state_dict(state)
+
+
+def test_a_long_warm_up_begins_without_gates_and_trains_as_the_ungated_network_does():
+    model, optimizer, pruner = make(warmup=60, memory=10, measure_every=1, layers_per_probe=3)
+    plain = dense()
+    other = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    model.train()
+    plain.train()
+    for step, (x, y) in zip(range(60), batches(0), strict=False):
+        assert pruner.started == (step >= 20)
+        if not pruner.started:
+            assert_plain(model)
+        for net, sgd in ((model, optimizer), (plain, other)):
+            sgd.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            sgd.step()
+        pruner.step()
+    assert pruner.done == 60 and (pruner.keep_prob == 1.0).all()
+    assert np.isfinite(pruner.measured()["benefit_upper"]).all()
+    for a, b in zip(pruner.snapshot()[0].values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "says"),
+    [
+        ({"dampening": 0.5}, {}, "`optimizer` must have no dampening"),
+        ({"maximize": True}, {}, "`optimizer` must have no maximize"),
+        ({"lr": 0.0}, {"rate_ratio": None}, "`rate_ratio` must be given where"),
+    ],
+)
+def test_optimizers_whose_steps_have_another_time_are_refused(settings, changes, says):
+    model = dense()
+    optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9} | settings)
+    with pytest.raises(ValueError, match=rf"^{says}[^\n]+; got [^\n]+$"):
+        Pruner(model, EXAMPLE, optimizer=optimizer, nu=0.5, steps=100, **changes)
+
+
+def test_measuring_and_reading_seldom_costs_nothing_beforehand():
+    model, optimizer, pruner = make(measure_every=10**9, read_every=10**9, steps=50, warmup=0)
+    assert pruner._burst == [1, 2, 3] and len(pruner._drawn) <= 50
+    loop(model, optimizer, pruner, 2)
+    assert len(pruner._drawn) < 50
+
+
+def test_the_shadow_sees_filters_not_their_draws():
+    model = build("resnet50", in_channels=3, classes=10, hidden_scale=0.05, stem="cifar")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    block = model.structures()[0]
+    plain = [unit_norms(model, site) for site in block.sites]
+    pruner = Pruner(model, torch.zeros(1, 3, 8, 8), optimizer=optimizer, nu=1.0, steps=10, initial_keep_prob=0.5)
+    model.train()(torch.randn(4, 3, 8, 8))
+    gated = [unit_norms(model, site) for site in pruner.blocks[0].sites]
+    assert all(np.array_equal(a, b) for a, b in zip(plain, gated, strict=True))
+
+
+def test_long_runs_of_many_units_record_undecided_units_at_some_checks_only(monkeypatch):
+    recorded = {}
+    for most in (10**6, 200):
+        monkeypatch.setattr("catode.prune.pruner.MOST_ROWS", most)
+        model, optimizer, pruner = make(steps=200, warmup=20, check_every=10)
+        rows = [row for check in loop(model, optimizer, pruner, 200) for row in check.rows]
+        recorded[most] = {
+            (row["step"], row["kind"], row["block"], row["site"], row["index"]): row["state"] for row in rows
+        }
+    whole, part = recorded[10**6], recorded[200]
+    assert part.items() < whole.items() and len(part) < len(whole) / 2
+    left_out = [key for key in whole.keys() - part.keys()]
+    assert all(key[1] == "unit" and whole[key] == "undecided" for key in left_out)
