@@ -1,6 +1,7 @@
-"""Reading the files of a run's folder: JSON, and tables that may be compressed (``.csv.gz``), as those of records are.
+"""The one reader of the files of a run's folder: JSON, and tables that may be compressed (``.csv.gz``), as those of records are.
 
-Every function checks what it reads and names the file in its complaint.
+Every function checks what it reads and names the file in its complaint. Files of earlier versions are read as if this one had
+written them: `read_config`, `read_structures`, `read_decisions` and `read_result` translate what was renamed (see CHANGELOG.md).
 """
 
 from __future__ import annotations
@@ -10,11 +11,32 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["number", "packed", "read_json", "read_rows", "read_table", "structure_key"]
+from catode.structures.fates import (
+    FATES,
+    KEPT_AT_TARGET,
+    KEPT_FOR_WIDTH,
+    KEPT_OUT_OF_TIME,
+    REMOVED_OUT_OF_TIME,
+    REMOVED_WITH_BLOCK,
+)
+
+__all__ = [
+    "PLACE",
+    "number",
+    "packed",
+    "read_config",
+    "read_decisions",
+    "read_json",
+    "read_result",
+    "read_rows",
+    "read_structures",
+    "read_table",
+    "structure_key",
+]
 
 PLACE = ("kind", "block", "site", "index")
 _KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
@@ -129,6 +151,127 @@ def number(path: Path, name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"{path} must hold numbers in column {name!r}; got {text!r}.") from None
+
+
+def read_config(
+    folder: Path, required: Mapping[str, type] | None = None, optional: Mapping[str, type] | None = None
+) -> dict[str, Any]:
+    """config.json of a run, every value resolved.
+
+    Earlier versions left `memory` and `check_every` null where the run's length gave them; they are filled in from metrics.csv.
+
+    Args:
+        folder: The run's folder.
+        required: As of `read_json`.
+        optional: As of `read_json`.
+    """
+    config = read_json(folder / "config.json", required, optional)
+    if config.get("memory", 0) is None:
+        from catode.theory.tolerance.measured import pool_memory
+
+        config["memory"] = pool_memory(round(config["decide_until"] * _steps(folder, config)))
+    if config.get("check_every", 0) is None:
+        config["check_every"] = config["memory"] // 4
+    return config
+
+
+def _steps(folder: Path, config: Mapping[str, Any]) -> float:
+    """Steps of a whole run, from its first epoch."""
+    path = folder / "metrics.csv"
+    rows = read_rows(path, ("epoch", "step"))
+    if not rows:
+        return 0.0
+    last = rows[-1]
+    return number(path, "step", last["step"]) / max(number(path, "epoch", last["epoch"]), 1.0) * config["epochs"]
+
+
+def read_structures(folder: Path, required: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """structures.csv of a run: header and rows, with one of `catode.structures.fates.FATES` in the column ``fate``.
+
+    Args:
+        folder: The run's folder.
+        required: Columns that must be there beside ``fate`` and `PLACE`.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is damaged, lacks a column, or holds an unknown fate.
+    """
+    path = folder / "structures.csv"
+    header, rows = read_table(path)
+    if not header:
+        header = [*PLACE, *required, "fate"]
+    if "state" in header and "fate" not in header:  # before 0.2
+        header = ["fate" if name == "state" else name for name in header]
+        earlier = _earlier_fates(folder)
+    else:
+        earlier = None
+    if absent := [name for name in (*PLACE, *required, "fate") if name not in header]:
+        raise ValueError(f"{packed(path)} must have the column {absent[0]!r}; its header is {','.join(header)}.")
+    at = header.index("fate")
+    if earlier is not None:
+        rows = [[*row[:at], earlier(dict(zip(header, row, strict=True))), *row[at + 1 :]] for row in rows]
+    if unknown := [row[at] for row in rows if row[at] not in FATES]:
+        raise ValueError(f"{packed(path)} must hold one of {', '.join(FATES)} in column 'fate'; got {unknown[0]!r}.")
+    return header, rows
+
+
+def read_decisions(folder: Path, required: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a shadow run's shadow.csv."""
+    rows = read_rows(folder / "shadow.csv", required)
+    for row in rows:
+        if row.get("outcome") == "promoted":  # before 0.2
+            row["outcome"] = REMOVED_WITH_BLOCK
+    return rows
+
+
+def read_result(
+    folder: Path, required: Mapping[str, type] | None = None, optional: Mapping[str, type] | None = None
+) -> dict[str, Any]:
+    """result.json of a run; arguments as of `read_json`."""
+    result = read_json(folder / "result.json", required, optional)
+    decisions = result.get("decisions")
+    if isinstance(decisions, dict) and {"forced", "promoted"} & set(decisions):  # before 0.2
+        last = {}
+        header, rows = read_structures(folder)
+        for row in rows:
+            named = dict(zip(header, row, strict=True))
+            last[structure_key(named)] = named["fate"]
+        known = {fate: list(last.values()).count(fate) for fate in FATES}
+        kept = {name: count for name, count in decisions.items() if name in FATES}
+        told = (KEPT_OUT_OF_TIME, REMOVED_OUT_OF_TIME, KEPT_FOR_WIDTH, KEPT_AT_TARGET)
+        kept |= {fate: known[fate] for fate in told if known[fate]}
+        if "promoted" in decisions:
+            kept[REMOVED_WITH_BLOCK] = decisions["promoted"]
+        result["decisions"] = dict(sorted(kept.items()))
+    return result
+
+
+def _earlier_fates(folder: Path) -> Callable[[Mapping[str, str]], str]:
+    """How to name the fate in a row of a structures.csv from before 0.2, which called five fates ``forced``."""
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    file = folder / "structure.json"
+    blocks = read_json(file).get("blocks", {}) if file.exists() else {}
+    targeted = any(config.get(name) is not None for name in ("target_macs", "target_params"))
+
+    def kept(row: Mapping[str, str]) -> bool | None:
+        block = blocks.get(row["block"])
+        if block is None or row["kind"] == "layer" or not block["kept"]:
+            return block and block["kept"]
+        return int(row["index"]) in block["sites"].get(row["site"], ())
+
+    def fate(row: Mapping[str, str]) -> str:
+        if row["fate"] == "promoted":
+            return REMOVED_WITH_BLOCK
+        if row["fate"] != "forced":
+            return row["fate"]
+        theta, there = number(folder / "structures.csv", "keep_prob", row["keep_prob"]), kept(row)
+        if targeted:  # of a target's run only what was removed in the end could have a theta near 1
+            return KEPT_AT_TARGET if there or (there is None and theta < 0.9) else REMOVED_OUT_OF_TIME
+        if theta >= 0.5 if there is None else there:
+            return KEPT_OUT_OF_TIME if theta >= 0.5 else KEPT_FOR_WIDTH
+        return REMOVED_OUT_OF_TIME
+
+    return fate
 
 
 def _missing(path: Path) -> FileNotFoundError:

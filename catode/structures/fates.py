@@ -1,0 +1,37 @@
+"""What can become of a structure: one name for each fate, in code, files, tables and pictures alike.
+
+Source: docs/conventions.md item 3.
+"""
+
+from __future__ import annotations
+
+UNDECIDED = "undecided"
+COMMITTED = "committed"
+PRUNED_TOLERANCE = "pruned_tolerance"
+PRUNED_ZERO = "pruned_zero"
+REMOVED_WITH_BLOCK = "removed_with_block"
+KEPT_OUT_OF_TIME = "kept_out_of_time"
+REMOVED_OUT_OF_TIME = "removed_out_of_time"
+KEPT_FOR_WIDTH = "kept_for_width"
+KEPT_AT_TARGET = "kept_at_target"
+KEPT_AS_LAST = "kept_as_last"
+
+MEANINGS = {
+    UNDECIDED: "not decided yet",
+    COMMITTED: "certain to stay: gate fixed at 1",
+    PRUNED_TOLERANCE: "removed by its tolerance",
+    PRUNED_ZERO: "removed at theta = 0",
+    REMOVED_WITH_BLOCK: "removed with its site or block",
+    KEPT_OUT_OF_TIME: "undecided when time was out, theta at least 1/2: kept",
+    REMOVED_OUT_OF_TIME: "undecided when time was out: removed",
+    KEPT_FOR_WIDTH: "kept for a round width alone",
+    KEPT_AT_TARGET: "kept since the target is met, theta below 0.9",
+    KEPT_AS_LAST: "kept since nothing else would be left",
+}
+"""Every fate with what it means, in the order of tables and legends."""
+
+FATES = tuple(MEANINGS)
+NOT_BY_RULE = (KEPT_OUT_OF_TIME, REMOVED_OUT_OF_TIME, KEPT_FOR_WIDTH, KEPT_AT_TARGET, KEPT_AS_LAST)
+"""Fates that no measurement of the structure itself decided; always counted and reported apart."""
+
+REMOVED = (PRUNED_TOLERANCE, PRUNED_ZERO, REMOVED_WITH_BLOCK, REMOVED_OUT_OF_TIME)
