@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from catode.prune.cut import restrict, unit_norms
-from catode.prune.describe.protocol import Counts, count
+from catode.prune.describe.costs import Counts, count
 from catode.prune.pruner import ROW_FIELDS, Pruner
 from catode.train import data
 from catode.train.models import DenseBlock, DenseResNet, build

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from catode.prune.describe.protocol import count
+from catode.prune.describe.costs import count
 from catode.train import data, load, loop
 from catode.train.__main__ import main
 from catode.train.models import build

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from catode.decisions.target import Target
-from catode.prune.describe.protocol import describe
-from catode.prune.steptime import MeasuredComplexity
+from catode.prune.describe.costs import describe
+from catode.prune.describe.steptime import MeasuredComplexity
 from catode.train.loop.trainer import Setup
 
 
@@ -42,9 +42,9 @@ def table(setup: Setup) -> str:
     for number, block in enumerate(blocks):
         without = ones.copy()
         without[number] = 0.0
-        sites = np.flatnonzero(cost.site_block == number)
-        widths = "+".join(str(cost.widths[site]) for site in sites)
-        units = " ".join(f"{prices[layers + np.argmax(cost.unit_site == site)]:.3g}" for site in sites)
+        sites = np.flatnonzero(cost.inventory.site_layer == number)
+        widths = "+".join(str(cost.inventory.widths[site]) for site in sites)
+        units = " ".join(f"{prices[layers + np.argmax(cost.inventory.unit_site == site)]:.3g}" for site in sites)
         lines.append(
             f"{block.name:<12} {widths:>9} {macs - cost.macs(without):>13,.0f} {params - cost.params(without):>11,.0f} "
             f"{prices[number]:>12.3g} {units:>18}"

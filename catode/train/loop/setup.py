@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from catode.decisions.motion import rate_ratios
 from catode.decisions.target import Target
-from catode.prune import distributed, steptime
-from catode.prune.describe.protocol import describe
+from catode.prune import distributed
+from catode.prune.describe import steptime
+from catode.prune.describe.costs import describe
 from catode.prune.device import check_compile, keep_freed_memory
-from catode.prune.pruner import rate_ratios
 from catode.train import data
 from catode.train.loop import board, checkpoint, lock
 from catode.train.loop.optimization import AMP, learning_rates
@@ -192,7 +193,7 @@ def prepare(config: Config) -> Setup:
         Target.choose(complexity, config.target_macs, config.target_params)
         if step_times is not None:
             complexity = steptime.MeasuredComplexity(complexity, step_times)
-        rate_ratios(complexity, nu=config.nu, alpha=config.alpha, beta=config.beta, clock=setup.rate_ratio)
+        rate_ratios(complexity, nu=config.nu, alpha=config.alpha, beta=config.beta, theta_speed=setup.rate_ratio)
     return setup
 
 
