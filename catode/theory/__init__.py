@@ -21,9 +21,12 @@ from catode.theory.certificates.certificate import Certificate, certify
 from catode.theory.flow.batch import Batch, integrate_batch
 from catode.theory.flow.paths import integrate, trace_separatrix
 from catode.theory.flow.trajectory import FaceEvent, Trajectory
+from catode.theory.systems.benefit import BenefitSystem
 from catode.theory.systems.box import BoxSystem
-from catode.theory.systems.planar import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem
-from catode.theory.tolerance.derivation import Tolerance, commit_alarm, derive, escape_probability, fixed
+from catode.theory.systems.norms import LayerSystem, UnitSystem
+from catode.theory.systems.planar import PlanarSystem
+from catode.theory.tolerance.derivation import commit_alarm, derive, escape_probability
+from catode.theory.tolerance.result import Tolerance, fixed
 
 __all__ = [
     "Basins",

@@ -15,7 +15,7 @@ import numpy as np
 from catode.theory import tolerance
 from catode.theory.flow.paths import integrate
 from catode.theory.flow.trajectory import Trajectory
-from catode.theory.systems.planar import BenefitSystem
+from catode.theory.systems.benefit import BenefitSystem
 
 _NEEDED = {
     "price": "complexity cost g of keeping the structure, nats",

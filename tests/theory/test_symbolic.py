@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from catode.structures.complexity import Complexity, Term
 from catode.theory import BenefitSystem, LayerSystem, UnitSystem
-from catode.theory.networks import symbolic as module
-from catode.theory.networks.symbolic import (
+from catode.theory.networks import (
     GatedNetwork,
     benefit_comparison,
+    gated,
     layer_comparison,
     mirror_comparison,
     unit_comparison,
@@ -610,4 +610,4 @@ def test_networks_are_values_and_vectorise():
 
 
 def test_the_examples_in_the_docstrings_hold():
-    assert doctest.testmod(module) == (0, 3)
+    assert doctest.testmod(gated) == (0, 3)

@@ -15,8 +15,9 @@ import numpy as np
 from catode._validate import check_interval, check_real, check_shape, fail
 from catode.theory.basins.curves import branches
 from catode.theory.basins.equilibria import Equilibrium, find
+from catode.theory.systems.benefit import BenefitSystem
 from catode.theory.systems.box import BoxSystem
-from catode.theory.systems.planar import BenefitSystem, PlanarSystem
+from catode.theory.systems.planar import PlanarSystem
 from catode.theory.tolerance.derivation import derive
 
 __all__ = ["STATUSES", "Bifurcation", "Continuation", "follow"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from catode._validate import fail
 from catode.theory.certificates._exact import PARAMETERS, Point, Segments, comparison_field, shortened
-from catode.theory.systems.planar import UnitSystem
+from catode.theory.systems.norms import UnitSystem
 
 _MAX_EDGES = 6_000
 

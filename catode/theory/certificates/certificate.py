@@ -43,8 +43,10 @@ from catode.theory.certificates._exact import (
     evaluate,
     uncooperative,
 )
+from catode.theory.systems.benefit import BenefitSystem
 from catode.theory.systems.box import BoxSystem
-from catode.theory.systems.planar import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem
+from catode.theory.systems.norms import LayerSystem, UnitSystem
+from catode.theory.systems.planar import PlanarSystem
 
 __all__ = ["Certificate", "certify"]
 

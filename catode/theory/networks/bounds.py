@@ -34,7 +34,9 @@ import numpy as np
 
 from catode._validate import check_choice, check_positive, fail
 from catode.theory.networks.structure import UP, Structure, box_grid, box_starts
-from catode.theory.systems.planar import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem
+from catode.theory.systems.benefit import BenefitSystem
+from catode.theory.systems.norms import LayerSystem, UnitSystem
+from catode.theory.systems.planar import PlanarSystem
 
 __all__ = ["COORDINATES", "Bounds", "bounds", "natural_radius"]
 
@@ -163,7 +165,7 @@ def bounds(
         ValueError: if an argument is out of range, or the rest moves without a level or without weight decay.
 
     Example:
-        >>> from catode.theory.networks.symbolic import GatedNetwork
+        >>> from catode.theory.networks.gated import GatedNetwork
         >>> network = GatedNetwork(inputs=[[1.0]], targets=[[2.0]], widths=(1,), prices=0.1, gated="layers")
         >>> found = bounds(Structure(network), radius=1.0)
         >>> round(found.grad_bound, 6), round(found.norm_slope, 6), found.radius

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import expit
 
 from catode._validate import check_choice, check_int, check_real, check_shape, fail
-from catode.theory.networks.symbolic import GatedNetwork
+from catode.theory.networks.gated import GatedNetwork
 
 __all__ = ["UP", "Structure", "box_grid", "box_starts", "draw", "usual_norm"]
 

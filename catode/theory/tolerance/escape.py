@@ -19,7 +19,7 @@ from scipy.special import betaincinv, ndtr, ndtri
 
 from catode._validate import check_int, check_interval, check_nonnegative, check_positive, check_real, check_shape, fail
 from catode.theory.flow.stochastic import NORMAL, Noise, copies, iterate
-from catode.theory.systems.planar import BenefitSystem
+from catode.theory.systems.benefit import BenefitSystem
 from catode.theory.tolerance.derivation import derive, escape_probability
 
 __all__ = [
