@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from catode.structures.fates import COLORS, MEANINGS
+from catode.structures.fates import COLORS, FATES
 from catode.theory.plotting.style import PALETTE
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ def decisions(ax: Axes, rows: Sequence[dict[str, Any]]) -> Axes:
         `ax`.
     """
     window = -10.0, 100.0
-    for fate, meaning in MEANINGS.items():
+    for fate in FATES:
         chosen = [row for row in rows if row["fate"] == fate and np.isfinite(row["benefit"]) and row["price"] > 0]
         if chosen:
             ratio = np.clip([row["benefit"] / row["price"] for row in chosen], *window)
             theta = [row["keep_prob"] for row in chosen]
-            label = f"{meaning} ({len(chosen)})"
+            label = f"{fate.replace('_', ' ')} ({len(chosen)})"
             ax.scatter(ratio, theta, s=14, color=PALETTE[COLORS[fate]], alpha=0.7, linewidths=0, label=label)
     ax.axvline(1.0, color=PALETTE["grey"], linestyle="--", linewidth=1.2)
     ax.set_xscale("symlog", linthresh=1.0)
@@ -59,11 +59,11 @@ def tolerances(ax: Axes, rows: Sequence[dict[str, Any]], anew: Sequence[float]) 
     line = np.geomspace(floor, 1.0, 100)
     ax.plot(line, line, color=PALETTE["black"], linewidth=1.2, label="θ = tolerance")
     x = np.where(known, np.maximum(x, floor), floor / 3.0**0.5)
-    for fate, color in COLORS.items():
+    for fate in FATES:
         chosen = np.array([row["fate"] == fate for row in rows], dtype=bool)
         if chosen.any():
             theta = np.array([row["keep_prob"] for row in rows])[chosen]
-            ax.scatter(x[chosen], theta, s=14, color=PALETTE[color], alpha=0.7, linewidths=0, clip_on=False)
+            ax.scatter(x[chosen], theta, s=14, color=PALETTE[COLORS[fate]], alpha=0.7, linewidths=0, clip_on=False)
     ax.set_xscale("log")
     ax.set_xlim(floor / 3.0, 1.0)
     ax.set_ylim(-0.02, 1.02)
