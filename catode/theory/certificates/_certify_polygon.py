@@ -2,7 +2,7 @@
 
 Nothing here is trusted: `Certificate.verify` proves the polygon by the gauge lemma.
 
-Source: docs/certificates.md; THEORY 4.1 to 4.3.
+Source: docs/certificates.md; docs/mathematics.md sections 4.1 to 4.3.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def layer_comparison() -> Comparison:
     With w along the first axis, grad L1 is some `slope` <= eta at an angle of cosine `cosine` to it, and b lies within
     kappa r of 0. The worst of these at each state gives the bounds.
 
-    Source: THEORY 4.1.
+    Source: docs/mathematics.md section 4.1.
     """
     import sympy
 
@@ -75,7 +75,7 @@ def unit_comparison() -> Comparison:
     |w_in| = sqrt(u) cos(phi), |w_out| = sqrt(u) sin(phi); each gradient has at most kappa times the norm of the other
     side along its own weights, and b lies within kappa |w_in| |w_out| of 0. The worst is sin(2 phi) = 1.
 
-    Source: THEORY 4.2.
+    Source: docs/mathematics.md section 4.2.
     """
     import sympy
 
@@ -102,7 +102,7 @@ def benefit_comparison() -> Comparison:
     It has three parts: theta |grad L1|^2 with |grad L1|^2 <= q; lambda w.grad L1, which is -a_eff b with a_eff >= a; and
     the rest, at most delta. A benefit below 0 counts as 0.
 
-    Source: THEORY 4.3.
+    Source: docs/mathematics.md section 4.3.
     """
     return _benefit(upper=True)
 
@@ -112,7 +112,7 @@ def mirror_comparison() -> Comparison:
 
     The same dynamics as in `benefit_comparison`, bounded from below by q_low, a_high and -delta.
 
-    Source: THEORY 4.4.
+    Source: docs/mathematics.md section 4.4.
     """
     return _benefit(upper=False)
 

@@ -29,7 +29,7 @@ class GatedNetwork:
     layer's, then its units'). Expectations are sums over every gate pattern, of which 8 gates have 256. Expressions are
     built on first use: seconds for the larger networks.
 
-    Source: THEORY sections 1 and 3.
+    Source: docs/mathematics.md sections 1 and 3.
 
     Args:
         inputs: Examples, shape (n, d), with n at most 8 and d at most 2.

@@ -4,7 +4,7 @@ A structure (the whole block, or one unit of it) of a `GatedNetwork` of one bloc
 output, where |f(z)| <= |z| and |f'| <= 1. What is proven of it, from `Structure.moments` on, is in `network_bounds`; what
 its real flow does, in `network_runs`.
 
-Source: THEORY section 4.
+Source: docs/mathematics.md section 4.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def phase_portrait(
     upper edge), the mirror domain in which keeping is certain, the price, and the saddle where it lies in the window.
     Where D is empty nothing is shaded; the mirror domain needs the system's `gain_lower` and `decay_upper`.
 
-    Source: THEORY sections 4.3 and 4.4, derived there.
+    Source: docs/mathematics.md sections 4.3 and 4.4, derived there.
 
     Args:
         ax: Where to draw.

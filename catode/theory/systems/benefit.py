@@ -27,7 +27,7 @@ class BenefitSystem(PlanarSystem):
     D is the set from which theta reaches 0. It also stays there where delta < a g (or a = delta = 0). Where a = 0 and
     delta > 0 the claim is only that theta reaches 0 in `time_to_zero`, at which the trainer removes the structure.
 
-    Source: THEORY 4.3 and 4.4.
+    Source: docs/mathematics.md sections 4.3 and 4.4.
 
     Args:
         price: Complexity cost g of keeping the structure, nats.
@@ -122,7 +122,7 @@ class BenefitSystem(PlanarSystem):
     def time_to_zero(self, state: Any) -> np.ndarray:
         """Upper bound T = log(V* / (V* - V0)) / mu on the time at which theta first reaches 0.
 
-        Source: THEORY 4.3, from V = mu b+ + q theta and V' <= mu (V - V*).
+        Source: docs/mathematics.md section 4.3, from V = mu b+ + q theta and V' <= mu (V - V*).
 
         Args:
             state: States (benefit, theta), shape (..., 2).
@@ -149,7 +149,7 @@ class BenefitSystem(PlanarSystem):
     def contains_mirror(self, state: Any) -> np.ndarray:
         """Whether a structure in this state is certain to be kept: theta never falls again once b >= g.
 
-        Source: THEORY 4.4.
+        Source: docs/mathematics.md section 4.4.
 
         Args:
             state: States (benefit, theta), shape (..., 2); here a negative benefit is never certain.

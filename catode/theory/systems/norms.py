@@ -39,7 +39,7 @@ class LayerSystem(_NormSystem):
 
     r = |w| is the norm of the layer's weights, with |grad L1| <= eta and |b(w)| <= kappa r.
 
-    Source: THEORY 4.1; the domain D_B of Theorem 3.2 of arXiv:2411.09127, this form derived.
+    Source: docs/mathematics.md section 4.1; the domain D_B of Theorem 3.2 of arXiv:2411.09127, this form derived.
 
     Args:
         price: Complexity cost g of keeping the layer, nats.
@@ -106,7 +106,7 @@ class UnitSystem(_NormSystem):
 
     u = |w_in|^2 + |w_out|^2, with |b| <= kappa |w_in| |w_out| and each gradient at most kappa times the other norm.
 
-    Source: THEORY 4.2; the domain D_U of Theorem 3.3 of arXiv:2411.09127, this form derived.
+    Source: docs/mathematics.md section 4.2; the domain D_U of Theorem 3.3 of arXiv:2411.09127, this form derived.
 
     Args:
         price: Complexity cost g of keeping the unit, nats.

@@ -26,7 +26,7 @@ def growth_rate(decay: Any, rate_ratio: Any, gain: Any, memory: Any = 0.0) -> An
 
     Without memory, T = 0, it is mu(a) = (-a + sqrt(a^2 + 4 rho q)) / 2, computed without cancellation.
 
-    Source: THEORY section 4; with memory docs/theory.md.
+    Source: docs/mathematics.md section 4; with memory docs/theory.md.
 
     Args:
         decay: Decay a of the size, 1/time, non-negative.
@@ -149,7 +149,7 @@ class PlanarSystem(abc.ABC):
     def projected_field(self, state: Any) -> np.ndarray:
         """Velocity of the projected ODE: no theta-speed out of [0, 1], no speed of the size below 0.
 
-        Source: THEORY section 3.
+        Source: docs/mathematics.md section 3.
 
         Args:
             state: States (size, theta), shape (..., 2); projected first, so that a negative benefit counts as 0.
@@ -170,7 +170,7 @@ class PlanarSystem(abc.ABC):
         D is exactly the basin in the box where 0 <= theta* <= 1; where theta* > 1 it lies inside the basin, see
         `in_basin`.
 
-        Source: THEORY section 4.
+        Source: docs/mathematics.md section 4.
 
         Args:
             state: States (size, theta), shape (..., 2).

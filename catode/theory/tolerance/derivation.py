@@ -68,8 +68,8 @@ def derive(
     hold at all: the benefit reaches the price, or the drift reaches decay times price (with decay). With a gain of 0
     both numbers are limits for gain -> 0; the separatrix may then be infinite. The tolerance is 1 at most.
 
-    Source: THEORY 4.3 and 5 (discrete-step form), derived there; the deterministic part is Theorem 3.2 and 3.3 of
-    arXiv:2411.09127.
+    Source: docs/mathematics.md sections 4.3 and 5 (discrete-step form), derived there; the deterministic part is
+    Theorem 3.2 and 3.3 of arXiv:2411.09127.
 
     Args:
         benefit: Upper limit of the loss b saved by keeping each structure, nats; may be negative. Scalar or array; all
@@ -145,7 +145,7 @@ def escape_probability(
     Phi(-(V* - V0) sqrt(mu (2 + tau mu)) / s_V), s_V as in `derive`: at the tolerance it equals the risk. It is 1 where
     the claim does not hold (see `derive`).
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         keep_prob: Keep probability theta now, in [0, 1].
@@ -207,7 +207,7 @@ def commit_alarm(
     min(1, N exp(-2 rho (b - g) / sigma^2)), N steps left: theta reflecting at 1 is a one-sided (Page) CUSUM, each step
     may begin an excursion, and an excursion of a Gaussian walk with drift rho (b - g) and diffusion sigma ever covers
     the distance 1 with probability at most exp(-2 rho (b - g) / sigma^2). With sigma^2 = tau rho^2 Var[G_hat] this is
-    the rate exp(-2 (b - g) / (tau rho Var)) of THEORY section 3.
+    the rate exp(-2 (b - g) / (tau rho Var)) of docs/mathematics.md section 3.
 
     Args:
         benefit: Lower limit of the benefit b, nats, for the rest of the run. All arguments broadcast.

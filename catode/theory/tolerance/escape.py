@@ -4,7 +4,7 @@
 is at least that of never being absorbed, which the bound of `tolerance.escape_probability` is about. The iterates and
 their noise are those of `stochastic`.
 
-Source: THEORY section 5.
+Source: docs/mathematics.md section 5.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def escape_frequency(
 ) -> Escape:
     """Measure how often theta, left alone, is not absorbed at 0 within the horizon.
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         system: A system of `catode.theory.systems`, or any with `field` and `project` (then give the horizon). Bounds
@@ -174,7 +174,7 @@ def escape_bounds(
     With k = (V* - V0) sqrt(mu (2 + tau mu)) / s_V: Phi(-k) for normal noise (`tolerance.escape_probability`), and
     Cantelli's 1/(1 + k^2) for any noise of mean 0 and that variance; both are 1 where no claim holds.
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         system: The comparison system.
@@ -204,7 +204,7 @@ def cantelli_risk(risk: float) -> float:
 
     Phi(-k) with k = sqrt(1/risk - 1), so that the margin of `derive` is the one of Cantelli's inequality.
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         risk: Accepted probability, in [0.001, 0.5); at less the normal distribution function underflows.
@@ -263,7 +263,7 @@ def heavy_tails(
     Every distribution has the same variance, and is run from the tolerance for normal noise (rule "normal") and from
     Cantelli's (rule "cantelli"), which holds for all of them.
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         system: The comparison system.
@@ -313,7 +313,7 @@ def large_steps(
     The diffusion grows as sqrt(tau), so the tolerance falls. Every step size is run from its own tolerance (rule
     "derived") and from that of the smallest step (rule "kept"), which promises too much.
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         system: The comparison system.
