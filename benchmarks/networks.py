@@ -5,11 +5,11 @@
 Networks are drawn by `catode.theory.networks.draw`, seeds 0, 1, ..: the block of one half, one unit of the other. The box
 is 0 <= theta <= 1 and norms of the structure's weights up to twice those of Glorot's initialisation; it knows nothing of
 the data, the price or the bounds. From a grid of starts in it, with directions at random, the real flow of all weights of
-the structure is followed to its end, and the domains of THEORY 4.1 (layer), 4.2 (unit) and 4.3 (benefit), with constants
-that are proven bounds of that network, are held against it: *certified* is the share of the box inside a domain (of a
-finer grid, for nothing need be followed to know it), *converging* the share that really goes to the removed state,
-*ratio* the first over the second. A start that is certified and does not converge is a violation; one that is undecided
-at the horizon counts as not converging.
+the structure is followed to its end, and the domains of docs/mathematics.md sections 4.1 (layer), 4.2 (unit) and 4.3
+(benefit), with constants that are proven bounds of that network, are held against it: *certified* is the share of the
+box inside a domain (of a finer grid, for nothing need be followed to know it), *converging* the share that really goes
+to the removed state, *ratio* the first over the second. A start that is certified and does not converge is a violation;
+one that is undecided at the horizon counts as not converging.
 
 A second table is about the comparison systems themselves: the share of the exact area of D for which
 `catode.theory.certify` finds a proof in rational numbers, and the CPU seconds that it takes, for systems drawn with the

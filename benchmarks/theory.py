@@ -4,11 +4,11 @@
 
 Starts a second on one core: the grid over the CPU time of the process, the best of several rounds (median and spread
 beside it), the compiling of the first call apart. A busy machine also slows CPU time, so read the load with the numbers.
-Labels count as wrong where they are missing or differ from the closed form of THEORY 4.2, and no wrong one may lie
-further than a band from the separatrix.
-Peers solve the same problem with the same tolerances: theta leaving [0, 1] ends a start, by an event where the library
-has them and by a field that stops where it has not. They are measured only where they can be imported; --peers names a
-site-packages folder to look in after this environment's own. All run on one thread.
+Labels count as wrong where they are missing or differ from the closed form of docs/mathematics.md section 4.2, and no
+wrong one may lie further than a band from the separatrix. Peers solve the same problem with the same tolerances: theta
+leaving [0, 1] ends a start, by an event where the library has them and by a field that stops where it has not. They are
+measured only where they can be imported; --peers names a site-packages folder to look in after this environment's own.
+All run on one thread.
 """
 
 from __future__ import annotations

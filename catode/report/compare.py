@@ -26,7 +26,7 @@ from catode import _validate
 from catode.decisions import shadow
 from catode.records import PLACE, number, packed, read_json, read_rows, structure_key
 from catode.report.report import markdown_table
-from catode.theory.plotting.plotting import PALETTE, house_style, legend_below, new_figure
+from catode.theory.plotting import PALETTE, house_style, legend_below, new_figure
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import settings
 

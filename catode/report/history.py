@@ -15,7 +15,7 @@ import numpy as np
 
 from catode.decisions.outcomes import PROMOTED, PRUNED_TOLERANCE, PRUNED_ZERO, STATES
 from catode.records import PLACE, number, read_json, read_table
-from catode.theory.systems.planar import BenefitSystem
+from catode.theory.systems import BenefitSystem
 
 __all__ = ["KINDS", "Run", "SiteWidth", "Trace", "comparison_system", "final_sites", "read", "read_metrics"]
 

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from catode.report.history import SYSTEM_COLUMNS, Run, SiteWidth, Trace, comparison_system, final_sites
-from catode.theory.plotting.plotting import PALETTE, new_figure, phase_portrait
-from catode.theory.systems.planar import BenefitSystem
+from catode.theory.plotting import PALETTE, new_figure, phase_portrait
+from catode.theory.systems import BenefitSystem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

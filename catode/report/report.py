@@ -23,7 +23,7 @@ from catode.report.pictures import (
     structure_picture,
     theta_picture,
 )
-from catode.theory.plotting.plotting import house_style
+from catode.theory.plotting import house_style
 
 __all__ = ["markdown_table", "waiting", "write"]
 

@@ -1,6 +1,6 @@
 """How the domain of attraction of the removed state moves with one parameter, and where its saddle leaves the box.
 
-Source: THEORY 4.1 to 4.3 (saddles and separatrices) and 5 (the noise margin), derived there.
+Source: docs/mathematics.md sections 4.1 to 4.3 (saddles and separatrices) and 5 (the noise margin), derived there.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 from catode._validate import check_interval, check_real, check_shape, fail
 from catode.theory.basins.curves import branches
 from catode.theory.basins.equilibria import Equilibrium, find
+from catode.theory.systems.benefit import BenefitSystem
 from catode.theory.systems.box import BoxSystem
-from catode.theory.systems.planar import BenefitSystem, PlanarSystem
+from catode.theory.systems.planar import PlanarSystem
 from catode.theory.tolerance.derivation import derive
 
 __all__ = ["STATUSES", "Bifurcation", "Continuation", "follow"]
@@ -98,9 +99,9 @@ def follow(
     iterations from one value to the next (along the raw field also out of the box), its manifold by integration.
 
     The batch size and whatever else acts through noise enters by `noise`: D then shrinks to what lies below the
-    tolerance of THEORY section 5.
+    tolerance of docs/mathematics.md section 5.
 
-    Source: THEORY 4.1 to 4.3; for the noise section 5.
+    Source: docs/mathematics.md sections 4.1 to 4.3; for the noise section 5.
 
     Args:
         make_system: Called with the parameter as its only keyword, e.g. `functools.partial(LayerSystem, price=0.1, ...)`.

@@ -1,6 +1,6 @@
 """Curves of planar flows: the lines on which a component of the field vanishes, and the manifolds of saddles.
 
-Source: THEORY section 3 (the projected flow) and 4 (the stable manifolds that bound the domains).
+Source: docs/mathematics.md sections 3 (the projected flow) and 4 (the stable manifolds that bound the domains).
 """
 
 from __future__ import annotations

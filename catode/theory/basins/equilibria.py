@@ -5,7 +5,7 @@ free coordinates stand still, and its frozen ones are pushed outwards or stand s
 back to its bound in finite time, so it counts as stable, and the eigenvalues are those of the free block alone:
 differentiating across the clamp would mix two fields.
 
-Source: THEORY section 3 (the projected flow) and 4 (the saddles of the comparison systems).
+Source: docs/mathematics.md sections 3 (the projected flow) and 4 (the saddles of the comparison systems).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def find(system: BoxSystem | PlanarSystem, *, starts: int = 64) -> tuple[Equilib
     misses nothing. Elsewhere damped Newton iterations start from evenly spread states, and may miss some. Zeros of the
     raw field outside the box, and those on a face whose frozen speed points inwards, are no equilibria.
 
-    Source: THEORY section 3.
+    Source: docs/mathematics.md section 3.
 
     Args:
         system: A field on a box, or a comparison system (size not negative, theta in [0, 1]).

@@ -1,6 +1,6 @@
 """Domains of attraction on grids of starts: integer labels, their attractors, and how much of the grid each one takes.
 
-Source: THEORY sections 3 and 4.
+Source: docs/mathematics.md sections 3 and 4.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def basins_of_attraction(
     `attractors` those that attract some of the starts are found first. Coming near is no proof unless the attractor
     attracts everything within `radius`; `find_attractors` tries that on a few states.
 
-    Source: THEORY sections 3 and 4.
+    Source: docs/mathematics.md sections 3 and 4.
 
     Args:
         system: A flow on a box or a planar comparison system.

@@ -2,7 +2,7 @@
 
 Nothing here is trusted: `Certificate.verify` proves the polygon by the gauge lemma.
 
-Source: docs/certificates.md; THEORY 4.1 to 4.3.
+Source: docs/certificates.md; docs/mathematics.md sections 4.1 to 4.3.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from catode._validate import fail
 from catode.theory.certificates._exact import PARAMETERS, Point, Segments, comparison_field, shortened
-from catode.theory.systems.planar import UnitSystem
+from catode.theory.systems.norms import UnitSystem
 
 _MAX_EDGES = 6_000
 

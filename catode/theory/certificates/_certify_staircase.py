@@ -2,7 +2,7 @@
 
 Nothing here is trusted: `Certificate.verify` proves the staircase by the ray lemma and the order lemma.
 
-Source: docs/certificates.md; the order lemma is that of THEORY section 4.
+Source: docs/certificates.md; the order lemma is that of docs/mathematics.md section 4.
 """
 
 from __future__ import annotations

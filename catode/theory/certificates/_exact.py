@@ -2,7 +2,7 @@
 
 All that `catode.theory.certificates` proves with; nothing here rounds but `as_floats` and `shortened`, which say how.
 
-Source: docs/certificates.md; the fields of the comparison systems are those of THEORY 4.1 to 4.3.
+Source: docs/certificates.md; the fields of the comparison systems are those of docs/mathematics.md sections 4.1 to 4.3.
 """
 
 from __future__ import annotations
@@ -181,7 +181,10 @@ def accuse(witness: tuple[int, int, Fraction | None, Point], names: Sequence[str
 
 
 def comparison_field(kind: str, p: dict[str, Fraction]) -> tuple[Polynomial, Polynomial]:
-    """The raw field of a comparison system, THEORY 4.1 to 4.3; a test holds it against `field` of the system."""
+    """The raw field of a comparison system; a test holds it against `field` of the system.
+
+    Source: docs/mathematics.md sections 4.1 to 4.3.
+    """
     pull = {(0, 0): -p["rate_ratio"] * p["price"]}
     if kind == "LayerSystem":
         speed = {(1, 0): -p["weight_decay"], (0, 1): p["grad_bound"]}

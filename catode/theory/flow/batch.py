@@ -7,7 +7,7 @@ field is never masked inside a step: a step that would pass an event (a free coo
 frozen one turns inwards) is shortened to the event, which is located by a root search on the step itself, so that its
 error is that of the step.
 
-Source: THEORY section 3.
+Source: docs/mathematics.md section 3.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def integrate_batch(
     A system with `expressions`, and every planar system of `catode.theory.systems`, is compiled; numba keeps the result
     on disk, under the user's cache folder, for the next process. The field is evaluated a little outside the box too.
 
-    Source: THEORY section 3.
+    Source: docs/mathematics.md section 3.
 
     Args:
         system: A flow on a box; a planar system is one on [0, inf) x [0, 1].

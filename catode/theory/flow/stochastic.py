@@ -5,11 +5,12 @@ One step of size tau of a comparison system, theta last in the state:
     size  <- size + tau F_size + sqrt(tau) sigma_b eta
     theta <- clip( theta + tau F_theta + sqrt(tau) sigma xi, 0, 1 )
 
-with xi and eta of mean 0 and variance 1. For the update `clip(theta - tau rho (price + G_hat), 0, 1)` of THEORY section 3,
-F_theta = rho (b - price) and `sigma = sqrt(tau) rho sd(G_hat)`: one step moves theta by noise of standard deviation
-sqrt(tau) sigma = tau rho sd(G_hat). These are the `noise` and `benefit_noise` of `catode.theory.tolerance.derive`.
+with xi and eta of mean 0 and variance 1. For the update `clip(theta - tau rho (price + G_hat), 0, 1)` of
+docs/mathematics.md section 3, F_theta = rho (b - price) and `sigma = sqrt(tau) rho sd(G_hat)`: one step moves theta by
+noise of standard deviation sqrt(tau) sigma = tau rho sd(G_hat). These are the `noise` and `benefit_noise` of
+`catode.theory.tolerance.derive`.
 
-Source: THEORY sections 3 (iterates and their limit) and 6.4.
+Source: docs/mathematics.md sections 3 (iterates and their limit) and 6.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def iterate(
 ) -> Iterates:
     """Run the stochastic iterates of many replicas at once.
 
-    Source: THEORY section 3; the module's docstring has the step and the scale of the noise.
+    Source: docs/mathematics.md section 3; the module's docstring has the step and the scale of the noise.
 
     Args:
         system: A system with `field` and `project`, theta last in its states.
@@ -269,7 +270,7 @@ def ode_error(
     The noise of one draw stays the same as tau falls, so the diffusion is sqrt(tau) times the deviation. Theta
     reflects at 0 and sizes stay in the system's box, as in the ODE. A start on the separatrix has no such limit.
 
-    Source: THEORY section 6.4.
+    Source: docs/mathematics.md section 6.
 
     Args:
         system: A system that `flow.integrate` accepts.

@@ -1,6 +1,6 @@
 """The real flow of small networks, followed from many starts, and how much of what converges the bounds certify.
 
-Source: THEORY sections 3 (the projected flow) and 4 (the domains on trial).
+Source: docs/mathematics.md sections 3 (the projected flow) and 4 (the domains on trial).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A structure (the whole block, or one unit of it) of a `GatedNetwork` of one bloc
 output, where |f(z)| <= |z| and |f'| <= 1. What is proven of it, from `Structure.moments` on, is in `network_bounds`; what
 its real flow does, in `network_runs`.
 
-Source: THEORY section 4.
+Source: docs/mathematics.md section 4.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import expit
 
 from catode._validate import check_choice, check_int, check_real, check_shape, fail
-from catode.theory.networks.symbolic import GatedNetwork
+from catode.theory.networks.gated import GatedNetwork
 
 __all__ = ["UP", "Structure", "box_grid", "box_starts", "draw", "usual_norm"]
 

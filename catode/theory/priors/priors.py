@@ -10,8 +10,9 @@
 All share one interface. The flow of theta for a constant benefit b is `rho * velocity(theta, b)`, and `rest_points(b)`
 lists its equilibria. Numbers come from the sympy expressions by `lambdify`; sympy is imported when first needed.
 
-Source: THEORY section 1; the flattening hyper-prior is that of arXiv:2411.09127 in a form derived there. The rivals:
-Bernoulli gates with a fixed prior (variational dropout), spike-and-slab, and the hard-concrete L0 of arXiv:1712.01312.
+Source: docs/mathematics.md section 1; the flattening hyper-prior is that of arXiv:2411.09127 in a form derived there.
+The rivals: Bernoulli gates with a fixed prior (variational dropout), spike-and-slab, and the hard-concrete L0 of
+arXiv:1712.01312.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class FlatteningPrior(Prior):
     Minimising KL(Bern(theta) || Bern(pi)) - log p(pi | gamma) over pi cancels every entropy term. What is left is linear
     in theta, so that theta always ends at 0 or 1: at 1 iff the benefit exceeds `price`.
 
-    Source: THEORY section 1.
+    Source: docs/mathematics.md section 1.
 
     Args:
         gamma: The hyper-parameter, positive and not 1; above 1 it favours removal.

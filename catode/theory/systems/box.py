@@ -1,6 +1,6 @@
 """Projected flows of one's own: any field on a box, given as a function or as sympy expressions.
 
-Source: THEORY section 3, where the box is [0, 1] for theta; here every coordinate may have faces.
+Source: docs/mathematics.md section 3, where the box is [0, 1] for theta; here every coordinate may have faces.
 """
 
 from __future__ import annotations
