@@ -82,7 +82,7 @@ def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
         if count(model, example).macs <= goal:
             return model
     reached = count(model, example).macs / goal * share
-    fail("macs", f"be a share that Torch-Pruning can reach, {reached:.3g} or more", share, mend="Ask for more.")
+    fail("macs", f"be a share that Torch-Pruning can reach, {reached:.3g} or more", share, hint="Ask for more.")
 
 
 def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: Path) -> None:
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--tune-lr", type=float, default=0.05, help="largest learning rate after pruning (0.05)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
     args = parser.parse_args()
-    share = check_interval("macs", args.macs, 0, 1, low_open=True, high_open=True, mend="Choose e.g. 0.5.")
+    share = check_interval("macs", args.macs, 0, 1, low_open=True, high_open=True, hint="Choose e.g. 0.5.")
     epochs = check_int("tune_epochs", args.tune_epochs, low=1)
     common = dict(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed) | overrides(
         args.set, flags=("dataset", "data_dir", "seed", "out"), fixed=("nu", "shadow", "target_macs", "target_params")

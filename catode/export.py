@@ -114,7 +114,7 @@ def _save_onnx(program, images: torch.Tensor, path: Path, opset: int, metadata: 
     names = dict(input_names=["images"], output_names=["logits"])
     written = torch.onnx.export(program, (images,), dynamo=True, verbose=False, opset_version=opset, **names)
     if written.model.opset_imports[""] != opset:  # the converter gives up silently
-        fail("opset", "be one that PyTorch can convert to", opset, mend=f"Leave it out for {OPSET}.")
+        fail("opset", "be one that PyTorch can convert to", opset, hint=f"Leave it out for {OPSET}.")
     written.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     written.save(path)
 
@@ -210,37 +210,37 @@ def _checked(given: argparse.Namespace) -> tuple[Path, int | None, int]:
         ValueError: if they are wrong or do not go together.
     """
     if given.folder is None:
-        fail("folder", "be given", None, mend="Name the folder of a run, its --out.")
+        fail("folder", "be given", None, hint="Name the folder of a run, its --out.")
     if given.format is None and not given.latency:
         fail(
             "format",
             "be given unless --latency is",
             None,
-            mend="Add --format torch-export, --format onnx or --latency.",
+            hint="Add --format torch-export, --format onnx or --latency.",
         )
     if given.format is not None and given.format not in SUFFIX:
-        fail("format", "be torch-export or onnx", given.format, mend="Use one of the two.")
+        fail("format", "be torch-export or onnx", given.format, hint="Use one of the two.")
     for name in ("out", "opset"):
         if getattr(given, name) is not None and given.format is None:
-            fail(name, "be left out without --format", getattr(given, name), mend="Add --format, or leave it out.")
+            fail(name, "be left out without --format", getattr(given, name), hint="Add --format, or leave it out.")
     if given.opset is not None and given.format != "onnx":
-        fail("opset", "be left out unless format='onnx'", given.opset, mend="Leave it out.")
+        fail("opset", "be left out unless format='onnx'", given.opset, hint="Leave it out.")
     check_device(given.device)
     if given.format is None:
         return Path(), None, OPSET
     path = Path(given.out or Path(given.folder) / f"model{SUFFIX[given.format]}")
     if path.suffix != SUFFIX[given.format]:
-        fail("out", f"end in {SUFFIX[given.format]}", given.out, mend="Other tools go by it; rename it.")
+        fail("out", f"end in {SUFFIX[given.format]}", given.out, hint="Other tools go by it; rename it.")
     if not path.parent.is_dir() or path.is_dir():
-        fail("out", "be a file in a folder that is there", str(path), mend="Make the folder first.")
+        fail("out", "be a file in a folder that is there", str(path), hint="Make the folder first.")
     batch = None if given.batch == "dynamic" else _integer("batch", given.batch, 1, "Use dynamic, or a size such as 1.")
     opset = OPSET if given.opset is None else _integer("opset", given.opset, OPSET, f"Leave it out for {OPSET}.")
     _check_packages(given.format)
     return path, batch, opset
 
 
-def _integer(name: str, text: str, low: int, mend: str) -> int:
-    return check_int(name, int(text) if text.lstrip("-").isdecimal() else text, low=low, mend=mend)
+def _integer(name: str, text: str, low: int, hint: str) -> int:
+    return check_int(name, int(text) if text.lstrip("-").isdecimal() else text, low=low, hint=hint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

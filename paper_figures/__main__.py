@@ -93,15 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         for name in args.only:
-            _validate.check_choice("only", name, FIGURES, mend="Leave it out for all.")
-        _validate.check_choice("vector", args.vector, ("pdf", "svg"), mend="Use pdf.")
+            _validate.check_choice("only", name, FIGURES, hint="Leave it out for all.")
+        _validate.check_choice("vector", args.vector, ("pdf", "svg"), hint="Use pdf.")
         if args.processes < 1:
-            _validate.fail("processes", "be >= 1", args.processes, mend="Use one for each core.")
+            _validate.fail("processes", "be >= 1", args.processes, hint="Use one for each core.")
         for name in ("out", "runs"):
             if getattr(args, name).exists() and not getattr(args, name).is_dir():
-                _validate.fail(name, "be a folder", str(getattr(args, name)), mend="Choose another.")
+                _validate.fail(name, "be a folder", str(getattr(args, name)), hint="Choose another.")
         if not args.records.is_dir():
-            _validate.fail("records", "be a folder that is there", str(args.records), mend="Leave it out.")
+            _validate.fail("records", "be a folder that is there", str(args.records), hint="Leave it out.")
         groups = dict.fromkeys(group for name in args.only for group in FIGURES[name].NEEDS)
         if args.animate:
             groups["pruned"] = None

@@ -46,8 +46,8 @@ class Target:
     def __post_init__(self) -> None:
         check_choice("quantity", self.quantity, QUANTITIES)
         name, least = f"target_{self.quantity}", self.of(np.zeros(self.complexity.size))
-        mend = f"Without any block the network keeps {least:.4f}."
-        check_interval(name, self.share, least, 1.0, low_open=True, high_open=True, mend=mend)
+        hint = f"Without any block the network keeps {least:.4f}."
+        check_interval(name, self.share, least, 1.0, low_open=True, high_open=True, hint=hint)
 
     @classmethod
     def choose(cls, complexity: Complexity, macs: float | None, params: float | None) -> Target | None:
@@ -57,7 +57,7 @@ class Target:
             ValueError: if both are.
         """
         if macs is not None and params is not None:
-            fail("target_macs", "be left out with target_params", macs, mend="Give one of the two.")
+            fail("target_macs", "be left out with target_params", macs, hint="Give one of the two.")
         if macs is None and params is None:
             return None
         return cls(complexity, "macs", macs) if params is None else cls(complexity, "params", params)

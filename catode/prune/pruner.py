@@ -211,7 +211,7 @@ class Pruner:
                 f"`model` must have a method structures(); got {type(model).__name__}. See catode.prune.describe.protocol for the protocol."
             )
         _check_optimizer(optimizer)
-        self.nu = check_positive("nu", nu, mend="Leave the pruner out for the ungated network.")
+        self.nu = check_positive("nu", nu, hint="Leave the pruner out for the ungated network.")
         self.alpha = check_interval("alpha", alpha, 0.0, 1.0)
         self.beta = check_interval("beta", beta, 0.0, 1.0)
         self.risk = check_interval("risk", risk, 0.0, 0.5, low_open=True, high_open=True)

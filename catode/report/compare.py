@@ -214,7 +214,7 @@ def read_all(folders: Sequence[Path]) -> list[Run]:
     places: dict[Path, Path] = {}
     for folder in folders:
         if folder.resolve() in places:
-            _validate.fail("folders", "be different runs", str(folder), mend="Name each folder once.")
+            _validate.fail("folders", "be different runs", str(folder), hint="Name each folder once.")
         places[folder.resolve()] = folder
     runs = [read(folder, place) for place, folder in enumerate(folders)]
     for one, other in combinations(runs, 2):
@@ -608,7 +608,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         if args.out is not None and args.out.exists() and not args.out.is_dir():
-            _validate.fail("out", "be a folder", str(args.out), mend="Choose another --out.")
+            _validate.fail("out", "be a folder", str(args.out), hint="Choose another --out.")
         runs = read_all(args.folders)
         told = text(runs)
         if args.out is not None:

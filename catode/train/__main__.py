@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error} Then go on with --resume {setup.config.out}", file=sys.stderr)
             return 2
         except distributed.Lost as error:  # each says so: the first may be the one that died
-            mend = f" Go on with --resume {setup.config.out}" if setup else ""
-            print(f"error: process {group.rank} of {group.size}: {error}.{mend}", file=sys.stderr)
+            hint = f" Go on with --resume {setup.config.out}" if setup else ""
+            print(f"error: process {group.rank} of {group.size}: {error}.{hint}", file=sys.stderr)
             return 1
         except OSError as error:  # of the one process that writes, or of all of them before the first step
-            mend = f". Mend that, then go on with --resume {setup.config.out}" if setup else ""
-            print(f"error: {error}{mend}", file=sys.stderr)
+            hint = f". Mend that, then go on with --resume {setup.config.out}" if setup else ""
+            print(f"error: {error}{hint}", file=sys.stderr)
             return 1
         except Stopped as stop:
             return _end(group, 128 + stop.number, f"{stop}; go on with --resume {setup.config.out}")

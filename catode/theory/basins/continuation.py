@@ -178,7 +178,7 @@ class _Family:
     def __init__(self, make_system: Any, name: Any, noise: Any) -> None:
         for argument, value in (("make_system", make_system), ("noise", noise)):
             if not callable(value) and not (value is None and argument == "noise"):
-                fail(argument, "be callable", value, mend="Pass e.g. functools.partial(LayerSystem, price=0.1, ...).")
+                fail(argument, "be callable", value, hint="Pass e.g. functools.partial(LayerSystem, price=0.1, ...).")
         if not isinstance(name, str) or not name.isidentifier():
             fail("name", "be the name of a parameter", name)
         self.make_system, self.name, self.noise = make_system, name, noise
@@ -242,7 +242,7 @@ def _range(window: Any, system: PlanarSystem | BoxSystem, saddles: np.ndarray) -
         low = bounds[0] if np.isfinite(bounds[0]) else 0.0
         high = min(bounds[1], 2.0 * known.max()) if known.size else bounds[1]
         if not (np.isfinite(high) and low < high):
-            fail("window", "be given where no saddle shows the scale", None, mend="Pass the sizes (low, high).")
+            fail("window", "be given where no saddle shows the scale", None, hint="Pass the sizes (low, high).")
         return low, float(high)
     ends = check_real("window", window, array=True)
     check_shape("window", ends, "(2,)", ends.shape == (2,))

@@ -176,7 +176,7 @@ def _window(system: BoxSystem | PlanarSystem, box: BoxSystem, window: Any) -> tu
         if isinstance(system, PlanarSystem):
             high = np.array([4.0 * system.saddle[0], 1.0])
         if not np.isfinite([low, high]).all():
-            fail("window", "be given for a box without end", None, mend="Pass (lower, upper), two corners in the box.")
+            fail("window", "be given for a box without end", None, hint="Pass (lower, upper), two corners in the box.")
         return low, high
     try:
         low, high = (box.check_inside("window", corner) for corner in window)

@@ -107,7 +107,7 @@ def find(system: BoxSystem | PlanarSystem, *, starts: int = 64) -> tuple[Equilib
     sides = [(0, *(s for s, end in ((-1, low), (1, up)) if np.isfinite(end))) for low, up in _ends(box)]
     count = int(np.prod([len(s) for s in sides], dtype=float))
     if count > _MAX_FACES:
-        fail("system", f"have at most {_MAX_FACES} faces", count, mend="Freeze some coordinates, or open their box.")
+        fail("system", f"have at most {_MAX_FACES} faces", count, hint="Freeze some coordinates, or open their box.")
     size = _sizes(system, box)
     found: list[Equilibrium] = []
     with np.errstate(all="ignore"):

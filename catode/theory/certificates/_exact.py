@@ -194,9 +194,9 @@ def comparison_field(kind: str, p: dict[str, Fraction]) -> tuple[Polynomial, Pol
 
 def exact_field(system: BoxSystem) -> tuple[Polynomial, ...]:
     """The components of a system given in sympy as exact polynomials; floats count at their binary value."""
-    mend = "Build it with BoxSystem.from_expressions from polynomials in the coordinates."
+    hint = "Build it with BoxSystem.from_expressions from polynomials in the coordinates."
     if system.expressions is None:
-        fail("system", "know its field in symbols", "BoxSystem without expressions", mend=mend)
+        fail("system", "know its field in symbols", "BoxSystem without expressions", hint=hint)
     import sympy
 
     field = []
@@ -207,5 +207,5 @@ def exact_field(system: BoxSystem) -> tuple[Polynomial, ...]:
             terms = sympy.Poly(value, *(own.get(n, sympy.Symbol(n)) for n in system.names)).terms()
             field.append({powers: Fraction(int(c.p), int(c.q)) for powers, c in terms})
         except (sympy.PolynomialError, AttributeError):
-            fail("system", "be polynomial with rational coefficients", str(value), mend=f"See {name}'. {mend}")
+            fail("system", "be polynomial with rational coefficients", str(value), hint=f"See {name}'. {hint}")
     return tuple(field)

@@ -172,7 +172,7 @@ class Certificate:
             ValueError: if the box is not a plane one.
         """
         if len(self.lower) != 2:
-            fail("share", "be asked of a planar certificate", len(self.lower), mend="Count `contains` over samples.")
+            fail("share", "be asked of a planar certificate", len(self.lower), hint="Count `contains` over samples.")
         (x0, y0), (x1, y1) = self.lower, self.upper
         area = Fraction(0)
         if self.kind == "lyapunov":
@@ -225,7 +225,7 @@ class Certificate:
                 seal=str(body["seal"]),
             )
         except (ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
-            fail("text", "be the JSON of a certificate", text, mend=f"{type(error).__name__}: {error}.")
+            fail("text", "be the JSON of a certificate", text, hint=f"{type(error).__name__}: {error}.")
 
     def _body(self) -> dict[str, Any]:
         """Everything but the seal, with rationals as texts."""
@@ -365,7 +365,7 @@ def certify(
     proposal = dataclasses.replace(unsealed, seal=_digest(unsealed._body()))
     fault = proposal.fault()
     if fault:
-        fail("slack", "leave enough margin for the exact proof", slack, mend=f"{fault} Choose a larger one.")
+        fail("slack", "leave enough margin for the exact proof", slack, hint=f"{fault} Choose a larger one.")
     return proposal
 
 

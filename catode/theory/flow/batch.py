@@ -127,7 +127,7 @@ def integrate_batch(
     absorbing = check_bool("absorbing", absorbing)
     if absorbing and not np.isfinite([problem.lower[-1], problem.upper[-1]]).all():
         ends = (float(problem.lower[-1]), float(problem.upper[-1]))
-        fail("system", "bound its last coordinate on both sides where `absorbing`", ends, mend="Give it faces.")
+        fail("system", "bound its last coordinate on both sides where `absorbing`", ends, hint="Give it faces.")
     targets = np.empty((0, d)) if targets is None else check_real("targets", targets, array=True)
     check_shape("targets", targets, f"(m, {d})", targets.ndim == 2 and targets.shape[1] == d)
     reach = check_positive("radius", radius) * check_positive("scale", scale, array=True)
@@ -166,7 +166,7 @@ def _pose(system: Any) -> _Problem:
         return _Problem(system.field, system.lower, system.upper, False, source, values)
     if isinstance(system, PlanarSystem):
         return _pose_planar(system)
-    fail("system", "be a BoxSystem or a PlanarSystem", system, mend="See `catode.theory.systems.box`.")
+    fail("system", "be a BoxSystem or a PlanarSystem", system, hint="See `catode.theory.systems.box`.")
 
 
 # --- fields as text ---------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def integrate(
     if not 0.0 <= start[-1] <= 1.0:
         fail("start", "have a keep probability in [0, 1]", float(start[-1]), index=(start.size - 1,))
     if not all(callable(getattr(system, name, None)) for name in ("field", "jacobian", "project", "rest")):
-        fail("system", "have the methods field, jacobian, project and rest", system, mend="Or make it a BoxSystem.")
+        fail("system", "have the methods field, jacobian, project and rest", system, hint="Or make it a BoxSystem.")
     start = np.array(system.project(start), dtype=np.float64)
     with np.errstate(all="ignore"):
         speed = np.asarray(system.field(start))

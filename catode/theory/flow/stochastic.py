@@ -80,7 +80,7 @@ def student_t(degrees: float) -> Noise:
     Raises:
         ValueError: if `degrees` does not exceed 2.
     """
-    degrees = check_interval("degrees", degrees, 2.0, np.inf, True, True, mend="The variance is infinite otherwise.")
+    degrees = check_interval("degrees", degrees, 2.0, np.inf, True, True, hint="The variance is infinite otherwise.")
     scale = math.sqrt((degrees - 2.0) / degrees)
     return Noise(f"t({degrees:g})", lambda rng, shape: scale * rng.standard_t(degrees, shape))
 
@@ -185,7 +185,7 @@ def iterate(
     shared = check_interval("correlation", correlation, -1.0, 1.0)
     absorbing, floor = check_bool("absorbing", absorbing), check_bool("floor", floor)
     if not isinstance(distribution, Noise):
-        fail("distribution", "be a Noise", distribution, mend="Choose e.g. NORMAL or student_t(3).")
+        fail("distribution", "be a Noise", distribution, hint="Choose e.g. NORMAL or student_t(3).")
     every = steps if every is None else check_int("every", every, low=1)
     rng = np.random.default_rng(check_int("seed", seed, low=0))
 

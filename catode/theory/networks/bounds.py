@@ -81,7 +81,7 @@ class Bounds:
         common = {"price": self.structure.price, "rate_ratio": network.rate_ratio}
         if self.coordinates == "benefit":
             if math.isinf(self.drift):
-                fail("structure", "stand alone for benefit coordinates", self.coordinates, mend="Give `frozen`.")
+                fail("structure", "stand alone for benefit coordinates", self.coordinates, hint="Give `frozen`.")
             return BenefitSystem(**common, gain=self.gain, decay=self.decay, drift=self.drift)
         common["weight_decay"] = network.weight_decay
         if self.coordinates == "unit":
@@ -204,10 +204,10 @@ def _rest(structure: Structure, level: float | None) -> float:
             fail("level", "be None where nothing else moves", level)
         return 0.0
     if level is None:
-        fail("level", "be a number where the rest moves", None, mend="Give the highest cost of a start.")
+        fail("level", "be a number where the rest moves", None, hint="Give the highest cost of a start.")
     decay = structure.network.weight_decay
     if decay == 0.0:
-        fail("weight_decay", "be positive where the rest moves", decay, mend="Without it nothing bounds the rest.")
+        fail("weight_decay", "be positive where the rest moves", decay, hint="Without it nothing bounds the rest.")
     return 2.0 * check_positive("level", level) / decay
 
 

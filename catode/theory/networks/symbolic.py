@@ -98,7 +98,7 @@ class GatedNetwork:
         put("inputs", _freeze(inputs))
         put("targets", _freeze(targets))
         if not isinstance(self.widths, (tuple, list)) or not 1 <= len(self.widths) <= _MAX_BLOCKS:
-            fail("widths", f"list one or {_MAX_BLOCKS} widths", self.widths, mend="Write e.g. widths=(2,).")
+            fail("widths", f"list one or {_MAX_BLOCKS} widths", self.widths, hint="Write e.g. widths=(2,).")
         widths = (check_int(f"widths[{i}]", width, low=1, high=_MAX_WIDTH) for i, width in enumerate(self.widths))
         put("widths", tuple(widths))
         prices, gates = check_nonnegative("prices", self.prices, array=True), len(self._names)

@@ -159,7 +159,7 @@ class FlatteningPrior(Prior):
     def __post_init__(self) -> None:
         gamma = check_positive("gamma", self.gamma)
         if gamma == 1.0:
-            fail("gamma", "differ from 1", gamma, mend="There the prior is uniform and the price 0: use no gate.")
+            fail("gamma", "differ from 1", gamma, hint="There the prior is uniform and the price 0: use no gate.")
         object.__setattr__(self, "gamma", gamma)
 
     @property
@@ -338,7 +338,7 @@ class HardConcrete(Prior):
 
     def __post_init__(self) -> None:
         checked = {
-            "price": check_positive("price", self.price, mend="Without a price there is nothing to regularise."),
+            "price": check_positive("price", self.price, hint="Without a price there is nothing to regularise."),
             "temperature": check_interval("temperature", self.temperature, 0.01, 1.0),
             "low": check_interval("low", self.low, -10.0, -0.001),
             "high": check_interval("high", self.high, 1.001, 11.0),
@@ -422,7 +422,7 @@ def _check_theta(theta: Any) -> np.ndarray:
 
 
 def _check_prior_prob(value: Any) -> float:
-    return check_interval("prior_prob", value, 0.0, 1.0, True, True, mend="At 0 or 1 the gate is decided; use none.")
+    return check_interval("prior_prob", value, 0.0, 1.0, True, True, hint="At 0 or 1 the gate is decided; use none.")
 
 
 def _symbols(*names: str) -> tuple[Any, ...]:

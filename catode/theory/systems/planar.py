@@ -413,7 +413,7 @@ class BenefitSystem(PlanarSystem):
         _check(self, "decay", "drift", zero=True)
         if (self.gain_lower is None) != (self.decay_upper is None):
             missing = "gain_lower" if self.gain_lower is None else "decay_upper"
-            fail(missing, "be a real number", None, mend="Give `gain_lower` and `decay_upper` together, or neither.")
+            fail(missing, "be a real number", None, hint="Give `gain_lower` and `decay_upper` together, or neither.")
         if self.gain_lower is not None:
             object.__setattr__(self, "gain_lower", check_interval("gain_lower", self.gain_lower, 0.0, self.gain))
             upper = check_interval("decay_upper", self.decay_upper, self.decay, np.inf)
@@ -529,8 +529,8 @@ def _check(system: PlanarSystem, *names: str, zero: bool = False) -> None:
     """Validate and convert the named fields of a frozen system."""
     for name in names:
         value = getattr(system, name)
-        mend = "A structure without a price has no gate; give no system for it." if name == "price" else None
-        value = check_nonnegative(name, value) if zero else check_positive(name, value, mend=mend)
+        hint = "A structure without a price has no gate; give no system for it." if name == "price" else None
+        value = check_nonnegative(name, value) if zero else check_positive(name, value, hint=hint)
         object.__setattr__(system, name, value)
 
 

@@ -130,7 +130,7 @@ class Tolerance:
         record = json.loads(text)
         keys = {"origin", "values", "separatrix", "inputs"}
         if not isinstance(record, dict) or record.keys() != keys or not isinstance(record["inputs"], dict):
-            fail("text", f"hold the keys {sorted(keys)}", text, mend="Write it with `Tolerance.to_json`.")
+            fail("text", f"hold the keys {sorted(keys)}", text, hint="Write it with `Tolerance.to_json`.")
         inputs = {name: _decode(value) for name, value in record["inputs"].items()}
         return cls(_decode(record["values"]), _decode(record["separatrix"]), inputs, record["origin"])
 
@@ -217,7 +217,7 @@ def derive(
     )
     from scipy.special import ndtri
 
-    inputs["risk"] = check_interval("risk", risk, 0.0, 0.5, True, True, array=True, mend="Choose e.g. 0.05.")
+    inputs["risk"] = check_interval("risk", risk, 0.0, 0.5, True, True, array=True, hint="Choose e.g. 0.05.")
     inputs = _broadcast(inputs)
     separatrix, spread, hopeless = _boundary(**{name: inputs[name] for name in _INPUTS})
     with np.errstate(invalid="ignore"):
@@ -360,8 +360,8 @@ def commit_alarm(
 
 
 def _price(price: Any) -> np.ndarray:
-    mend = "A structure without a price has no gate and needs no tolerance; leave it out."
-    return check_positive("price", price, array=True, mend=mend)
+    hint = "A structure without a price has no gate and needs no tolerance; leave it out."
+    return check_positive("price", price, array=True, hint=hint)
 
 
 def _inputs(**given: Any) -> dict[str, np.ndarray]:
@@ -516,5 +516,5 @@ def _numbers(value: Any) -> np.ndarray:
     """Return numbers, finite or not, as an array of floats."""
     array = np.asarray(value)
     if array.dtype.kind not in "iuf" or isinstance(value, bool):
-        fail("text", "hold numbers", value, mend="Write it with `Tolerance.to_json`.")
+        fail("text", "hold numbers", value, hint="Write it with `Tolerance.to_json`.")
     return array.astype(np.float64)

@@ -31,8 +31,8 @@ class CommandLine(argparse.ArgumentParser):
             if not name.startswith("-"):
                 return f"`{name}` must follow a flag; got the stray argument {first!r}. Remove it, or see --help."
             near = nearest(name.lstrip("-"), flags)
-            mend = f"Did you mean --{near}?" if near else "See --help for all flags."
-            return f"`{name}` must be a known flag; got {first}. {mend}"
+            hint = f"Did you mean --{near}?" if near else "See --help for all flags."
+            return f"`{name}` must be a known flag; got {first}. {hint}"
         if message.startswith("the following arguments are required: "):
             names = message.removeprefix("the following arguments are required: ").split(", ")
             name = names[0].split("/")[0].lstrip("-").replace("-", "_").lower()
@@ -65,8 +65,8 @@ def _convert(name: str, setting: Setting) -> Any:
         except ValueError:
             what = "an integer" if setting.kind is int else "a number"
             limit = f" {setting.range}" if setting.range else ""
-            mend = f" {setting.mend}" if setting.mend else ""
-            raise argparse.ArgumentTypeError(f"`{name}` must be {what}{limit}; got {name}={text!r}.{mend}") from None
+            hint = f" {setting.hint}" if setting.hint else ""
+            raise argparse.ArgumentTypeError(f"`{name}` must be {what}{limit}; got {name}={text!r}.{hint}") from None
 
     return convert
 

@@ -70,7 +70,7 @@ GROUPS = {  # of `--help`, in this order
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; one line: argument, constraint, value, mend."""
+    """A setting that cannot be used; one line: argument, constraint, value, hint."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Setting:
         optional: None is admitted.
         identity: The setting changes what is computed and so enters the name of the run.
         negatable: A boolean also gets a flag `--no-...`.
-        mend: What to do instead of a wrong value.
+        hint: What to do instead of a wrong value.
     """
 
     kind: type
@@ -103,7 +103,7 @@ class Setting:
     optional: bool = False
     identity: bool = True
     negatable: bool = False
-    mend: str | None = None
+    hint: str | None = None
 
     @property
     def range(self) -> str:
@@ -125,27 +125,27 @@ class Setting:
         if value is None and self.optional:
             return None
         if self.choices:
-            return _validate.check_choice(name, value, self.choices, mend=_suggest(value, self.choices))
+            return _validate.check_choice(name, value, self.choices, hint=_suggest(value, self.choices))
         if self.kind is bool:
-            return _validate.check_bool(name, value, mend=self.mend or "Use one of the two.")
+            return _validate.check_bool(name, value, hint=self.hint or "Use one of the two.")
         if self.kind is str:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
             if not isinstance(value, str) or not value:
-                _validate.fail(name, "be a non-empty text", value, mend=self.mend)
+                _validate.fail(name, "be a non-empty text", value, hint=self.hint)
             return value
         if self.kind is int:
-            value = _validate.check_int(name, value, mend=self.mend)
+            value = _validate.check_int(name, value, hint=self.hint)
         else:
-            value = _validate.check_real(name, value, mend=self.mend)
+            value = _validate.check_real(name, value, hint=self.hint)
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
         if not (above and below):
             verb = "lie" if self.range.startswith("in ") else "be"
             shown = int(value) if value == int(value) else value
-            _validate.fail(name, f"{verb} {self.range}", shown, mend=self.mend)
+            _validate.fail(name, f"{verb} {self.range}", shown, hint=self.hint)
         if 0 < abs(value) < LEAST:
-            _validate.fail(name, f"be 0 or at least {LEAST:g} in size, or quotients overflow", value, mend=self.mend)
+            _validate.fail(name, f"be 0 or at least {LEAST:g} in size, or quotients overflow", value, hint=self.hint)
         return value
 
 
@@ -207,7 +207,7 @@ class Config:
         "folder that holds the data; needed for every data set but digits",
         optional=True,
         identity=False,
-        mend="Give the folder that holds the data.",
+        hint="Give the folder that holds the data.",
     )
     image_size: int | None = _number(
         None,
@@ -216,7 +216,7 @@ class Config:
         "for folder: resize the shorter side to this many pixels and crop the centre; needed where images differ in size",
         low=4,
         optional=True,
-        mend="Use the side in pixels, such as 64.",
+        hint="Use the side in pixels, such as 64.",
     )
     download: bool = _switch(
         False,
@@ -234,7 +234,7 @@ class Config:
         low=0,
         optional=True,
         identity=False,
-        mend="Leave it out for a quarter of the memory.",
+        hint="Leave it out for a quarter of the memory.",
     )
     workers: int | None = _number(
         None,
@@ -245,7 +245,7 @@ class Config:
         low=0,
         optional=True,
         identity=False,
-        mend="Leave it out for one for each core.",
+        hint="Leave it out for one for each core.",
     )
     arch: str = _text(
         "resnet20",
@@ -274,7 +274,7 @@ class Config:
         "file of weights to start from, saved by torch.save: a state dict of this network, such as torchvision's; a "
         "classifier for another number of classes is left fresh",
         optional=True,
-        mend="Give a file of weights, or leave it out for random ones.",
+        hint="Give a file of weights, or leave it out for random ones.",
     )
     hidden_scale: float = _number(
         1.0,
@@ -284,7 +284,7 @@ class Config:
         low=0,
         high=1,
         low_open=True,
-        mend="Use 1 for the full width.",
+        hint="Use 1 for the full width.",
     )
 
     nu: float = _number(
@@ -293,7 +293,7 @@ class Config:
         "pruning",
         "price of the network's whole expected complexity, nats; larger prunes more, 0 is the ungated network",
         low=0,
-        mend="Use 0 for the ungated network.",
+        hint="Use 0 for the ungated network.",
     )
     alpha: float = _number(
         0.5,
@@ -302,7 +302,7 @@ class Config:
         "share of the price that layers carry, the rest is on units; 0 leaves layers ungated, 1 units",
         low=0,
         high=1,
-        mend="Use 0.5 to price units and layers alike.",
+        hint="Use 0.5 to price units and layers alike.",
     )
     beta: float = _number(
         0.0,
@@ -311,7 +311,7 @@ class Config:
         "weight of parameters against MACs in the complexity",
         low=0,
         high=1,
-        mend="Use 0 to price MACs alone.",
+        hint="Use 0 to price MACs alone.",
     )
     cost: str = _text(
         "macs",
@@ -329,7 +329,7 @@ class Config:
         high=0.5,
         low_open=True,
         high_open=True,
-        mend="Use 0.05 if in doubt.",
+        hint="Use 0.05 if in doubt.",
     )
     derive_tol: bool = _switch(
         False,
@@ -344,7 +344,7 @@ class Config:
         low=0,
         high=1,
         optional=True,
-        mend="Leave it out to derive tolerances.",
+        hint="Leave it out to derive tolerances.",
     )
     target_macs: float | None = _number(
         None,
@@ -356,7 +356,7 @@ class Config:
         low_open=True,
         high_open=True,
         optional=True,
-        mend="Use 0.5 for half of them, or leave it out to set --nu.",
+        hint="Use 0.5 for half of them, or leave it out to set --nu.",
     )
     target_params: float | None = _number(
         None,
@@ -368,7 +368,7 @@ class Config:
         low_open=True,
         high_open=True,
         optional=True,
-        mend="Use 0.5 for half of them, or leave it out to set --nu.",
+        hint="Use 0.5 for half of them, or leave it out to set --nu.",
     )
     initial_keep_prob: float = _number(
         1.0,
@@ -378,7 +378,7 @@ class Config:
         low=0,
         high=1,
         low_open=True,
-        mend="Use 1 to start from the full network.",
+        hint="Use 1 to start from the full network.",
     )
     warmup_epochs: float = _number(
         0.0,
@@ -386,7 +386,7 @@ class Config:
         "pruning",
         "epochs before any keep probability moves; a preset's value shrinks with --epochs",
         low=0,
-        mend="Use 0 for no warm-up.",
+        hint="Use 0 for no warm-up.",
     )
     decide_until: float = _number(
         0.8,
@@ -396,7 +396,7 @@ class Config:
         low=0,
         high=1,
         low_open=True,
-        mend="Use 0.8 if in doubt.",
+        hint="Use 0.8 if in doubt.",
     )
     rate_ratio: float | None = _number(
         None,
@@ -407,7 +407,7 @@ class Config:
         low=0,
         low_open=True,
         optional=True,
-        mend="Leave it out to derive it from sink_share.",
+        hint="Leave it out to derive it from sink_share.",
     )
     sink_share: float = _number(
         0.1,
@@ -417,7 +417,7 @@ class Config:
         low=0,
         high=1,
         low_open=True,
-        mend="Use 0.1 if in doubt.",
+        hint="Use 0.1 if in doubt.",
     )
 
     prior: str = _text(
@@ -440,7 +440,7 @@ class Config:
         "make the final width of every pruned site a multiple of this: units leave in whole groups, and what is left over "
         "in the end is kept",
         low=1,
-        mend="Use 1 for any width.",
+        hint="Use 1 for any width.",
     )
 
     estimator: str = _text(
@@ -465,13 +465,13 @@ class Config:
         "images of a batch on which benefits are probed; without it a tenth of the batch, at least 12",
         low=2,
         optional=True,
-        mend="Leave it out for a tenth of the batch.",
+        hint="Leave it out for a tenth of the batch.",
     )
     layers_per_probe: int = _number(
-        1, int, "gates", "layers whose paired difference one probe takes", low=1, mend="Use 1 if in doubt."
+        1, int, "gates", "layers whose paired difference one probe takes", low=1, hint="Use 1 if in doubt."
     )
     measure_every: int = _number(
-        2, int, "gates", "steps from one measurement of the benefits to the next", low=1, mend="Use 1 for every step."
+        2, int, "gates", "steps from one measurement of the benefits to the next", low=1, hint="Use 1 for every step."
     )
     memory: int | None = _number(
         None,
@@ -480,7 +480,7 @@ class Config:
         "steps over which measurements are pooled; without it 200, and in long runs 200 (deciding steps/6240)^(2/3)",
         low=10,
         optional=True,
-        mend="Leave it out for one that fits the run's length.",
+        hint="Leave it out for one that fits the run's length.",
     )
     check_every: int | None = _number(
         None,
@@ -489,14 +489,14 @@ class Config:
         "steps from one check for removals to the next; without it a quarter of the memory",
         low=1,
         optional=True,
-        mend="Leave it out for a quarter of the memory.",
+        hint="Leave it out for a quarter of the memory.",
     )
 
-    epochs: int = _number(60, int, "training", "passes over the training images", low=1, mend="Use at least one epoch.")
-    batch_size: int = _number(64, int, "training", "images in a step", low=2, mend="Use at least two images.")
-    lr: float = _number(0.1, float, "training", "peak learning rate", low=0, low_open=True, mend="Use 0.1 if in doubt.")
+    epochs: int = _number(60, int, "training", "passes over the training images", low=1, hint="Use at least one epoch.")
+    batch_size: int = _number(64, int, "training", "images in a step", low=2, hint="Use at least two images.")
+    lr: float = _number(0.1, float, "training", "peak learning rate", low=0, low_open=True, hint="Use 0.1 if in doubt.")
     momentum: float = _number(
-        0.9, float, "training", "momentum of SGD", low=0, high=1, high_open=True, mend="Use 0.9 if in doubt."
+        0.9, float, "training", "momentum of SGD", low=0, high=1, high_open=True, hint="Use 0.9 if in doubt."
     )
     weight_decay: float = _number(
         5e-4,
@@ -504,7 +504,7 @@ class Config:
         "training",
         "weight decay of every parameter, norm layers included",
         low=0,
-        mend="Use 0 for none.",
+        hint="Use 0 for none.",
     )
     schedule: str = _text(
         "one-cycle", "training", "course of the learning rate", choices=("one-cycle", "cosine", "constant")
@@ -523,10 +523,10 @@ class Config:
         "mix each training batch with itself, labels too, by a share drawn from Beta(mixup, mixup); 0 is off",
         low=0,
         high=100,
-        mend="Use 0.2 if in doubt, 0 for none.",
+        hint="Use 0.2 if in doubt, 0 for none.",
     )
     label_smoothing: float = _number(
-        0.0, float, "training", "label smoothing", low=0, high=1, high_open=True, mend="Use 0 for none."
+        0.0, float, "training", "label smoothing", low=0, high=1, high_open=True, hint="Use 0 for none."
     )
     amp: str = _text(
         "off",
@@ -546,10 +546,10 @@ class Config:
     )
 
     seed: int = _number(
-        0, int, "run", "seed of everything random", low=0, high=2**32 - 1, identity=False, mend="Use 0 if in doubt."
+        0, int, "run", "seed of everything random", low=0, high=2**32 - 1, identity=False, hint="Use 0 if in doubt."
     )
     device: str = _text(
-        "cpu", "run", "where to compute: cpu, cuda, cuda:N or mps", identity=False, mend="Use --device cpu."
+        "cpu", "run", "where to compute: cpu, cuda, cuda:N or mps", identity=False, hint="Use --device cpu."
     )
     read_every: int | None = _number(
         None,
@@ -560,7 +560,7 @@ class Config:
         low=1,
         optional=True,
         identity=False,
-        mend="Use 1 for every step.",
+        hint="Use 1 for every step.",
     )
     width_multiple: int = _number(
         8,
@@ -570,7 +570,7 @@ class Config:
         "they count nowhere and are gone in the end",
         low=1,
         identity=False,
-        mend="Use 1 for none.",
+        hint="Use 1 for none.",
     )
     compile: bool = _switch(
         False,
@@ -595,7 +595,7 @@ class Config:
         low=1,
         optional=True,
         identity=False,
-        mend="Leave it out for PyTorch's own choice.",
+        hint="Leave it out for PyTorch's own choice.",
     )
     out: str | None = _text(
         None,
@@ -604,7 +604,7 @@ class Config:
         "differs from the preset",
         optional=True,
         identity=False,
-        mend="Leave it out for a folder under runs/.",
+        hint="Leave it out for a folder under runs/.",
     )
     checkpoint_every: int = _number(
         500,
@@ -613,7 +613,7 @@ class Config:
         "steps of an epoch from one checkpoint to the next; there is one at the end of every epoch too",
         low=1,
         identity=False,
-        mend="Use as many steps as may be lost.",
+        hint="Use as many steps as may be lost.",
     )
     keep_checkpoints: int = _number(
         2,
@@ -622,7 +622,7 @@ class Config:
         "checkpoints kept while the run goes on; the newest good one is gone on from",
         low=1,
         identity=False,
-        mend="Use 2 to survive the loss of one.",
+        hint="Use 2 to survive the loss of one.",
     )
     resume: str | None = _text(
         None,
@@ -632,7 +632,7 @@ class Config:
         "--array-gib, --workers, --checkpoint-every, --keep-checkpoints",
         optional=True,
         identity=False,
-        mend="Leave it out to start a run.",
+        hint="Leave it out to start a run.",
     )
     dry_run: bool = _switch(
         False, "run", "check everything, print the costs and stop before the first step", identity=False
@@ -822,8 +822,8 @@ def _check_names(given: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in known:
             near = nearest(name, known)
-            mend = f"Did you mean `{near}`?" if near else "Leave it out."
-            raise ConfigError(f"`{name}` must be the name of a setting; got {name}={value!r}. {mend}")
+            hint = f"Did you mean `{near}`?" if near else "Leave it out."
+            raise ConfigError(f"`{name}` must be the name of a setting; got {name}={value!r}. {hint}")
 
 
 def check_device(device: str) -> None:
