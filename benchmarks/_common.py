@@ -127,6 +127,7 @@ def differences(config: dict[str, Any]) -> str:
         epochs=config["epochs"],
         data_dir=None if config["dataset"] == "digits" else "unused",
     )
+    names -= set(config.get("derived", ()))
     names -= {n for n, value in FORMER.items() if config.get(n) == value and getattr(base, n) is None}
     changed = {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n)}
     return ", ".join(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in changed.items())

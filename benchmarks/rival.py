@@ -137,7 +137,10 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
     table.add(rows + more)
     table.close()
     CsvTable(out, "structures.csv", ROW_FIELDS).close()
-    for name, content in (("config", json.loads(whole.to_json()) | rival), ("result", result)):
+    for name, content in (
+        ("config", json.loads(whole.resolved(int(more[-1]["step"])).to_json()) | rival),
+        ("result", result),
+    ):
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (out / "env.json").write_text((Path(second.out) / "env.json").read_text())
     print(f"{rival['rival']}: {100 * result['accuracy']:.2f} %, {result['macs'] / a['macs_dense']:.1%} of the MACs")

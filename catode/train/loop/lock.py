@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from catode.train.settings.config import ConfigError
+from catode.train.settings.setting import ConfigError
 
 try:
     import fcntl

@@ -7,7 +7,7 @@ import numpy as np
 from catode.decisions.target import Target
 from catode.prune.describe.costs import describe
 from catode.prune.describe.steptime import MeasuredComplexity
-from catode.train.loop.trainer import Setup
+from catode.train.loop.setup import Setup
 
 
 def table(setup: Setup) -> str:
@@ -31,8 +31,9 @@ def table(setup: Setup) -> str:
         f"{config.arch}: {macs:,.0f} MACs, {params:,.0f} parameters; removable {cost.removable_macs / macs:.1%} of the MACs, "
         f"{cost.removable_params / params:.1%} of the parameters",
         f"nu {config.nu:g}, alpha {config.alpha:g}, beta {config.beta:g}; {len(setup.schedule)} steps, ODE time "
-        f"{setup.ode_time:.4g}, rate_ratio {setup.rate_ratio:.4g}, deciding from step {setup.warmup_steps} to {setup.decide_steps}",
-        f"memory {setup.memory} steps, a check every {setup.check_every}",
+        f"{setup.ode_time:.4g}, rate_ratio {config.rate_ratio:.4g}, deciding from step {setup.warmup_steps} to "
+        f"{setup.decide_steps}",
+        f"memory {config.memory} steps, a check every {config.check_every}",
         "",
         f"{'block':<12} {'width':>9} {'MACs':>13} {'params':>11} {'layer price':>12} {'unit price':>18}",
     ]

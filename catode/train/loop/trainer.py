@@ -34,36 +34,13 @@ from catode.train.loop.optimization import AMP, autocast, evaluate, make_optimiz
 from catode.train.loop.result import environment, random_state
 from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
-from catode.train.settings.config import Config, check_out
+from catode.train.settings.config import Config
+from catode.train.settings.run import check_out
 from catode.train.stop import Stop, Stopped
 
 
 class NotFinite(RuntimeError):
     """The loss stopped being finite; the last good state was kept."""
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def run(config: Config, *, progress: bool = True, at_end: Callable[[Path], object] | None = None) -> Path:
@@ -501,7 +478,3 @@ class Trainer:
             table.add(self.pruner.shadow.rows(self.pruner.inventory.names()))
             table.close()
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
-
-
-
-
