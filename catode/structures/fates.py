@@ -31,6 +31,24 @@ MEANINGS = {
 """Every fate with what it means, in the order of tables and legends."""
 
 FATES = tuple(MEANINGS)
+
+COLORS = {
+    UNDECIDED: "grey",
+    COMMITTED: "blue",
+    PRUNED_TOLERANCE: "vermillion",
+    PRUNED_ZERO: "orange",
+    REMOVED_WITH_BLOCK: "yellow",
+    KEPT_OUT_OF_TIME: "black",
+    REMOVED_OUT_OF_TIME: "purple",
+    KEPT_FOR_WIDTH: "green",
+    KEPT_AT_TARGET: "sky",
+    KEPT_AS_LAST: "black",
+}
+"""The colour of every fate in all pictures, a name in `catode.theory.plotting.PALETTE`.
+
+Two share black: where nothing else would be left, all that is undecided is kept as the last, and nothing for lack of time.
+"""
+
 NOT_BY_RULE = (KEPT_OUT_OF_TIME, REMOVED_OUT_OF_TIME, KEPT_FOR_WIDTH, KEPT_AT_TARGET, KEPT_AS_LAST)
 """Fates that no measurement of the structure itself decided; always counted and reported apart."""
 

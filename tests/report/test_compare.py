@@ -283,9 +283,7 @@ def test_the_package_is_a_command(tmp_path):
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout == compare.text(
-        compare.read_all([tmp_path / "a"])
-    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == compare.text(compare.read_all([tmp_path / "a"]))
 
 
 def test_an_older_run_is_counted_alike(tmp_path):
