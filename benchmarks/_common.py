@@ -1,7 +1,10 @@
-"""What every benchmark needs: the machine in one line, Markdown tables, spreads, settings from a command line."""
+"""What every benchmark needs: the machine in one line, Markdown tables, intervals, settings, and short trainings."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import math
 import os
 import platform
 import re
@@ -12,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 
 from catode.prune.device import processor
-from catode.train.loop import NotFinite
+from catode.theory.tolerance.measured import pool_memory
+from catode.train import loop
 from catode.train.settings.config import Config, ConfigError, settings
 
 RESULTS = Path(__file__).parent / "results"
+CONFIDENCE = 0.95
 NEVER = ("resume", "dry_run")
 """Settings that no benchmark admits: each trains its runs from the start."""
 
@@ -58,11 +64,34 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % t-interval of independent values, such as differences paired by seed.
+
+    Args:
+        values: Shape (n,).
+
+    Returns:
+        Mean, lower and upper end; both ends are NaN for n = 1.
+    """
+    values = np.asarray(values, dtype=float)
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return mean, math.nan, math.nan
+    half = float(student.ppf((1.0 + CONFIDENCE) / 2.0, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    return mean, mean - half, mean + half
+
+
 def spread(values: Sequence[float], form: str = "{:.2f}", factor: float = 1.0) -> str:
-    """Mean +- sample standard deviation of `factor` times the values; the mean alone of a single one."""
-    values = factor * np.asarray(values, dtype=float)
-    mean = form.format(values.mean())
-    return f"{mean} ± {form.format(values.std(ddof=1)).lstrip('+')}" if len(values) > 1 else mean
+    """``mean [low, high], n = N`` of `factor` times the values, with the 95 % t-interval of the mean."""
+    n = len(values)
+    mean, low, high = (form.format(number) for number in mean_interval(factor * np.asarray(values, dtype=float)))
+    return f"{mean} [{low}, {high}], n = {n}" if n > 1 else f"{mean}, n = 1, no interval"
+
+
+def each(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """Mean and, in brackets, every value, of what is told of single runs; one value alone."""
+    mean = form.format(float(np.mean(values)))
+    return f"{mean} ({', '.join(map(form.format, values))})" if len(values) > 1 else mean
 
 
 def quartiles(values: Sequence[float], form: str = "{:.2f}") -> str:
@@ -109,14 +138,59 @@ def overrides(pairs: Iterable[str], *, flags: Iterable[str] = (), fixed: Iterabl
     return values
 
 
+QUICK: dict[str, Any] = {"arch": "resnet14", "epochs": 1, "warmup_epochs": 0.0, "batch_size": 16, "threads": 1}
+QUICK |= {"memory": 8, "check_every": 2}
+QUICK_IMAGES = 64
+"""What `--quick` makes of any training, so that a command takes seconds: it shows that it runs, and measures nothing."""
+
+
+def add_quick(parser: argparse.ArgumentParser) -> None:
+    """Give a command the flag `--quick`."""
+    parser.add_argument(
+        "--quick", action="store_true", help="the least of everything: shows that it runs, no measurement"
+    )
+
+
+def subset(setup: loop.Setup, number: int | None) -> loop.Setup:
+    """The same run on the first images alone.
+
+    Args:
+        setup: A prepared run, its images in memory.
+        number: Training images; a fifth as many test images. None: all.
+    """
+    if number is None or number >= len(setup.images.train_labels):
+        return setup
+    images, config = setup.images, setup.config
+    images = dataclasses.replace(
+        images,
+        train_images=images.train_images[:number],
+        train_labels=images.train_labels[:number],
+        test_images=images.test_images[: number // 5],
+        test_labels=images.test_labels[: number // 5],
+    )
+    steps = number // config.batch_size
+    schedule = loop.learning_rates(config.schedule, config.lr, steps * config.epochs)
+    return dataclasses.replace(setup, images=images, steps_per_epoch=steps, schedule=schedule)
+
+
+def run_quick(config: Config, *, progress: bool = False) -> Path:
+    """Train on the first `QUICK_IMAGES` images; takes the place of `catode.train.run` with `--quick`."""
+    return loop.train(subset(loop.prepare(config), QUICK_IMAGES), progress=progress)
+
+
 FORMER = {"memory": 200, "check_every": 50}
 """Defaults of older records; runs as short as those still have these values."""
 
 
-def differences(config: dict[str, Any]) -> str:
+def differences(config: dict[str, Any], steps: int | None = None) -> str:
     """Settings of a resolved configuration that change what is computed and differ from the preset, as "a=1, b=x".
 
-    The number of epochs is not among them, nor, where nothing is pruned, are the pruner's settings.
+    The number of epochs is not among them, nor what follows from the run's length, nor, where nothing is pruned, the pruner's
+    settings.
+
+    Args:
+        config: config.json.
+        steps: Steps of the whole run, if they are known.
     """
     groups = {"data", "training"} | ({"pruning", "gates"} if config["nu"] > 0 else set())
     names = {name for name, setting in settings().items() if setting.identity and setting.group in groups}
@@ -128,7 +202,11 @@ def differences(config: dict[str, Any]) -> str:
         data_dir=None if config["dataset"] == "digits" else "unused",
     )
     names -= set(config.get("derived", ()))
-    names -= {n for n, value in FORMER.items() if config.get(n) == value and getattr(base, n) is None}
+    usual = {name: {None, value} for name, value in FORMER.items()}
+    if steps is not None:
+        usual["memory"].add(pool_memory(round(config["decide_until"] * steps)))
+    usual["check_every"].add((config.get("memory") or 0) // 4)
+    names -= {name for name, values in usual.items() if config.get(name) in values and getattr(base, name) is None}
     changed = {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n)}
     return ", ".join(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in changed.items())
 
@@ -173,6 +251,6 @@ def guarded(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except NotFinite as error:
+    except loop.NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

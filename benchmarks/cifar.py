@@ -5,37 +5,56 @@ Rivals are narrowed or shortened from the start, or trained, pruned and trained 
 python -m benchmarks.cifar run pruned --seed 0 --data-dir DIR --out FOLDER
 python -m benchmarks.cifar condense FOLDER [FOLDER ...] --to benchmarks/records
 python -m benchmarks.cifar table benchmarks/records
+python -m benchmarks.cifar shadow FOLDER [FOLDER ...] --out FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import gzip
 import io
 import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import copies
 from benchmarks._common import (
+    CONFIDENCE,
+    QUICK,
+    add_quick,
     differences,
+    each,
     guarded,
     machine,
     markdown,
     overrides,
     publish,
+    run_quick,
     spread,
 )
 from catode import export
 from catode.decisions import shadow
-from catode.records import PLACE, packed, read_json, read_rows, structure_key
+from catode.records import (
+    PLACE,
+    number,
+    read_config,
+    read_decisions,
+    read_json,
+    read_result,
+    read_rows,
+    read_structures,
+    structure_key,
+)
 from catode.report import compare
-from catode.train import run
+from catode.structures.fates import PRUNED_TOLERANCE, PRUNED_ZERO, REMOVED
+from catode.train import data, run
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config
 
@@ -46,15 +65,10 @@ LIMIT = 200 * 1024
 EXACT = ("keep_prob", "tolerance")  # their order must survive rounding
 
 
-def task(config: dict[str, Any]) -> tuple[str, str, int]:
-    """What runs must share to be compared: data set, architecture that is pruned or shortened, epochs.
-
-    Images in class folders go by the name of their folder.
-    """
-    arch, data = config["arch"], config["dataset"]
-    if data == "folder":
-        data = Path(config["data_dir"]).name
-    return data, SHORTENED.get(arch, arch), config["epochs"]
+def task(config: dict[str, Any], env: dict[str, Any]) -> tuple[str, str, int]:
+    """What runs must share to be compared: copy of the data set, architecture that is pruned or shortened, epochs."""
+    arch = config["arch"]
+    return copies.name_of(config, env), SHORTENED.get(arch, arch), config["epochs"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +80,14 @@ class Record:
         result: result.json.
         env: env.json.
         last: The last row of every structure in structures.csv, which holds its decision.
+        steps: Steps of the whole run; None if they are not known.
     """
 
     config: dict[str, Any]
     result: dict[str, Any]
     env: dict[str, Any]
     last: list[dict[str, str]]
+    steps: int | None = None
 
     @property
     def kind(self) -> str:
@@ -87,14 +103,14 @@ class Record:
     @property
     def variant(self) -> str:
         """The kind with the settings that set it apart from the preset; the rival in full is in its config."""
-        notes = differences(self.config)
+        notes = differences(self.config, self.steps)
         kind = "Torch-Pruning" if self.kind == "rival" else self.kind
         return f"{kind} {self.config['arch']}" + (f" ({notes})" if notes else "")
 
     @property
     def task(self) -> tuple[str, str, int]:
         """What runs must share to be compared."""
-        return task(self.config)
+        return task(self.config, self.env)
 
     @property
     def accuracy(self) -> float:
@@ -113,6 +129,8 @@ def plan(args: argparse.Namespace) -> Config:
     for name in ("epochs", "threads"):
         if getattr(args, name) is not None:
             given.setdefault(name, getattr(args, name))
+    if args.quick:
+        given |= QUICK
     if args.kind == "narrow":
         given.setdefault("hidden_scale", args.hidden_scale)
     return Config.from_presets(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed, out=args.out, **given)
@@ -120,7 +138,7 @@ def plan(args: argparse.Namespace) -> Config:
 
 def start(args: argparse.Namespace) -> None:
     """Train one network."""
-    folder = run(plan(args), progress=sys.stderr.isatty())
+    folder = (run_quick if args.quick else run)(plan(args), progress=sys.stderr.isatty())
     record = read(folder)
     macs, seconds = record.result["macs"] / 1e6, record.result["seconds"]
     print(f"{record.variant}, seed {args.seed}: {record.accuracy:.2f} %, {macs:.2f} M MACs, {seconds:.0f} s")
@@ -134,15 +152,23 @@ def read(folder: Path) -> Record:
     """
     if not (folder / "result.json").is_file():
         raise FileNotFoundError(f"`folder` must hold a finished run; got {str(folder)!r} without result.json.")
-    rows = read_rows(folder / "structures.csv")
-    if rows and (absent := [name for name in PLACE if name not in rows[0]]):
-        raise ValueError(f"{packed(folder / 'structures.csv')} must have the column {absent[0]!r}; got none.")
+    config = read_config(folder, dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, hidden_scale=float))
+    result = read_result(folder, dict(accuracy=float, macs=float, macs_dense=float, params=float))
+    rows = _structures(folder)
     last = [rows[i] for i in sorted(_last(rows).values())]
-    config = read_json(
-        folder / "config.json", dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, hidden_scale=float)
-    )
-    result = read_json(folder / "result.json", dict(accuracy=float, macs=float, macs_dense=float, params=float))
-    return Record(config, result, read_json(folder / "env.json"), last)
+    return Record(config, result, read_json(folder / "env.json"), last, _steps(folder))
+
+
+def _structures(folder: Path) -> list[dict[str, str]]:
+    header, rows = read_structures(folder)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def _steps(folder: Path) -> int | None:
+    """Steps of a finished run, which its last epoch tells; those that went before pruning by a rival are counted in."""
+    path = folder / "metrics.csv"
+    rows = read_rows(path)
+    return round(number(path, "step", rows[-1]["step"])) if rows and "step" in rows[-1] else None
 
 
 def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = False) -> int:
@@ -166,6 +192,7 @@ def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = Fal
         ValueError: if a file is damaged; nothing is written then.
     """
     record, to = read(folder), target / folder.name
+    env = record.env | _fingerprint(record)
     config = {**record.config, "out": folder.name}
     if config["data_dir"] is not None:
         config["data_dir"] = Path(config["data_dir"]).name
@@ -175,12 +202,12 @@ def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = Fal
         result = {**result, "latency_dense_ms": dense, "latency_ms": compact}
         result |= {"latency_dense_ms_128": dense_128, "latency_ms_128": compact_128}
     tables = {"metrics.csv": _packed(_rounded(read_rows(folder / "metrics.csv")))}
-    rows, decisions = read_rows(folder / "structures.csv"), []
+    rows, decisions = _structures(folder), []
     if config.get("shadow"):
-        decisions = read_rows(folder / shadow.FILE, ("rule", *PLACE, "step", "outcome_step"))
+        decisions = read_decisions(folder, ("rule", *PLACE, "step", "outcome_step"))
         tables[shadow.FILE] = _packed(decisions)
     files = {f"{name}.gz": content for name, content in tables.items()}
-    for name, content in (("config", config), ("result", result), ("env", record.env)):
+    for name, content in (("config", config), ("result", result), ("env", env)):
         files[f"{name}.json"] = (json.dumps(content, indent=2) + "\n").encode()
     if (folder / "structure.json").is_file():  # it alone tells of units without a gate
         structure = json.loads((folder / "structure.json").read_text())
@@ -191,6 +218,21 @@ def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = Fal
     for name, content in files.items():
         (to / name).write_bytes(content)
     return sum(map(len, files.values()))
+
+
+def _fingerprint(record: Record) -> dict[str, str | None]:
+    """The fingerprint of a run's images for its env.json, if it is not there and they still are."""
+    config = record.config
+    if "pixels" in record.env:
+        return {}
+    try:
+        images = data.load(config["dataset"], config["data_dir"], image_size=config.get("image_size"))
+    except data.DataError as error:
+        print(
+            f"note: no fingerprint of the images: {error} Use python -m benchmarks.copies --records.", file=sys.stderr
+        )
+        return {}
+    return {"pixels": copies.fingerprint(images)}
 
 
 def _condensed(rows: list[dict[str, str]], decisions: list[dict[str, str]], limit: int) -> bytes:
@@ -277,9 +319,13 @@ def _short(value: str, digits: int) -> str:
 def table(records: list[Record]) -> str:
     """Records grouped by variant with spread over seeds, then differences paired by seed, as Markdown."""
     lines = [
-        "Final epoch, mean ± standard deviation over seeds. MACs: M, and percent of the dense network. Decided by rule: of "
-        "all gates, by the end of the deciding phase (decide_until, 80 % of the run by default). Latency: one forward "
-        "pass of 128 images against the dense network's in the same run.",
+        f"Final epoch. Accuracy and differences: mean and {CONFIDENCE:.0%} t-interval over n seeds, which for n = 2 is so wide "
+        "that only large effects show, and not corrected for the number of differences below. All else: mean (and each seed's "
+        "value, in their order). MACs: M, and percent of the dense network. Decided by rule: of all gates, by the end of the "
+        "deciding phase (decide_until, 80 % of the run by default). Latency: one forward pass of 128 images against the dense "
+        "network's in the same run.",
+        "",
+        *copies.notes(sorted({r.task[0] for r in records})),
         "",
     ]
     groups: dict[tuple, list[Record]] = defaultdict(list)
@@ -298,15 +344,15 @@ def table(records: list[Record]) -> str:
                 epochs,
                 ", ".join(str(r.config["seed"]) for r in group),
                 spread([r.accuracy for r in group]),
-                spread([r["macs"] / 1e6 for r in results]),
-                spread([100 * r["macs"] / dense for r in results], "{:.1f}"),
-                spread([r["params"] / 1e3 for r in results], "{:.0f}"),
+                each([r["macs"] / 1e6 for r in results]),
+                each([100 * r["macs"] / dense for r in results], "{:.1f}"),
+                each([r["params"] / 1e3 for r in results], "{:.0f}"),
                 "/".join(str(r["layers_kept"]) for r in results) + f" of {results[0]['layers_total']}",
                 "/".join(str(r["units_kept"]) for r in results) + f" of {results[0]['units_total']}",
-                spread([100 * r["decided_by_rule"] for r in results], "{:.1f}") if pruned else "",
-                spread([r["latency_ms_128"] / r["latency_dense_ms_128"] for r in results]) if pruned else "",
-                spread([r["seconds"] / 60 for r in results], "{:.0f}"),
-                spread([r["cpu_seconds"] / 60 for r in results], "{:.0f}") if "cpu_seconds" in results[0] else "",
+                each([100 * r["decided_by_rule"] for r in results], "{:.1f}") if pruned else "",
+                each([r["latency_ms_128"] / r["latency_dense_ms_128"] for r in results]) if pruned else "",
+                each([r["seconds"] / 60 for r in results], "{:.0f}"),
+                each([r["cpu_seconds"] / 60 for r in results], "{:.0f}") if "cpu_seconds" in results[0] else "",
             ]
         )
     header = ["data", "network", "epochs", "seeds", "accuracy %", "MACs M", "MACs %", "params k", "layers", "units"]
@@ -323,13 +369,12 @@ def table(records: list[Record]) -> str:
                     [
                         f"{task[0]}, {variant} - {rival}",
                         task[2],
-                        len(both),
                         spread([a.accuracy - b.accuracy for a, b in both], "{:+.2f}"),
-                        spread([100 * a.result["macs"] / b.result["macs"] for a, b in both], "{:.1f}"),
+                        each([100 * a.result["macs"] / b.result["macs"] for a, b in both], "{:.1f}"),
                     ]
                 )
     if rows:
-        header = ["difference, paired by seed", "epochs", "n", "accuracy, points", "MACs, % of the rival's"]
+        header = ["difference, paired by seed", "epochs", "accuracy, points", "MACs, % of the rival's"]
         lines += ["", markdown(header, rows)]
     pruned = [_decisions(r) for r in records if r.last]
     if pruned:
@@ -352,12 +397,34 @@ def _decisions(record: Record) -> list[Any]:
     layers = [row for row in record.last if row["kind"] == "layer"]
     worth = {True: [], False: []}
     for row in layers:
-        worth[row["state"].startswith("pruned")].append(float(row["benefit"]) / float(row["price"]))
+        if (by_rule := row["fate"] in (PRUNED_TOLERANCE, PRUNED_ZERO)) or row["fate"] not in REMOVED:
+            worth[by_rule].append(float(row["benefit"]) / float(row["price"]))
     ranges = [f"{min(w):.2g} to {max(w):.2g}" if len(w) > 1 else "".join(f"{v:.2g}" for v in w) for w in worth.values()]
     return [record.variant, record.config["seed"], steps[int(0.95 * len(steps))], steps[-1], *reversed(ranges)]
 
 
-def main() -> None:
+def watched(folders: Sequence[Path], out: Path | None) -> None:
+    """What became of the decisions of shadow runs (`catode.report.compare`), with the data called by the name of the copy.
+
+    Args:
+        folders: Finished runs, or records of such.
+        out: Folder for compare.md and compare.png; None to print only.
+    """
+    envs = [read_json(folder / "env.json") for folder in folders]
+    runs = compare.read_all(folders)
+    names = [copies.name_of(one.config, env) for one, env in zip(runs, envs, strict=True)]
+    runs = [
+        dataclasses.replace(one, config=one.config | {"dataset": name}) for one, name in zip(runs, names, strict=True)
+    ]
+    told = "".join(f"{note}\n\n" for note in copies.notes(names)) + compare.text(runs)
+    print(told, end="")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "compare.md").write_text(told, encoding="utf-8")
+        compare.picture(runs, out / "compare.png")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.cifar", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -371,6 +438,7 @@ def main() -> None:
     one.add_argument("--epochs", type=int, help="epochs (those of the preset)")
     one.add_argument("--threads", type=int, help="CPU threads")
     one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting; repeatable")
+    add_quick(one)
     one.set_defaults(do=start)
     small = commands.add_parser("condense", help="write runs' records as small files")
     small.add_argument("folders", type=Path, nargs="+")
@@ -381,7 +449,11 @@ def main() -> None:
     show.add_argument("records", type=Path, nargs="+", help="folders of runs, or folders of such folders")
     show.add_argument("--write", action="store_true", help="write benchmarks/results/cifar.md")
     show.set_defaults(do=_show)
-    args = parser.parse_args()
+    became = commands.add_parser("shadow", help="print what became of the decisions of shadow runs")
+    became.add_argument("folders", type=Path, nargs="+", help="finished shadow runs, or records of such")
+    became.add_argument("--out", type=Path, help="folder for compare.md and compare.png")
+    became.set_defaults(do=lambda args: watched(args.folders, args.out))
+    args = parser.parse_args(argv)
     args.do(args)
 
 

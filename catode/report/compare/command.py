@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         if args.out is not None and args.out.exists() and not args.out.is_dir():
-            _validate.fail("out", "be a folder", str(args.out), mend="Choose another --out.")
+            _validate.fail("out", "be a folder", str(args.out), hint="Choose another --out.")
         runs = read_all(args.folders)
         told = text(runs)
         if args.out is not None:

@@ -152,7 +152,7 @@ def read_all(folders: Sequence[Path]) -> list[Run]:
     places: dict[Path, Path] = {}
     for folder in folders:
         if folder.resolve() in places:
-            _validate.fail("folders", "be different runs", str(folder), mend="Name each folder once.")
+            _validate.fail("folders", "be different runs", str(folder), hint="Name each folder once.")
         places[folder.resolve()] = folder
     runs = [read(folder, place) for place, folder in enumerate(folders)]
     for one, other in combinations(runs, 2):

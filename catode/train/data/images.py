@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -75,3 +76,31 @@ def statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     mean = total.double() / count
     std = (squares.double() / count - mean**2).clamp_min(1.0).sqrt()
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+def pixel_fingerprint(data: ImageData) -> str:
+    """SHA-256 of all pixels and labels, whatever files they lie in and in whatever order.
+
+    Each image gives the SHA-256 of its class index (int64, little-endian) and its uint8 pixels in the order channel, row,
+    column. Of each split, first training then test, the shape as text and these digests in sorted order are hashed. Reads
+    every pixel, 105,000 small images in seconds. It ignores the order of the images, which a resumed run depends on: that is
+    what `ImageData.fingerprint` is for.
+
+    Args:
+        data: A data set in memory or on the disk; images on the disk are decoded at the data set's image size.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        DataError: if an image cannot be decoded.
+    """
+    whole = hashlib.sha256()
+    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+        digests = []
+        for rows in torch.arange(len(labels)).split(4096):
+            part = images[rows] if isinstance(images, torch.Tensor) else images.array(rows.numpy())
+            for pixels, label in zip(part.numpy(), labels[rows].tolist(), strict=True):
+                digests.append(hashlib.sha256(label.to_bytes(8, "little") + pixels.tobytes()).digest())
+        whole.update(repr(tuple(images.shape)).encode() + b"".join(sorted(digests)))
+    return whole.hexdigest()

@@ -1,0 +1,122 @@
+"""Which copy of a data set a record was made with, told by the pixels.
+
+    python -m benchmarks.copies --dataset cifar10 --data-dir DIR [--records FOLDER ...]
+
+Prints the fingerprint of the images there and the name of that copy; with `--records` it is also put into the env.json of
+these records. Copies of one data set that went through a lossy format give other accuracies than the original. The pixels of a
+JPEG depend on its decoder, too: the fingerprints here are those of Pillow with libjpeg-turbo.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks._common import guarded
+from catode._validate import fail
+from catode.records import read_json
+from catode.train import data
+from catode.train.data.images import pixel_fingerprint
+from catode.train.settings.commandline import CommandLine
+
+MOST_IMAGES = 200_000
+"""Of larger data sets the fingerprint is not taken: all images would have to be decoded."""
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+OWN = ("digits",)
+"""Data sets that a dependency ships, of which there are no copies."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A known copy of a data set.
+
+    Attributes:
+        name: What tables call it.
+        note: One sentence that stands beside every table with it.
+    """
+
+    name: str
+    note: str
+
+
+KNOWN = {
+    "0b16fb1db97c94813457ecde0b4dc02aeb45e0c746b4c898f717206c9baa5184": Copy(
+        "CIFAR-10, JPEG copy",
+        "its images were once saved as JPEG (quality 75, colours subsampled), so accuracies are lower than on the official "
+        "files and must not be set beside published ones.",
+    ),
+    "babffdc1b769135b46d81367934c24e61d05ec578b0ca451f2d43bd6bd5e9c8d": Copy(
+        "Tiny-ImageNet-200, subset",
+        "200 training and 25 test images of each of the 200 classes, a fixed random choice of the original 64 x 64 files, so "
+        "accuracies must not be set beside published ones.",
+    ),
+}
+"""Copies by `catode.train.data.images.pixel_fingerprint`."""
+
+
+def fingerprint(images: data.ImageData) -> str | None:
+    """The fingerprint of the pixels; None of data sets with more than `MOST_IMAGES` images."""
+    number = len(images.train_labels) + len(images.test_labels)
+    return pixel_fingerprint(images) if number <= MOST_IMAGES else None
+
+
+def name(dataset: str, data_dir: str | None, pixels: str | None) -> str:
+    """What tables call the data.
+
+    Args:
+        dataset: Name of the data set as a setting.
+        data_dir: Its folder; images in class folders go by the name of theirs.
+        pixels: Their fingerprint, if it is known.
+    """
+    if dataset in OWN:
+        return dataset
+    if pixels in KNOWN:
+        return KNOWN[pixels].name
+    plain = Path(data_dir or dataset).name if dataset == "folder" else DATASETS.get(dataset, dataset)
+    return f"{plain}, unknown copy"
+
+
+def name_of(config: Mapping[str, Any], env: Mapping[str, Any]) -> str:
+    """The same of a run, from its config.json and env.json."""
+    return name(config["dataset"], config["data_dir"], env.get("pixels"))
+
+
+def notes(names: Iterable[str]) -> list[str]:
+    """A Markdown list with one sentence for each known copy among the names, in their order."""
+    told = {copy.name: copy.note for copy in KNOWN.values()}
+    return [f"- {each}: {told[each]}" for each in dict.fromkeys(names) if each in told]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = CommandLine(prog="python -m benchmarks.copies", description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="digits", help="digits, cifar10, cifar100 or folder")
+    parser.add_argument("--data-dir", help="folder that holds the data")
+    parser.add_argument("--image-size", type=int, help="for folder: side to which images are resized and cropped")
+    parser.add_argument("--records", type=Path, nargs="+", default=[], help="records made with these very images")
+    args = parser.parse_args(argv)
+    envs = {}
+    for folder in args.records:
+        config, envs[folder] = (read_json(folder / f"{each}.json") for each in ("config", "env"))
+        if config["dataset"] != args.dataset:
+            fail(
+                "records",
+                f"be of the data set {args.dataset}",
+                f"{folder} of {config['dataset']}",
+                hint="Leave it out.",
+            )
+        if args.dataset == "folder" and config["data_dir"] != (own := Path(args.data_dir or "").name):
+            fail("records", f"be of the images {own}", f"{folder} of {config['data_dir']}", hint="Leave it out.")
+    pixels = fingerprint(data.load(args.dataset, args.data_dir, image_size=args.image_size))
+    for folder, env in envs.items():
+        (folder / "env.json").write_text(json.dumps(env | {"pixels": pixels}, indent=2) + "\n")
+        print(f"written: {folder / 'env.json'}", file=sys.stderr)
+    print(f"{pixels}  {name(args.dataset, args.data_dir, pixels)}")
+
+
+if __name__ == "__main__":
+    guarded(main)
