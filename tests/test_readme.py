@@ -13,7 +13,7 @@ import pytest
 import catode
 from benchmarks import cifar
 from catode.decisions import shadow
-from catode.prune.pruner import ROW_FIELDS
+from catode.prune.checking import ROW_FIELDS
 from catode.train import loop
 from catode.train.settings.config import Config
 from paper_figures import __main__ as figures

@@ -15,7 +15,7 @@ import numpy as np
 
 from catode.records import PLACE, number, packed, read_config, read_json, read_result, read_structures, read_table
 from catode.structures.fates import NOT_BY_RULE, REMOVED, REMOVED_WITH_BLOCK, UNDECIDED
-from catode.theory.systems.planar import BenefitSystem
+from catode.theory.systems import BenefitSystem
 
 __all__ = ["KINDS", "Run", "SiteWidth", "Trace", "comparison_system", "final_sites", "read", "read_metrics"]
 

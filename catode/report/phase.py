@@ -12,7 +12,7 @@ from catode.report.history import SYSTEM_COLUMNS, Run, Trace, comparison_system
 from catode.report.looks import KIND_TITLES, LOOKS, Picture, fate_legend
 from catode.structures.fates import FATES, PRUNED_TOLERANCE, PRUNED_ZERO
 from catode.theory.plotting import PALETTE, new_figure, phase_portrait
-from catode.theory.systems.planar import BenefitSystem
+from catode.theory.systems import BenefitSystem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

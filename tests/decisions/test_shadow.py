@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catode.decisions import shadow
-from catode.decisions.outcomes import PRUNED_TOLERANCE, PRUNED_ZERO
+from catode.structures.fates import PRUNED_TOLERANCE, PRUNED_ZERO
 from catode.decisions.shadow import Shadow
 from catode.prune.pruner import Pruner
 from catode.train.data import load

@@ -17,7 +17,8 @@ from torch import nn
 
 from catode.prune.cut import restrict, unit_norms
 from catode.prune.describe.costs import Counts, count
-from catode.prune.pruner import ROW_FIELDS, Pruner
+from catode.prune.checking import ROW_FIELDS
+from catode.prune.pruner import Pruner
 from catode.train import data
 from catode.train.models import DenseBlock, DenseResNet, build
 

@@ -79,7 +79,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         Raises:
             ConfigError: if a value that follows is not admitted.
         """
-        from catode.prune.pruner import LEAST_PROBE
+        from catode.prune.measuring import LEAST_PROBE
         from catode.theory.tolerance.measured import pool_memory
 
         decide_steps = round(self.decide_until * steps)
