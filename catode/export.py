@@ -17,16 +17,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from catode._validate import check_int, fail
-from catode.prune.describe.costs import Counts, count
-from catode.prune.device import latency_ms
-from catode.train.loop import checkpoint
 from catode.train.settings.commandline import CommandLine
-from catode.train.settings.config import check_device
+from catode.train.settings.run import check_device
+
+if TYPE_CHECKING:  # PyTorch is loaded where it is used: help and a wrong flag do without
+    import torch
+    from torch import nn
+
+    from catode.prune.describe.costs import Counts
 
 __all__ = ["TOLERANCE", "Mismatch", "main", "measure", "write"]
 
@@ -70,6 +71,8 @@ def write(
         Mismatch: if it is above `TOLERANCE`.
         ValueError: if the packages for the format are missing.
     """
+    import torch
+
     _check_packages(format)
     model.eval()
     metadata = metadata or {}
@@ -100,6 +103,8 @@ def write(
 
 def _compare(model: nn.Module, run: Callable, images: torch.Tensor, sizes: Sequence[int]) -> tuple[float, float]:
     """Largest difference and largest output over random images of some batch sizes."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     differences, outputs = [], []
     for size in sizes:
@@ -111,6 +116,8 @@ def _compare(model: nn.Module, run: Callable, images: torch.Tensor, sizes: Seque
 
 
 def _save_onnx(program, images: torch.Tensor, path: Path, opset: int, metadata: dict) -> None:
+    import torch
+
     names = dict(input_names=["images"], output_names=["logits"])
     written = torch.onnx.export(program, (images,), dynamo=True, verbose=False, opset_version=opset, **names)
     if written.model.opset_imports[""] != opset:  # the converter gives up silently
@@ -121,6 +128,7 @@ def _save_onnx(program, images: torch.Tensor, path: Path, opset: int, metadata: 
 
 def _onnx_runner(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     import onnxruntime
+    import torch
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
@@ -159,6 +167,12 @@ def measure(folder: Path, device: str = "cpu", seconds: float = 0.5) -> tuple[li
     Returns:
         MACs and parameters of the two; milliseconds of the two for one image, and for 128.
     """
+    import torch
+
+    from catode.prune.describe.costs import count
+    from catode.prune.device import latency_ms
+    from catode.train.loop import checkpoint
+
     structure = checkpoint.read_structure(folder)
     networks = [checkpoint.fresh(structure).to(device), checkpoint.load(folder).to(device)]
     example = torch.zeros(1, *structure["image_shape"], device=device)
@@ -243,21 +257,29 @@ def _integer(name: str, text: str, low: int, hint: str) -> int:
     return check_int(name, int(text) if text.lstrip("-").isdecimal() else text, low=low, hint=hint)
 
 
+def _run(given: argparse.Namespace, path: Path, batch: int | None, opset: int) -> None:
+    """Do what checked arguments ask for, and print what came of it."""
+    import torch
+
+    from catode.train.loop import checkpoint
+
+    folder = Path(given.folder)
+    model, structure = checkpoint.load(folder), checkpoint.read_structure(folder)
+    if given.format is not None:
+        example = torch.zeros(1, *structure["image_shape"])
+        metadata = {name: structure[name] for name in METADATA}
+        settings = dict(format=given.format, batch=batch, opset=opset, metadata=metadata)
+        difference = write(model, example, path, **settings)
+        print(f"{path}: {given.format}, batch {given.batch}, largest difference {difference:.2g}")
+    if given.latency:
+        print(latency_table(folder, given.device))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input, 1 for a program that is not right)."""
     try:
         given = build_parser().parse_args(argv)
-        path, batch, opset = _checked(given)
-        folder = Path(given.folder)
-        model, structure = checkpoint.load(folder), checkpoint.read_structure(folder)
-        if given.format is not None:
-            example = torch.zeros(1, *structure["image_shape"])
-            metadata = {name: structure[name] for name in METADATA}
-            settings = dict(format=given.format, batch=batch, opset=opset, metadata=metadata)
-            difference = write(model, example, path, **settings)
-            print(f"{path}: {given.format}, batch {given.batch}, largest difference {difference:.2g}")
-        if given.latency:
-            print(latency_table(folder, given.device))
+        _run(given, *_checked(given))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
