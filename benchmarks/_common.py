@@ -18,7 +18,6 @@ import torch
 from scipy.stats import t as student
 
 from catode.prune.device import processor
-from catode.theory.tolerance.measured import pool_memory
 from catode.train import loop
 from catode.train.settings.config import Config, ConfigError, settings
 
@@ -139,7 +138,7 @@ def overrides(pairs: Iterable[str], *, flags: Iterable[str] = (), fixed: Iterabl
 
 
 QUICK: dict[str, Any] = {"arch": "resnet14", "epochs": 1, "warmup_epochs": 0.0, "batch_size": 16, "threads": 1}
-QUICK |= {"memory": 8, "check_every": 2}
+QUICK |= {"memory": 10, "check_every": 2}
 QUICK_IMAGES = 64
 """What `--quick` makes of any training, so that a command takes seconds: it shows that it runs, and measures nothing."""
 
@@ -182,15 +181,11 @@ FORMER = {"memory": 200, "check_every": 50}
 """Defaults of older records; runs as short as those still have these values."""
 
 
-def differences(config: dict[str, Any], steps: int | None = None) -> str:
+def differences(config: dict[str, Any]) -> str:
     """Settings of a resolved configuration that change what is computed and differ from the preset, as "a=1, b=x".
 
-    The number of epochs is not among them, nor what follows from the run's length, nor, where nothing is pruned, the pruner's
-    settings.
-
-    Args:
-        config: config.json.
-        steps: Steps of the whole run, if they are known.
+    The number of epochs is not among them, nor those named in its `derived`, which follow from the run's length, nor, where
+    nothing is pruned, the pruner's settings.
     """
     groups = {"data", "training"} | ({"pruning", "gates"} if config["nu"] > 0 else set())
     names = {name for name, setting in settings().items() if setting.identity and setting.group in groups}
@@ -202,11 +197,7 @@ def differences(config: dict[str, Any], steps: int | None = None) -> str:
         data_dir=None if config["dataset"] == "digits" else "unused",
     )
     names -= set(config.get("derived", ()))
-    usual = {name: {None, value} for name, value in FORMER.items()}
-    if steps is not None:
-        usual["memory"].add(pool_memory(round(config["decide_until"] * steps)))
-    usual["check_every"].add((config.get("memory") or 0) // 4)
-    names -= {name for name, values in usual.items() if config.get(name) in values and getattr(base, name) is None}
+    names -= {n for n, value in FORMER.items() if config.get(n) == value and getattr(base, n) is None}
     changed = {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n)}
     return ", ".join(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in changed.items())
 

@@ -43,7 +43,6 @@ from catode import export
 from catode.decisions import shadow
 from catode.records import (
     PLACE,
-    number,
     read_config,
     read_decisions,
     read_json,
@@ -65,10 +64,16 @@ LIMIT = 200 * 1024
 EXACT = ("keep_prob", "tolerance")  # their order must survive rounding
 
 
-def task(config: dict[str, Any], env: dict[str, Any]) -> tuple[str, str, int]:
-    """What runs must share to be compared: copy of the data set, architecture that is pruned or shortened, epochs."""
+def task(config: dict[str, Any], env: dict[str, Any] | None = None) -> tuple[str, str, int]:
+    """What runs must share to be compared: data set, architecture that is pruned or shortened, epochs.
+
+    Args:
+        config: config.json.
+        env: env.json, which tells the copy of the data set; without it the data set has the name of its setting or folder.
+    """
     arch = config["arch"]
-    return copies.name_of(config, env), SHORTENED.get(arch, arch), config["epochs"]
+    name = copies.plain_name(config["dataset"], config["data_dir"]) if env is None else copies.name_of(config, env)
+    return name, SHORTENED.get(arch, arch), config["epochs"]
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,12 @@ class Record:
         result: result.json.
         env: env.json.
         last: The last row of every structure in structures.csv, which holds its decision.
-        steps: Steps of the whole run; None if they are not known.
     """
 
     config: dict[str, Any]
     result: dict[str, Any]
     env: dict[str, Any]
     last: list[dict[str, str]]
-    steps: int | None = None
 
     @property
     def kind(self) -> str:
@@ -103,7 +106,7 @@ class Record:
     @property
     def variant(self) -> str:
         """The kind with the settings that set it apart from the preset; the rival in full is in its config."""
-        notes = differences(self.config, self.steps)
+        notes = differences(self.config)
         kind = "Torch-Pruning" if self.kind == "rival" else self.kind
         return f"{kind} {self.config['arch']}" + (f" ({notes})" if notes else "")
 
@@ -152,23 +155,20 @@ def read(folder: Path) -> Record:
     """
     if not (folder / "result.json").is_file():
         raise FileNotFoundError(f"`folder` must hold a finished run; got {str(folder)!r} without result.json.")
+    written = read_json(folder / "config.json")
     config = read_config(folder, dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, hidden_scale=float))
+    config.setdefault(
+        "derived", [name for name, value in config.items() if written[name] is None and value is not None]
+    )
     result = read_result(folder, dict(accuracy=float, macs=float, macs_dense=float, params=float))
     rows = _structures(folder)
     last = [rows[i] for i in sorted(_last(rows).values())]
-    return Record(config, result, read_json(folder / "env.json"), last, _steps(folder))
+    return Record(config, result, read_json(folder / "env.json"), last)
 
 
 def _structures(folder: Path) -> list[dict[str, str]]:
     header, rows = read_structures(folder)
     return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-def _steps(folder: Path) -> int | None:
-    """Steps of a finished run, which its last epoch tells; those that went before pruning by a rival are counted in."""
-    path = folder / "metrics.csv"
-    rows = read_rows(path)
-    return round(number(path, "step", rows[-1]["step"])) if rows and "step" in rows[-1] else None
 
 
 def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = False) -> int:

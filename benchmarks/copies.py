@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._common import guarded
-from catode._validate import fail
 from catode.records import read_json
 from catode.train import data
 from catode.train.data.images import pixel_fingerprint
@@ -64,20 +63,25 @@ def fingerprint(images: data.ImageData) -> str | None:
     return pixel_fingerprint(images) if number <= MOST_IMAGES else None
 
 
+def plain_name(dataset: str, data_dir: str | None) -> str:
+    """The name of a data set as a setting; images in class folders go by the name of theirs."""
+    return Path(data_dir or dataset).name if dataset == "folder" else dataset
+
+
 def name(dataset: str, data_dir: str | None, pixels: str | None) -> str:
     """What tables call the data.
 
     Args:
         dataset: Name of the data set as a setting.
-        data_dir: Its folder; images in class folders go by the name of theirs.
+        data_dir: Its folder.
         pixels: Their fingerprint, if it is known.
     """
     if dataset in OWN:
         return dataset
     if pixels in KNOWN:
         return KNOWN[pixels].name
-    plain = Path(data_dir or dataset).name if dataset == "folder" else DATASETS.get(dataset, dataset)
-    return f"{plain}, unknown copy"
+    plain = plain_name(dataset, data_dir)
+    return f"{DATASETS.get(plain, plain)}, unknown copy"
 
 
 def name_of(config: Mapping[str, Any], env: Mapping[str, Any]) -> str:
@@ -102,15 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     envs = {}
     for folder in args.records:
         config, envs[folder] = (read_json(folder / f"{each}.json") for each in ("config", "env"))
-        if config["dataset"] != args.dataset:
-            fail(
-                "records",
-                f"be of the data set {args.dataset}",
-                f"{folder} of {config['dataset']}",
-                hint="Leave it out.",
-            )
-        if args.dataset == "folder" and config["data_dir"] != (own := Path(args.data_dir or "").name):
-            fail("records", f"be of the images {own}", f"{folder} of {config['data_dir']}", hint="Leave it out.")
+        there, own = plain_name(config["dataset"], config["data_dir"]), plain_name(args.dataset, args.data_dir)
+        if there != own:
+            raise ValueError(f"`records` must be of {own}; got {str(folder)!r} of {there}. Leave it out.")
     pixels = fingerprint(data.load(args.dataset, args.data_dir, image_size=args.image_size))
     for folder, env in envs.items():
         (folder / "env.json").write_text(json.dumps(env | {"pixels": pixels}, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """What pruning while training saves of the training: the ungated and the pruned network side by side, epoch by epoch.
 
-    python -m benchmarks.end_to_end [--dataset NAME] [--data-dir DIR] [--images N] [--set NAME=VALUE ...] [--write NAME]
+    python -m benchmarks.end_to_end [--dataset NAME] [--data-dir DIR] [--images N] [--set NAME=VALUE ...] [--quick] [--write NAME]
 
 One process trains both in turn, an epoch each, so that a drift of the machine falls on both alike; everything that an
 epoch does is counted: measuring, checks, compaction, evaluation, the checkpoint. CPU time counts the work of all threads and is the
@@ -9,7 +9,6 @@ steadier clock where a machine is shared; on an accelerator only wall time tells
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
 import time
@@ -19,7 +18,20 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks._common import check_name, guarded, hardware, load, markdown, overrides, publish
+from benchmarks import copies
+from benchmarks._common import (
+    QUICK,
+    QUICK_IMAGES,
+    add_quick,
+    check_name,
+    guarded,
+    hardware,
+    load,
+    markdown,
+    overrides,
+    publish,
+    subset,
+)
 from catode.train import loop
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config
@@ -42,33 +54,14 @@ class Epochs:
     rows: list[dict]
 
 
-def subset(setup: loop.Setup, number: int | None) -> loop.Setup:
-    """The same run on the first images alone.
-
-    Args:
-        setup: A prepared run.
-        number: Training images; a fifth as many test images. None: all.
-    """
-    if number is None or number >= len(setup.images.train_labels):
-        return setup
-    images, config = setup.images, setup.config
-    images = dataclasses.replace(
-        images,
-        train_images=images.train_images[:number],
-        train_labels=images.train_labels[:number],
-        test_images=images.test_images[: number // 5],
-        test_labels=images.test_labels[: number // 5],
-    )
-    steps = number // config.batch_size
-    schedule = loop.learning_rates(config.schedule, config.lr, steps * config.epochs)
-    return dataclasses.replace(setup, images=images, steps_per_epoch=steps, schedule=schedule)
-
-
-def train(configs: Sequence[Config], images: int | None) -> list[Epochs]:
-    """Train networks in turn, an epoch each."""
+def train(configs: Sequence[Config], images: int | None) -> tuple[list[Epochs], str]:
+    """Train networks in turn, an epoch each; returns also what the data are called."""
     for config in configs:
         Path(config.out).mkdir(parents=True)
-    trainers = [loop.Trainer(subset(loop.prepare(c), images), Path(c.out), progress=False) for c in configs]
+    setups = [loop.prepare(config) for config in configs]
+    first = configs[0]
+    data = copies.name(first.dataset, first.data_dir, copies.fingerprint(setups[0].images))
+    trainers = [loop.Trainer(subset(s, images), Path(s.config.out), progress=False) for s in setups]
     found = [Epochs([], [], []) for _ in trainers]
     for _ in range(configs[0].epochs):
         for trainer, own in zip(trainers, found, strict=True):
@@ -78,7 +71,7 @@ def train(configs: Sequence[Config], images: int | None) -> list[Epochs]:
             own.wall.append(time.perf_counter() - wall)
     for trainer in trainers:
         trainer.close()
-    return found
+    return found, data
 
 
 def report(plain: Epochs, pruned: Epochs) -> tuple[str, dict[str, float]]:
@@ -112,33 +105,35 @@ def report(plain: Epochs, pruned: Epochs) -> tuple[str, dict[str, float]]:
     return markdown([*header, "accuracy %, ungated", "pruned"], rows), totals
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.end_to_end", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="digits", help="digits, cifar10, cifar100 or folder")
     parser.add_argument("--data-dir", help="folder that holds the data")
     parser.add_argument("--images", type=int, help="train on so many images only")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of both networks")
+    add_quick(parser)
     parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.md")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     name = check_name(args.write or "end_to_end", "end_to_end")
     began, before = time.perf_counter(), load()
     with tempfile.TemporaryDirectory() as folder:
         common = dict(dataset=args.dataset, data_dir=args.data_dir) | overrides(
             args.set, flags=("dataset", "data_dir"), fixed=("out",)
         )
+        images = args.images
+        if args.quick:
+            common, images = common | QUICK, QUICK_IMAGES
         configs = [
             Config.from_presets(**common | {"out": f"{folder}/{name}"} | own)
             for name, own in (("ungated", {"nu": 0.0, "target_macs": None, "target_params": None}), ("pruned", {}))
         ]
-        plain, pruned = train(configs, args.images)
+        (plain, pruned), data = train(configs, images)
     table, totals = report(plain, pruned)
     config = json.loads(configs[1].to_json())
     names = ["arch", "epochs", "batch_size", "nu", "alpha", "beta", "warmup_epochs", "sink_share", "layers_per_probe"]
     title = (
-        f"{args.dataset}, {args.images or 'all'} images, "
-        + ", ".join(f"{name} {config[name]}" for name in [*names, "amp"])
-        + "; "
+        f"{data}, {images or 'all'} images, " + ", ".join(f"{name} {config[name]}" for name in [*names, "amp"]) + "; "
         f"{hardware(configs[1].device)}; {before} at the start, {load()} at the end; {time.perf_counter() - began:.0f} s"
     )
     verdicts = [
@@ -147,7 +142,8 @@ def main() -> None:
         f"(at most {TIME_LIMIT:g} where about {MACS_TARGET:.0%} of the MACs are left); wall time {totals['wall']:.3f}",
         f"- accuracy {100 * totals['plain accuracy']:.1f} % ungated, {100 * totals['pruned accuracy']:.1f} % pruned",
     ]
-    publish(name, "\n".join([title + ".", "", table, "", *verdicts]), bool(args.write))
+    noted = [note + "\n" for note in copies.notes([data])]
+    publish(name, "\n".join([title + ".", "", *noted, table, "", *verdicts]), bool(args.write))
 
 
 if __name__ == "__main__":

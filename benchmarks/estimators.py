@@ -1,6 +1,6 @@
 """Bias and noise of the benefit estimators against exact enumeration.
 
-    python -m benchmarks.estimators [--draws 220] [--resnet] [--write]
+    python -m benchmarks.estimators [--draws 220] [--resnet] [--quick] [--write]
     python -m benchmarks.estimators --run FOLDER [--write]
 
 A fully-connected residual network with 2 layers and 8 units has 1,024 gate patterns. It is trained on the digits with
@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,8 @@ from scipy.special import ndtr
 from scipy.stats import spearmanr
 from torch import nn
 
-from benchmarks._common import guarded, hardware, markdown, publish
+from benchmarks import copies
+from benchmarks._common import QUICK_IMAGES, add_quick, guarded, hardware, markdown, publish
 from benchmarks.cifar import read
 from catode.prune.gates import Gates
 from catode.prune.probes import Probe, batch_statistics_only, curvature_corrected, straight_through
@@ -93,6 +94,7 @@ class Bench:
     def losses(self, batches: list[Batch]) -> NDArray:
         """Mean loss of every gate pattern over the batches, shape (2,) * n, entry 1 where a gate is open."""
         patterns = torch.tensor(list(itertools.product((0.0, 1.0), repeat=self.size)))
+        own = self.gates.draw  # changed in place by every step, so vmap's tensors must not stay there
 
         def loss(pattern: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             self.gates.draw = pattern
@@ -101,6 +103,7 @@ class Bench:
         with torch.no_grad(), batch_statistics_only(self.model):
             over_patterns = torch.func.vmap(loss, in_dims=(0, None, None), chunk_size=128)
             found = np.mean([over_patterns(patterns, x, y).double().numpy() for x, y in batches], axis=0)
+        self.gates.draw = own
         self._set(torch.ones(self.size))
         return found.reshape((2,) * self.size)
 
@@ -269,13 +272,14 @@ def compare(bench: Bench, draws: int) -> str:
 # --- probes on the main job's network --------------------------------------------------------------------------------
 
 
-def resnet_probes(epochs: int, length: int, seed: int) -> str:
+def resnet_probes(epochs: int, length: int, seed: int, **sample: int) -> str:
     """Benefits of a ResNet-20 on the digits by probes of several sizes, early in a run.
 
     Args:
         epochs: Epochs to train before measuring.
         length: Epochs of the whole schedule.
         seed: Seed of everything.
+        sample: `batches` and `units` of `probes`.
     """
     config = Config.from_presets(dataset="digits")
     source = data.load("digits")
@@ -293,10 +297,10 @@ def resnet_probes(epochs: int, length: int, seed: int) -> str:
             loss.backward()
             optimizer.step()
     title = f"ResNet-20 on the digits after {epochs} of {length} epochs (loss {loss.item():.2g})"
-    return probes(title, model, stream.epoch(length, seed), config, len(source.classes), seed)
+    return probes(title, model, stream.epoch(length, seed), config, len(source.classes), seed, **sample)
 
 
-def run_probes(folder: Path, seed: int) -> str:
+def run_probes(folder: Path, seed: int, **sample: int) -> str:
     """The same for the network that a finished run handed back, on its own training images."""
     model, record = load(folder), read(folder)
     names = ("dataset", "arch", "batch_size", "augment", "data_dir", "image_size")
@@ -304,10 +308,12 @@ def run_probes(folder: Path, seed: int) -> str:
     source = data.load(config.dataset, config.data_dir, image_size=config.image_size)
     model = model.to(memory_format=torch.channels_last).train()
     stream = _stream(source, config)
-    title = (
-        f"{config.arch} on {config.dataset} after {record.config['epochs']} epochs (accuracy {record.accuracy:.1f} %)"
+    name = copies.name(config.dataset, config.data_dir, copies.fingerprint(source))
+    title = f"{config.arch} on {name} after {record.config['epochs']} epochs (accuracy {record.accuracy:.1f} %)"
+    stream = stream.epoch(record.config["epochs"], seed)
+    return "\n\n".join(
+        [probes(title, model, stream, config, len(source.classes), seed, **sample), *copies.notes([name])]
     )
-    return probes(title, model, stream.epoch(record.config["epochs"], seed), config, len(source.classes), seed)
 
 
 def _stream(source: data.ImageData, config: Config) -> data.Batches:
@@ -388,7 +394,7 @@ def probes(
     return f"{title}\n\n{markdown(header, rows)}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.estimators", description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=220, help="batches and draws per estimate (220)")
@@ -405,13 +411,17 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help="write benchmarks/results/estimators.md, or that of the run"
     )
-    args = parser.parse_args()
+    add_quick(parser)
+    args = parser.parse_args(argv)
     if args.draws < 2 or args.epochs < 2:
         raise ValueError(f"`draws` and `epochs` must be >= 2; got {args.draws} and {args.epochs}.")
+    sample = {}
+    if args.quick:
+        args.draws, args.epochs, args.batch, sample = 2, 2, 16, {"batches": 2, "units": 2}
     torch.set_num_threads(1)
     began = time.perf_counter()
     if args.run is not None:
-        text = run_probes(args.run, args.seed)
+        text = run_probes(args.run, args.seed, **sample)
         name = "estimators_" + json.loads((args.run / "config.json").read_text())["arch"]
         publish(name, f"{text}\n\n{hardware()}; {time.perf_counter() - began:.0f} s.", args.write)
         return
@@ -420,7 +430,8 @@ def main() -> None:
     images = ((images - images.mean()) / images.std()).flatten(1)
     parts = []
     for theta in (1.0, 0.8):
-        bench = Bench(images, source.train_labels, args.batch, theta, args.seed)
+        number = QUICK_IMAGES if args.quick else None
+        bench = Bench(images[:number], source.train_labels[:number], args.batch, theta, args.seed)
         for name, epochs in (("early", 1), ("late", args.epochs - 1)):
             bench.train(epochs, decreasing=name == "late")
             done = 1 if name == "early" else args.epochs
@@ -433,8 +444,8 @@ def main() -> None:
             ]
     if args.resnet:
         length = Config.from_presets(dataset="digits").epochs
-        for epochs in (5, length // 2):
-            parts += [resnet_probes(epochs, length, args.seed), ""]
+        for epochs in (1,) if args.quick else (5, length // 2):
+            parts += [resnet_probes(epochs, length, args.seed, **sample), ""]
     lines = [
         f"Benefit estimators against enumeration of {2**bench.size:,} gate patterns: DenseResNet, {BLOCKS} layers of "
         f"{HIDDEN} units on a stream of {WIDTH}, digits, batch {args.batch}, n = {args.draws} draws, seed {args.seed}; "

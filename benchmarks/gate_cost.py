@@ -1,4 +1,4 @@
-"""What gates, measuring and checking cost, and what compaction gives back: CIFAR ResNets, batch 128, 32 x 32.
+"""What gates, measuring and checking cost, and what compaction gives back: CIFAR ResNets, random images of 32 x 32.
 
     python -m benchmarks.gate_cost [--arch resnet20] [--quick] [--threads N] [--clock wall|cpu] [--write]
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
+from benchmarks._common import add_quick, guarded, hardware, load, markdown, publish, quartiles
 from catode.prune import cut as compaction
 from catode.prune.describe.costs import count
 from catode.prune.device import keep_freed_memory
@@ -29,10 +29,10 @@ from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config
 
 BATCH, SIZE, CLASSES = 128, 32, 10
+QUICK_BATCH = 2
 FORMATS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 SHARES = (0.5, 0.35)
 GATED_LIMIT, PROBE_LIMIT, CHECK_LIMIT, COMPACT_LIMIT = 1.05, 1.15, 0.01, 0.8
-TRAINING_IMAGES = 50_000  # of CIFAR-10
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PLAIN, GATED, PADDED = "plain", "gated", "padded to"
 
@@ -98,15 +98,9 @@ def network(arch: str) -> nn.Module:
     return models.build(arch, in_channels=3, classes=CLASSES)
 
 
-def preset() -> Config:
-    """The preset of CIFAR-10, resolved for its whole training set."""
-    config = Config.from_presets(dataset="cifar10", data_dir="unused")
-    return config.resolved(TRAINING_IMAGES // config.batch_size * config.epochs)
-
-
 def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
     """A pruner with the trainer's settings; `settled` means that no theta moves and nothing is checked."""
-    config = preset()
+    config = Config.from_presets(dataset="cifar10", data_dir="unused")
     given = dict(estimator=config.estimator, layer_estimator=config.layer_estimator, probe_size=config.probe_size)
     given |= dict(measure_every=config.measure_every, nu=config.nu, alpha=config.alpha)
     far = 10**9
@@ -130,10 +124,10 @@ def kind_of_next(pruner: Pruner) -> str:
 
 
 def gated(
-    arch: str, amp: bool, cycles: int, device: str, clock: Callable[[], float]
+    arch: str, amp: bool, cycles: int, batch: int, device: str, clock: Callable[[], float]
 ) -> tuple[list[list[str]], dict[str, float], float]:
     """Plain and gated steps in turn: rows of the table, the ratio of each kind, and the plain step's seconds."""
-    plain, lane = (Lane(name, network(arch), amp, device=device, clock=clock) for name in (PLAIN, GATED))
+    plain, lane = (Lane(name, network(arch), amp, device=device, batch=batch, clock=clock) for name in (PLAIN, GATED))
     pruner = pruner_for(lane, settled=True)
     cycle = pruner._burst_every
     for _ in range(2):
@@ -209,19 +203,20 @@ def checks(arch: str, number: int, device: str, clock: Callable[[], float]) -> t
         if check is not None:
             removed, decided = removed + check.removed, decided + before - pruner.undecided
     what = f"{decided} structures decided and {removed} removed meanwhile, compaction included"
-    return measured, preset().check_every, what
+    return measured, Config.from_presets(dataset="cifar10", data_dir="unused").check_every, what
 
 
 # --- compacted steps ------------------------------------------------------------------------------------------------
 
 
-def narrowed(arch: str, share: float, multiple: int = 1) -> nn.Module:
+def narrowed(arch: str, share: float, multiple: int = 1, halvings: int = 20) -> nn.Module:
     """A network cut by the pruner's own compaction to a share of its MACs.
 
     Args:
         arch: Its architecture.
         share: MACs left, dead channels not counted.
         multiple: Widths are of any size and odd, as pruning leaves them; dead channels fill them up to this multiple.
+        halvings: Of the interval in which the factor on the widths is sought.
     """
     widths_of = np.random.default_rng(0)
     noise = widths_of.uniform(0.6, 1.4, len(network(arch).structures()))
@@ -239,25 +234,26 @@ def narrowed(arch: str, share: float, multiple: int = 1) -> nn.Module:
         return model
 
     low, high = 0.0, 2.0
-    for _ in range(20):
+    for _ in range(halvings):
         middle = (low + high) / 2
         low, high = (low, middle) if count(cut(middle, 1), example).macs > share * whole else (middle, high)
     return cut(low, multiple)
 
 
 def compacted(
-    arch: str, amp: bool, layout: str, rounds: int, device: str, clock: Callable[[], float]
+    arch: str, amp: bool, layout: str, rounds: int, batch: int, device: str, clock: Callable[[], float]
 ) -> tuple[list[list[str]], list[tuple[str, float]], str]:
     """Dense and compacted steps in turn: rows of the table, ratios, and a profile where compaction does not pay."""
     precision, example = "bf16" if amp else "fp32", torch.zeros(1, 3, SIZE, SIZE)
     whole = count(network(arch), example).macs
     makes = {"dense": network(arch)}
-    multiple = preset().width_multiple
+    multiple = Config.from_presets(dataset="cifar10", data_dir="unused").width_multiple
+    halvings = {"halvings": 3} if rounds == 1 else {}
     for share in SHARES:
-        makes[f"{share:.0%}, odd widths"] = narrowed(arch, share)
-        makes[f"{share:.0%}, {PADDED} {multiple}"] = narrowed(arch, share, multiple)
+        makes[f"{share:.0%}, odd widths"] = narrowed(arch, share, **halvings)
+        makes[f"{share:.0%}, {PADDED} {multiple}"] = narrowed(arch, share, multiple, **halvings)
     macs = {name: count(model, example).macs / whole for name, model in makes.items()}
-    lanes = [Lane(name, model, amp, FORMATS[layout], device, clock=clock) for name, model in makes.items()]
+    lanes = [Lane(name, model, amp, FORMATS[layout], device, batch, clock=clock) for name, model in makes.items()]
     for lane in lanes:
         for _ in range(2):
             lane.step()
@@ -278,6 +274,8 @@ def compacted(
         )
         if PADDED in lane.name:  # what the trainer does; the odd widths show why
             ratios.append((f"{precision} {layout} {lane.name}", float(np.median(ratio))))
+    if rounds == 1:
+        return rows, ratios, ""
     slow = [lane for lane in lanes[1:] if np.median(np.divide(seconds[lane.name], seconds["dense"])) > COMPACT_LIMIT]
     profile = "" if not slow else _profiles(f"{precision} {layout}", [lanes[0], *slow], device)
     return rows, ratios, profile
@@ -314,25 +312,26 @@ def _verdict(what: str, value: float, limit: float) -> str:
     return f"- {'yes' if value <= limit else 'NO'}: {what}: {value:.3g} (at most {limit:g})"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.gate_cost", description=__doc__.splitlines()[0])
     nets = [name for name, own in models.ARCHITECTURES.items() if own.stem == "cifar"]
     parser.add_argument("--arch", default="resnet20", choices=nets, help="the network (resnet20)")
-    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
-    parser.add_argument("--rounds", type=int, help="rounds of the compacted steps (15; 3 with --quick)")
-    parser.add_argument("--cycles", type=int, help="cycles of the pruner's measuring (8; 1 with --quick)")
+    add_quick(parser)
+    parser.add_argument("--rounds", type=int, help="rounds of the compacted steps (15)")
+    parser.add_argument("--cycles", type=int, help="cycles of the pruner's measuring (8)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall time, or CPU time on a shared machine")
     parser.add_argument("--only", choices=("gated", "check", "compact"), help="one part alone")
     parser.add_argument("--write", action="store_true", help="write a file under benchmarks/results/")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     clock, device = CLOCKS[args.clock], args.device
     if args.clock == "cpu" and device != "cpu":
         raise ValueError(f"`clock` must be wall on device={device!r}, where the CPU only waits; got clock='cpu'.")
-    rounds = args.rounds or (3 if args.quick else 15)
-    cycles = args.cycles or (1 if args.quick else 8)
+    rounds, cycles, batch = args.rounds or 15, args.cycles or 8, BATCH
+    if args.quick:
+        rounds, cycles, batch = 1, 1, QUICK_BATCH
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -342,7 +341,7 @@ def main() -> None:
     if args.only in (None, "gated"):
         rows = []
         for amp in (False, True):
-            more, ratios, seconds = gated(args.arch, amp, cycles, device, clock)
+            more, ratios, seconds = gated(args.arch, amp, cycles, batch, device, clock)
             rows += more
             plain_seconds = seconds if plain_seconds is None else min(plain_seconds, seconds)
             precision = "bf16" if amp else "fp32"
@@ -352,9 +351,9 @@ def main() -> None:
         header = ["channels_last", "n", "share of steps", "ms a step", "ms in Pruner.step", "ratio to plain"]
         parts += ["### Gated steps, every gate undecided", "", markdown(header, rows), ""]
     if args.only in (None, "check"):
-        seconds, every, what = checks(args.arch, 4 if args.quick else 20, device, clock)
+        seconds, every, what = checks(args.arch, 2 if args.quick else 20, device, clock)
         if plain_seconds is None:
-            lane = Lane(PLAIN, network(args.arch), False, device=device, clock=clock)
+            lane = Lane(PLAIN, network(args.arch), False, device=device, batch=batch, clock=clock)
             plain_seconds = float(np.median([lane.timed() for _ in range(5)][2:]))
         share = float(np.mean(seconds)) / (every * plain_seconds)
         times = np.multiply(seconds, 1e3)
@@ -366,7 +365,7 @@ def main() -> None:
         rows, profiles = [], []
         for amp in (False, True):
             for layout in FORMATS:
-                more, ratios, profile = compacted(args.arch, amp, layout, rounds, device, clock)
+                more, ratios, profile = compacted(args.arch, amp, layout, rounds, batch, device, clock)
                 rows += more
                 profiles += [profile, ""] if profile else []
                 worst = max(ratios, key=lambda r: r[1])
@@ -374,7 +373,7 @@ def main() -> None:
         header = ["network", "MACs executed", "ms a step", "ratio to dense"]
         parts += ["### Compacted steps", "", markdown(header, rows), "", *profiles]
     title = (
-        f"{args.arch}, batch {BATCH}, {SIZE} x {SIZE}, {device}; {hardware(device)}; {before} at the start, "
+        f"{args.arch}, batch {batch}, random images of {SIZE} x {SIZE}, {device}; {hardware(device)}; {before} at the start, "
         f"{load()} at the end; {time.perf_counter() - began:.0f} s, {args.clock} time. Medians (quartiles), steps taken in turn"
     )
     publish(

@@ -1,6 +1,6 @@
 """Whether loading keeps up with training: decoding with 0, 1, 2 ... workers against the step of a network.
 
-    python -m benchmarks.loading --data-dir DIR [--image-size 64] [--workers 0 1 2] [--write]
+    python -m benchmarks.loading --data-dir DIR [--image-size 64] [--workers 0 1 2] [--quick] [--write]
 
 DIR holds images in class folders, such as Tiny-ImageNet. Every row takes the first batches of an epoch twice: with nothing
 else to do, and with a training step after each batch, as the trainer does. The wait is the time from the end of a step to
@@ -13,13 +13,14 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks._common import guarded, hardware, load, markdown, publish, quartiles
+from benchmarks import copies
+from benchmarks._common import add_quick, guarded, hardware, load, markdown, publish, quartiles
 from catode.prune.device import keep_freed_memory
 from catode.train import data, models
 from catode.train.settings.commandline import CommandLine
@@ -75,7 +76,7 @@ def row(name: str, batches: data.Batches, number: int, step: Callable[[torch.Ten
     ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.loading", description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True, help="folder with train/<class>/... and val/ or test/")
@@ -89,10 +90,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=30, help="batches in each pass (default: 30)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads of the step")
+    add_quick(parser)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/loading.md")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.quick:
+        args.arch, args.batch_size, args.batches, args.workers = "resnet14", 4, 2, args.workers[:2]
     keep_freed_memory()
     before, rows = load(), []
     files = data.load("folder", args.data_dir, image_size=args.image_size, augment=args.augment, array_bytes=0)
@@ -106,16 +110,18 @@ def main() -> None:
     sources = [(f"files, {workers} workers", files.train_images, workers) for workers in args.workers]
     array = files.train_images.array(np.arange((args.batches + 1) * args.batch_size))
     sources.insert(0, ("array in memory", array, 0))
-    for name, images, workers in sources:
+    for source, images, workers in sources:
         batches = data.Batches(images, files.train_labels[: len(images)], args.batch_size, workers=workers, **common)
-        rows.append(row(name, batches, args.batches, step))
+        rows.append(row(source, batches, args.batches, step))
         print(markdown(HEADER, rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    name = copies.name("folder", args.data_dir, copies.fingerprint(files))
+    noted = [note + "\n" for note in copies.notes([name])]
     title = (
-        f"{args.arch}, {len(files.classes)} classes, {args.image_size} x {args.image_size}, batch {args.batch_size}, "
+        f"{name}, {args.arch}, {len(files.classes)} classes, {args.image_size} x {args.image_size}, batch {args.batch_size}, "
         f"{args.augment}, {args.batches} batches a row; {hardware(args.device)}; {before} at the start, {load()} at the end. "
         "Medians (quartiles)."
     )
-    publish("loading", "\n".join([title, "", markdown(HEADER, rows)]), args.write)
+    publish("loading", "\n".join([title, "", *noted, markdown(HEADER, rows)]), args.write)
 
 
 if __name__ == "__main__":

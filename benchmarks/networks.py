@@ -5,11 +5,11 @@
 Networks are drawn by `catode.theory.networks.draw`, seeds 0, 1, ..: the block of one half, one unit of the other. The box
 is 0 <= theta <= 1 and norms of the structure's weights up to twice those of Glorot's initialisation; it knows nothing of
 the data, the price or the bounds. From a grid of starts in it, with directions at random, the real flow of all weights of
-the structure is followed to its end, and the domains of docs/mathematics.md sections 4.1 (layer), 4.2 (unit) and 4.3
-(benefit), with constants that are proven bounds of that network, are held against it: *certified* is the share of the
-box inside a domain (of a finer grid, for nothing need be followed to know it), *converging* the share that really goes
-to the removed state, *ratio* the first over the second. A start that is certified and does not converge is a violation;
-one that is undecided at the horizon counts as not converging.
+the structure is followed to its end, and the domains of docs/mathematics.md sections 4.1 (layer), 4.2 (unit) and
+4.3 (benefit), with constants that are proven bounds of that network, are held against it: *certified* is the share of the
+box inside a domain (of a finer grid, for nothing need be followed to know it), *converging* the share that really goes to
+the removed state, *ratio* the first over the second. A start that is certified and does not converge is a violation; one
+that is undecided at the horizon counts as not converging.
 
 A second table is about the comparison systems themselves: the share of the exact area of D for which
 `catode.theory.certify` finds a proof in rational numbers, and the CPU seconds that it takes, for systems drawn with the
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks._common import RESULTS, guarded, hardware, load, markdown, publish, quartiles
+from benchmarks._common import RESULTS, add_quick, guarded, hardware, load, markdown, publish, quartiles
 from catode._validate import check_int
 from catode.theory import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem, certify
 from catode.theory.networks import Structure, draw
@@ -171,12 +171,12 @@ def picture(results: dict[str, list[dict[str, Trial]]]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.networks", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few networks and starts: a look, not a measurement")
+    add_quick(parser)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/networks.md and .png")
-    parser.add_argument("--networks", type=int, metavar="N", help="networks of each kind (40; quick 2)")
-    parser.add_argument("--points", type=int, metavar="N", help="starts along each side of the box (16; quick 6)")
+    parser.add_argument("--networks", type=int, metavar="N", help="networks of each kind (40)")
+    parser.add_argument("--points", type=int, metavar="N", help="starts along each side of the box (16)")
     args = parser.parse_args(argv)
-    default = {"networks": 2, "points": 6} if args.quick else {"networks": 40, "points": 16}
+    default = {"networks": 1, "points": 4} if args.quick else {"networks": 40, "points": 16}
     given = {name: value for name, value in vars(args).items() if name in default and value is not None}
     networks, points = (check_int(name, value, low=1) for name, value in (default | given).items())
     mark, before = time.process_time(), load()
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     proofs = []
     for kind in KINDS:
-        shares, seconds = certificates(kind, 3 if args.quick else 50)
+        shares, seconds = certificates(kind, 1 if args.quick else 50)
         proofs.append(
             [kind, str(len(shares))]
             + [f"{value:.2%}" for value in (shares.min(), np.median(shares))]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks._common import run_quick
 from catode.records import read_json
 from catode.train import Config, run
 
@@ -40,13 +41,14 @@ def finished(config: Config, flag: str = "runs") -> bool:
     return (out / "result.json").exists()
 
 
-def complete(config: Config, *, flag: str = "runs", progress: bool = False) -> Path:
+def complete(config: Config, *, flag: str = "runs", progress: bool = False, quick: bool = False) -> Path:
     """Train one run, go on with it if it was cut off, or leave it as it is.
 
     Args:
         config: The run; `resume` is set here.
         flag: What names the folder on the command line, for the message.
         progress: Show a progress bar.
+        quick: Train on the first images alone.
 
     Returns:
         Its folder.
@@ -57,16 +59,17 @@ def complete(config: Config, *, flag: str = "runs", progress: bool = False) -> P
     if not finished(config, flag):
         if (Path(config.out) / "config.json").exists():
             config = replace(config, resume=config.out)
-        run(config, progress=progress)
+        (run_quick if quick else run)(config, progress=progress)
     return Path(config.out)
 
 
-def train(configs: Iterable[Config], *, processes: int = 2) -> None:
+def train(configs: Iterable[Config], *, processes: int = 2, quick: bool = False) -> None:
     """Train what is planned and not there yet, and go on with what was cut off.
 
     Args:
         configs: The runs.
-        processes: Runs at a time.
+        processes: Runs at a time; a single one is trained in this process.
+        quick: Train on the first images alone.
 
     Raises:
         ValueError: if a folder holds another run than the planned one; nothing is trained then.
@@ -76,9 +79,13 @@ def train(configs: Iterable[Config], *, processes: int = 2) -> None:
         return
     print(f"{len(todo)} runs are to be trained, {processes} at a time", file=sys.stderr)
     todo.sort(key=lambda config: (not config.shadow, config.nu == 0))  # what takes longest first
+    if processes == 1:
+        for config in todo:
+            complete(config, quick=quick)
+        return
     context = multiprocessing.get_context("spawn")
     with _single_threaded(), ProcessPoolExecutor(max_workers=processes, mp_context=context) as pool:
-        started = {pool.submit(complete, config): config for config in todo}
+        started = {pool.submit(complete, config, quick=quick): config for config in todo}
         for number, future in enumerate(as_completed(started), 1):
             future.result()
             print(f"  {number}/{len(todo)} {started[future].out}", file=sys.stderr, flush=True)

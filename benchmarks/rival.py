@@ -17,6 +17,7 @@ import importlib
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks import pool
-from benchmarks._common import guarded, overrides
+from benchmarks._common import QUICK, QUICK_IMAGES, add_quick, guarded, overrides, subset
 from catode._validate import check_int, check_interval, fail
 from catode.prune.checking import ROW_FIELDS
 from catode.prune.describe.costs import count
@@ -85,7 +86,7 @@ def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
     fail("macs", f"be a share that Torch-Pruning can reach, {reached:.3g} or more", share, hint="Ask for more.")
 
 
-def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: Path) -> None:
+def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: Path, quick: bool = False) -> None:
     """Train, prune, train on, and leave a record like that of any run.
 
     Args:
@@ -95,6 +96,7 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
         tune_lr: Largest learning rate of these.
         out: Its folder, with the two halves in `trained` and `tuned`. A trained half that is there is used, or gone on with;
             what a cut-off run left of the other one is deleted.
+        quick: Train on the first images alone.
 
     Raises:
         ValueError: if Torch-Pruning is missing, a setting is not admitted, `out` holds another run, or the share cannot be
@@ -107,10 +109,10 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
     check_out(whole)
     first = dataclasses.replace(whole, epochs=whole.epochs - tune_epochs, out=f"{out}/trained")
     second = dataclasses.replace(whole, epochs=tune_epochs, lr=tune_lr, out=f"{out}/tuned")
-    trained = load(pool.complete(first, flag="out", progress=sys.stderr.isatty()))
+    trained = load(pool.complete(first, flag="out", progress=sys.stderr.isatty(), quick=quick))
     if Path(second.out).is_dir():
         shutil.rmtree(second.out)
-    setup = prepare(second)
+    setup = subset(prepare(second), QUICK_IMAGES if quick else None)
     memory_format = torch.channels_last if second.channels_last else torch.contiguous_format
     pruned = prune(trained, setup.example.cpu(), share).train().to(second.device, memory_format=memory_format)
     train(dataclasses.replace(setup, model=pruned), progress=sys.stderr.isatty())
@@ -137,16 +139,13 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
     table.add(rows + more)
     table.close()
     CsvTable(out, "structures.csv", ROW_FIELDS).close()
-    for name, content in (
-        ("config", json.loads(whole.resolved(int(more[-1]["step"])).to_json()) | rival),
-        ("result", result),
-    ):
+    for name, content in (("config", json.loads(whole.to_json()) | rival), ("result", result)):
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (out / "env.json").write_text((Path(second.out) / "env.json").read_text())
     print(f"{rival['rival']}: {100 * result['accuracy']:.2f} %, {result['macs'] / a['macs_dense']:.1%} of the MACs")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.rival", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="cifar10", help="digits, cifar10, cifar100 or folder")
@@ -157,13 +156,16 @@ def main() -> None:
     parser.add_argument("--tune-epochs", type=int, default=10, help="epochs after pruning (10), of all")
     parser.add_argument("--tune-lr", type=float, default=0.05, help="largest learning rate after pruning (0.05)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
-    args = parser.parse_args()
+    add_quick(parser)
+    args = parser.parse_args(argv)
     share = check_interval("macs", args.macs, 0, 1, low_open=True, high_open=True, hint="Choose e.g. 0.5.")
     epochs = check_int("tune_epochs", args.tune_epochs, low=1)
     common = dict(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed) | overrides(
         args.set, flags=("dataset", "data_dir", "seed", "out"), fixed=("nu", "shadow", "target_macs", "target_params")
     )
-    compete(common, share, epochs, args.tune_lr, args.out)
+    if args.quick:
+        common, epochs = common | QUICK | {"epochs": 2}, 1
+    compete(common, share, epochs, args.tune_lr, args.out, args.quick)
 
 
 if __name__ == "__main__":

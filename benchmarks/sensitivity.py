@@ -1,6 +1,6 @@
 """What each knob does: the digits over a grid of settings.
 
-    python -m benchmarks.sensitivity [--grid NAME=VALUE,VALUE ...] [--seeds N] [--runs FOLDER] [--write NAME]
+    python -m benchmarks.sensitivity [--grid NAME=VALUE,VALUE ...] [--seeds N] [--runs FOLDER] [--quick] [--write NAME]
 
 Without `--grid`: nu x alpha x beta. For premature pruning: ``--grid tol=none,0.05,0.5,0.9 --seeds 5``. Finished
 runs in the folder are read, not made again, and runs that were cut off go on; two train at a time, with one thread each.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks import pool
-from benchmarks._common import NEVER, check_name, guarded, machine, markdown, overrides, publish, spread
+from benchmarks._common import (
+    CONFIDENCE,
+    NEVER,
+    QUICK,
+    add_quick,
+    check_name,
+    each,
+    guarded,
+    machine,
+    markdown,
+    overrides,
+    publish,
+    spread,
+)
 from catode._validate import check_int
-from catode.records import read_json
+from catode.records import read_json, read_result
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config, ConfigError, settings
 
@@ -62,7 +76,7 @@ def points(grid: dict[str, list[Any]], seeds: int) -> list[dict[str, Any]]:
     return [dict(zip([*grid, "seed"], point, strict=True)) for point in values]
 
 
-def plan(point: dict[str, Any], epochs: int, runs: Path) -> Config:
+def plan(point: dict[str, Any], epochs: int, runs: Path, quick: bool = False) -> Config:
     """The run of one point.
 
     Raises:
@@ -70,7 +84,8 @@ def plan(point: dict[str, Any], epochs: int, runs: Path) -> Config:
     """
     name = "-".join(f"{key}{value}" for key, value in point.items())
     out = str(runs / f"{name}-e{epochs}")
-    return Config.from_presets(**{**point, "dataset": "digits", "epochs": epochs, "threads": 1, "out": out})
+    own = {"dataset": "digits", "epochs": epochs, "threads": 1, "out": out}
+    return Config.from_presets(**point | own | ({k: v for k, v in QUICK.items() if k not in point} if quick else {}))
 
 
 def shown(name: str, value: Any) -> str:
@@ -88,13 +103,14 @@ def numbers(result: dict[str, Any]) -> dict[str, float]:
 
 
 def table(grid: dict[str, list[Any]], found: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    """Every point of the grid with mean and spread over the seeds, and one sentence for each knob."""
+    """Every point of the grid, the mean over seeds with its interval where there are several, and one sentence for each knob."""
     groups: dict[tuple, list[dict[str, float]]] = {}
     for point, result in found:
         groups.setdefault(tuple(point[name] for name in grid), []).append(numbers(result))
     rows = []
     for point, group in groups.items():
-        cells = [spread([g[name] for g in group], "{:.2f}" if name == "accuracy" else "{:.1f}") for name in SHOWN]
+        show = spread if len(group) > 1 else each
+        cells = [show([g[name] for g in group], "{:.2f}" if name == "accuracy" else "{:.1f}") for name in SHOWN]
         rows.append([*map(shown, grid, point), *cells])
     header = [*grid, "MACs left, %", "parameters left, %", "layers", "units", "accuracy, %"]
     return "\n".join([markdown(header, rows), "", *sentences(grid, groups)])
@@ -120,24 +136,33 @@ def sentences(grid: dict[str, list[Any]], groups: dict[tuple, list[dict[str, flo
         yield f"- `{name}` from {ends}: {', '.join(said)}."
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.sensitivity", description=__doc__.splitlines()[0])
     parser.add_argument("--grid", action="append", metavar="NAME=VALUE,VALUE", help="a setting's values; repeatable")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of each point (1)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs of each run (40)")
     parser.add_argument("--runs", type=Path, default=Path("runs/sensitivity"), help="folder of the runs")
+    add_quick(parser)
     parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.md")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     seeds, epochs = check_int("seeds", args.seeds, low=1), check_int("epochs", args.epochs, low=1)
     name = check_name(args.write or "sensitivity", "sensitivity")
     grid = parse_grid(args.grid or GRID)
-    planned = [(point, plan(point, epochs, args.runs)) for point in points(grid, seeds)]
-    pool.train((config for _, config in planned), processes=min(2, os.cpu_count() or 1))
-    found = [(point, read_json(Path(config.out) / "result.json")) for point, config in planned]
-    env = read_json(Path(planned[-1][1].out) / "env.json")
+    if args.quick:  # two values of the first knob, the first of the others
+        grid, seeds, epochs = {name: values[: 1 if i else 2] for i, (name, values) in enumerate(grid.items())}, 1, 1
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = Path(temporary) if args.quick else args.runs
+        planned = [(point, plan(point, epochs, runs, args.quick)) for point in points(grid, seeds)]
+        processes = 1 if args.quick else min(2, os.cpu_count() or 1)
+        pool.train((config for _, config in planned), processes=processes, quick=args.quick)
+        found = [(point, read_result(Path(config.out))) for point, config in planned]
+        env = read_json(Path(planned[-1][1].out) / "env.json")
     arch = "" if "arch" in grid else f", {planned[-1][1].arch}"
-    title = f"Digits{arch}, {epochs} epochs, final epoch, {seeds} seed(s), all else as preset; {machine(env)}."
+    intervals = ", no intervals" if seeds == 1 else f"s, mean and {CONFIDENCE:.0%} t-interval"
+    title = (
+        f"Digits{arch}, {epochs} epochs, final epoch, n = {seeds} seed{intervals}, all else as preset; {machine(env)}."
+    )
     publish(name, "\n".join([title, "", table(grid, found)]), bool(args.write))
 
 

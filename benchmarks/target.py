@@ -1,6 +1,6 @@
 """Digits, default settings with a target: how near the network's MACs or parameters end to the share asked for.
 
-    python -m benchmarks.target [--shares 0.3 0.5 0.7] [--seeds 0 1] [--set NAME=VALUE ...] [--write]
+    python -m benchmarks.target [--shares 0.3 0.5 0.7] [--seeds 0 1] [--set NAME=VALUE ...] [--quick] [--write]
 
 Each share is asked for twice, of the MACs and of the parameters, from each seed.
 """
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 
-from benchmarks._common import guarded, machine, markdown, overrides, publish
+from benchmarks._common import QUICK, add_quick, guarded, machine, markdown, overrides, publish, run_quick
 from catode.decisions.target import QUANTITIES
-from catode.records import read_json
+from catode.records import read_json, read_result
+from catode.structures.fates import PRUNED_TOLERANCE
 from catode.train import run
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config
@@ -44,28 +46,32 @@ def row(quantity: str, share: float, result: dict) -> tuple[list[str], float]:
         f"{result['layers_kept']} of {result['layers_total']}",
         f"{result['units_kept']} of {result['units_total']}",
         f"{result['decided_by_rule']:.1%}",
-        str(result["decisions"].get("pruned_tolerance", 0)),
+        str(result["decisions"].get(PRUNED_TOLERANCE, 0)),
     ]
     return cells, abs(ended - share)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.target", description=__doc__.splitlines()[0])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.5, 0.7], help="default: 0.3 0.5 0.7")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than the defaults")
+    add_quick(parser)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/target.md")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     fixed = ("dataset", "data_dir", "seed", "out", *(f"target_{quantity}" for quantity in QUANTITIES))
     changed, rows, worst, env = overrides(args.set, fixed=fixed), [], 0.0, {}
+    shares, seeds, train = args.shares, args.seeds, run
+    if args.quick:
+        changed, shares, seeds, train = changed | QUICK, shares[:1], seeds[:1], run_quick
     with tempfile.TemporaryDirectory() as folder:
         for quantity in QUANTITIES:
-            for share in args.shares:
-                for seed in args.seeds:
+            for share in shares:
+                for seed in seeds:
                     given = {**changed, f"target_{quantity}": share, "seed": seed, "out": f"{folder}/{len(rows)}"}
-                    path = run(Config.from_presets(dataset="digits", **given), progress=sys.stderr.isatty())
-                    cells, off = row(quantity, share, read_json(path / "result.json"))
+                    path = train(Config.from_presets(dataset="digits", **given), progress=sys.stderr.isatty())
+                    cells, off = row(quantity, share, read_result(path))
                     rows.append(cells)
                     worst, env = max(worst, off), read_json(path / "env.json")
                     print(markdown(HEADER, [cells]).splitlines()[-1], file=sys.stderr, flush=True)

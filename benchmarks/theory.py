@@ -5,10 +5,10 @@
 Starts a second on one core: the grid over the CPU time of the process, the best of several rounds (median and spread
 beside it), the compiling of the first call apart. A busy machine also slows CPU time, so read the load with the numbers.
 Labels count as wrong where they are missing or differ from the closed form of docs/mathematics.md section 4.2, and no
-wrong one may lie further than a band from the separatrix. Peers solve the same problem with the same tolerances: theta
-leaving [0, 1] ends a start, by an event where the library has them and by a field that stops where it has not. They are
-measured only where they can be imported; --peers names a site-packages folder to look in after this environment's own.
-All run on one thread.
+wrong one may lie further than a band from the separatrix.
+Peers solve the same problem with the same tolerances: theta leaving [0, 1] ends a start, by an event where the library
+has them and by a field that stops where it has not. They are measured only where they can be imported; --peers names a
+site-packages folder to look in after this environment's own. All run on one thread.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks._common import RESULTS, guarded, hardware, load, markdown, publish, quartiles
+from benchmarks._common import RESULTS, add_quick, guarded, hardware, load, markdown, publish, quartiles
 from catode.theory import UnitSystem
 from catode.theory.basins import UNDECIDED, basins_of_attraction
 from catode.theory.flow.batch import Batch, integrate_batch
@@ -254,24 +254,29 @@ def _verdict(what: str, value: float, goal: float) -> str:
     return f"- {'yes' if value >= goal else 'NO'}: {what}: {value:.3g} (at least {goal:g})"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.theory", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds and small grids: a look, not a measurement")
+    add_quick(parser)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/theory.md and .png")
     parser.add_argument("--peers", metavar="FOLDER", help="a site-packages folder with more peers")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.peers:
         if not os.path.isdir(args.peers):
             raise ValueError(f"`--peers` must be a folder; got {args.peers}. Name a site-packages folder.")
         sys.path.append(args.peers)
-    rounds, n, side = (3, 100, 24) if args.quick else (15, 400, 64)
+    rounds, n, side = (1, 20, 8) if args.quick else (15, 400, 64)
     began, before = time.perf_counter(), load()
     states, rows, verdicts = starts(n), [], []
     costs: dict[float, tuple[float, float]] = {}
     numbers: dict[int, float] = {}
 
-    cold, warm = first_calls()
+    first = "First call in a fresh process: not timed."
+    if not args.quick:
+        cold, warm = first_calls()
+        first = (
+            f"First call in a fresh process: {cold:.1f} s to compile, {warm:.1f} s with the compiled code in the cache."
+        )
     closed = timed(lambda: basins_of_attraction(UNIT, square(n), method="separatrix"), 3 * rounds)
     rows.append(_row("separatrix", n * n, closed, judge(closed.result.labels.ravel(), states)))
     main_rate, outside = 0.0, 0
@@ -314,14 +319,13 @@ def main() -> None:
     for name, (label, number) in PEERS.items():
         if not importlib.util.find_spec(name):
             continue
-        few = states[:: max(1, len(states) // number)]
+        few = states[:: max(1, len(states) // (10 if args.quick else number))]
         timing, found = label(few, LABELLING, 3)
         rows.append(_row(f"{name}, rtol {LABELLING:g}", len(few), timing, judge(found, few)))
         ratio, goal = main_rate / timing.rate(len(few)), PEER_GOAL if name == "diffrax" else 1.0
         verdicts.append(_verdict(f"starts a second, ours over {name}", ratio, goal))
         peers.append(f"{name} {importlib.metadata.version(name)}")
     versions = ", ".join([f"numba {importlib.metadata.version('numba')}", *peers])
-    first = f"First call in a fresh process: {cold:.1f} s to compile, {warm:.1f} s with the compiled code in the cache."
     title = (
         f"Labelling starts on one core (CPU time), horizon {HORIZON:g}; {hardware()}, {versions}; {before} at the start, "
         f"{load()} at the end; {time.perf_counter() - began:.0f} s"

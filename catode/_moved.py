@@ -44,7 +44,7 @@ MOVED = {
     "catode.train.transfer": "catode.prune.transfer",
     "catode.train.prune": "catode.prune.pruner",
     "catode.train.distributed": "catode.prune.distributed",
-    "catode.train.steptime": "catode.prune.steptime",
+    "catode.train.steptime": "catode.prune.describe.steptime",
     "catode.train.device": "catode.prune.device",
     "catode.train.config": "catode.train.settings.config",
     "catode.train.commandline": "catode.train.settings.commandline",
