@@ -18,7 +18,7 @@ from catode.theory.plotting import PALETTE, house_style
 DATASETS = {"cifar10": "CIFAR-10, JPEG copy", "tiny-imagenet-200": "Tiny-ImageNet, subset"}
 """What data sets are called in pictures and captions; the images of the CIFAR-10 records are a JPEG copy of the official ones."""
 
-COLORS = 128
+COLORS = 256
 """Colours of a PNG file; more make it larger and no better to read."""
 
 
@@ -49,7 +49,11 @@ class Made:
                 self.figure.savefig(path, metadata=stamp.get(ending))
             if ending == "png":
                 with Image.open(path) as image:
-                    image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+                    look = {
+                        "method": Image.Quantize.FASTOCTREE,
+                        "dither": Image.Dither.NONE,
+                    }  # others lose rare colours
+                    image.convert("RGB").quantize(COLORS, **look).save(path, optimize=True)
         return paths
 
 
@@ -95,16 +99,16 @@ def paired_text(differences: Sequence[float], form: str = "{:+.2f}") -> str:
         differences: One for each pair, such as runs of the same seed.
         form: How a number is written.
     """
-    mean, low, high = (form.format(value) for value in paired_interval(differences))
+    mean, low, high = (form.format(round(value, 9) + 0.0) for value in paired_interval(differences))  # no -0.00
     if len(differences) < 2:
         return f"{mean} (n = 1: no interval)"
     return f"{mean} (n = {len(differences)}, 95 % t-interval {low} to {high})"
 
 
 def range_text(values: Sequence[float], form: str = "{:.2f}") -> str:
-    """Mean of runs with the least and the largest of them; the value alone of a single one."""
+    """Mean of runs with the least and the largest of them; the value alone where all are written alike."""
     mean, low, high = (form.format(value) for value in (np.mean(values), min(values), max(values)))
-    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
+    return f"{mean} ({low} to {high})" if low != high else mean
 
 
 def mark_mean(ax: Axes, x: Sequence[float], y: Sequence[float], *, color: str, marker: str, label: str) -> None:

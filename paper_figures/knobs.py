@@ -105,7 +105,7 @@ def _table(data: Data, centre: list[Record]) -> str:
     }
     for record in data.records:
         if record.kind == "pruned":
-            groups.setdefault(f"{dataset_text(record.config['dataset'])}, {record.variant}", []).append(record)
+            groups.setdefault(f"{dataset_text(record.task[0])}, {record.variant}", []).append(record)
     rows = [
         [
             name,

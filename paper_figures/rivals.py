@@ -37,9 +37,9 @@ def make(data: Data) -> Made:
             record
         )
     drawn = {name: groups for name, groups in panels.items() if _least(groups) < SMALLER}
-    columns = min(2, len(drawn))
+    columns = min(3, len(drawn))
     height = -(-len(drawn) // columns)
-    figure = new_figure(6.6 * columns, 5.6 * height)
+    figure = new_figure(4.7 * columns, 5.6 * height)
     with house_style():
         axes = figure.subplots(height, columns, squeeze=False)
         for ax, (name, groups) in zip(axes.flat, drawn.items(), strict=False):
@@ -87,7 +87,7 @@ def _differences(groups: dict[str, list[Record]]) -> str:
             if pairs and (rival == "dense" or abs(a - b) <= ALIKE * b):
                 mean, low, high = paired_interval([x.accuracy - y.accuracy for x, y in pairs])
                 interval = f"{low:+.2f} to {high:+.2f}" if len(pairs) > 1 else "none"
-                rows.append([f"{variant} - {rival}", len(pairs), f"{mean:+.2f}", interval])
+                rows.append([f"{variant} - {rival}", len(pairs), f"{round(mean, 9) + 0.0:+.2f}", interval])
     return markdown(["difference, paired by seed", "n", "accuracy, points", "95 % t-interval"], rows) if rows else ""
 
 

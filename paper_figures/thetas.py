@@ -17,7 +17,7 @@ NEEDS = ("pruned",)
 
 
 def make(data: Data) -> Made:
-    """Draw one pruned run of each data set, a row each: of the records with gates on both kinds the one that lost most layers.
+    """Draw one pruned run of each data set, a row each: of the records with gates on both kinds that which lost most layers.
 
     Records that were condensed to the last row of each structure have no path to draw and are left out.
     """
@@ -25,11 +25,11 @@ def make(data: Data) -> Made:
     records = [run for run in data.record_reports() if 0.0 < run.config["alpha"] < 1.0 and _has_paths(run)]
     records.sort(key=lambda run: run.result["layers_kept"] / run.result["layers_total"])
     for run in [*data.reports("pruned"), *records]:
-        first.setdefault(task(run.config)[:2], run)
+        first.setdefault(task(run.config)[0], run)
     figure = new_figure(8.0, 3.0 * len(first) + 0.9)
     with house_style():
         rows = figure.subplots(len(first), 2, sharey=True, squeeze=False)
-        for ((dataset, _), run), row in zip(first.items(), rows, strict=True):
+        for (dataset, run), row in zip(first.items(), rows, strict=True):
             for ax, kind in zip(row, ("layer", "unit"), strict=True):
                 theta_panel(ax, run, kind)
                 number = len(run.of(kind))
@@ -44,19 +44,19 @@ def make(data: Data) -> Made:
         handles = [fate_handle(fate, LOOKS[fate].text) for fate in seen]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     told = "; ".join(
-        f"{arch}, {dataset_text(dataset)}{_other(run)}, {seeds_text([run.config['seed']])}: "
+        f"{run.config['arch']}, {dataset_text(dataset)}{_other(run)}, {seeds_text([run.config['seed']])}: "
         + ", ".join(
             f"{sum(t.fate == fate for t in run.traces)} {fate}"
             for fate in seen
             if any(t.fate == fate for t in run.traces)
         )
-        for (dataset, arch), run in first.items()
+        for dataset, run in first.items()
     )
     caption = (
         "Each line is the keep probability θ of one structure: whole residual blocks on the left, channels on the "
         "right. It rises while the loss that the structure saves exceeds its price, and sinks otherwise. A marker "
         "shows where a structure was removed from the network: above θ = 0 where θ had come below the tolerance "
-        "derived for the structure. Runs of which a rule decided less than half are left out: hardly a θ moves there. What "
+        "derived for the structure. Records of which a rule decided less than half are left out: hardly a θ moves there. What "
         f"became of them ({told})."
     )
     return Made("Keep probabilities during training", caption, figure)
