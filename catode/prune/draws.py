@@ -71,4 +71,4 @@ class GateDraws:
 
     def values(self, by_example: bool) -> NDArray[np.float64]:
         """Gate values of the step at hand, shape (n,); their means over the batch with gates drawn by example."""
-        return (self.per_example.mean(0) if by_example else self.rows[0]).double().numpy()
+        return (self.per_example.detach().mean(0) if by_example else self.rows[0]).double().numpy()

@@ -137,7 +137,7 @@ def steps(device, read_every, number, **changes):
         pruner.step()
         counts.append(list(waits))
     pruner.read()
-    return pruner.keep_prob.tolist(), pruner.measured()["gain"].tolist(), counts
+    return pruner.keep_prob.tolist(), pruner.limits().gain.tolist(), counts
 
 
 def epoch(setup, device, folder):

@@ -56,7 +56,7 @@ def vertex(complexity, layers, seed, share_layers, share_units):
     """A random vertex closed under promotion; most of the time several layers and units survive."""
     random = np.random.default_rng(seed)
     share = np.where(np.arange(complexity.size) < layers, share_layers, share_units)
-    return complexity.close(random.random(complexity.size) < share)
+    return complexity.inventory.close(random.random(complexity.size) < share)
 
 
 def record(blocks, kept):
@@ -158,7 +158,7 @@ def compact(model, optimizer, kept):
             units = np.flatnonzero(kept[start : start + site.width]).tolist()
             start += site.width
             if kept[number] and len(units) < site.width:
-                keep_units(model, block, i, units, change)
+                keep_units(model, block.sites[i], units, change)
     change.follow(optimizer)
     return change
 
@@ -199,7 +199,7 @@ def test_law_optimizer_follows_and_the_next_step_is_the_gated_networks_restricte
     kept[0] = True  # at least one block of each kind
     kept[1] = False
     kept[len(blocks)] = True
-    kept = complexity.close(kept)
+    kept = complexity.inventory.close(kept)
 
     small, other = copy.deepcopy((model, optimizer))
     names = {p: n for n, p in small.named_parameters()}
@@ -242,7 +242,7 @@ def test_adam_state_follows_and_its_step_count_survives():
     one_step(model, optimizer, 0)
     block = model.structures()[1]
     before = optimizer.state[model.blocks[1].out.weight]["exp_avg_sq"].clone()
-    keep_units(model, block, 0, [0, 4, 5]).follow(optimizer)
+    keep_units(model, block.sites[0], [0, 4, 5]).follow(optimizer)
     state = optimizer.state[model.blocks[1].out.weight]
     assert torch.equal(state["exp_avg_sq"], before[:, [0, 4, 5]]) and state["step"] == 1
     one_step(model, optimizer, 1)
@@ -252,9 +252,9 @@ def test_adam_state_follows_and_its_step_count_survives():
 def test_two_compactions_compose():
     one, two = copy.deepcopy([randomise(network("resnet14"), 0)] * 2)[0], randomise(network("resnet14"), 0)
     block = one.structures()[3]
-    change = keep_units(one, block, 0, [1, 3, 5, 7, 9])
-    assert keep_units(one, block, 0, [0, 2, 4], change) is change
-    keep_units(two, block, 0, [1, 5, 9])
+    change = keep_units(one, block.sites[0], [1, 3, 5, 7, 9])
+    assert keep_units(one, block.sites[0], [0, 2, 4], change) is change
+    keep_units(two, block.sites[0], [1, 5, 9])
     for (name, a), (other, b) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
 
@@ -271,9 +271,9 @@ def test_law_silenced_units_stay_dead_in_training_and_are_as_good_as_gone(name, 
     dead = sorted(np.random.default_rng(seed).permutation(width)[: int(share * (width - 1))].tolist())
     live = [u for u in range(width) if u not in dead]
     change = Change()
-    silence_units(model, block, 0, dead, change)
+    silence_units(model, block.sites[0], dead, change)
     change.follow(optimizer)
-    keep_units(small, block, 0, live).follow(other)
+    keep_units(small, block.sites[0], live).follow(other)
     for step in range(3):
         one_step(model, optimizer, step)
         one_step(small, other, step)
@@ -282,7 +282,7 @@ def test_law_silenced_units_stay_dead_in_training_and_are_as_good_as_gone(name, 
     for name in block.sites[0].consumers:
         assert not model.get_submodule(name).weight[:, dead].any()
     state = model.state_dict()
-    keep_units_of_state(state, block.sites[0], np.array(live))
+    keep_units_of_state(model, state, block.sites[0], np.array(live))
     for key, value in small.state_dict().items():
         torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
 
@@ -294,7 +294,7 @@ def test_shapes_and_widths_after_compaction():
     statistics = kept.bn1.running_mean.clone()
     statistics.copy_(torch.arange(32.0))
     kept.bn1.running_mean.copy_(statistics)
-    keep_units(model, block, 0, [5, 30])
+    keep_units(model, block.sites[0], [5, 30])
     assert (kept.conv1.weight.shape, kept.conv1.out_channels) == ((2, 16, 3, 3), 2)
     assert (kept.conv2.weight.shape, kept.conv2.in_channels, kept.conv2.out_channels) == ((32, 2, 3, 3), 2, 32)
     assert (kept.bn1.weight.shape, kept.bn1.bias.shape, kept.bn1.num_features) == ((2,), (2,), 2)
@@ -306,7 +306,7 @@ def test_shapes_and_widths_after_compaction():
 
 def test_memory_format_and_training_flag_survive():
     model = network("resnet14").to(memory_format=torch.channels_last).eval()
-    keep_units(model, model.structures()[0], 0, [0, 1, 2])
+    keep_units(model, model.structures()[0].sites[0], [0, 1, 2])
     assert model.layer1[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
     drop_block(model, model.structures()[1])
     assert not any(m.training for m in model.modules())
@@ -334,7 +334,7 @@ def test_a_dropped_block_with_a_projection_keeps_it_by_its_name():
 def test_an_emptied_site_is_refused():
     model = network("resnet14")
     with pytest.raises(ValueError, match=r"`layer1.0.conv1` must keep at least one unit; got none"):
-        keep_units(model, model.structures()[0], 0, [])
+        keep_units(model, model.structures()[0].sites[0], [])
 
 
 def misfit(change):

@@ -373,7 +373,7 @@ def test_a_site_that_was_compacted_keeps_its_units_numbers(bottleneck_net):
     model = network("resnet14", bottleneck_net)
     blocks = model.structures()
     sites, size = numbers(blocks)
-    keep_units(model, blocks[0], 0, [2, 5])
+    keep_units(model, blocks[0].sites[0], [2, 5])
     gates = Gates(model, blocks, size)
     gates.install([False] * 6, [sites[0][[2, 5]], *[None] * 5])
     x, y = data()

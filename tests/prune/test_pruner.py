@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import io
 import math
 from types import SimpleNamespace
 
@@ -15,15 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from catode._saved import saved_fields
 from catode.prune.checking import ROW_FIELDS
 from catode.prune.cut import restrict, unit_norms
 from catode.prune.describe.costs import Counts, count
 from catode.prune.pruner import Pruner
+from catode.prune.state import ARRAY, PrunerState, pack
+from catode.structures.fates import FATES, KEPT_OUT_OF_TIME, REMOVED
 from catode.train import data
 from catode.train.models import DenseBlock, DenseResNet, build
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
-STATES = {"undecided", "committed", "pruned_tolerance", "pruned_zero", "promoted", "forced"}
 BLOCKS, HIDDEN = 3, 24
 
 
@@ -143,37 +147,39 @@ def test_law_thetas_stay_in_the_unit_interval_and_zero_is_absorbing(finished):
 
 def test_states_account_for_every_structure(finished):
     pruner = finished.pruner
-    assert set(pruner.state) <= STATES - {"undecided"} and pruner.undecided == 0
+    assert set(pruner.fate) <= set(FATES) - {"undecided"} and pruner.undecided == 0
     assert sum(pruner.decisions().values()) == pruner.complexity.size
-    removed = np.isin(pruner.state, ["pruned_tolerance", "pruned_zero", "promoted"])
+    removed = np.isin(pruner.fate, REMOVED)
     assert not pruner.kept[removed].any()
-    assert pruner.kept[pruner.state == "committed"].all()
+    assert pruner.kept[pruner.fate == "committed"].all()
     assert (pruner.keep_prob == pruner.kept).all()
-    assert (pruner.complexity.close(pruner.kept) == pruner.kept).all()
+    assert (pruner.complexity.inventory.close(pruner.kept) == pruner.kept).all()
     assert pruner.layers_kept == sum(isinstance(b, DenseBlock) for b in finished.final.blocks)
     assert pruner.units_kept == sum(b.hidden.out_features for b in finished.final.blocks if isinstance(b, DenseBlock))
     assert 0 <= pruner.decided_by_rule <= 1
 
 
-def test_rows_of_a_check_keep_the_promises_of_the_states(finished):
+def test_rows_of_a_check_keep_the_promises_of_the_fates(finished):
     rows = [row for check in finished.checks for row in check.rows]
-    assert rows and all(list(row) == ROW_FIELDS for row in rows)
+    assert rows and all(tuple(row) == ROW_FIELDS for row in rows)
     seen = set()
     for row in rows:
-        seen.add(row["state"])
-        assert row["state"] in STATES and row["kind"] in ("layer", "unit") and row["risk"] == 0.05
+        seen.add(row["fate"])
+        assert row["fate"] in FATES and row["kind"] in ("layer", "unit") and row["risk"] == 0.05
         assert 0 <= row["keep_prob"] <= 1 and row["price"] > 0
-        if row["state"] == "pruned_tolerance":
+        if row["fate"] == "pruned_tolerance":
             assert row["benefit_upper"] < row["price"] and 0 < row["keep_prob"] <= row["tolerance"]
-        if row["state"] == "pruned_zero":
+        if row["fate"] == "pruned_zero":
             assert row["keep_prob"] == 0
-        if row["state"] == "committed":
+        if row["fate"] == "committed":
             assert row["keep_prob"] >= 0.9
         if not math.isnan(row["tolerance"]):
             assert row["tolerance"] <= min(row["separatrix"], 1.0)
     assert len(seen) >= 3
     decided = [
-        (r["kind"], r["block"], r["site"], r["index"]) for r in rows if r["state"] not in ("undecided", "promoted")
+        (r["kind"], r["block"], r["site"], r["index"])
+        for r in rows
+        if r["fate"] not in ("undecided", "removed_with_block")
     ]
     assert len(decided) == len(set(decided)), "nothing is decided twice, but what was committed may go with its block"
 
@@ -222,11 +228,11 @@ def test_law_projection_keeps_theta_in_the_unit_interval(rounds, initial, rate_r
     for seed, centre, spread in rounds:
         random = np.random.default_rng(seed)
         before = pruner.keep_prob.copy()
-        pruner.done += 1
-        pruner.time += 0.5
-        pruner._pending += 0.5
+        pruner.state.done += 1
+        pruner.state.time += 0.5
+        pruner.state.pending += 0.5
         seen = random.random(n) < 0.7
-        pruner._move(centre + spread * random.standard_normal(n), seen, pruner.done)
+        pruner._move(centre + spread * random.standard_normal(n), seen, pruner.state.done)
         assert ((pruner.keep_prob >= 0) & (pruner.keep_prob <= 1)).all()
         assert (pruner.keep_prob[~seen] == before[~seen]).all(), "what was not seen does not move"
         assert (pruner.keep_prob[before == 0] == 0).all()
@@ -246,16 +252,16 @@ def test_a_short_memory_still_pools_sensibly(memory):
     _, _, pruner = make(memory=memory)
     n = pruner.complexity.size
     for _ in range(12):
-        pruner.done += 1
-        pruner._pending += 0.5
-        pruner._move(np.full(n, -0.25), np.ones(n, dtype=bool), pruner.done)
-        np.testing.assert_allclose(pruner._evidence.benefit, 0.25)
+        pruner.state.done += 1
+        pruner.state.pending += 0.5
+        pruner._move(np.full(n, -0.25), np.ones(n, dtype=bool), pruner.state.done)
+        np.testing.assert_allclose(pruner.state.evidence.benefit, 0.25)
 
 
 def test_alpha_zero_gates_no_layers():
     model, optimizer, pruner = make(alpha=0.0, steps=120, warmup=10)
     layers = slice(0, BLOCKS)
-    assert (pruner.state[layers] == "committed").all() and pruner.undecided == BLOCKS * HIDDEN
+    assert (pruner.fate[layers] == "committed").all() and pruner.undecided == BLOCKS * HIDDEN
     x, y = next(batches(0))
     F.cross_entropy(model(x), y).backward()
     assert not pruner.gates.draw.grad[layers].any() and pruner.gates.draw.grad[BLOCKS:].all()
@@ -267,7 +273,7 @@ def test_alpha_zero_gates_no_layers():
 
 def test_alpha_one_gates_no_units():
     model, optimizer, pruner = make(alpha=1.0, steps=120, warmup=10)
-    assert (pruner.state[BLOCKS:] == "committed").all() and pruner.undecided == BLOCKS
+    assert (pruner.fate[BLOCKS:] == "committed").all() and pruner.undecided == BLOCKS
     x, y = next(batches(0))
     F.cross_entropy(model(x), y).backward()
     assert not pruner.gates.draw.grad[BLOCKS:].any() and pruner.gates.draw.grad[:BLOCKS].all()
@@ -283,8 +289,8 @@ def test_a_fixed_tolerance_is_used_as_it_is():
     rows = [row for check in loop(model, optimizer, pruner, 200) for row in check.rows]
     values = {row["tolerance"] for row in rows if not math.isnan(row["tolerance"])}
     assert values == {0.4}
-    assert any(row["state"] == "pruned_tolerance" for row in rows)
-    assert all(0 < row["keep_prob"] <= 0.4 for row in rows if row["state"] == "pruned_tolerance")
+    assert any(row["fate"] == "pruned_tolerance" for row in rows)
+    assert all(0 < row["keep_prob"] <= 0.4 for row in rows if row["fate"] == "pruned_tolerance")
 
 
 @pytest.mark.parametrize("changes", [{}, {"alpha": 0.0}, {"alpha": 1.0}, {"tolerance": 1.0}], ids=str)
@@ -299,10 +305,10 @@ def test_when_everything_would_go_a_network_is_left_and_a_warning_given(changes)
     assert final.eval()(digits()[2]).isfinite().all()
 
 
-def test_undecided_structures_are_forced_at_the_end_and_say_so():
+def test_what_is_undecided_when_time_is_out_says_so():
     model, optimizer, pruner = make(steps=10, warmup=9)
     loop(model, optimizer, pruner, 10)
-    assert pruner.finished and set(pruner.state) == {"forced"} and pruner.kept.all()
+    assert pruner.finished and set(pruner.fate) == {KEPT_OUT_OF_TIME} and pruner.kept.all()
     assert pruner.decided_by_rule == 0.0
     assert count(model, EXAMPLE) == count(dense(), EXAMPLE)
 
@@ -358,10 +364,10 @@ def run_again(seed):
 
 def test_law_the_same_seed_gives_the_same_run():
     (one, a), (two, b), (_, c) = run_again(0), run_again(0), run_again(1)
-    assert (a.state == b.state).all() and (a.keep_prob == b.keep_prob).all()
+    assert (a.fate == b.fate).all() and (a.keep_prob == b.keep_prob).all()
     assert one.state_dict().keys() == two.state_dict().keys()
     assert all(torch.equal(t, two.state_dict()[n]) for n, t in one.state_dict().items())
-    assert not torch.equal(a.gates.draw, c.gates.draw) or (a.state != c.state).any()
+    assert not torch.equal(a.gates.draw, c.gates.draw) or (a.fate != c.fate).any()
 
 
 @pytest.mark.parametrize("estimator", ["curvature", "paired", "straight-through"])
@@ -385,9 +391,9 @@ def test_a_convolutional_network_and_a_foreign_one(bottleneck_net):
         assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
 
 
-def test_macs_removed_by_a_state_include_what_is_promoted():
+def test_macs_removed_by_a_fate_include_what_goes_with_them():
     _, _, pruner = make()
-    pruner.state[BLOCKS : BLOCKS + HIDDEN] = "pruned_tolerance"  # every unit of the first block
+    pruner.fate[BLOCKS : BLOCKS + HIDDEN] = "pruned_tolerance"  # every unit of the first block
     one_block = HIDDEN * (32 + 32 + 1)  # two linear layers and a norm; biases cost no MACs
     assert pruner.macs_removed("pruned_tolerance") == one_block
     assert pruner.macs_removed("pruned_zero") == 0
@@ -470,17 +476,24 @@ def test_dead_channels_round_widths_up_while_training_and_are_gone_in_the_end():
 def test_gradient_products_and_probes_take_different_steps(measure_every, monkeypatch):
     model, optimizer, pruner = make(measure_every=measure_every, warmup=200, initial_keep_prob=0.999)
     steps = {"probe": [], "products": [], "weights": []}
-    probed, added, noted = pruner._probe, pruner._products.add, pruner._products.note_weights
-    monkeypatch.setattr(pruner, "_probe", lambda open_: steps["probe"].append(pruner.done) or probed(open_))
-    monkeypatch.setattr(pruner._products, "add", lambda draw: steps["products"].append(pruner.done) or added(draw))
-    monkeypatch.setattr(pruner._products, "note_weights", lambda: steps["weights"].append(pruner.done) or noted())
+    products, state = pruner.state.products, pruner.state
+    probed, added, noted = pruner._measuring.probe, products.add, products.note_weights
+
+    def probe(done, *given):
+        found = probed(done, *given)
+        if found is not None:
+            steps["probe"].append(done)
+        return found
+
+    monkeypatch.setattr(pruner._measuring, "probe", probe)
+    monkeypatch.setattr(products, "add", lambda draw: steps["products"].append(state.done) or added(draw))
+    monkeypatch.setattr(products, "note_weights", lambda: steps["weights"].append(state.done) or noted())
     cycles = 4
-    loop(model, optimizer, pruner, cycles * pruner._burst_every)
-    assert steps["probe"] == list(range(1, cycles * pruner._burst_every + 1, measure_every))
+    loop(model, optimizer, pruner, cycles * pruner.schedule.burst_every)
+    assert steps["probe"] == list(range(1, cycles * pruner.schedule.burst_every + 1, measure_every))
     assert measure_every == 1 or not set(steps["probe"]) & set(steps["products"])
-    assert len(steps["products"]) == 3 * cycles and np.diff(steps["products"]).max() <= pruner._burst_every
+    assert len(steps["products"]) == 3 * cycles and np.diff(steps["products"]).max() <= pruner.schedule.burst_every
     assert [s + 1 for s in steps["weights"]] == steps["products"][1::3], "noted right before the second of each burst"
-    products = pruner._products
     assert (products.gain.count > 1).all() and (products.weight_gradient.count > 1).all()
 
 
@@ -492,11 +505,33 @@ def test_thetas_below_one_have_gates_from_the_start():
 def test_a_dead_channel_that_comes_back_to_life_is_refused():
     model, optimizer, pruner = make(width_multiple=8)
     loop(model, optimizer, pruner, 500)
-    block = next(b for n, b in enumerate(pruner.blocks) if pruner.kept[n] and not pruner.kept[pruner.present[n]].all())
+    block = next(
+        b for n, b in enumerate(pruner.blocks) if pruner.kept[n] and not pruner.kept[pruner.state.present[n]].all()
+    )
     with torch.no_grad():
         model.get_submodule(block.output).weight.add_(1e-3)
     with pytest.raises(RuntimeError, match="`width_multiple` must be 1"):
         pruner.finish()
+
+
+def tensors(packed):
+    """Every tensor in a packed state."""
+    if isinstance(packed, dict | list):
+        return [t for value in (packed.values() if isinstance(packed, dict) else packed) for t in tensors(value)]
+    return [packed] if isinstance(packed, torch.Tensor) else []
+
+
+def test_law_a_state_holds_every_field_of_its_parts(finished):
+    """Serialised by fields: what is in the dataclasses is in the checkpoint, but for what follows from the settings."""
+    packed = pack(finished.pruner.state)
+    assert packed.keys() == {field.name for field in dataclasses.fields(PrunerState)}
+    for name, part in vars(finished.pruner.state).items():
+        if dataclasses.is_dataclass(part):
+            assert packed[name].keys() == set(saved_fields(part)) and packed[name], name
+    torch.save(packed, buffer := io.BytesIO())
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(packed), tensors(again), strict=True))
 
 
 def test_a_state_is_not_shared_between_pruners():
@@ -508,9 +543,8 @@ def test_a_state_is_not_shared_between_pruners():
         other, sgd, again = make(dense(3))
         again.load_state_dict(state)
         loop(other, sgd, again, 40, seed=1)
-    assert not state["draws"].requires_grad
-    for key in ("arrays", "model"):
-        assert all(torch.equal(a, before[key][k]) for k, a in state[key].items())
+    assert state["pruner"]["keep_prob"].keys() == {ARRAY}
+    assert tensors(state) and all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(before), strict=True))
     with pytest.raises(ValueError, match="`state` must be of the same network"):
         make(DenseResNet(64, 10, blocks=2, width=32, hidden=HIDDEN))[2].load_state_dict(state)
 
@@ -530,8 +564,8 @@ def test_a_long_warm_up_begins_without_gates_and_trains_as_the_ungated_network_d
             F.cross_entropy(net(x), y).backward()
             sgd.step()
         pruner.step()
-    assert pruner.done == 60 and (pruner.keep_prob == 1.0).all()
-    assert np.isfinite(pruner.measured()["benefit_upper"]).all()
+    assert pruner.state.done == 60 and (pruner.keep_prob == 1.0).all()
+    assert np.isfinite(pruner.limits().benefit_upper).all()
     for a, b in zip(pruner.snapshot()[0].values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -553,9 +587,9 @@ def test_optimizers_whose_steps_have_another_time_are_refused(settings, changes,
 
 def test_measuring_and_reading_seldom_costs_nothing_beforehand():
     model, optimizer, pruner = make(measure_every=10**9, read_every=10**9, steps=50, warmup=0)
-    assert pruner._burst == [1, 2, 3] and len(pruner._drawn) <= 50
+    assert pruner.schedule.burst == [1, 2, 3] and len(pruner.state.draws.rows) <= 50
     loop(model, optimizer, pruner, 2)
-    assert len(pruner._drawn) < 50
+    assert len(pruner.state.draws.rows) < 50
 
 
 def test_the_shadow_sees_filters_not_their_draws():
@@ -572,11 +606,11 @@ def test_the_shadow_sees_filters_not_their_draws():
 def test_long_runs_of_many_units_record_undecided_units_at_some_checks_only(monkeypatch):
     recorded = {}
     for most in (10**6, 200):
-        monkeypatch.setattr("catode.prune.pruner.MOST_ROWS", most)
+        monkeypatch.setattr("catode.prune.checking.MOST_ROWS", most)
         model, optimizer, pruner = make(steps=200, warmup=20, check_every=10)
         rows = [row for check in loop(model, optimizer, pruner, 200) for row in check.rows]
         recorded[most] = {
-            (row["step"], row["kind"], row["block"], row["site"], row["index"]): row["state"] for row in rows
+            (row["step"], row["kind"], row["block"], row["site"], row["index"]): row["fate"] for row in rows
         }
     whole, part = recorded[10**6], recorded[200]
     assert part.items() < whole.items() and len(part) < len(whole) / 2

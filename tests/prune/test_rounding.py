@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catode.decisions import rules
+from catode.decisions.limits import QUANTITIES, Limits
 from catode.decisions.target import SLACK
 from catode.prune.pruner import Pruner
 from catode.train.data import load
@@ -21,13 +22,17 @@ BLOCKS, HIDDEN = 3, 24
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 
 
+def limits(n, **given):
+    return Limits(**{name: np.zeros(n) for name in QUANTITIES} | given)
+
+
 @given(data=st.data(), multiple=st.integers(1, 9), widths=st.lists(st.integers(0, 40), min_size=1, max_size=4))
 def test_law_whole_groups_leave_and_the_most_useful_wait(data, multiple, widths):
     n, starts = sum(widths), np.concatenate([[0], np.cumsum(widths)])
     leaving = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), dtype=bool)
     theta = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.4]), min_size=n, max_size=n)))
     sites = [np.arange(a, b) for a, b in pairwise(starts)]
-    found = {"keep_prob": theta, "benefit": np.linspace(-1, 1, n), "price": np.full(n, 0.5)}
+    found = limits(n, keep_prob=theta, benefit=np.linspace(-1, 1, n), price=np.full(n, 0.5))
     held = rules.hold_back(leaving, found, sites, multiple)
     assert not (held & ~leaving).any()
     for units in sites:
@@ -36,7 +41,7 @@ def test_law_whole_groups_leave_and_the_most_useful_wait(data, multiple, widths)
         assert left % multiple == 0 or left == len(units)
         assert held[units].sum() < multiple
         if going.any() and held[units].any():
-            worth = list(zip(theta[units], found["benefit"][units], strict=True))
+            worth = list(zip(theta[units], found.benefit[units], strict=True))
             assert min(w for w, h in zip(worth, held[units], strict=True) if h) > max(
                 w for w, g in zip(worth, going, strict=True) if g
             )
@@ -82,16 +87,16 @@ def test_every_width_at_every_moment_is_a_multiple(multiple):
         seen.append(widths(model))
         rows = {(r["block"], r["index"]): r for r in check.rows if r["kind"] == "unit"}
         for row in rows.values():  # no unit leaves but by its own rule, by rounding down or with its block
-            if row["state"] == "pruned_tolerance":
+            if row["fate"] == "pruned_tolerance":
                 assert row["keep_prob"] <= row["tolerance"] and row["benefit_upper"] < row["price"]
-            if row["state"] == "pruned_zero":
+            if row["fate"] == "pruned_zero":
                 assert row["keep_prob"] == 0.0
 
     train(model, optimizer, pruner, 200, each)
     assert pruner.finished and min(map(sum, seen)) < BLOCKS * HIDDEN
     assert all(w % multiple == 0 or w == HIDDEN for found in seen for w in found)
     assert sum(widths(pruner.finish())) == pruner.units_kept and widths(model) == seen[-1]
-    assert pruner.kept_for_rounding <= min((multiple - 1) * BLOCKS, pruner.decisions().get("forced", 0))
+    assert pruner.kept_for_width <= min((multiple - 1) * BLOCKS, pruner.decisions().get("kept_for_width", 0))
 
 
 def prepared(thetas):
@@ -104,7 +109,7 @@ def prepared(thetas):
     return model, optimizer, pruner
 
 
-def test_what_is_kept_for_rounding_are_the_best_and_the_network_stays_what_it_was():
+def test_what_is_kept_for_width_are_the_best_and_the_network_stays_what_it_was():
     """13 of 24 units would be rounded down: 8 go, the 5 of the largest theta stay with it folded into their weights."""
     model, optimizer, pruner = prepared(np.linspace(0.1, 0.4, 13))
     expected = network()
@@ -115,24 +120,25 @@ def test_what_is_kept_for_rounding_are_the_best_and_the_network_stays_what_it_wa
         after = expected.eval()(x)
         momentum = optimizer.state[model.blocks[0].out.parametrizations.weight.original]["momentum_buffer"].clone()
         final = pruner.finish().eval()
-        assert widths(final) == [16, 24, 24] and pruner.kept_for_rounding == 5
+        assert widths(final) == [16, 24, 24] and pruner.kept_for_width == 5
         assert pruner.structure()["blocks.0"]["sites"]["blocks.0.hidden"] == list(range(8, 24))
         assert torch.allclose(final(x), after, atol=1e-6)
     theta = torch.cat([torch.linspace(0.1, 0.4, 13)[8:], torch.ones(11)])
     found = optimizer.state[final.blocks[0].out.weight]["momentum_buffer"]
     assert torch.allclose(found, momentum[:, 8:] * theta, atol=1e-7)
-    assert (pruner.state[BLOCKS : BLOCKS + 13] == "forced").all()
+    assert (pruner.fate[BLOCKS : BLOCKS + 8] == "removed_out_of_time").all()
+    assert (pruner.fate[BLOCKS + 8 : BLOCKS + 13] == "kept_for_width").all()
 
 
 def test_units_at_zero_that_cannot_make_a_group_are_kept_once_the_rest_is_decided():
     model, _, pruner = prepared(np.zeros(3))
-    pruner._zero[BLOCKS : BLOCKS + 3] = True
+    pruner.state.zero[BLOCKS : BLOCKS + 3] = True
     check = pruner._check(0.5)
-    assert (pruner.state[BLOCKS : BLOCKS + 3] == "undecided").all() and check.removed == 0
-    pruner.state[BLOCKS + 3 : BLOCKS + HIDDEN] = "committed"
+    assert (pruner.fate[BLOCKS : BLOCKS + 3] == "undecided").all() and check.removed == 0
+    pruner.fate[BLOCKS + 3 : BLOCKS + HIDDEN] = "committed"
     check = pruner._check(0.5)
-    assert (pruner.state[BLOCKS : BLOCKS + 3] == "forced").all() and check.removed == 0
-    assert widths(model)[0] == HIDDEN and pruner.kept_for_rounding == 3
+    assert (pruner.fate[BLOCKS : BLOCKS + 3] == "kept_for_width").all() and check.removed == 0
+    assert widths(model)[0] == HIDDEN and pruner.kept_for_width == 3
     weights = model.blocks[0].out.weight.detach()
     assert not weights[:, :3].any() and weights[:, 3:].all()  # it computes nothing yet, and it can learn:
     assert model.blocks[0].hidden.weight[:3].detach().any()
@@ -140,9 +146,9 @@ def test_units_at_zero_that_cannot_make_a_group_are_kept_once_the_rest_is_decide
 
 def test_a_site_may_empty_and_takes_its_block_along():
     model, _, pruner = prepared(np.zeros(HIDDEN))
-    pruner._zero[BLOCKS : BLOCKS + HIDDEN] = True
+    pruner.state.zero[BLOCKS : BLOCKS + HIDDEN] = True
     pruner._check(0.5)
-    assert widths(model) == [24, 24] and pruner.layers_kept == 2 and pruner.kept_for_rounding == 0
+    assert widths(model) == [24, 24] and pruner.layers_kept == 2 and pruner.kept_for_width == 0
 
 
 @pytest.mark.parametrize(("multiple", "share"), [(4, 0.4), (8, 0.55), (8, 0.7)])
@@ -158,8 +164,7 @@ def test_a_target_is_met_in_whole_groups(multiple, share):
 
 def test_a_narrow_site_leaves_in_groups_by_tolerance_too():
     units, left = np.arange(16), np.arange(16)
-    found = {"benefit_upper": np.linspace(0.1, 0.2, 16), "benefit": np.zeros(16), "price": np.ones(16)}
-    found["keep_prob"] = np.full(16, 0.1)
+    found = limits(16, benefit_upper=np.linspace(0.1, 0.2, 16), price=np.ones(16), keep_prob=np.full(16, 0.1))
     for _ in range(2):  # a quarter of the site is less than a group
         safe = rules.ration(np.isin(units, left), found, np.zeros(16, bool), [left], multiple=8)
         safe &= ~rules.hold_back(safe, found, [left], 8)

@@ -106,11 +106,11 @@ def test_a_price_is_the_time_that_the_next_removal_saves():
     slopes = {16: 0.0, 14: 0.0, 12: 4.0 / 4, 10: 4.0 / 4, 8: 1.0 / 4, 4: 1.0 / 4, 1: 1.0 / 4}
     for width, slope in slopes.items():
         theta = np.ones(plain.size)
-        theta[plain.blocks + width : plain.blocks + 16] = 0.0
+        theta[plain.inventory.layers + width : plain.inventory.layers + 16] = 0.0
         gradient = measured.gradient(theta, 0.0)
-        assert gradient[plain.blocks] == pytest.approx(slope / 6.0)
+        assert gradient[plain.inventory.layers] == pytest.approx(slope / 6.0)
         assert gradient[0] == pytest.approx(np.interp(width, [0, *steps], [0, *steps.values()]) / 6.0)
-        assert not gradient[1 : plain.blocks].any()
+        assert not gradient[1 : plain.inventory.layers].any()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from catode.prune import transfer
 from catode.prune.pruner import Pruner
+from catode.prune.state import pack
 from catode.train import loop
 from catode.train.models import DenseResNet
 from catode.train.settings.config import Config
@@ -53,7 +54,7 @@ def test_a_device_measures_what_the_cpu_does(counted, name):
 
 
 def test_later_reads_all_in_order():
-    later, taken = transfer.Later(), []
+    later, taken = transfer.DeferredReads(), []
     later.put(lambda a: taken.append(a.tolist()), torch.arange(3))
     later.put(lambda a, b: taken.append((a.item(), b.tolist())), torch.tensor(1.5), torch.ones(1, 2))
     later.put(lambda: taken.append("nothing"))
@@ -91,10 +92,20 @@ def train(model, optimizer, pruner, data):
     return thetas
 
 
+def pools(packed):
+    """Every array in a packed state, as tensors."""
+    if isinstance(packed, dict):
+        return [tensor for value in packed.values() for tensor in pools(value)]
+    return [packed] if isinstance(packed, torch.Tensor) else []
+
+
 def evidence(pruner):
-    state = pruner.state_dict()
-    pools = [*state["evidence"]["pools"], state["evidence"]["last"]]
-    return [*pools, state["products"]["gain"], state["products"]["weight_gradient"]]
+    state = pruner.state_dict()["pruner"]
+    return [
+        tensor
+        for part in (state["evidence"], state["products"]["gain"], state["products"]["weight_gradient"])
+        for tensor in pools(part)
+    ]
 
 
 @settings(max_examples=5)
@@ -109,7 +120,7 @@ def test_law_evidence_does_not_depend_on_when_it_is_read(read_every, number, kee
         train(model, optimizer, pruner, batches(number))
         found.append((pruner, evidence(pruner), [p.detach().clone() for p in model.parameters()]))
     (one, a, weights), (many, b, others) = found
-    assert (one.done, one.time) == (many.done, many.time)
+    assert (one.state.done, one.state.time) == (many.state.done, many.state.time)
     for x, y in zip(a + weights, b + others, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
@@ -136,7 +147,7 @@ def test_checks_are_rounded_up_to_the_next_reading(check_every):
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         if pruner.step() is not None:
-            checked.append(pruner.done)
+            checked.append(pruner.state.done)
     due = range(check_every, 61, check_every)
     assert checked == sorted({-(-step // 10) * 10 for step in due if -(-step // 10) * 10 <= 60})
 
@@ -152,7 +163,7 @@ def test_a_state_between_two_readings_goes_on_as_the_run_would(stop):
         sgd.state[its] = {"momentum_buffer": optimizer.state[own]["momentum_buffer"].clone()}
     ends = [train(*run, batches(60 - stop, seed=1)) for run in ((model, optimizer, pruner), (other, sgd, again))]
     assert (np.array(ends[0]) == np.array(ends[1])).all()
-    assert pruner.state.tolist() == again.state.tolist() and pruner.undecided < pruner.complexity.size
+    assert pruner.fate.tolist() == again.fate.tolist() and pruner.undecided < pruner.complexity.size
     for a, b in zip(pruner.finish().state_dict().values(), again.finish().state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
@@ -190,7 +201,7 @@ def test_law_a_skipped_step_leaves_no_trace(overflow, read_every):
         own = data if which else [batch for number, batch in enumerate(data) if number not in overflow]
         assert sum(scaled(model, optimizer, pruner, own, which)) == len(which)
         pruner.read()
-        found.append((pruner.time, [*pruner._evidence.state()["pools"]], list(model.parameters())))
+        found.append((pruner.state.time, pools(pack(pruner.state.evidence)), list(model.parameters())))
     assert found[0][0] == found[1][0]
     for x, y in zip(found[0][1] + found[0][2], found[1][1] + found[1][2], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
@@ -201,8 +212,10 @@ def test_an_overflow_does_not_stop_measuring():
     model, optimizer, pruner = make(scaler=True, memory=10)
     skipped = scaled(model, optimizer, pruner, batches(80), set(range(0, 80, 9)))
     assert sum(skipped) == 9
-    assert all(np.isfinite(pruner.measured()[name]).all() for name in ("benefit_upper", "noise", "decay", "drift"))
-    products = pruner._products
+    assert all(
+        np.isfinite(getattr(pruner.limits(), name)).all() for name in ("benefit_upper", "noise", "decay", "drift")
+    )
+    products = pruner.state.products
     assert (products.gain.count > 0).all() and np.isfinite(products.gain.mean).all()
     assert np.isfinite(products.weight_gradient.mean).all()
     assert (pruner.keep_prob < 1).any() and np.isfinite(pruner.keep_prob).all()
@@ -210,7 +223,9 @@ def test_an_overflow_does_not_stop_measuring():
 
 def test_fp16_trains_and_prunes_with_a_scaler(tmp_path, monkeypatch):
     """On a CPU, where the command line refuses it for its slowness, and with a network that is quick there."""
-    monkeypatch.setattr("catode.train.models.resnets.build", lambda *_, **__: DenseResNet(64, 10, blocks=2, width=16, hidden=8))
+    monkeypatch.setattr(
+        "catode.train.models.resnets.build", lambda *_, **__: DenseResNet(64, 10, blocks=2, width=16, hidden=8)
+    )
     given = dict(epochs=3, batch_size=64, warmup_epochs=0.5, nu=0.5, memory=10, measure_every=1, augment="shift")
     setup = loop.prepare(Config(**given, out=str(tmp_path)))
     object.__setattr__(setup.config, "amp", "fp16")
@@ -225,4 +240,4 @@ def test_fp16_trains_and_prunes_with_a_scaler(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["accuracy"] > 0.2 and 0 < sum(bool(s) for _, s in skipped) < len(skipped) / 2
     assert bool(skipped[0][1]) and not bool(skipped[-1][1]) and float(skipped[-1][0]) < 2.0**30
-    assert trainer.pruner.time < trainer.time, "no time passed in the skipped steps"
+    assert trainer.pruner.state.time < trainer.time, "no time passed in the skipped steps"

@@ -199,7 +199,7 @@ def pruned(synchronised, per_example, tamper=None):
         thetas.append(pruner.keep_prob.copy())
     group.settle(model, step=STEPS)
     momentum = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
-    return np.array(thetas), pruner.state.tolist(), removed, model.state_dict(), momentum
+    return np.array(thetas), pruner.fate.tolist(), removed, model.state_dict(), momentum
 
 
 @pytest.mark.parametrize("per_example", [False, True])
@@ -265,8 +265,8 @@ def assert_close_end(found, expected):
     (result, rows, weights), (known, known_rows, known_weights) = found, expected
     for name in ("macs", "params", "decisions", "layers_kept", "units_kept"):
         assert result[name] == known[name]
-    assert [(r["step"], r["block"], r["index"], r["state"]) for r in rows] == [
-        (r["step"], r["block"], r["index"], r["state"]) for r in known_rows
+    assert [(r["step"], r["block"], r["index"], r["fate"]) for r in rows] == [
+        (r["step"], r["block"], r["index"], r["fate"]) for r in known_rows
     ]
     for name in ("keep_prob", "benefit", "gain"):
         ours, theirs = (np.array([float(r[name]) for r in table]) for table in (rows, known_rows))

@@ -1,8 +1,8 @@
-"""Pools against direct formulas, and gradient products against closed forms."""
+"""Gradient products against closed forms: what belongs to whom, and what they are an unbiased estimate of."""
 
 from __future__ import annotations
 
-import math
+import itertools
 
 import numpy as np
 import pytest
@@ -11,100 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from catode.decisions.evidence import Pool
+from catode.prune.cut import keep_units
 from catode.prune.growth import GradientProducts
+from catode.structures.inventory import Inventory
 from catode.train.models import BasicBlock, DenseResNet, build
 
-values = st.floats(-100, 100)
 
-
-@settings(max_examples=80)
-@given(st.lists(values, min_size=1, max_size=30), st.floats(1.0, 50.0))
-def test_law_pool_agrees_with_the_weighted_formulas(observed, window):
-    pool = Pool(1, window)
-    for value in observed:
-        pool.add(np.array([value]), np.array([True]))
-    x = np.array(observed)
-    w = (1 - 1 / window) ** np.arange(len(x))[::-1]
-    w[-1] = 1.0
-    mean, count = w @ x / w.sum(), w.sum() ** 2 / (w @ w)
-    assert pool.mean[0] == pytest.approx(mean, rel=1e-9, abs=1e-9)
-    assert pool.count[0] == pytest.approx(count, rel=1e-9)
-    assert count <= len(x) + 1e-9 and pool.count[0] <= 2 * window - 1 + 1e-9
-    if count > 1.5:
-        unbiased = w @ (x - mean) ** 2 / w.sum() * count / (count - 1)
-        assert pool.variance[0] == pytest.approx(unbiased, rel=1e-6, abs=1e-6)
-        assert pool.error[0] == pytest.approx(math.sqrt(pool.variance[0] / count))
-    else:
-        assert pool.variance[0] == pool.error[0] == math.inf
-
-
-def test_a_pool_without_forgetting_is_the_sample():
-    pool, x = Pool(1, 1e12), np.random.default_rng(0).normal(3, 2, 200)
-    for value in x:
-        pool.add(np.array([value]), np.array([True]))
-    assert pool.count[0] == pytest.approx(200)
-    assert pool.mean[0] == pytest.approx(x.mean())
-    assert pool.variance[0] == pytest.approx(x.var(ddof=1), rel=1e-6)
-
-
-def test_nothing_seen_is_nothing_known():
-    pool = Pool(2, 10.0)
-    pool.add(np.array([5.0, np.nan]), np.array([True, False]))
-    assert pool.count.tolist() == [1, 0] and pool.mean.tolist() == [5, 0]
-    assert np.isinf(pool.variance).all() and np.isinf(pool.error).all()
-
-
-@settings(max_examples=40)
-@given(st.lists(st.tuples(values, values, st.booleans(), st.booleans()), max_size=25))
-def test_law_quantities_are_pooled_independently(rows):
-    both, single = Pool(2, np.array([5.0, 9.0])), (Pool(1, 5.0), Pool(1, 9.0))
-    for a, b, seen_a, seen_b in rows:
-        both.add(np.array([a, b]), np.array([seen_a, seen_b]))
-        for pool, value, seen in zip(single, (a, b), (seen_a, seen_b), strict=True):
-            pool.add(np.array([value]), np.array([seen]))
-    for name in ("count", "mean", "variance", "error"):
-        alone = np.concatenate([getattr(p, name) for p in single])
-        np.testing.assert_allclose(getattr(both, name), alone, rtol=1e-12)
-
-
-@pytest.mark.parametrize("window", [2.0, 7.5, 100.0])
-def test_the_effective_count_saturates_at_twice_the_window(window):
-    pool = Pool(1, window)
-    for _ in range(int(30 * window)):
-        pool.add(np.ones(1), np.array([True]))
-    assert pool.count[0] == pytest.approx(2 * window - 1)
-    assert pool.mean[0] == pytest.approx(1.0) and pool.variance[0] == pytest.approx(0.0, abs=1e-9)
-
-
-def test_a_pool_follows_what_changes():
-    pool = Pool(1, 10.0)
-    for value in [0.0] * 200 + [1.0] * 50:
-        pool.add(np.array([value]), np.array([True]))
-    assert pool.mean[0] == pytest.approx(1 - 0.9**50)
-
-
-# Gradient products
-
-
-def present(blocks):
-    """Every unit's number, as the pruner numbers them."""
-    start, found = len(blocks), []
-    for block in blocks:
-        here = []
-        for site in block.sites:
-            here.append(np.arange(start, start + site.width))
-            start += site.width
-        found.append(here)
-    return found, start
-
-
-def attached(model, window=1e6):
-    blocks = model.structures()
-    units, size = present(blocks)
-    products = GradientProducts(size, window)
-    products.attach(model, list(enumerate(blocks)), units)
-    return products, size
+def attached(model, window=1e6, **given):
+    inventory = Inventory(model.structures())
+    products = GradientProducts(inventory.size, window, **given)
+    products.attach(model, inventory, np.ones(inventory.size, dtype=bool), inventory.units)
+    return products, inventory.size
 
 
 class OneBlock(nn.Module):
@@ -182,13 +99,12 @@ def test_a_shortcut_that_stays_belongs_to_nobody(bottleneck_net):
 
 
 def test_numbers_stay_the_original_ones_after_a_compaction():
-    from catode.prune.cut import keep_units
-
     model = DenseResNet(6, 3, blocks=2, width=4, hidden=5)
     blocks = model.structures()
-    keep_units(model, blocks[1], 0, [1, 4])
-    products = GradientProducts(12, 1e6)
-    products.attach(model, [(1, blocks[1])], [[np.array([8, 11])]])
+    keep_units(model, blocks[1].sites[0], [1, 4])
+    products, inventory = GradientProducts(12, 1e6), Inventory(blocks)
+    kept = np.isin(np.arange(12), [1, 8, 11])
+    products.attach(model, inventory, kept, [np.array([], dtype=np.int64), np.array([8, 11])])
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     model.blocks[1].hidden.weight.grad[1] = 1.0  # now the second unit: number 11
@@ -214,6 +130,46 @@ def test_law_products_of_different_batches_are_unbiased_where_the_square_is_not(
     assert products.gain.count == pytest.approx(np.full(size, bursts), rel=1e-3)
     assert (np.abs(products.gain.mean - exact) <= 4 * products.gain.error).all()
     assert (noise**2 * dimension > 20 * products.gain.error).all(), "the square's bias is far outside the error"
+
+
+def epoch_of_batches(model, count, seed):
+    """Gradients of the batches of one epoch, and their mean: what all images together give."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = [
+        {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) + 0.3 for n, p in model.named_parameters()}
+        for _ in range(count)
+    ]
+    return batches, {n: sum(batch[n] for batch in batches) / count for n in batches[0]}
+
+
+@pytest.mark.parametrize("count", [3, 5, 8])
+@pytest.mark.parametrize("per_example", [False, True])
+def test_law_batches_of_one_epoch_are_corrected_exactly(count, per_example):
+    """Over all orders of an epoch the corrected product is |G|^2 to rounding, the plain one lower by tr S / (nb - 1)."""
+    torch.manual_seed(0)
+    model = OneBlock().double()
+    batches, whole = epoch_of_batches(model, count, seed=count)
+    (corrected, size), (plain, _) = attached(model, window=1e12, epoch_steps=count), attached(model, window=1e12)
+    draw = np.full(size, 0.8 if per_example else 1.0)  # a gated weight's gradient carries the gate
+    for order in itertools.permutations(range(count), 3):
+        for place in order:
+            for n, p in model.named_parameters():
+                p.grad = batches[place][n] * draw[0]
+            corrected.add(draw)
+            plain.add(draw)
+    names = {id(p): n for n, p in model.named_parameters()}
+    exact = by_hand(model.block, lambda p: whole[names[id(p)]].square())
+    spread = sum(by_hand(model.block, lambda p, b=b: (b - whole)[names[id(p)]].square()) for b in map(Shifted, batches))
+    np.testing.assert_allclose(corrected.gain.mean, exact, rtol=1e-9)
+    np.testing.assert_allclose(plain.gain.mean, exact - spread / count / (count - 1), rtol=1e-9)
+    assert (plain.gain.mean < exact).all()
+
+
+class Shifted(dict):
+    """Gradients by name that can be subtracted."""
+
+    def __sub__(self, other):
+        return {name: value - other[name] for name, value in self.items()}
 
 
 def test_only_steps_in_which_a_structure_was_on_count():
@@ -247,8 +203,8 @@ def test_attaching_starts_a_new_burst():
         p.grad = torch.ones_like(p)
     products.add(np.ones(size))
     products.add(np.ones(size))
-    blocks = model.structures()
-    products.attach(model, list(enumerate(blocks)), present(blocks)[0])
+    inventory = Inventory(model.structures())
+    products.attach(model, inventory, np.ones(size, dtype=bool), inventory.units)
     products.add(np.ones(size))
     assert not products.gain.count.any()
 
@@ -256,7 +212,10 @@ def test_attaching_starts_a_new_burst():
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 1000), arch=st.sampled_from(["resnet14", "resnet50"]))
 def test_law_homogeneity_is_no_assumption_here_but_exact(seed, arch):
-    """Degree 1 in what makes a unit behind its norm and in what reads it: both have the same w . grad L (THEORY 4)."""
+    """Degree 1 in what makes a unit behind its norm and in what reads it: both have the same w . grad L.
+
+    Source: docs/mathematics.md section 4.
+    """
     torch.manual_seed(seed)
     model = build(arch, in_channels=3, classes=10, stem="cifar", hidden_scale=0.25).double().train()
     for module in model.modules():
