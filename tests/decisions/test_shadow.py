@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catode.decisions import shadow
-from catode.structures.fates import PRUNED_TOLERANCE, PRUNED_ZERO
 from catode.decisions.shadow import Shadow
 from catode.prune.pruner import Pruner
+from catode.structures.fates import PRUNED_TOLERANCE, PRUNED_ZERO
 from catode.train.data import load
 from catode.train.models import DenseResNet
 
