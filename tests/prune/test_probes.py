@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from catode.prune.gates import Gates
-from catode.prune.probes import Probe, _sampled, batch_statistics_only, curvature_corrected, straight_through
 from catode.prune.losses import recovered_targets
+from catode.prune.probes import Probe, _sampled, batch_statistics_only, curvature_corrected, straight_through
 from catode.structures.description import Block, Site
 from catode.train.models import build
 

@@ -149,7 +149,9 @@ def test_law_prices_split_by_alpha_scale_with_nu_and_sum_to_the_index(case, nu, 
     price = complexity.prices(theta, nu=nu, alpha=alpha, beta=beta)
     expected = nu * np.where(np.arange(complexity.size) < blocks, alpha, 1 - alpha) * gradient
     np.testing.assert_allclose(price, expected, rtol=1e-12, atol=1e-300)
-    np.testing.assert_allclose(complexity.prices(theta, nu=2 * nu, alpha=alpha, beta=beta), 2 * price, rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(
+        complexity.prices(theta, nu=2 * nu, alpha=alpha, beta=beta), 2 * price, rtol=1e-12, atol=1e-300
+    )
     # every removable monomial holds exactly one layer, so Euler's rule gives the whole index back
     index = complexity.index(theta, beta)
     assert price[layers] @ theta[layers] == pytest.approx(nu * alpha * index, rel=1e-9, abs=1e-300)
