@@ -45,12 +45,12 @@ def watched():
 def test_nothing_is_removed_before_its_theta_is_0(watched):
     assert watched.finished
     assert not (watched.fate == PRUNED_TOLERANCE).any()
-    rows = watched.shadow.rows(watched.names())
+    rows = watched.shadow.rows(watched.inventory.names())
     derived = [row for row in rows if row["rule"] == shadow.DERIVED]
     assert len(derived) >= 5 and all(0.0 < row["keep_prob"] <= row["tolerance"] for row in derived)
-    assert all(row["benefit_upper"] < row["price"] and row["escape"] <= watched.risk for row in derived)
+    assert all(row["benefit_upper"] < row["price"] and row["escape"] <= watched.settings.risk for row in derived)
     zero = [(row["block"], row["index"]) for row in rows if row["rule"] == shadow.ZERO]
-    names = watched.names()
+    names = watched.inventory.names()
     assert sorted(zero, key=str) == sorted(
         [(names[s]["block"], names[s]["index"]) for s in np.flatnonzero(watched.fate == PRUNED_ZERO)], key=str
     )
@@ -74,7 +74,7 @@ def test_what_is_open_at_the_end_of_deciding_is_watched_on():
 
 
 def test_decisions_end_with_the_deciding_phase(watched):
-    rows = watched.shadow.rows(watched.names())
+    rows = watched.shadow.rows(watched.inventory.names())
     assert max(row["step"] for row in rows if row["rule"] != shadow.ZERO) <= STEPS < max(row["step"] for row in rows)
 
 
@@ -83,7 +83,9 @@ def test_the_record_survives_a_checkpoint():
     state = first.state_dict()
     second = train(0, shadow=STEPS)
     second.load_state_dict(state)
-    told = [[{k: str(v) for k, v in row.items()} for row in p.shadow.rows(p.names())] for p in (first, second)]
+    told = [
+        [{k: str(v) for k, v in row.items()} for row in p.shadow.rows(p.inventory.names())] for p in (first, second)
+    ]
     assert told[0] and told[0] == told[1]
 
 

@@ -210,7 +210,9 @@ def test_an_overflow_does_not_stop_measuring():
 
 def test_fp16_trains_and_prunes_with_a_scaler(tmp_path, monkeypatch):
     """On a CPU, where the command line refuses it for its slowness, and with a network that is quick there."""
-    monkeypatch.setattr("catode.train.models.resnets.build", lambda *_, **__: DenseResNet(64, 10, blocks=2, width=16, hidden=8))
+    monkeypatch.setattr(
+        "catode.train.models.resnets.build", lambda *_, **__: DenseResNet(64, 10, blocks=2, width=16, hidden=8)
+    )
     given = dict(epochs=3, batch_size=64, warmup_epochs=0.5, nu=0.5, memory=10, measure_every=1, augment="shift")
     setup = loop.prepare(Config(**given, out=str(tmp_path)))
     object.__setattr__(setup.config, "amp", "fp16")
