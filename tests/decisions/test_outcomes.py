@@ -1,42 +1,53 @@
-"""What becomes of structures at a check: the laws of `catode.decisions.outcomes` for any measurement, width and target."""
+"""What becomes of structures at a check: the laws of `catode.decisions.outcomes`, a walk in loops, every fate by hand."""
+
+from __future__ import annotations
 
 import numpy as np
-import torch
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import limits, mask, network
 
-from catode.decisions.outcomes import COMMITTED, FORCED, PROMOTED, PRUNED_TOLERANCE, PRUNED_ZERO, UNDECIDED, Outcomes
+from catode.decisions.outcomes import Outcomes
 from catode.decisions.rules import NEARLY_ONE
 from catode.decisions.target import Target
-from catode.prune.describe.costs import describe
-from catode.train.models import Architecture, ResNet
+from catode.structures import fates
+from catode.structures.fates import (
+    COMMITTED,
+    KEPT_AS_LAST,
+    KEPT_AT_TARGET,
+    KEPT_FOR_WIDTH,
+    KEPT_OUT_OF_TIME,
+    PRUNED_TOLERANCE,
+    PRUNED_ZERO,
+    REMOVED_OUT_OF_TIME,
+    REMOVED_WITH_BLOCK,
+    UNDECIDED,
+)
 
-MODEL = ResNet(Architecture("basic", (1, 1, 1), 16, "A", "cifar"), 1, 3)
-COST = describe(MODEL, MODEL.structures(), torch.zeros(1, 1, 8, 8))
-N = COST.size
+COST = network((16,), (12, 8), (8,))
+OWNER, N = COST.inventory, COST.size
 
 
 @st.composite
 def checks(draw, targets=(None, "macs", "params"), multiples=(1, 4, 8), watching=False):
-    """Rules, and the arguments of `Outcomes.of` at some check of some run."""
+    """Rules, and the arguments of `Outcomes.settle` at some check of some run."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     quantity = draw(st.sampled_from(targets))
     target = None if quantity is None else Target(COST, quantity, draw(st.floats(0.1, 0.95)))
     multiple = draw(st.sampled_from(multiples))
     kept = np.ones(N, dtype=bool)
-    for units in COST.sites:  # widths that earlier checks may have left
+    for units in OWNER.units:  # widths that earlier checks may have left
         kept[rng.permutation(units)[: rng.integers(0, len(units) // multiple) * multiple]] = False
     open_ = kept & (rng.random(N) < draw(st.floats(0.3, 1.0)))
     theta = np.where(open_, rng.choice([0.0, 0.2, 0.6, 0.95, 1.0], size=N), np.where(kept, 1.0, 0.0))
     zero = open_ & (theta == 0.0) & (rng.random(N) < draw(st.floats(0.0, 1.0)))
     rest = open_ & ~zero
-    found = dict(
-        keep_prob=theta, benefit=rng.normal(size=N), benefit_upper=rng.gamma(1.0, size=N), price=np.full(N, 0.5)
-    )
+    found = limits(N, keep_prob=theta, benefit=rng.normal(size=N), benefit_upper=rng.gamma(1.0, size=N), price=0.5)
     return Outcomes(COST, multiple, target), dict(
-        state=np.where(open_, UNDECIDED, np.where(kept, COMMITTED, PRUNED_ZERO)).astype("<U16"),
+        fate=np.where(open_, UNDECIDED, np.where(kept, COMMITTED, PRUNED_ZERO)).astype("<U32"),
         kept=kept,
-        found=found,
+        limits=found,
         zero=zero,
         safe=rest & (rng.random(N) < draw(st.floats(0.0, 0.6))),
         certain=rest & (theta >= NEARLY_ONE) & (rng.random(N) < 0.5),
@@ -48,70 +59,305 @@ def checks(draw, targets=(None, "macs", "params"), multiples=(1, 4, 8), watching
 @given(checks())
 def test_every_structure_ends_in_one_piece_with_the_network(check):
     rules, given_ = check
-    result = rules.of(**given_)
-    open_ = given_["state"] == UNDECIDED
-    assert (result.kept == COST.close(result.kept)).all() and not (result.kept & ~given_["kept"]).any()
-    assert result.kept[COST.is_layer].any()
-    assert (result.state == given_["state"])[~open_ & (result.kept == given_["kept"])].all(), "the decided stay decided"
+    result = rules.settle(**given_)
+    open_ = given_["fate"] == UNDECIDED
+    assert np.isin(result.fate, fates.FATES).all()
+    assert (result.kept == OWNER.close(result.kept)).all() and not (result.kept & ~given_["kept"]).any()
+    assert result.kept[OWNER.is_layer].any()
+    assert (result.fate == given_["fate"])[~open_ & (result.kept == given_["kept"])].all(), "the decided stay decided"
     gone = given_["kept"] & ~result.kept
-    assert np.isin(result.state[gone], [PRUNED_ZERO, PRUNED_TOLERANCE, PROMOTED, FORCED]).all()
-    assert np.isin(result.state[open_ & result.kept], [UNDECIDED, COMMITTED, FORCED]).all()
+    assert np.isin(result.fate[gone], fates.REMOVED).all()
+    assert not np.isin(result.fate[open_ & result.kept], fates.REMOVED).any()
     assert not (result.folded & ~result.kept).any()
+    assert (result.folded == (result.fate == KEPT_FOR_WIDTH)).all()
+    timeless = np.isin(result.fate, [KEPT_OUT_OF_TIME, REMOVED_OUT_OF_TIME])
+    assert given_["final"] or not timeless.any(), "time is out at the end alone"
+    assert not (result.fate[open_] == KEPT_AT_TARGET).any() or rules.target is not None
     if given_["final"]:
-        assert not (result.state == UNDECIDED).any()
+        assert not (result.fate == UNDECIDED).any()
     if result.everything:
-        assert (result.kept == given_["kept"]).all() and not (result.state == UNDECIDED).any()
+        assert (result.kept == given_["kept"]).all() and (result.fate[open_] == KEPT_AS_LAST).all()
+        assert not (result.certain | result.folded | result.watched).any()
 
 
 @given(checks(targets=[None], multiples=[1]))
 def test_alone_goes_what_may_go_and_stays_what_is_certain(check):
     rules, given_ = check
-    result = rules.of(**given_)
-    going, open_ = given_["zero"] | given_["safe"], given_["state"] == UNDECIDED
+    result = rules.settle(**given_)
+    going, open_ = given_["zero"] | given_["safe"], given_["fate"] == UNDECIDED
     if given_["final"]:
-        going = going | (open_ & ~given_["certain"] & (given_["found"]["keep_prob"] < 0.5))
-    left = COST.close(given_["kept"] & ~going)
-    assert result.everything == (not left[COST.is_layer].any())
+        going = going | (open_ & ~given_["certain"] & (given_["limits"].keep_prob < 0.5))
+    left = OWNER.close(given_["kept"] & ~going)
+    assert result.everything == (not left[OWNER.is_layer].any())
     if not result.everything:
         assert (result.kept == left).all() and not result.folded.any()
-        assert (result.state[given_["zero"]] == PRUNED_ZERO).all()
-        assert (result.state[given_["safe"]] == PRUNED_TOLERANCE).all()
-        assert (result.state[given_["certain"] & left] == COMMITTED).all()
+        assert (result.fate[given_["zero"]] == PRUNED_ZERO).all()
+        assert (result.fate[given_["safe"]] == PRUNED_TOLERANCE).all()
+        assert (result.fate[given_["certain"] & ~given_["safe"] & left] == COMMITTED).all()
 
 
 @given(checks())
 def test_widths_change_by_whole_groups_unless_the_block_goes(check):
     rules, given_ = check
-    result = rules.of(**given_)
-    for units in COST.sites:
+    result = rules.settle(**given_)
+    for units in OWNER.units:
         before, after = given_["kept"][units].sum(), result.kept[units].sum()
         assert after in (0, before) or after % rules.round_to == 0
         assert result.folded[units].sum() < rules.round_to, "a whole group would have gone"
 
 
 @given(checks(targets=["macs", "params"]))
-def test_a_target_keeps_what_would_lead_past_it_and_says_that_it_was_forced(check):
+def test_a_target_keeps_what_would_lead_past_it_and_says_so(check):
     rules, given_ = check
-    result = rules.of(**given_)
-    free = Outcomes(COST, rules.round_to).of(**given_ | {"final": False})
+    result = rules.settle(**given_)
+    free = Outcomes(COST, rules.round_to).settle(**given_ | {"final": False})
     if not (free.everything or result.everything or given_["final"]):
         assert not (free.kept & ~result.kept).any(), "a target lets nothing more go"
     met = rules.target.of(given_["kept"]) <= rules.target.share
     if met and rules.target.of(free.kept) < rules.target.share:
         assert (result.kept == given_["kept"]).all() or rules.target.of(result.kept) >= rules.target.share
     if not result.everything:
-        stays = (given_["state"] == UNDECIDED) & result.kept & (result.state != UNDECIDED) & ~result.folded
-        near_one = given_["found"]["keep_prob"] >= NEARLY_ONE
-        assert (result.state[stays] == np.where(near_one, COMMITTED, FORCED)[stays]).all()
+        stays = (given_["fate"] == UNDECIDED) & result.kept & (result.fate != UNDECIDED) & ~result.folded
+        near_one = given_["limits"].keep_prob >= NEARLY_ONE
+        assert (result.fate[stays] == np.where(near_one, COMMITTED, KEPT_AT_TARGET)[stays]).all()
 
 
 @given(checks(targets=[None], multiples=[1], watching=True))
 def test_what_is_watched_stays_undecided_beyond_the_end(check):
     rules, given_ = check
-    result = rules.of(**given_ | {"final": True})
-    own = given_["watching"] & (given_["state"] == UNDECIDED) & ~given_["certain"]
+    result = rules.settle(**given_ | {"final": True})
+    own = given_["watching"] & (given_["fate"] == UNDECIDED) & ~given_["certain"]
     own &= ~given_["zero"] & ~given_["safe"]
     if not result.everything:
         assert (result.watched == own).all()
-        assert (result.state[own & result.kept] == UNDECIDED).all()
-        assert (result.state[own & ~result.kept] == PROMOTED).all()
+        assert (result.fate[own & result.kept] == UNDECIDED).all()
+        assert (result.fate[own & ~result.kept] == REMOVED_WITH_BLOCK).all()
+
+
+def walk(rules, fate, kept, limits, zero, safe, certain, watching, final):
+    """Without a target, site by site and structure by structure; None where nothing would be left."""
+    kept = [bool(k) for k in kept]
+
+    def remove(going):
+        """Take `going` out in whole groups; returns those that wait."""
+        waits = set()
+        for units in OWNER.units:
+            left = [s for s in units if kept[s]]
+            own = sorted(
+                (s for s in left if s in going),
+                key=lambda s: (limits.keep_prob[s], limits.benefit[s] / limits.price[s]),
+            )
+            while own and (len(left) - len(own)) % rules.round_to:
+                waits.add(own.pop())
+            for s in own:
+                kept[s] = False
+        for s in range(OWNER.layers):
+            kept[s] = kept[s] and s not in going
+        for place in OWNER.places:
+            kept[place.layer] = kept[place.layer] and any(kept[s] for s in place.units)
+        for place in OWNER.places:
+            for s in place.units:
+                kept[s] = kept[s] and kept[place.layer]
+        return waits
+
+    open_ = [s for s in range(N) if fate[s] == UNDECIDED]
+    going = {s for s in open_ if zero[s] or safe[s]}
+    waits = remove(going)
+    out_of_time, down = set(), set()
+    if final:
+        out_of_time = {
+            s
+            for s in open_
+            if not (certain[s] and s not in going)
+            and not (watching[s] and s not in going)
+            and (s not in going or kept[s])
+        }
+        down = {s for s in out_of_time if s in waits or limits.keep_prob[s] < 0.5}
+        waits = remove(down)
+    if not any(kept[: OWNER.layers]):
+        return None
+    ends = list(map(str, fate))
+    for s in range(N):
+        was = fate[s] in (UNDECIDED, COMMITTED)
+        if kept[s]:
+            if fate[s] != UNDECIDED:
+                continue
+            if certain[s] and s not in going:
+                ends[s] = COMMITTED
+            elif final and s in waits:
+                ends[s] = KEPT_FOR_WIDTH
+            elif s in out_of_time:
+                ends[s] = KEPT_OUT_OF_TIME
+        elif was:
+            if zero[s]:
+                ends[s] = PRUNED_ZERO
+            elif safe[s]:
+                ends[s] = PRUNED_TOLERANCE
+            elif s in down:
+                ends[s] = REMOVED_OUT_OF_TIME
+            else:
+                ends[s] = REMOVED_WITH_BLOCK
+    if not final:  # where all that is undecided waits at 0, no group can come together any more
+        for units in OWNER.units:
+            own = [s for s in units if kept[s] and fate[s] == UNDECIDED and ends[s] != COMMITTED]
+            if all(s in waits and zero[s] for s in own):
+                for s in own:
+                    ends[s] = KEPT_FOR_WIDTH
+    return kept, ends
+
+
+@settings(max_examples=200)
+@given(checks(targets=[None], watching=True))
+def test_law_without_a_target_a_check_ends_as_a_walk_in_loops_does(check):
+    rules, given_ = check
+    result, expected = rules.settle(**given_), walk(rules, **given_)
+    assert result.everything == (expected is None)
+    if expected is not None:
+        assert result.kept.tolist() == expected[0]
+        assert result.fate.tolist() == expected[1]
+
+
+SMALL = network((4,), (4,))  # layers 0 and 1, units 2 to 5 and 6 to 9
+
+
+def settle(*, theta=None, zero=(), safe=(), certain=(), watching=(), final=False, decided=(), benefit=None, **rules):
+    n, theta = SMALL.size, np.ones(SMALL.size) if theta is None else np.asarray(theta, float)
+    upper = np.linspace(0.01, 0.09, n) if benefit is None else np.asarray(benefit, float)
+    found = limits(n, keep_prob=theta, benefit=upper, benefit_upper=upper)
+    marks = {"zero": zero, "safe": safe, "certain": certain, "watching": watching}
+    result = Outcomes(SMALL, **rules).settle(
+        np.where(mask(n, *decided), COMMITTED, UNDECIDED).astype("<U32"),
+        np.ones(n, dtype=bool),
+        found,
+        **{name: mask(n, *numbers) for name, numbers in marks.items()},
+        final=final,
+    )
+    return result
+
+
+def ends(result):
+    """Numbers by fate, but for what is undecided."""
+    return {
+        str(fate): np.flatnonzero(result.fate == fate).tolist() for fate in np.unique(result.fate) if fate != UNDECIDED
+    }
+
+
+HALF = [1.0, 1.0, 0.5, 0.49, 1.0, 1.0, 1.0, 1.0, 0.0, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, {}),
+        ({"certain": [3, 7]}, {COMMITTED: [3, 7]}),
+        ({"safe": [3]}, {PRUNED_TOLERANCE: [3]}),
+        ({"zero": [3], "safe": [6]}, {PRUNED_ZERO: [3], PRUNED_TOLERANCE: [6]}),
+        ({"zero": [2, 3, 4], "safe": [5]}, {PRUNED_ZERO: [2, 3, 4], PRUNED_TOLERANCE: [5], REMOVED_WITH_BLOCK: [0]}),
+        ({"safe": [1], "zero": [7]}, {PRUNED_TOLERANCE: [1], PRUNED_ZERO: [7], REMOVED_WITH_BLOCK: [6, 8, 9]}),
+        ({"zero": [0], "certain": [0, 2, 6]}, {PRUNED_ZERO: [0], REMOVED_WITH_BLOCK: [2, 3, 4, 5], COMMITTED: [6]}),
+        ({"zero": [0], "decided": [0, 2, 6]}, {PRUNED_ZERO: [0], REMOVED_WITH_BLOCK: [2, 3, 4, 5], COMMITTED: [6]}),
+        (
+            {"final": True, "theta": HALF},
+            {KEPT_OUT_OF_TIME: [0, 1, 2, 4, 5, 6, 7], REMOVED_OUT_OF_TIME: [3, 8, 9]},
+        ),
+        (
+            {"final": True, "theta": HALF, "zero": [8], "certain": [9], "watching": [0, 3], "safe": [4]},
+            {PRUNED_ZERO: [8], COMMITTED: [9], PRUNED_TOLERANCE: [4], KEPT_OUT_OF_TIME: [1, 2, 5, 6, 7]},
+        ),
+        ({"zero": [0, 1]}, {KEPT_AS_LAST: list(range(10))}),
+        (
+            {"zero": [2, 3, 4, 5], "safe": [1], "decided": [7]},
+            {KEPT_AS_LAST: [0, 1, 2, 3, 4, 5, 6, 8, 9], COMMITTED: [7]},
+        ),
+        # groups of 4: one unit waits, and is kept for the width where time is out or nothing else is undecided
+        ({"zero": [3], "round_to": 4}, {}),
+        ({"zero": [3], "round_to": 4, "decided": [2, 4, 5]}, {KEPT_FOR_WIDTH: [3], COMMITTED: [2, 4, 5]}),
+        ({"zero": [3], "round_to": 4, "certain": [2, 4, 5]}, {KEPT_FOR_WIDTH: [3], COMMITTED: [2, 4, 5]}),
+        ({"safe": [3], "round_to": 4, "decided": [2, 4, 5]}, {COMMITTED: [2, 4, 5]}),  # its theta may rise again
+        ({"zero": [3], "safe": [2], "round_to": 4, "decided": [4, 5]}, {COMMITTED: [4, 5]}),
+        (
+            {"zero": [3], "round_to": 4, "final": True},
+            {KEPT_FOR_WIDTH: [3], KEPT_OUT_OF_TIME: [0, 1, 2, *range(4, 10)]},
+        ),
+        (
+            {"zero": [3, 4, 9], "round_to": 2, "final": True},
+            {PRUNED_ZERO: [3, 4], KEPT_FOR_WIDTH: [9], KEPT_OUT_OF_TIME: [0, 1, 2, 5, 6, 7, 8]},
+        ),
+        (  # a unit that waited goes with one whose time is out
+            {"zero": [9], "round_to": 2, "final": True, "theta": [*[1.0] * 7, 0.3, 1.0, 0.0]},
+            {PRUNED_ZERO: [9], REMOVED_OUT_OF_TIME: [7], KEPT_OUT_OF_TIME: [0, 1, 2, 3, 4, 5, 6, 8]},
+        ),
+        (
+            {"final": True, "theta": [0.3, 1.0, *[0.4] * 4, *[1.0] * 4]},
+            {REMOVED_OUT_OF_TIME: [0, 2, 3, 4, 5], KEPT_OUT_OF_TIME: [1, 6, 7, 8, 9]},
+        ),
+        (
+            {"final": True, "theta": [0.3, *[0.8] * 5, *[1.0] * 4]},
+            {REMOVED_OUT_OF_TIME: [0], REMOVED_WITH_BLOCK: [2, 3, 4, 5], KEPT_OUT_OF_TIME: [1, 6, 7, 8, 9]},
+        ),
+    ],
+)
+def test_fates_by_hand(how, expected):
+    result = settle(**how)
+    assert ends(result) == expected
+    assert result.everything == (KEPT_AS_LAST in expected)
+    assert np.flatnonzero(result.folded).tolist() == expected.get(KEPT_FOR_WIDTH, [])
+    gone = [s for fate in fates.REMOVED for s in expected.get(fate, [])]
+    assert np.flatnonzero(~result.kept).tolist() == sorted(gone)
+    old = how.get("decided", [])
+    newly = [s for s in expected.get(COMMITTED, []) if s not in old]
+    assert [s for s in np.flatnonzero(result.certain) if result.kept[s]] == newly
+
+
+def macs(removed):
+    """The target that this many units of the first block, and a little, lead to."""
+    return Target(SMALL, "macs", 1.0 - removed * Target(SMALL, "macs", 0.5).parts(np.ones(10, dtype=bool))[2])
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        # below the target nothing more is certain by its benefit
+        ({"target": macs(2), "certain": [3, 7]}, {}),
+        ({"target": macs(2), "safe": [3]}, {PRUNED_TOLERANCE: [3]}),
+        # of three that may go, the two of the least worth take the network to the target; everything else then stays
+        (
+            {"target": macs(2), "safe": [3, 4, 5], "theta": [1, 1, 0.89, 0.1, 0.1, 0.1, 0.9, 1, 1, 1]},
+            {PRUNED_TOLERANCE: [3, 4], KEPT_AT_TARGET: [2, 5], COMMITTED: [0, 1, 6, 7, 8, 9]},
+        ),
+        (
+            {
+                "target": macs(2),
+                "zero": [3, 4, 5],
+                "benefit": [0, 0, 0, 0.09, 0.02, 0.01, 0, 0, 0, 0],
+                "theta": [0.95] * 10,
+            },
+            {PRUNED_ZERO: [4, 5], COMMITTED: [0, 1, 2, 3, 6, 7, 8, 9]},
+        ),
+        # time is out before the target is met: all that is undecided goes as far as the target
+        (
+            {"target": macs(2), "final": True, "theta": [0.95] * 2 + [0.8] * 8},
+            {REMOVED_OUT_OF_TIME: [2, 3], KEPT_AT_TARGET: [4, 5, 6, 7, 8, 9], COMMITTED: [0, 1]},
+        ),
+    ],
+)
+def test_fates_at_a_target_by_hand(how, expected):
+    upper = how.pop("benefit", [0.09, 0.09, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08])
+    result = settle(benefit=upper, **how)
+    assert ends(result) == expected
+    stays = [*expected.get(COMMITTED, []), *expected.get(KEPT_AT_TARGET, [])]
+    assert np.flatnonzero(result.certain).tolist() == sorted(stays)
+
+
+def test_at_a_target_whole_groups_go_and_those_left_over_wait():
+    result = settle(target=macs(2), round_to=2, safe=[2, 3, 4], theta=[0.5] * 10, benefit=np.arange(10) / 100)
+    assert ends(result)[PRUNED_TOLERANCE] == [2, 3]
+    assert not result.folded.any() and KEPT_AT_TARGET in ends(result) and result.kept[4]
+
+
+def test_every_fate_occurs_in_the_tables_above():
+    seen = {UNDECIDED}
+    for case in (test_fates_by_hand, test_fates_at_a_target_by_hand):
+        for _, expected in case.pytestmark[0].args[1]:
+            seen |= expected.keys()
+    assert seen == set(fates.FATES)

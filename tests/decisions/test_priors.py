@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 
 from catode.decisions.priors import PRIORS, bernoulli, concrete, flattening
-from catode.prune.pruner import Pruner
 from catode.theory.priors.priors import BernoulliPrior, FlatteningPrior, HardConcrete
-from catode.train.models import DenseResNet
 
 PRICE = 0.02
 thetas = st.floats(0.01, 0.99)
@@ -62,45 +58,34 @@ def test_law_concrete_moves_as_a_gate_of_temperature_0(theta, benefit):
     )
 
 
-def train(steps, **changes):
-    torch.manual_seed(0)
-    model = DenseResNet(64, 10, blocks=2, width=32, hidden=12)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    options = dict(nu=4.0, rate_ratio=0.05, steps=120, warmup=20, check_every=10, probe_size=16, memory=50)
-    pruner = Pruner(model, torch.zeros(1, 1, 8, 8), optimizer=optimizer, **options | changes)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        x = torch.randn(32, 1, 8, 8, generator=generator)
-        loss = F.cross_entropy(model.train()(x), (x.mean((1, 2, 3)) > 0).long())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        pruner.step()
-    return pruner
-
-
-@pytest.mark.parametrize("prior", ["bernoulli", "concrete"])
-def test_under_the_rivals_thetas_come_to_rest_inside(prior):
-    pruner = train(120, prior=prior, tolerance=0.01, images=1438, initial_keep_prob=0.9)
-    assert pruner.finished and set(PRIORS) == {"flattening", "bernoulli", "concrete"}
-    assert not np.isin(pruner.state, ["committed", "pruned_zero"]).any()
-    assert pruner.decisions().get("forced", 0) > 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(prior="flat"), "`prior` must be one of"),
-        (dict(prior="bernoulli"), "`prior` must be flattening without a fixed tolerance"),
-        (
-            dict(prior="bernoulli", tolerance=0.1, target_macs=0.5),
-            "`prior` must be flattening without a fixed tolerance, with a",
-        ),
-        (dict(prior="bernoulli", tolerance=0.1), "`images` must be given"),
-        (dict(prior="concrete", tolerance=0.1), "`initial_keep_prob` must be below 1"),
-    ],
+@given(
+    theta=st.floats(0.0, 1.0),
+    share=st.floats(-3.0, 3.0).filter(bool),
+    other=st.floats(0.0, 1.0),
+    force=st.floats(1e-4, 1.0),
 )
-def test_wrong_settings_are_refused(change, message):
-    with pytest.raises(ValueError) as caught:
-        train(0, **change)
-    assert message in str(caught.value)
+def test_law_flattening_moves_theta_as_the_force_says_and_stops_at_the_ends(theta, share, other, force):
+    """`share` is how far theta would move, in units of the way to the end that it is pushed towards."""
+    move = PRIORS["flattening"]
+    way = (1.0 - theta) if share > 0 else theta
+    step = abs(share) * way / force
+    push = one(force if share > 0 else -force)
+    new = move(one(theta), push, one(step), None)[0]
+    assert 0.0 <= new <= 1.0
+    if abs(share) >= 1.0 + 1e-9:
+        assert new == (1.0 if share > 0 else 0.0)
+    else:
+        assert new == pytest.approx(theta + share * way, abs=1e-12)
+    assert way == 0.0 or abs(share) * way < 1e-12 or new != theta, "what is pushed moves"
+    # the projection brings no two thetas further apart, and keeps their order
+    beside = move(one(other), push, one(step), None)[0]
+    assert abs(new - beside) <= abs(theta - other) + 1e-12 and (new - beside) * (theta - other) >= 0.0
+
+
+@given(theta=st.floats(0.0, 1.0) | st.sampled_from([0.0, 1.0]), step=st.floats(0.0, 1e6))
+def test_law_without_force_no_theta_moves_under_flattening(theta, step):
+    assert PRIORS["flattening"](one(theta), one(0.0), one(step), None)[0] == theta
+
+
+def test_the_priors_have_their_names():
+    assert {"flattening": flattening, "bernoulli": bernoulli, "concrete": concrete} == PRIORS

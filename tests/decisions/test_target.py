@@ -1,23 +1,15 @@
-"""Ending at a share of the MACs or parameters: the laws of `catode.decisions.target`, and a run that lands there."""
-
-import csv
-import json
+"""Ending at a share of the MACs or parameters: the laws of `catode.decisions.target`, and examples by hand."""
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made import network
 
-from catode.decisions.rules import NEARLY_ONE
 from catode.decisions.target import HEADROOM, LAG, RAMP, SLACK, Target
-from catode.prune.describe.costs import describe
-from catode.train.__main__ import main
-from catode.train.models import Architecture, ResNet
 
-MODEL = ResNet(Architecture("basic", (1, 1, 1), 16, "A", "cifar"), 1, 3)
-COST = describe(MODEL, MODEL.structures(), torch.zeros(1, 1, 8, 8))
-BLOCKS = COST.blocks
+COST = network((16,), (12, 8), (8,))
+BLOCKS, close = COST.inventory.layers, COST.inventory.close
 
 
 @st.composite
@@ -25,7 +17,7 @@ def states(draw):
     """A target, a closed network above it, what is undecided in it, and what each is worth."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     target = Target(COST, draw(st.sampled_from(["macs", "params"])), draw(st.floats(0.1, 0.95)))
-    kept = COST.close(rng.random(COST.size) < draw(st.floats(0.6, 1.0)))
+    kept = close(rng.random(COST.size) < draw(st.floats(0.6, 1.0)))
     open_ = kept & (rng.random(COST.size) < draw(st.floats(0.0, 1.0)))
     return target, kept, open_, rng.gamma(1.0, size=COST.size)
 
@@ -35,7 +27,7 @@ def test_removal_goes_no_further_than_the_target(state, seed):
     target, kept, open_, worth = state
     going = open_ & (np.random.default_rng(seed).random(COST.size) < 0.7)
     left = target.remove(kept, going, open_, worth)
-    assert not (left & ~kept).any() and (left == COST.close(left)).all()
+    assert not (left & ~kept).any() and (left == close(left)).all()
     gone, cost = kept & ~left, target.of(kept) - target.share
     if cost > 0:
         # past the target by no more than the slack, or by the least single part plus what it promotes
@@ -43,7 +35,7 @@ def test_removal_goes_no_further_than_the_target(state, seed):
         emptied = target.of(left) < target.share - max(SLACK, least) and (gone & ~going).any()
         assert target.of(left) >= target.share - max(SLACK, least) - 1e-12 or emptied
     else:
-        assert not gone.any() or target.of(COST.close(kept & ~going)) >= target.share
+        assert not gone.any() or target.of(close(kept & ~going)) >= target.share
 
 
 @given(states())
@@ -62,12 +54,12 @@ def test_level_prices_out_just_enough(state, progress):
     target, kept, open_, worth = state
     level = target.level(kept, open_, worth, progress)
     due = target.due(progress)
-    if target.of(kept) <= due or target.of(COST.close(kept & ~open_)) > due:
+    if target.of(kept) <= due or target.of(close(kept & ~open_)) > due:
         assert level is None
         return
     marginal = level / HEADROOM
-    assert target.of(COST.close(kept & ~(open_ & (worth <= marginal * (1 + 1e-9))))) <= due
-    assert target.of(COST.close(kept & ~(open_ & (worth < marginal * (1 - 1e-9))))) > due
+    assert target.of(close(kept & ~(open_ & (worth <= marginal * (1 + 1e-9))))) <= due
+    assert target.of(close(kept & ~(open_ & (worth < marginal * (1 - 1e-9))))) > due
 
 
 @given(st.floats(0.1, 0.9), st.floats(1e-6, 1.0), st.floats(1e-6, 1.0))
@@ -89,65 +81,168 @@ def test_parts_are_what_goes_with_each_structure():
         assert parts[s] == pytest.approx(1.0 - target.of(without), rel=1e-12)
 
 
-def test_what_stays_because_the_target_is_met_is_counted_as_rounded(tmp_path):
-    folder = tmp_path / "run"
-    flags = [
-        "--arch=resnet14",
-        "--hidden-scale=0.5",
-        "--batch-size=256",
-        "--epochs=4",
-        "--warmup-epochs=1",
-        "--alpha=0",
-    ]
-    flags += ["--memory=10", "--measure-every=1", "--check-every=3", "--threads=1", "--target-macs=0.5"]
-    assert main([*flags, "--out", str(folder)]) == 0
-    rows = {}
-    for row in csv.DictReader((folder / "structures.csv").open()):
-        rows[row["block"], row["site"], row["index"]] = row
-    committed = [row for row in rows.values() if row["state"] == "committed"]
-    forced = [row for row in rows.values() if row["state"] == "forced"]
-    assert forced and all(float(row["keep_prob"]) >= NEARLY_ONE for row in committed)
-
-
-@pytest.mark.parametrize("flags", [["--rate-ratio=1000"], ["--sink-share=1e-5"]])
-def test_however_fast_a_theta_sinks_the_price_level_stays_a_number(flags, tmp_path):
-    short = [
-        "--arch=resnet14",
-        "--hidden-scale=0.25",
-        "--epochs=2",
-        "--warmup-epochs=0.2",
-        "--check-every=5",
-        "--threads=1",
-    ]
-    assert main([*short, "--target-macs=0.5", *flags, "--out", str(tmp_path / "run")]) == 0
-    assert np.isfinite(json.loads((tmp_path / "run" / "result.json").read_text())["macs"])
-
-
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan"), 1e-4])
 def test_out_of_reach(share):
     with pytest.raises(ValueError, match="`target_macs` must"):
         Target(COST, "macs", share)
 
 
-@pytest.mark.parametrize("flags", [["--target-macs=0.4"], ["--target-params=0.6", "--alpha=0"]])
-def test_run_lands_within_two_points(tmp_path, flags, capsys):
-    quantity, share = flags[0][len("--target-") :].split("=")
-    run = ["--arch=resnet14", "--epochs=3", "--seed=1", "--warmup-epochs=0.5", "--memory=20", "--threads=1"]
-    assert main([*run, *flags, "--out", str(tmp_path / "run")]) == 0
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert abs(result[quantity] / result[f"{quantity}_dense"] - float(share)) < 0.02
+@given(states(), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_law_what_may_go_brings_the_share_nearer_and_not_far_past(state, size, seed):
+    target, kept, open_, _ = state
+    rng = np.random.default_rng(seed)
+    sizes = np.where(rng.random(COST.size) < 0.2, np.inf, np.where(COST.inventory.is_layer, 1, size))
+    given_ = None if size == 1 else sizes
+    may = target.may_go(kept, open_, given_)
+    after = np.full(COST.size, np.nan)
+    for s in np.flatnonzero(open_):
+        if given_ is None:
+            group = [s]
+        elif np.isfinite(sizes[s]):  # as many of its site, whether they are open or not
+            own = (
+                [s]
+                if s < BLOCKS
+                else [u for u in COST.inventory.units[COST.inventory.unit_site[s - BLOCKS]] if kept[u]]
+            )
+            group = own[: int(sizes[s])]
+            if len(group) < sizes[s]:
+                continue
+        else:
+            assert not may[s]
+            continue
+        without = kept.copy()
+        without[group] = False
+        after[s] = target.of(without)
+    now = target.of(kept)
+    known = np.isfinite(after)
+    if (open_ & ~known & np.isfinite(sizes)).any():
+        return  # a group larger than its site has no share to compare with
+    slack = max(SLACK, (now - after[known]).min(initial=np.inf))
+    for s in np.flatnonzero(known):
+        near = abs(after[s] - target.share) < abs(now - target.share) - 1e-12
+        assert may[s] == (near and after[s] > target.share - slack) or (
+            abs(abs(after[s] - target.share) - abs(now - target.share)) < 1e-9
+            or abs(after[s] - target.share + slack) < 1e-9
+        )
+    assert not (may & ~open_).any()
+
+
+def test_one_removal_past_the_target_is_the_last():
+    target = Target(COST, "macs", 0.9)
+    kept, none = np.ones(COST.size, dtype=bool), np.zeros(COST.size, dtype=bool)
+    assert target.may_go(kept, kept).any() and not target.may_go(kept, none).any()
+    while target.of(kept) > 0.9:
+        unit = np.flatnonzero(kept & ~COST.inventory.is_layer)[-1]
+        kept[unit] = False
+    assert not target.may_go(kept, kept & ~COST.inventory.is_layer).any()
+
+
+def test_of_by_hand():
+    small = network((2,))  # stem 50 MACs; 40 for each unit, 43 for each unit, 8 for the block
+    assert Target(small, "macs", 0.9).of(np.array([1, 1, 1])) == 1.0
+    assert Target(small, "macs", 0.9).of(np.array([1.0, 1.0, 0.0])) == pytest.approx((50 + 83 + 8) / (50 + 166 + 8))
+    assert Target(small, "params", 0.9).of(np.array([1.0, 0.5, 0.0])) == pytest.approx((3 + 2.5 + 5) / (3 + 10 + 5))
+    assert Target(small, "macs", 0.9).parts(np.array([True, True, False])) == pytest.approx(
+        [91 / 224, 83 / 224, 83 / 224]
+    )
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("progress", "theta", "kept", "expected"),
     [
-        (["--target-macs=0.4", "--target-params=0.4"], "`target_macs` must be left out with target_params"),
-        (["--target-macs=0.4", "--nu=0"], "`target_macs` must be left out for the ungated network"),
-        (["--target-macs=1.5"], "`target_macs` must lie in (0, 1)"),
-        (["--target-macs=0.001"], "`target_macs` must"),
+        (0.25, 1.0, 1.0, True),  # 0.8 is due of the expected share
+        (0.25, 0.0, 1.0, False),  # nothing is due of the physical one yet
+        (0.3, 0.0, 1.0, False),
+        (0.31, 0.0, 1.0, True),
+        (0.0, 1.0, 1.0, False),
+        (1.0, 0.0, 0.0, False),
     ],
 )
-def test_bad_input(tmp_path, flags, says, capsys):
-    assert main([*flags, "--out", str(tmp_path / "run")]) == 2
-    assert says in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_a_network_lags_in_expectation_or_physically(progress, theta, kept, expected):
+    target = Target(COST, "macs", 0.6)
+    assert target.lags(np.full(COST.size, theta), np.full(COST.size, kept > 0), progress) == expected
+
+
+@pytest.mark.parametrize(("progress", "due"), [(-1, 1.0), (0, 1.0), (0.125, 0.9), (0.25, 0.8), (0.5, 0.6), (1.0, 0.6)])
+def test_due_by_hand(progress, due):
+    assert Target(COST, "macs", 0.6).due(progress) == pytest.approx(due)
+
+
+UNITS = ~COST.inventory.is_layer
+WHOLE, ALL = np.ones(COST.size), np.ones(COST.size, dtype=bool)
+
+
+def price(worth, *, nu=2.0, theta=WHOLE, progress=0.25, growth=0.5, open_=UNITS):
+    return Target(COST, "macs", 0.6).update_price(
+        nu, ALL, open_, np.full(COST.size, worth), theta, progress=progress, growth=growth
+    )
+
+
+def test_the_price_level_grows_by_a_bounded_factor_where_the_network_lags():
+    assert price(1e-6) == pytest.approx(2.0 * np.exp(0.5))
+    assert price(1e-6, growth=1.0) == price(1e-6, growth=7.0) == pytest.approx(2.0 * np.e)
+    assert price(1e-6, growth=0.0) == 2.0
+    nothing = price(np.nan)  # nothing is known: the level can only grow
+    assert nothing == pytest.approx(2.0 * np.exp(0.5))
+
+
+def test_the_price_level_is_at_least_what_the_target_takes():
+    assert price(10.0) == pytest.approx(HEADROOM * 10.0) and HEADROOM == 1.5
+    assert price(-3.0, theta=np.zeros(COST.size)) == 2.0  # what is worth nothing needs no price
+    assert price(0.4, theta=np.zeros(COST.size)) == pytest.approx(0.6)  # and the level may fall where nothing lags
+
+
+def test_the_price_level_stays_where_nothing_is_due_or_nothing_can_be_done():
+    assert price(10.0, progress=0.0) == 2.0
+    assert price(10.0, theta=np.zeros(COST.size), open_=np.zeros(COST.size, dtype=bool)) == 2.0
+
+
+def test_the_level_is_that_of_the_marginal_structure_by_hand():
+    small = network((4,))  # 50 + 8 + 4 * 83 MACs: 83 of 390 with each unit
+    target, kept, open_ = (
+        Target(small, "macs", 1 - 2 * 83 / 390 - 1e-9),
+        np.ones(5, bool),
+        np.array([0, 1, 1, 1, 1]) > 0,
+    )
+    worth = np.array([0.1, 4.0, 2.0, 3.0, 1.0])
+    assert target.level(kept, open_, worth, 0.5) == pytest.approx(1.5 * 3.0)
+    assert Target(small, "macs", 1 - 2 * 83 / 390 + 1e-9).level(kept, open_, worth, 1.0) == pytest.approx(1.5 * 2.0)
+    worth[4] = np.inf  # nothing is known of it: it stays
+    assert target.level(kept, open_, worth, 1.0) == pytest.approx(1.5 * 4.0)
+    kept[1] = False
+    assert target.level(kept, open_, np.array([0.1, 0.5, 2.0, 3.0, 1.0]), 0.5) == pytest.approx(1.5 * 2.0)
+    assert target.level(kept, open_ & (worth < 2.5), worth, 1.0) is None  # out of reach, by a hair
+
+
+def test_removal_is_in_the_order_of_worth_and_in_whole_groups():
+    small = network((8,))
+    every = np.ones(9, bool)
+    open_ = every & ~small.inventory.is_layer
+    worth = np.array([0.0, 8, 7, 6, 5, 4, 3, 2, 1])
+    part = Target(small, "macs", 0.5).parts(every)[1]
+    target = Target(small, "macs", 1 - 3 * part)
+    assert np.flatnonzero(~target.remove(every, open_, open_, worth)).tolist() == [6, 7, 8]
+    pairs = [np.array([1, 2]), np.array([5, 8]), np.array([3, 6])]  # mean worth 7.5, 2.5, 4.5
+    going = np.isin(np.arange(9), np.concatenate(pairs))
+    # two go; two more would lead as far past the target as two are short of it
+    assert np.flatnonzero(~target.remove(every, going, open_, worth, pairs)).tolist() == [5, 8]
+    near = Target(small, "macs", 1 - 3.99 * part)
+    assert np.flatnonzero(~near.remove(every, going, open_, worth, pairs)).tolist() == [3, 5, 6, 8]
+    # with all that is to go the target is not passed: all of it goes
+    far = Target(small, "macs", 1 - 6.5 * part)
+    assert np.flatnonzero(~far.remove(every, going, open_, worth, pairs)).tolist() == [1, 2, 3, 5, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("macs", "params", "expected"), [(None, None, None), (0.5, None, ("macs", 0.5)), (None, 0.4, ("params", 0.4))]
+)
+def test_the_target_of_the_share_that_is_given(macs, params, expected):
+    target = Target.choose(COST, macs, params)
+    assert (target and (target.quantity, target.share)) == expected
+
+
+def test_two_targets_are_one_too_many():
+    with pytest.raises(ValueError, match=r"^`target_macs` must be left out with target_params; got target_macs=0.5\. "):
+        Target.choose(COST, 0.5, 0.5)
+    with pytest.raises(ValueError, match="^`quantity` must be one of 'macs', 'params'"):
+        Target(COST, "layers", 0.5)

@@ -1,4 +1,4 @@
-"""Laws of the complexity polynomial: multilinear, exact gradient, prices, closure."""
+"""Laws of the complexity polynomial: multilinear, exact gradient, prices."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catode.structures.complexity import Complexity, Term
+from catode.structures.description import Block, Site
+from catode.structures.inventory import Inventory
 
 coefficients = st.integers(1, 10**6)
 shares = st.floats(0.0, 1.0)
+
+
+def inventory(blocks, site_block, widths):
+    """Blocks and the widths of their sites; `site_block` says which block each site is in."""
+    sites = [Site(f"site{s}", width, (), ()) for s, width in enumerate(widths)]
+    own = [tuple(site for site, of in zip(sites, site_block, strict=True) if of == b) for b in range(blocks)]
+    return Inventory([Block(f"block{b}", f"block{b}.out", sites) for b, sites in enumerate(own)])
 
 
 @st.composite
@@ -32,7 +41,7 @@ def polynomials(draw, most_blocks=3, most_width=4):
             terms.append(Term(f"{block}.norm", draw(coefficients), draw(coefficients), block, None, site))
     for _ in range(draw(st.integers(0, 2))):
         terms.append(Term("fixed", draw(coefficients), draw(coefficients)))
-    return Complexity(draw(st.permutations(terms)), blocks, site_block, widths)
+    return Complexity(draw(st.permutations(terms)), inventory(blocks, site_block, widths))
 
 
 def points(complexity):
@@ -51,10 +60,7 @@ def exact(complexity, theta, beta, without=None):
     """J in exact rational arithmetic by summing every pair of units; `without`: its derivative there instead."""
     theta = [Fraction(float(t)) for t in theta]
     beta = Fraction(float(beta))
-    units = [
-        [complexity.blocks + int(i) for i in np.flatnonzero(complexity.unit_site == s)]
-        for s in range(len(complexity.widths))
-    ]
+    units = [units.tolist() for units in complexity.inventory.units]
 
     def monomials(term):
         inner = [None] if term.inner is None else units[term.inner]
@@ -137,17 +143,20 @@ def test_law_index_and_gradient_grow_with_theta(case):
 @given(evaluated(), st.floats(0.0, 10.0), shares)
 def test_law_prices_split_by_alpha_scale_with_nu_and_sum_to_the_index(case, nu, alpha):
     complexity, theta, beta = case
-    layers = slice(0, complexity.blocks)
+    blocks = complexity.inventory.layers
+    layers = slice(0, blocks)
     gradient = complexity.gradient(theta, beta)
     price = complexity.prices(theta, nu=nu, alpha=alpha, beta=beta)
-    expected = nu * np.where(np.arange(complexity.size) < complexity.blocks, alpha, 1 - alpha) * gradient
-    np.testing.assert_allclose(price, expected, rtol=1e-12, atol=0)
-    np.testing.assert_allclose(complexity.prices(theta, nu=2 * nu, alpha=alpha, beta=beta), 2 * price, rtol=1e-12)
+    expected = nu * np.where(np.arange(complexity.size) < blocks, alpha, 1 - alpha) * gradient
+    np.testing.assert_allclose(price, expected, rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(
+        complexity.prices(theta, nu=2 * nu, alpha=alpha, beta=beta), 2 * price, rtol=1e-12, atol=1e-300
+    )
     # every removable monomial holds exactly one layer, so Euler's rule gives the whole index back
     index = complexity.index(theta, beta)
     assert price[layers] @ theta[layers] == pytest.approx(nu * alpha * index, rel=1e-9, abs=1e-300)
     assert not complexity.prices(theta, nu=nu, alpha=0.0, beta=beta)[layers].any()
-    assert not complexity.prices(theta, nu=nu, alpha=1.0, beta=beta)[complexity.blocks :].any()
+    assert not complexity.prices(theta, nu=nu, alpha=1.0, beta=beta)[blocks:].any()
     assert not complexity.prices(theta, nu=0.0, alpha=alpha, beta=beta).any()
 
 
@@ -166,36 +175,6 @@ def test_law_expected_counts_contain_the_fixed_part(case):
         assert count(theta) == pytest.approx(fixed + whole * complexity.index(theta, beta), rel=1e-12)
 
 
-def is_closed(complexity, kept):
-    for block in range(complexity.blocks):
-        sites = [s for s, b in enumerate(complexity.site_block) if b == block]
-        units = [kept[complexity.blocks :][complexity.unit_site == s] for s in sites]
-        if kept[block] and not all(u.any() for u in units):
-            return False
-        if not kept[block] and any(u.any() for u in units):
-            return False
-    return True
-
-
-@settings(max_examples=60)
-@given(polynomials(most_blocks=2, most_width=2), st.data())
-def test_law_close_is_idempotent_and_removes_as_little_as_possible(complexity, data):
-    n = complexity.size
-    kept = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
-    given_ = kept.copy()
-    closed = complexity.close(kept)
-    assert (kept == given_).all(), "close() must leave its argument alone"
-    assert is_closed(complexity, closed)
-    assert (closed == complexity.close(closed)).all()
-    assert not (closed & ~kept).any()
-    where = np.flatnonzero(kept)  # every closed way to keep only what was kept is contained in the one found
-    for choice in itertools.product((False, True), repeat=len(where)):
-        other = np.zeros(n, dtype=bool)
-        other[where] = choice
-        if is_closed(complexity, other):
-            assert not (other & ~closed).any()
-
-
 def small():
     """One block, two hidden units: conv1 10 MACs and 1 parameter a unit, conv2 20 and 3, norm 6 and 2; stem 100."""
     return Complexity(
@@ -205,9 +184,7 @@ def small():
             Term("conv2", 20, 3, 0, 0, None),
             Term("norm", 6, 2, 0),
         ],
-        blocks=1,
-        site_block=[0],
-        widths=[2],
+        inventory(1, [0], [2]),
     )
 
 
@@ -225,14 +202,6 @@ def test_a_small_example_by_hand():
     np.testing.assert_allclose(price, [2 * 0.25 * 28.5 / 66, *[2 * 0.75 * 15 / 66] * 2], rtol=1e-14)
 
 
-def test_promotion_by_hand():
-    complexity = Complexity([Term("a", 1, 1, 0, 0, 1), Term("b", 1, 1, 1, 2, None)], 2, [0, 0, 1], [2, 1, 2])
-    # layers 0 and 1; site 0: units 2 and 3, site 1: unit 4, site 2: units 5 and 6
-    assert complexity.close([1, 1, 1, 0, 1, 0, 1]).tolist() == [True, True, True, False, True, False, True]
-    assert complexity.close([1, 1, 1, 1, 0, 0, 1]).tolist() == [False, True, False, False, False, False, True]
-    assert complexity.close([1, 0, 1, 1, 1, 1, 1]).tolist() == [True, False, True, True, True, False, False]
-
-
 @pytest.mark.parametrize(
     ("name", "call"),
     [
@@ -248,7 +217,7 @@ def test_promotion_by_hand():
         ("nu", lambda c: c.prices(np.ones(3), nu=float("inf"), alpha=0.5, beta=0.0)),
         ("alpha", lambda c: c.prices(np.ones(3), nu=1.0, alpha=1.01, beta=0.0)),
         ("alpha", lambda c: c.prices(np.ones(3), nu=1.0, alpha=-0.01, beta=0.0)),
-        ("loop", lambda c: Complexity([Term("loop", 1, 1, 0, 0, 0)], 1, [0], [2])),
+        ("loop", lambda c: Complexity([Term("loop", 1, 1, 0, 0, 0)], inventory(1, [0], [2]))),
     ],
 )
 def test_bad_input_is_refused(name, call):

@@ -232,7 +232,10 @@ def test_a_theta_that_differs_in_its_last_bit_is_found_at_the_next_step(tmp_path
 def command(argv):
     """Exit status, output and errors of the trainer in this process; latencies and figures, which cost some, left out."""
     out, err = io.StringIO(), io.StringIO()
-    quick = mock.patch.object(loop.trainer, "latency_ms", return_value=[[1.0], [1.0]]), mock.patch("catode.report.report.write")
+    quick = (
+        mock.patch.object(loop.trainer, "latency_ms", return_value=[[1.0], [1.0]]),
+        mock.patch("catode.report.report.write"),
+    )
     with quick[0], quick[1], contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(argv)
     return status, out.getvalue(), err.getvalue()

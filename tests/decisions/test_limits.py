@@ -1,0 +1,201 @@
+"""What a decision knows of each structure, against raw series whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made import MEASURED, limits
+
+from catode.decisions.evidence import Evidence, Pool
+from catode.decisions.limits import QUANTITIES, Limits, measure
+
+CENTRE = 0.5 - 1e-9  # at this risk limits are the estimates themselves
+
+
+def pools(estimates, gains, pulls, *, window=60.0, elapsed=0.5, risk=0.05):
+    """Evidence and pools filled with series of shape (steps, n)."""
+    n = estimates.shape[1]
+    everything = np.ones(n, bool)
+    evidence = Evidence(np.full(n, window), 10.0, np.zeros(n, bool), risk)
+    gain, weight_gradient = Pool(n, window), Pool(n, window)
+    for step, (estimate, norm, pull) in enumerate(zip(estimates, gains, pulls, strict=True), start=1):
+        evidence.add(estimate, everything, step * elapsed, np.full(n, elapsed))
+        gain.add(norm, everything)
+        weight_gradient.add(pull, everything)
+    return evidence, gain, weight_gradient
+
+
+def measured(estimates, gains, pulls, *, keep_prob=0.5, price=0.1, rate_ratio=2.0, weight_decay=0.03, **how) -> Limits:
+    n = estimates.shape[1]
+    full = {"keep_prob": keep_prob, "price": price, "rate_ratio": rate_ratio}
+    return measure(
+        *pools(estimates, gains, pulls, **how),
+        **{name: np.full(n, value) for name, value in full.items()},
+        weight_decay=weight_decay,
+    )
+
+
+def noisy(truth, sd, n=3000, steps=200, seed=0):
+    return truth + sd * np.random.default_rng(seed).standard_normal((steps, n))
+
+
+def constant(value, n=1, steps=200):
+    return np.full((steps, n), float(value))
+
+
+def test_what_is_given_and_what_the_evidence_says_goes_through():
+    estimates = noisy(-0.3, 1.0, n=4)
+    found = measured(estimates, noisy(2.0, 1.0, n=4, seed=1), noisy(-1.0, 1.0, n=4, seed=2))
+    evidence = pools(estimates, estimates, estimates)[0]
+    lower, upper = evidence.limits()
+    assert (found.keep_prob == 0.5).all() and (found.price == 0.1).all() and (found.rate_ratio == 2.0).all()
+    assert (found.benefit == evidence.benefit).all() and found.benefit == pytest.approx(0.5 * (lower + upper))
+    assert (found.benefit_lower == lower).all() and (found.benefit_upper == upper).all()
+    assert (found.benefit_lower < found.benefit).all() and (found.benefit < found.benefit_upper).all()
+    assert found.step_time == pytest.approx(0.5) and found.memory == pytest.approx(0.5 * 60.0, rel=0.05)
+    assert (found.benefit_noise == evidence.benefit_noise()).all()
+    assert found.known.all()
+
+
+def test_the_gain_is_an_upper_limit_that_misses_as_often_as_stated():
+    found = measured(constant(0.0, 3000), noisy(2.0, 3.0), constant(0.0, 3000))
+    assert (found.gain < 2.0).mean() == pytest.approx(0.05, abs=0.02)
+    assert measured(constant(0.0), constant(2.0), constant(0.0)).gain == pytest.approx([2.0])
+
+
+def test_a_gain_that_was_measured_below_zero_counts_as_zero_plus_its_margin():
+    sd, n = 3.0, 3000
+    found = measured(constant(0.0, n), noisy(-50.0, sd), constant(0.0, n))
+    margin = 1.645 * sd / math.sqrt(2 * 60)  # of a mean over twice the window
+    assert (found.gain > 0.0).all() and found.gain.mean() == pytest.approx(margin, rel=0.05)
+
+
+@pytest.mark.parametrize(("keep_prob", "expected"), [(0.0, 0.04), (0.5, 0.03), (1.0, 0.02)])
+def test_drift_is_the_growth_that_the_own_gain_does_not_explain(keep_prob, expected):
+    line = -0.04 * 0.5 * np.arange(1, 201)[:, None]  # the benefit grows by 0.04 in a unit of time
+    found = measured(line, constant(0.02), constant(0.0), keep_prob=keep_prob, risk=CENTRE)
+    assert found.drift == pytest.approx([expected], rel=1e-6)
+
+
+def test_drift_is_never_negative_and_a_negative_gain_explains_nothing():
+    line = 0.04 * 0.5 * np.arange(1, 201)[:, None]
+    assert measured(line, constant(0.02), constant(0.0), risk=CENTRE).drift == [0.0]
+    assert measured(-line, constant(-0.02), constant(0.0), risk=CENTRE).drift == pytest.approx([0.04], rel=1e-6)
+
+
+def test_drift_is_an_upper_limit_from_the_lower_limit_of_the_gain():
+    n, steps = 3000, 200
+    line = -0.04 * 0.5 * np.arange(1, steps + 1)[:, None]
+    # the slow pool shares its draws with the fast one, so that the stated error of the slope is too large
+    found = measured(line + noisy(0.0, 0.3), noisy(0.02, 0.01, seed=1), constant(0.0, n), keep_prob=1.0)
+    assert (found.drift < 0.02).mean() < 0.05
+    sure = measured(line + noisy(0.0, 0.3), constant(0.02, n), constant(0.0, n), keep_prob=1.0)
+    assert (found.drift > sure.drift).mean() > 0.9, "a gain in doubt explains less"
+    # without noise in the benefit, only the doubt about the gain is left
+    doubt = found.drift - sure.drift
+    assert doubt[found.drift > 0].mean() == pytest.approx(1.645 * 0.01 / math.sqrt(2 * 60), rel=0.2)
+
+
+def test_a_gain_seen_once_explains_nothing_of_a_growth():
+    evidence, _, weight_gradient = pools(-0.02 * np.arange(1, 201)[:, None], constant(1.0), constant(0.0))
+    once = Pool(1, 60.0)
+    once.add(np.ones(1), np.ones(1, bool))
+    common = dict(keep_prob=np.ones(1), price=np.full(1, 0.1), rate_ratio=np.ones(1), weight_decay=0.03)
+    found = measure(evidence, once, weight_gradient, **common)
+    assert np.isinf(found.gain).all() and 0.04 < found.drift[0] < np.inf and not found.known.any()
+
+
+def test_decay_is_what_weight_decay_takes_from_the_benefit():
+    # weights against gradients of -0.4 nats: weight decay of 0.03 takes 0.012 nats a time, of a benefit of 0.8 or a price
+    found = measured(constant(-0.8), constant(0.0), constant(-0.4))
+    assert found.decay * 0.8 == pytest.approx(0.012)
+    found = measured(constant(-0.8), constant(0.0), constant(-0.4), price=1.5)
+    assert found.decay * 1.5 == pytest.approx(0.012)
+    assert measured(constant(-0.8), constant(0.0), constant(0.4)).decay == [0.0]
+
+
+def test_decay_is_a_lower_limit():
+    n, truth = 3000, 0.03 * 0.4 / 0.8
+    assert (measured(noisy(-0.8, 0.1), constant(0.0, n), noisy(-0.4, 1.0, seed=1)).decay > truth).mean() < 0.05
+    # with the benefit known exactly, the doubt is that of the weights' products alone
+    found = measured(constant(-0.8, n), constant(0.0, n), noisy(-0.4, 1.0, seed=1))
+    assert (found.decay > truth).mean() == pytest.approx(0.05, abs=0.02)
+    # with the products known, that of the benefit
+    found = measured(noisy(-0.8, 0.5, seed=2), constant(0.0, n), constant(-0.4, n), price=1e-3, keep_prob=0.0)
+    sure = 0.03 * 0.4 / found.benefit_upper
+    assert np.isin(found.decay, [0.0]).mean() + np.isclose(found.decay, sure, rtol=1e-12).mean() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("slope", "expected"), [(0.0119, True), (0.0121, False)])
+def test_a_decay_that_the_drift_outweighs_counts_as_none(slope, expected):
+    # decay * price is 0.012 here because the benefit's upper limit stays below the price
+    line = -slope * 0.5 * np.arange(1, 201)[:, None]
+    found = measured(line, constant(0.0), constant(-0.4), price=10.0, risk=CENTRE)
+    assert (found.decay > 0.0).all() == expected and found.drift == pytest.approx([slope], rel=1e-6)
+    if expected:
+        assert found.decay == pytest.approx([0.0012])
+
+
+def test_noise_is_how_thetas_spread_that_move_by_such_draws():
+    rho, tau, sd, steps, n = 2.0, 0.5, 0.7, 400, 2000
+    draws = noisy(0.0, sd, n, steps)
+    spread = (rho * tau * draws.sum(0)).std() / math.sqrt(steps * tau)
+    found = measured(draws, constant(0.0, n, steps), constant(0.0, n, steps), rate_ratio=rho, risk=CENTRE)
+    assert math.sqrt(np.mean(found.noise**2)) == pytest.approx(spread, rel=0.05)
+    limit = measured(draws, constant(0.0, n, steps), constant(0.0, n, steps), rate_ratio=rho)
+    assert (limit.noise > spread).mean() > 0.9
+
+
+SERIES = [noisy(-0.3, 1.0, n=40), noisy(2.0, 1.0, n=40, seed=1), noisy(-1.0, 1.0, n=40, seed=2)]
+
+
+@settings(max_examples=10)
+@given(st.floats(0.001, 0.4), st.floats(0.001, 0.4))
+def test_law_less_risk_makes_every_limit_wider(one, other):
+    low, high = sorted((one, other))
+    careful, bold = (measured(*SERIES, risk=risk) for risk in (low, high))
+    for name in ("benefit_upper", "gain", "noise", "benefit_noise", "drift"):
+        assert (getattr(careful, name) >= getattr(bold, name)).all(), name
+    for name in ("benefit_lower", "decay"):
+        assert (getattr(careful, name) <= getattr(bold, name)).all(), name
+    for name in ("keep_prob", "benefit", "price", "rate_ratio", "step_time", "memory"):
+        assert (getattr(careful, name) == getattr(bold, name)).all(), name
+
+
+def test_of_structures_never_seen_nothing_is_known_and_nothing_is_nan():
+    nothing = np.zeros((0, 3))
+    found = measured(nothing, nothing, nothing)
+    assert not found.known.any() and not any(np.isnan(values).any() for values in found.columns().values())
+    assert np.isinf(found.noise).all() and np.isinf(found.gain).all() and not found.decay.any()
+
+
+def test_columns_are_all_quantities_by_name():
+    found = limits(2, gain=[0.25, 0.75])
+    assert tuple(found.columns()) == QUANTITIES == tuple(MEASURED)
+    assert all(found.columns()[name] is getattr(found, name) for name in QUANTITIES)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", QUANTITIES)
+def test_known_is_what_has_every_number(name, bad):
+    found = limits(3)
+    assert found.known.all()
+    assert replace(found, **{name: np.array([0.5, bad, 0.5])}).known.tolist() == [True, False, True]
+
+
+def test_arguments_of_the_tolerance_are_those_of_the_structures_asked_for():
+    values = {name: np.array([1.0, 2.0, 3.0]) + 10.0 * k for k, name in enumerate(MEASURED)}
+    found = limits(3, **values | {"benefit_upper": np.array([11.5, 12.5, 99.0]), "price": np.array([5.0, 0.25, 9.0])})
+    known = found.tolerance_arguments(np.array([True, True, False]))
+    upper, margin = np.array([11.5, 12.5]), np.array([0.5, 0.5])
+    assert (known.pop("benefit") == upper).all() and (known.pop("pooled") == upper - margin).all()
+    assert known.pop("price") == pytest.approx([4.5, 1e-12])  # theta rests where the pool is the price less the margin
+    assert sorted(known) == sorted(
+        ["gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time", "memory"]
+    )
+    assert all((known[name] == values[name][:2]).all() for name in known)
