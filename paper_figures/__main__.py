@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import copies
 from catode import _validate
 from catode.train.settings.commandline import CommandLine
 from paper_figures import (
@@ -43,12 +44,13 @@ FIGURES = {
 INDEX = "figures.md"
 HEAD = """# Figures
 
-Made by `python -m paper_figures`, which trains what is missing on the digits (about ten minutes on two cores) and takes larger
+Made by `python -m paper_figures`, which trains what is missing on the digits (about ten minutes of one core) and takes larger
 images from the committed records in `benchmarks/records`. The digits' runs have the preset of the data set, but {epochs} epochs
 and a memory of {memory} steps; what a seed ends with depends on the processor. Every figure is also written as {formats}.
 
-The CIFAR-10 images of the records are a JPEG copy (quality 75, chroma subsampled). Accuracies on it are lower than on the official
-files and must not be set beside published ones. Colours of fates are the same in all figures; intervals are at 95 %.
+The data sets of the records:
+
+{copies}
 """
 
 
@@ -66,7 +68,8 @@ def write_index(folder: Path, sections: dict[str, str], vector: str) -> None:
     path = folder / INDEX
     there = re.split(r"^<!-- (\w+) -->\n", path.read_text(encoding="utf-8"), flags=re.M)[1:] if path.exists() else []
     old = {name: text.strip() for name, text in zip(there[::2], there[1::2], strict=True)}
-    head = HEAD.format(formats=vector.upper(), **{name: runs.SHORT[name] for name in ("epochs", "memory")})
+    told = "\n".join(copies.notes(copy.name for copy in copies.KNOWN.values()))
+    head = HEAD.format(formats=vector.upper(), copies=told, **{name: runs.SHORT[name] for name in ("epochs", "memory")})
     body = [f"<!-- {name} -->\n{text}\n" for name in FIGURES if (text := sections.get(name) or old.get(name))]
     path.write_text("\n".join([head, *body]), encoding="utf-8")
 

@@ -11,12 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
-from scipy import stats
 
 from catode.theory.plotting import PALETTE, house_style
-
-DATASETS = {"cifar10": "CIFAR-10, JPEG copy", "tiny-imagenet-200": "Tiny-ImageNet, subset"}
-"""What data sets are called in pictures and captions; the images of the CIFAR-10 records are a JPEG copy of the official ones."""
 
 COLORS = 256
 """Colours of a PNG file; more make it larger and no better to read."""
@@ -71,44 +67,6 @@ def percent(axis) -> None:
 def seeds_text(seeds: Sequence[int]) -> str:
     """Seeds in words."""
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
-def dataset_text(name: str) -> str:
-    """A data set as pictures and captions call it."""
-    return DATASETS.get(name, name)
-
-
-def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference of paired runs and both ends of its 95 % t-interval; of a single pair the ends are NaN.
-
-    Args:
-        differences: One for each pair, such as runs of the same seed.
-    """
-    values = np.asarray(differences, dtype=float)
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, np.nan, np.nan
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
-
-
-def paired_text(differences: Sequence[float], form: str = "{:+.2f}") -> str:
-    """Mean difference of paired runs with its 95 % t-interval and the number of pairs, in words; without interval for one.
-
-    Args:
-        differences: One for each pair, such as runs of the same seed.
-        form: How a number is written.
-    """
-    mean, low, high = (form.format(round(value, 9) + 0.0) for value in paired_interval(differences))  # no -0.00
-    if len(differences) < 2:
-        return f"{mean} (n = 1: no interval)"
-    return f"{mean} (n = {len(differences)}, 95 % t-interval {low} to {high})"
-
-
-def range_text(values: Sequence[float], form: str = "{:.2f}") -> str:
-    """Mean of runs with the least and the largest of them; the value alone where all are written alike."""
-    mean, low, high = (form.format(value) for value in (np.mean(values), min(values), max(values)))
-    return f"{mean} ({low} to {high})" if low != high else mean
 
 
 def mark_mean(ax: Axes, x: Sequence[float], y: Sequence[float], *, color: str, marker: str, label: str) -> None:

@@ -68,12 +68,10 @@ def check(run: history.Run) -> Check:
     """
     structure = checkpoint.read_structure(run.folder)
     model, example = checkpoint.fresh(structure), torch.zeros(1, *structure["image_shape"])
-    blocks = model.structures()
-    whole = describe(model, blocks, example)
+    whole = describe(model, model.structures(), example)
     steps = run.metrics["step"]
     known = keep_probabilities(run, steps)
-    names = [(block.name, "", "") for block in blocks]
-    names += [(block.name, site.name, str(i)) for block in blocks for site in block.sites for i in range(site.width)]
+    names = [(place["block"], place["site"], str(place["index"])) for place in whole.inventory.names()]
     theta = np.stack([known.get(name, np.ones(len(steps))) for name in names], axis=1)
     expected = np.array([[whole.macs(row), whole.params(row)] for row in theta])
     counted = np.stack([run.metrics["macs"], run.metrics["params"]], axis=1)
@@ -85,7 +83,7 @@ def check(run: history.Run) -> Check:
     for name in dict.fromkeys(term.name for term in whole.terms):
         if isinstance(model.get_submodule(name), (torch.nn.Conv2d, torch.nn.Linear)):
             terms = [term for term in whole.terms if term.name == name]
-            own = Complexity(terms, whole.blocks, whole.site_block, whole.widths)
+            own = Complexity(terms, whole.inventory)
             layers[name] = own.macs(np.ones(whole.size)), own.macs(theta[-1]), measured.get(name, 0)
     for name, (_, should, is_) in layers.items():
         if should != is_:

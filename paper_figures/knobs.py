@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks._common import markdown
+from benchmarks._common import each, markdown, spread
 from benchmarks.cifar import Record
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from paper_figures._common import Made, dataset_text, letter, paired_text, percent, range_text, span
+from paper_figures._common import Made, letter, percent, span
 from paper_figures.runs import GROUPS, Data
 
 NEEDS = ("pruned", "knobs")
@@ -55,7 +55,8 @@ def make(data: Data) -> Made:
     caption = (
         "One knob varied at a time, ResNet-20 on the digits: `nu`, the nats that the whole network may cost; `alpha`, "
         "the price's share on layers (1) against units (0); `beta`, parameters (1) against MACs (0). "
-        f"{_counts(found)}; one test image is 0.28 points. Differences are paired by seed. " + " ".join(sentences)
+        f"{_counts(found)}; one test image is 0.28 points. Differences of accuracy are paired by "
+        "seed, with their 95 % t-intervals. " + " ".join(sentences)
     )
     return Made("Effect of nu, alpha and beta", caption, figure, _table(data, centre))
 
@@ -95,7 +96,8 @@ def _sentence(knob: str, line: dict[float, list[Record]]) -> str:
         parts.append(f"{text} {a:.0f} to {b:.0f} %")
     before = {r.config["seed"]: r for r in line[low]}
     change = [r.accuracy - before[r.config["seed"]].accuracy for r in line[high] if r.config["seed"] in before]
-    return f"`{knob}` from {low:g} to {high:g}: left of the {', of the '.join(parts)}; accuracy {paired_text(change)} points."
+    told = spread(change, "{:+.2f}")
+    return f"`{knob}` from {low:g} to {high:g}: left of the {', of the '.join(parts)}; accuracy {told}, points."
 
 
 def _table(data: Data, centre: list[Record]) -> str:
@@ -105,22 +107,22 @@ def _table(data: Data, centre: list[Record]) -> str:
     }
     for record in data.records:
         if record.kind == "pruned":
-            groups.setdefault(f"{dataset_text(record.task[0])}, {record.variant}", []).append(record)
+            groups.setdefault(f"{record.task[0]}, {record.variant}", []).append(record)
     rows = [
         [
             name,
             "/".join(f"{group[0].config[knob]:g}" for knob in KNOBS),
             ", ".join(str(r.config["seed"]) for r in group),
             *(
-                range_text([100 * r.result[part] / r.result[whole] for r in group], "{:.1f}")
+                each([100 * r.result[part] / r.result[whole] for r in group], "{:.1f}")
                 for part, whole, *_ in list(SHARES.values())[:2]
             ),
             *(
                 "/".join(str(r.result[part]) for r in group) + f" of {group[0].result[whole]}"
                 for part, whole, *_ in list(SHARES.values())[2:]
             ),
-            range_text([r.accuracy for r in group]),
-            range_text([100 * r.result["decided_by_rule"] for r in group], "{:.1f}"),
+            spread([r.accuracy for r in group]),
+            each([100 * r.result["decided_by_rule"] for r in group], "{:.1f}"),
         ]
         for name, group in groups.items()
     ]
@@ -133,7 +135,7 @@ def _table(data: Data, centre: list[Record]) -> str:
             "parameters %",
             "layers",
             "units",
-            "accuracy %",
+            "accuracy % [95 % t-interval]",
             "decided by rule %",
         ],
         rows,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from catode.decisions import shadow
 from catode.report import compare
 from catode.theory.plotting import new_figure
-from paper_figures._common import Made, dataset_text, seeds_text
+from paper_figures._common import Made, seeds_text
 from paper_figures.runs import Data
 
 NEEDS = ("shadow",)
@@ -23,10 +21,9 @@ def make(data: Data) -> Made:
     for row, (name, runs) in zip(rows, groups.items(), strict=True):
         compare.draw(row, runs)
         if len(groups) > 1:
-            row.suptitle(_readable(name, runs))
+            row.suptitle(name)
         scores = compare.rules(runs)
         score, half = scores[shadow.DERIVED], scores[HALF]
-        name = _readable(name, runs)
         told.append(
             f"{name} ({seeds_text([run.config['seed'] for run in runs])}): of "
             f"{score.decisions} decisions by the derived tolerance, {score.confirmed} were confirmed, "
@@ -46,9 +43,3 @@ def make(data: Data) -> Made:
         "decisions came. " + "; ".join(told) + "."
     )
     return Made("Regrets and calibration", caption, figure, "\n\n".join(tables))
-
-
-def _readable(name: str, runs: Sequence[compare.Run]) -> str:
-    """The name of a group with its data set as captions call it."""
-    dataset = runs[0].config["dataset"]
-    return name.replace(dataset, dataset_text(dataset))

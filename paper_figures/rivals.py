@@ -6,17 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks._common import markdown
+from benchmarks._common import each, markdown, spread
 from benchmarks.cifar import ALIKE, Record
 from catode.theory.plotting import PALETTE, house_style, legend_below, new_figure
 from paper_figures._common import (
     Made,
-    dataset_text,
     letter,
     mark_mean,
-    paired_interval,
     percent,
-    range_text,
     seeds_text,
 )
 from paper_figures.runs import GROUPS, Data
@@ -33,9 +30,7 @@ def make(data: Data) -> Made:
     for record in data.records:
         dataset, arch, epochs = record.task
         variant = record.variant.replace(f" {arch}", "")
-        panels.setdefault(f"{dataset_text(dataset)}, {arch}, {epochs} epochs", {}).setdefault(variant, []).append(
-            record
-        )
+        panels.setdefault(f"{dataset}, {arch}, {epochs} epochs", {}).setdefault(variant, []).append(record)
     drawn = {name: groups for name, groups in panels.items() if _least(groups) < SMALLER}
     columns = min(3, len(drawn))
     height = -(-len(drawn) // columns)
@@ -60,9 +55,9 @@ def make(data: Data) -> Made:
     caption = (
         "Test accuracy at the final epoch against the MACs of the final network, as a share of the dense one's. Large "
         "marks are means, bars go from the least to the largest of the seeds, small marks are single runs. The tables have the "
-        "differences paired by seed with their 95 % t-intervals: one that holds 0 does not tell which network is better, and "
-        "with two seeds it is nine times as wide as a standard deviation to either side. All networks of a panel were "
-        "trained for the same number of epochs. Narrow: trained plainly with hidden widths scaled from the start. "
+        "differences paired by seed with their 95 % t-intervals, not corrected for their number: one that holds 0 does not tell "
+        "which network is better, and with two seeds it reaches nine standard deviations to either side. All networks of a "
+        "panel were trained for the same number of epochs. Narrow: trained plainly with hidden widths scaled from the start. "
         "Fixed: one tolerance on θ set by hand. Digits: 30 epochs; one test image is 0.28 points. Tasks in which no network has "
         f"less than {100 * SMALLER:.0f} % of the dense MACs are in the tables alone. Runs ({told})."
     )
@@ -85,10 +80,8 @@ def _differences(groups: dict[str, list[Record]]) -> str:
             a, b = (float(np.mean([r.result["macs"] for r in side])) for side in (group, others))
             pairs = [(x, y) for x in group for y in others if x.config["seed"] == y.config["seed"]]
             if pairs and (rival == "dense" or abs(a - b) <= ALIKE * b):
-                mean, low, high = paired_interval([x.accuracy - y.accuracy for x, y in pairs])
-                interval = f"{low:+.2f} to {high:+.2f}" if len(pairs) > 1 else "none"
-                rows.append([f"{variant} - {rival}", len(pairs), f"{round(mean, 9) + 0.0:+.2f}", interval])
-    return markdown(["difference, paired by seed", "n", "accuracy, points", "95 % t-interval"], rows) if rows else ""
+                rows.append([f"{variant} - {rival}", spread([x.accuracy - y.accuracy for x, y in pairs], "{:+.2f}")])
+    return markdown(["difference, paired by seed", "accuracy, points [95 % t-interval]"], rows) if rows else ""
 
 
 def _digits(data: Data) -> dict[str, list[Record]]:
@@ -120,11 +113,10 @@ def _table(groups: dict[str, Sequence[Record]]) -> str:
     rows = [
         [
             variant,
-            len(group),
-            range_text([r.accuracy for r in group]),
-            range_text([100 * r.result["macs"] / dense for r in group], "{:.1f}"),
-            range_text([100 * r.result["params"] / params for r in group], "{:.1f}"),
+            spread([r.accuracy for r in group]),
+            each([100 * r.result["macs"] / dense for r in group], "{:.1f}"),
+            each([100 * r.result["params"] / params for r in group], "{:.1f}"),
         ]
         for variant, group in groups.items()
     ]
-    return markdown(["network", "n", "accuracy %", "MACs %", "parameters %"], rows)
+    return markdown(["network", "accuracy % [95 % t-interval]", "MACs %", "parameters %"], rows)

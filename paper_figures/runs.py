@@ -6,13 +6,15 @@ of them together take minutes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cifar, pool
+from benchmarks import cifar, copies, pool
 from catode.decisions.priors import PRIORS
+from catode.records import read_json
 from catode.report import compare, history
 from catode.train import Config
 
@@ -106,7 +108,10 @@ class Data:
         return [self._once(cifar.read, folder) for folder in self.folders(name)]
 
     def shadows(self) -> dict[str, list[compare.Run]]:
-        """Shadow runs that may be counted together, by what they share: those on the digits trained here, and records."""
+        """Shadow runs that may be counted together, by what they share: those on the digits trained here, and records.
+
+        Data sets are called by the names of their copies.
+        """
         return compare.groups(self._shadows)
 
     def own_shadows(self) -> list[compare.Run]:
@@ -117,7 +122,10 @@ class Data:
     @cached_property
     def _shadows(self) -> list[compare.Run]:
         packed = sorted(path.parent for path in (self.records_folder / "shadow").glob("*/result.json"))
-        return compare.read_all([*self.folders("shadow"), *packed])
+        runs = compare.read_all([*self.folders("shadow"), *packed])
+        names = [copies.name_of(run.config, read_json(run.folder / "env.json")) for run in runs]
+        named = zip(runs, names, strict=True)
+        return [dataclasses.replace(run, config=run.config | {"dataset": name}) for run, name in named]
 
     @cached_property
     def records(self) -> list[cifar.Record]:

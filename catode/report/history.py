@@ -15,11 +15,10 @@ import numpy as np
 
 from catode.records import PLACE, number, packed, read_config, read_json, read_result, read_structures, read_table
 from catode.structures.fates import NOT_BY_RULE, REMOVED, REMOVED_WITH_BLOCK, UNDECIDED
+from catode.structures.inventory import KINDS
 from catode.theory.systems import BenefitSystem
 
 __all__ = ["KINDS", "Run", "SiteWidth", "Trace", "comparison_system", "final_sites", "read", "read_metrics"]
-
-KINDS = ("layer", "unit")
 
 _TEXT_COLUMNS = (*PLACE, "fate")
 _NUMBER_COLUMNS = ("step", "keep_prob", "benefit", "price", "gain", "decay", "rate_ratio", "drift", "tolerance")

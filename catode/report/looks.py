@@ -40,7 +40,7 @@ _MARKERS = {
     fates.KEPT_AS_LAST: "*",
 }
 EDGE = "#444444"
-"""Colour of the thin edge of all markers, so that yellow ones can be seen."""
+"""Colour of the thin edge of all markers, so that those that overlap can be told apart."""
 
 LOOKS = {
     fate: Look(text.replace("theta", "θ"), PALETTE[fates.COLORS[fate]], _MARKERS[fate])

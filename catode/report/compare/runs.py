@@ -20,14 +20,12 @@ from catode.records import (
     read_structures,
     structure_key,
 )
-from catode.structures.fates import REMOVED_WITH_BLOCK
 from catode.train.settings.config import settings
 
 ASSUMED = ("gain", "drift", "noise")
 """Upper limits taken at a decision, to hold from then on."""
 
 MEASURED = (*ASSUMED, "benefit_upper", "price")
-OUTCOMES = (shadow.OPEN, shadow.CONFIRMED, shadow.REGRET, REMOVED_WITH_BLOCK)
 _CONFIG = dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, alpha=float, beta=float, risk=float)
 _RESULT = dict(
     accuracy=float, macs=float, macs_dense=float, layers_kept=int, layers_total=int, units_kept=int, units_total=int
@@ -44,7 +42,7 @@ class Decision:
         structure: kind, block, site and index.
         step: Training step of the decision.
         numbers: keep_prob, benefit, escape and so on at the decision, by name.
-        outcome: One of `OUTCOMES`.
+        outcome: One of `catode.decisions.shadow.OUTCOMES`.
         outcome_step: Step at which the observation ended; None if it did not.
     """
 
@@ -125,7 +123,7 @@ def read(folder: Path, place: int = 0) -> Run:
 
 
 def _decision(path: Path, row: dict[str, str], place: int) -> Decision:
-    for name, known in (("rule", shadow.RULES), ("outcome", OUTCOMES)):
+    for name, known in (("rule", shadow.RULES), ("outcome", shadow.OUTCOMES)):
         if row[name] not in known:
             raise ValueError(f"{path} must hold one of {', '.join(known)} in column {name!r}; got {row[name]!r}.")
     try:
