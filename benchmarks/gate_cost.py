@@ -249,7 +249,7 @@ def compacted(
     makes = {"dense": network(arch)}
     multiple = Config.from_presets(dataset="cifar10", data_dir="unused").width_multiple
     halvings = {"halvings": 3} if rounds == 1 else {}
-    for share in SHARES:
+    for share in SHARES[: 1 if rounds == 1 else None]:
         makes[f"{share:.0%}, odd widths"] = narrowed(arch, share, **halvings)
         makes[f"{share:.0%}, {PADDED} {multiple}"] = narrowed(arch, share, multiple, **halvings)
     macs = {name: count(model, example).macs / whole for name, model in makes.items()}
@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.only in (None, "compact"):
         rows, profiles = [], []
         for amp in (False, True):
-            for layout in FORMATS:
+            for layout in list(FORMATS)[: 1 if args.quick else None]:
                 more, ratios, profile = compacted(args.arch, amp, layout, rounds, batch, device, clock)
                 rows += more
                 profiles += [profile, ""] if profile else []
