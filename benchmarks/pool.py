@@ -31,6 +31,7 @@ def finished(config: Config, flag: str = "runs") -> bool:
     out = Path(config.out)
     if (out / "config.json").exists():
         there, own = read_json(out / "config.json"), config.identity()
+        there |= dict.fromkeys(there.get("derived", ()))
         other = [name for name in own if there.get(name) != own[name] and name not in ("out", "data_dir")]
         if other:
             raise ValueError(

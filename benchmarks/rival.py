@@ -27,8 +27,8 @@ from torch import nn
 from benchmarks import pool
 from benchmarks._common import QUICK, QUICK_IMAGES, add_quick, guarded, overrides, subset
 from catode._validate import check_int, check_interval, fail
-from catode.prune.describe.protocol import count
-from catode.prune.pruner import ROW_FIELDS
+from catode.prune.checking import ROW_FIELDS
+from catode.prune.describe.costs import count
 from catode.records import read_json, read_rows
 from catode.train import load
 from catode.train.loop import METRIC_FIELDS, CsvTable, prepare, train
@@ -83,7 +83,7 @@ def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
         if count(model, example).macs <= goal:
             return model
     reached = count(model, example).macs / goal * share
-    fail("macs", f"be a share that Torch-Pruning can reach, {reached:.3g} or more", share, mend="Ask for more.")
+    fail("macs", f"be a share that Torch-Pruning can reach, {reached:.3g} or more", share, hint="Ask for more.")
 
 
 def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: Path, quick: bool = False) -> None:
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
     add_quick(parser)
     args = parser.parse_args(argv)
-    share = check_interval("macs", args.macs, 0, 1, low_open=True, high_open=True, mend="Choose e.g. 0.5.")
+    share = check_interval("macs", args.macs, 0, 1, low_open=True, high_open=True, hint="Choose e.g. 0.5.")
     epochs = check_int("tune_epochs", args.tune_epochs, low=1)
     common = dict(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed) | overrides(
         args.set, flags=("dataset", "data_dir", "seed", "out"), fixed=("nu", "shadow", "target_macs", "target_params")

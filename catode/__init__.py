@@ -1,7 +1,19 @@
-"""catode: prune residual networks by the ordinary differential equations of their gates.
+"""catode: train a neural network once and get back a smaller one, with a mathematical reason for every piece removed.
 
-The package root imports nothing heavy. The mathematics lives in `catode.theory` (numpy and scipy only), the trainer in
-`catode.train` (PyTorch).
+Importing the package loads neither PyTorch nor matplotlib; `Pruner`, `describe` and `load` are loaded when they are asked for.
 """
 
-__version__ = "0.1.0"
+from catode import _moved
+from catode._lazy import lazy
+
+__version__ = "0.2.0"
+
+_HOMES = {
+    "Pruner": "catode.prune.pruner",
+    "describe": "catode.prune.describe.costs",
+    "load": "catode.train.loop.checkpoint",
+}
+__getattr__, __dir__ = lazy(__name__, _HOMES)
+__all__ = ["__version__", *_HOMES]
+
+_moved.install()

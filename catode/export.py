@@ -17,16 +17,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from catode._validate import check_int, fail
-from catode.prune.describe.protocol import Counts, count
-from catode.prune.device import latency_ms
-from catode.train.loop import checkpoint
 from catode.train.settings.commandline import CommandLine
-from catode.train.settings.config import check_device
+from catode.train.settings.run import check_device
+
+if TYPE_CHECKING:  # PyTorch is loaded where it is used: help and a wrong flag do without
+    import torch
+    from torch import nn
+
+    from catode.prune.describe.costs import Counts
 
 __all__ = ["TOLERANCE", "Mismatch", "main", "measure", "write"]
 
@@ -70,6 +71,8 @@ def write(
         Mismatch: if it is above `TOLERANCE`.
         ValueError: if the packages for the format are missing.
     """
+    import torch
+
     _check_packages(format)
     model.eval()
     metadata = metadata or {}
@@ -100,6 +103,8 @@ def write(
 
 def _compare(model: nn.Module, run: Callable, images: torch.Tensor, sizes: Sequence[int]) -> tuple[float, float]:
     """Largest difference and largest output over random images of some batch sizes."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     differences, outputs = [], []
     for size in sizes:
@@ -111,16 +116,19 @@ def _compare(model: nn.Module, run: Callable, images: torch.Tensor, sizes: Seque
 
 
 def _save_onnx(program, images: torch.Tensor, path: Path, opset: int, metadata: dict) -> None:
+    import torch
+
     names = dict(input_names=["images"], output_names=["logits"])
     written = torch.onnx.export(program, (images,), dynamo=True, verbose=False, opset_version=opset, **names)
     if written.model.opset_imports[""] != opset:  # the converter gives up silently
-        fail("opset", "be one that PyTorch can convert to", opset, mend=f"Leave it out for {OPSET}.")
+        fail("opset", "be one that PyTorch can convert to", opset, hint=f"Leave it out for {OPSET}.")
     written.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     written.save(path)
 
 
 def _onnx_runner(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     import onnxruntime
+    import torch
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
@@ -159,6 +167,12 @@ def measure(folder: Path, device: str = "cpu", seconds: float = 0.5) -> tuple[li
     Returns:
         MACs and parameters of the two; milliseconds of the two for one image, and for 128.
     """
+    import torch
+
+    from catode.prune.describe.costs import count
+    from catode.prune.device import latency_ms
+    from catode.train.loop import checkpoint
+
     structure = checkpoint.read_structure(folder)
     networks = [checkpoint.fresh(structure).to(device), checkpoint.load(folder).to(device)]
     example = torch.zeros(1, *structure["image_shape"], device=device)
@@ -210,54 +224,62 @@ def _checked(given: argparse.Namespace) -> tuple[Path, int | None, int]:
         ValueError: if they are wrong or do not go together.
     """
     if given.folder is None:
-        fail("folder", "be given", None, mend="Name the folder of a run, its --out.")
+        fail("folder", "be given", None, hint="Name the folder of a run, its --out.")
     if given.format is None and not given.latency:
         fail(
             "format",
             "be given unless --latency is",
             None,
-            mend="Add --format torch-export, --format onnx or --latency.",
+            hint="Add --format torch-export, --format onnx or --latency.",
         )
     if given.format is not None and given.format not in SUFFIX:
-        fail("format", "be torch-export or onnx", given.format, mend="Use one of the two.")
+        fail("format", "be torch-export or onnx", given.format, hint="Use one of the two.")
     for name in ("out", "opset"):
         if getattr(given, name) is not None and given.format is None:
-            fail(name, "be left out without --format", getattr(given, name), mend="Add --format, or leave it out.")
+            fail(name, "be left out without --format", getattr(given, name), hint="Add --format, or leave it out.")
     if given.opset is not None and given.format != "onnx":
-        fail("opset", "be left out unless format='onnx'", given.opset, mend="Leave it out.")
+        fail("opset", "be left out unless format='onnx'", given.opset, hint="Leave it out.")
     check_device(given.device)
     if given.format is None:
         return Path(), None, OPSET
     path = Path(given.out or Path(given.folder) / f"model{SUFFIX[given.format]}")
     if path.suffix != SUFFIX[given.format]:
-        fail("out", f"end in {SUFFIX[given.format]}", given.out, mend="Other tools go by it; rename it.")
+        fail("out", f"end in {SUFFIX[given.format]}", given.out, hint="Other tools go by it; rename it.")
     if not path.parent.is_dir() or path.is_dir():
-        fail("out", "be a file in a folder that is there", str(path), mend="Make the folder first.")
+        fail("out", "be a file in a folder that is there", str(path), hint="Make the folder first.")
     batch = None if given.batch == "dynamic" else _integer("batch", given.batch, 1, "Use dynamic, or a size such as 1.")
     opset = OPSET if given.opset is None else _integer("opset", given.opset, OPSET, f"Leave it out for {OPSET}.")
     _check_packages(given.format)
     return path, batch, opset
 
 
-def _integer(name: str, text: str, low: int, mend: str) -> int:
-    return check_int(name, int(text) if text.lstrip("-").isdecimal() else text, low=low, mend=mend)
+def _integer(name: str, text: str, low: int, hint: str) -> int:
+    return check_int(name, int(text) if text.lstrip("-").isdecimal() else text, low=low, hint=hint)
+
+
+def _run(given: argparse.Namespace, path: Path, batch: int | None, opset: int) -> None:
+    """Do what checked arguments ask for, and print what came of it."""
+    import torch
+
+    from catode.train.loop import checkpoint
+
+    folder = Path(given.folder)
+    model, structure = checkpoint.load(folder), checkpoint.read_structure(folder)
+    if given.format is not None:
+        example = torch.zeros(1, *structure["image_shape"])
+        metadata = {name: structure[name] for name in METADATA}
+        settings = dict(format=given.format, batch=batch, opset=opset, metadata=metadata)
+        difference = write(model, example, path, **settings)
+        print(f"{path}: {given.format}, batch {given.batch}, largest difference {difference:.2g}")
+    if given.latency:
+        print(latency_table(folder, given.device))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input, 1 for a program that is not right)."""
     try:
         given = build_parser().parse_args(argv)
-        path, batch, opset = _checked(given)
-        folder = Path(given.folder)
-        model, structure = checkpoint.load(folder), checkpoint.read_structure(folder)
-        if given.format is not None:
-            example = torch.zeros(1, *structure["image_shape"])
-            metadata = {name: structure[name] for name in METADATA}
-            settings = dict(format=given.format, batch=batch, opset=opset, metadata=metadata)
-            difference = write(model, example, path, **settings)
-            print(f"{path}: {given.format}, batch {given.batch}, largest difference {difference:.2g}")
-        if given.latency:
-            print(latency_table(folder, given.device))
+        _run(given, *_checked(given))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

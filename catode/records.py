@@ -167,10 +167,11 @@ def read_config(
     """
     config = read_json(folder / "config.json", required, optional)
     if config.get("memory", 0) is None:
+        read_json(folder / "config.json", {"decide_until": float, "epochs": float})
         from catode.theory.tolerance.measured import pool_memory
 
         config["memory"] = pool_memory(round(config["decide_until"] * _steps(folder, config)))
-    if config.get("check_every", 0) is None:
+    if config.get("check_every", 0) is None and "memory" in config:
         config["check_every"] = config["memory"] // 4
     return config
 
@@ -250,14 +251,18 @@ def _earlier_fates(folder: Path) -> Callable[[Mapping[str, str]], str]:
     """How to name the fate in a row of a structures.csv from before 0.2, which called five fates ``forced``."""
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     file = folder / "structure.json"
-    blocks = read_json(file).get("blocks", {}) if file.exists() else {}
+    blocks = read_json(file).get("blocks") if file.exists() else {}
+    if not isinstance(blocks, dict) or not all(_describes(block) for block in blocks.values()):
+        raise ValueError(
+            f"{file} must say of each of its blocks what was kept; it does not. Restore the file from the run."
+        )
     targeted = any(config.get(name) is not None for name in ("target_macs", "target_params"))
 
     def kept(row: Mapping[str, str]) -> bool | None:
         block = blocks.get(row["block"])
         if block is None or row["kind"] == "layer" or not block["kept"]:
             return block and block["kept"]
-        return int(row["index"]) in block["sites"].get(row["site"], ())
+        return row["index"] in map(str, block["sites"].get(row["site"], ()))
 
     def fate(row: Mapping[str, str]) -> str:
         if row["fate"] == "promoted":
@@ -272,6 +277,16 @@ def _earlier_fates(folder: Path) -> Callable[[Mapping[str, str]], str]:
         return REMOVED_OUT_OF_TIME
 
     return fate
+
+
+def _describes(block: Any) -> bool:
+    """Whether an entry of structure.json says what was kept of a block."""
+    return (
+        isinstance(block, dict)
+        and isinstance(block.get("kept"), bool)
+        and isinstance(block.get("sites"), dict)
+        and all(isinstance(units, list) for units in block["sites"].values())
+    )
 
 
 def _missing(path: Path) -> FileNotFoundError:

@@ -10,8 +10,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
+from scipy import stats
 
 from catode.theory.plotting import PALETTE, house_style
+
+DATASETS = {"cifar10": "CIFAR-10, JPEG copy", "tiny-imagenet-200": "Tiny-ImageNet, subset"}
+"""What data sets are called in pictures and captions; the images of the CIFAR-10 records are a JPEG copy of the official ones."""
+
+COLORS = 256
+"""Colours of a PNG file; more make it larger and no better to read."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,13 @@ class Made:
         for path, ending in zip(paths, formats, strict=True):
             with house_style():
                 self.figure.savefig(path, metadata=stamp.get(ending))
+            if ending == "png":
+                with Image.open(path) as image:
+                    look = {
+                        "method": Image.Quantize.FASTOCTREE,
+                        "dither": Image.Dither.NONE,
+                    }  # others lose rare colours
+                    image.convert("RGB").quantize(COLORS, **look).save(path, optimize=True)
         return paths
 
 
@@ -58,10 +73,54 @@ def seeds_text(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
+def dataset_text(name: str) -> str:
+    """A data set as pictures and captions call it."""
+    return DATASETS.get(name, name)
+
+
+def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean difference of paired runs and both ends of its 95 % t-interval; of a single pair the ends are NaN.
+
+    Args:
+        differences: One for each pair, such as runs of the same seed.
+    """
+    values = np.asarray(differences, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, np.nan, np.nan
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return mean, mean - half, mean + half
+
+
+def paired_text(differences: Sequence[float], form: str = "{:+.2f}") -> str:
+    """Mean difference of paired runs with its 95 % t-interval and the number of pairs, in words; without interval for one.
+
+    Args:
+        differences: One for each pair, such as runs of the same seed.
+        form: How a number is written.
+    """
+    mean, low, high = (form.format(round(value, 9) + 0.0) for value in paired_interval(differences))  # no -0.00
+    if len(differences) < 2:
+        return f"{mean} (n = 1: no interval)"
+    return f"{mean} (n = {len(differences)}, 95 % t-interval {low} to {high})"
+
+
+def range_text(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """Mean of runs with the least and the largest of them; the value alone where all are written alike."""
+    mean, low, high = (form.format(value) for value in (np.mean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})" if low != high else mean
+
+
 def mark_mean(ax: Axes, x: Sequence[float], y: Sequence[float], *, color: str, marker: str, label: str) -> None:
-    """Draw every seed small and faint, and their mean with the standard deviations of both as bars."""
+    """Draw every seed small and faint, and their mean with bars from the least to the largest of the seeds."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     ax.plot(x, y, marker, color=color, markersize=3.5, alpha=0.45, markeredgewidth=0, zorder=2)
-    spread = {"xerr": x.std(ddof=1), "yerr": y.std(ddof=1)} if len(x) > 1 else {}
     look = {"color": color, "markeredgecolor": PALETTE["black"], "markeredgewidth": 0.7, "markersize": 8}
-    ax.errorbar(x.mean(), y.mean(), fmt=marker, elinewidth=1.2, capsize=2.5, zorder=3, label=label, **look, **spread)
+    bars = {"xerr": span(x), "yerr": span(y)} if len(x) > 1 else {}
+    ax.errorbar(x.mean(), y.mean(), fmt=marker, elinewidth=1.2, capsize=2.5, zorder=3, label=label, **look, **bars)
+
+
+def span(values: Sequence[float]) -> np.ndarray:
+    """How far the least and the largest value lie below and above the mean, as error bars want it, shape (2, 1)."""
+    values = np.asarray(values, dtype=float)
+    return np.array([[values.mean() - values.min()], [values.max() - values.mean()]])

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 
-from catode.report import history, pictures
+from catode.report import history
+from catode.report.looks import LOOKS
+from catode.structures.fates import COMMITTED
 from catode.theory.plotting import PALETTE, house_style, new_figure
 
 FRAMES_PER_SECOND = 8
@@ -55,11 +57,11 @@ def write(run: history.Run, path: Path, frames: int = 90) -> None:
             there = [(t, int(np.searchsorted(t["step"], step, side="right")) - 1) for t in run.of(kind)]
             there = [(t, k) for t, k in there if k >= 0 and not _gone(t, layers, step) and np.isfinite(t["benefit"][k])]
             points = [
-                (t["benefit"][k] / t["price"][k], 1.0 if t.states[k] == "committed" else t["keep_prob"][k])
+                (t["benefit"][k] / t["price"][k], 1.0 if t.fates[k] == COMMITTED else t["keep_prob"][k])
                 for t, k in there
             ]
             dot.set_offsets(np.clip(points, (WINDOW[0], 0.0), (WINDOW[1], 1.0)) if points else np.empty((0, 2)))
-            dot.set_facecolors([pictures.LOOKS[t.state].color for t, _ in there] or "none")
+            dot.set_facecolors([LOOKS[t.fate].color for t, _ in there] or "none")
         for bar, group in zip(bars, groups, strict=True):
             bar.set_height(sum(not _gone(t, layers, step) for t in group))
         figure.suptitle(f"epoch {float(run.epochs(np.array(step))):.1f}", x=0.02, ha="left")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from catode.theory import BenefitSystem, LayerSystem, UnitSystem, basins_of_attraction, tolerance
 from catode.theory.basins.curves import manifolds
@@ -23,7 +24,7 @@ RISKS = ((0.2, "sky", "--"), (0.05, "blue", "-."), (0.005, "purple", ":"))
 
 def make(data: Data) -> Made:
     """Draw the four planes; no run is needed."""
-    figure = new_figure(9.6, 10.0)
+    figure = new_figure(8.0, 8.8)
     with house_style():
         axes = figure.subplots(2, 2)
         for ax, system, size, title, name in (
@@ -48,6 +49,7 @@ def make(data: Data) -> Made:
         ax = axes[1, 0]
         phase_portrait(ax, BENEFIT, benefit_max=0.2, nullclines=True, legend=False)
         ax.set_title("Benefit coordinates: D and its mirror")
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax = axes[1, 1]
         _tolerances(ax)
         ax.set_title("The tolerance under noise")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from catode.report import history
+from catode.structures.fates import REMOVED_WITH_BLOCK
 from catode.theory.plotting import PALETTE, house_style, new_figure
 from paper_figures._common import Made, letter, percent, seeds_text
 from paper_figures.complexity import keep_probabilities
@@ -53,7 +54,7 @@ def make(data: Data) -> Made:
 
 def _own(run: history.Run) -> list[history.Trace]:
     """Structures that did not go with their site or block."""
-    return [trace for trace in run.traces if trace.state != "promoted"]
+    return [trace for trace in run.traces if trace.fate != REMOVED_WITH_BLOCK]
 
 
 def _thetas(run: history.Run, kind: str) -> np.ndarray:

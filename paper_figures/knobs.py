@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks._common import markdown, spread
+from benchmarks._common import markdown
 from benchmarks.cifar import Record
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from paper_figures._common import Made, letter, percent, seeds_text
+from paper_figures._common import Made, dataset_text, letter, paired_text, percent, range_text, span
 from paper_figures.runs import GROUPS, Data
 
 NEEDS = ("pruned", "knobs")
@@ -23,18 +24,17 @@ SHARES = {
 def make(data: Data) -> Made:
     """Draw shares left and accuracy over each knob; the runs with preset settings are the common middle."""
     centre = data.results("pruned")
-    found = {knob: _line(data, knob, centre[0]) for knob in KNOBS}
+    found = {knob: _line(data, knob, centre) for knob in KNOBS}
     figure = new_figure(10.0, 5.8)
     with house_style():
         axes = figure.subplots(2, 3, sharey="row", sharex="col", height_ratios=(1.6, 1.0))
         for column, (knob, line) in zip(axes.T, found.items(), strict=True):
             values = list(line)
             for text, (part, whole, color, marker, style) in SHARES.items():
-                share = [r.result[part] / r.result[whole] for r in line.values()]
-                column[0].plot(values, share, style, marker=marker, color=PALETTE[color], label=text, clip_on=False)
-            column[1].plot(
-                values, [r.accuracy / 100 for r in line.values()], "-o", color=PALETTE["black"], clip_on=False
-            )
+                shares = [[r.result[part] / r.result[whole] for r in runs] for runs in line.values()]
+                _bars(column[0], values, shares, linestyle=style, marker=marker, color=PALETTE[color], label=text)
+            accuracies = [[r.accuracy / 100 for r in runs] for runs in line.values()]
+            _bars(column[1], values, accuracies, linestyle="-", marker="o", color=PALETTE["black"])
             if knob == "nu":
                 column[1].set_xscale("log")
                 column[1].xaxis.set_minor_locator(NullLocator())
@@ -55,31 +55,47 @@ def make(data: Data) -> Made:
     caption = (
         "One knob varied at a time, ResNet-20 on the digits: `nu`, the nats that the whole network may cost; `alpha`, "
         "the price's share on layers (1) against units (0); `beta`, parameters (1) against MACs (0). "
-        f"{seeds_text([centre[0].config['seed']]).capitalize()}; one run a point, and {len(centre)} for the preset, "
-        "whose spread in the table is the measure of what a difference "
-        "means; one test image is 0.28 points. " + " ".join(sentences)
+        f"{_counts(found)}; one test image is 0.28 points. Differences are paired by seed. " + " ".join(sentences)
     )
     return Made("Effect of nu, alpha and beta", caption, figure, _table(data, centre))
 
 
-def _line(data: Data, knob: str, centre: Record) -> dict[float, Record]:
-    """Runs of one seed in which only one knob differs, by its value."""
-    line = {centre.config[knob]: centre}
+def _bars(ax, x: list[float], groups: list[list[float]], **look) -> None:
+    """Draw means joined by a line, with bars from the least to the largest value where there are several."""
+    ax.plot(x, [np.mean(values) for values in groups], clip_on=False, **look)
+    for place, values in zip(x, groups, strict=True):
+        if len(values) > 1:
+            ax.errorbar(
+                place, np.mean(values), span(values), color=look["color"], capsize=2.5, elinewidth=1.0, zorder=1.5
+            )
+
+
+def _line(data: Data, knob: str, centre: list[Record]) -> dict[float, list[Record]]:
+    """Runs in which only one knob differs, by its value."""
+    line = {centre[0].config[knob]: centre}
     for name, changed in GROUPS["knobs"].items():
-        if set(changed) == {knob}:
-            line |= {one.config[knob]: one for one in data.results(name) if one.config["seed"] == centre.config["seed"]}
+        if set(changed) == {knob} and (runs := data.results(name)):
+            line[runs[0].config[knob]] = runs
     return dict(sorted(line.items()))
 
 
-def _sentence(knob: str, line: dict[float, Record]) -> str:
+def _counts(found: dict[str, dict[float, list[Record]]]) -> str:
+    """How many runs there are to a point, in words."""
+    groups = [runs for line in found.values() for runs in line.values()]
+    text = "Points are means over the seeds of the table, bars go from the least to the largest"
+    return text + ("; a point without bars is one run" if any(len(runs) == 1 for runs in groups) else "")
+
+
+def _sentence(knob: str, line: dict[float, list[Record]]) -> str:
     """What a knob does from one end of its range to the other, from the measured runs."""
     low, high = min(line), max(line)
     parts = []
     for text, (part, whole, *_) in SHARES.items():
-        a, b = (100 * line[end].result[part] / line[end].result[whole] for end in (low, high))
+        a, b = (100 * np.mean([r.result[part] / r.result[whole] for r in line[end]]) for end in (low, high))
         parts.append(f"{text} {a:.0f} to {b:.0f} %")
-    a, b = line[low].accuracy, line[high].accuracy
-    return f"`{knob}` from {low:g} to {high:g}: left of the {', of the '.join(parts)}; accuracy {a:.1f} to {b:.1f} %."
+    before = {r.config["seed"]: r for r in line[low]}
+    change = [r.accuracy - before[r.config["seed"]].accuracy for r in line[high] if r.config["seed"] in before]
+    return f"`{knob}` from {low:g} to {high:g}: left of the {', of the '.join(parts)}; accuracy {paired_text(change)} points."
 
 
 def _table(data: Data, centre: list[Record]) -> str:
@@ -89,22 +105,22 @@ def _table(data: Data, centre: list[Record]) -> str:
     }
     for record in data.records:
         if record.kind == "pruned":
-            groups.setdefault(f"{record.config['dataset']}, {record.variant}", []).append(record)
+            groups.setdefault(f"{dataset_text(record.task[0])}, {record.variant}", []).append(record)
     rows = [
         [
             name,
             "/".join(f"{group[0].config[knob]:g}" for knob in KNOBS),
             ", ".join(str(r.config["seed"]) for r in group),
             *(
-                spread([100 * r.result[part] / r.result[whole] for r in group], "{:.1f}")
+                range_text([100 * r.result[part] / r.result[whole] for r in group], "{:.1f}")
                 for part, whole, *_ in list(SHARES.values())[:2]
             ),
             *(
                 "/".join(str(r.result[part]) for r in group) + f" of {group[0].result[whole]}"
                 for part, whole, *_ in list(SHARES.values())[2:]
             ),
-            spread([r.accuracy for r in group]),
-            spread([100 * r.result["decided_by_rule"] for r in group], "{:.1f}"),
+            range_text([r.accuracy for r in group]),
+            range_text([100 * r.result["decided_by_rule"] for r in group], "{:.1f}"),
         ]
         for name, group in groups.items()
     ]

@@ -1,4 +1,4 @@
-"""Measured paths of single structures, each over the phase portrait of its own measured constants."""
+"""Measured paths of single structures, each over the worst case of its own measured constants and the mean of all paths."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from matplotlib.lines import Line2D
 from catode.decisions import shadow
 from catode.records import structure_key
 from catode.report import compare, history
+from catode.report.phase import draw_field, field_handles, measured_field
+from catode.structures.fates import COMMITTED
 from catode.theory.plotting import PALETTE, house_style, new_figure, phase_portrait
 from catode.theory.systems import BenefitSystem
 from paper_figures._common import Made, letter
@@ -25,6 +27,8 @@ class Path:
 
     Args:
         name: What to call it.
+        kind: "layer" or "unit".
+        step: Training steps of the checks, shape (n,).
         benefit: Benefit over price at the checks, shape (n,).
         theta: Keep probability at the checks, shape (n,).
         decided: Place of the decision by the derived tolerance among them; None without one.
@@ -34,6 +38,8 @@ class Path:
     """
 
     name: str
+    kind: str
+    step: np.ndarray
     benefit: np.ndarray
     theta: np.ndarray
     decided: int | None
@@ -55,7 +61,7 @@ def make(data: Data) -> Made:
     with house_style():
         axes = figure.subplots(2, 3, sharey=True)
         for ax, (why, path) in zip(axes.flat, chosen, strict=False):
-            _panel(ax, path)
+            _panel(ax, path, [p for p in paths if p.kind == path.kind])
             ax.set_title(f"{why}", fontsize=10)
         for ax in axes.flat[len(chosen) :]:
             ax.set_axis_off()
@@ -69,23 +75,26 @@ def make(data: Data) -> Made:
         grey = {"color": PALETTE["grey"], "linestyle": "none", "markersize": 5}
         handles["start of a path"] = Line2D([], [], marker="o", markerfacecolor="white", **grey)
         handles["its end"] = Line2D([], [], marker="o", **grey)
+        handles |= {handle.get_label(): handle for handle in field_handles()}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     decided = [path for path in paths if path.decided is not None]
     left = sum(not path.system.contains(path.states[path.decided :]).all() for path in decided)
     regrets = sum(path.end == shadow.REGRET for path in decided)
     told = "; ".join(f"({sign}) {path.name}, {_fate(path)}" for sign, (_, path) in zip("abcdef", chosen, strict=False))
+    half = compare.rules(data.own_shadows())[f"fixed {max(shadow.FIXED):g}"]
     caption = (
         "The measured way of single structures through the plane of benefit and keep probability, in shadow runs, "
-        "where nothing is removed before θ is 0. Grey arrows and the yellow domain D, in which the theory guarantees "
-        "that a structure is driven out, are computed from the structure's own measured price, gain, decay, rate "
-        "ratio and drift: those at the decision where there was one (marked ▼), else their medians. They are the worst "
-        "case that the measured bounds admit, in which the benefit grows as fast as it can: a path that keeps to the "
-        "bounds runs left of the arrows, and only inside D the arrows say where it must end. The tolerance lies below "
-        f"the edge of D by a margin for noise. Of {len(decided)} decided paths, {left} were outside the D of their "
-        f"decision at a later check, and {regrets} came back to 1. Benefits are estimates from a window of probes, "
+        "where nothing is removed before θ is 0. Black arrows say what happened: the mean direction in which all structures "
+        "of the kind, layers or units, moved there. Grey arrows are the worst case and not a prediction: the comparison system "
+        "of the structure's own measured price, gain, decay, rate ratio and drift (those at the decision where there was one, "
+        "marked ▼, else their medians), in which the benefit grows as fast as the bounds admit. Real paths cross them. Only in "
+        "the yellow domain D they bind: there the theory guarantees that a structure is driven out as long as the bounds hold. "
+        f"The tolerance lies below the edge of D by a margin for noise. Of {len(decided)} decided paths, {left} were outside the "
+        f"D of their decision at a later check, and {regrets} came back to 1, in runs where hardly anything comes back: of all "
+        f"{half.decisions} θ that sank to one half {half.regrets} did. Benefits are estimates from a window of probes, "
         f"noisy where the window is young. {told}."
     )
-    return Made("Measured paths over their own phase portraits", caption, figure)
+    return Made("Measured paths over the worst case of their bounds", caption, figure)
 
 
 def _fate(path: Path) -> str:
@@ -102,7 +111,7 @@ def _paths(run: compare.Run) -> list[Path]:
     for row in run.rows:
         traces.setdefault(structure_key(row), []).append(row)
     derived = {d.structure: d for d in run.decisions if d.rule == shadow.DERIVED}
-    zero = {d.structure for d in run.decisions if d.rule == shadow.ZERO}
+    zero = {d.structure: d.step for d in run.decisions if d.rule == shadow.ZERO}
     found = []
     for key, rows in traces.items():
         numbers = {
@@ -119,28 +128,28 @@ def _paths(run: compare.Run) -> list[Path]:
             if decision.outcome not in (shadow.CONFIRMED, shadow.REGRET) or decision.step not in numbers["step"]:
                 continue
             at = int(np.searchsorted(numbers["step"], decision.step))
-        elif key not in zero and rows[-1]["state"] != "committed":
+        elif key not in zero and rows[-1]["fate"] != COMMITTED:
             continue
         middle = {n: numbers[n][at] if at is not None else np.nanmedian(numbers[n]) for n in history.SYSTEM_COLUMNS}
         system = history.comparison_system(middle) if all(np.isfinite(v) for v in middle.values()) else None
         if system is None:
             continue
         end = decision.outcome if decision is not None else shadow.CONFIRMED if key in zero else "kept"
-        theta, benefit = numbers["keep_prob"], numbers["benefit"] / numbers["price"]
+        step, theta, benefit = numbers["step"], numbers["keep_prob"], numbers["benefit"] / numbers["price"]
         if end == shadow.CONFIRMED and theta[-1] > 0:
-            theta, benefit = np.r_[theta, 0.0], np.r_[benefit, benefit[-1]]
+            step, theta, benefit = np.r_[step, zero[key]], np.r_[theta, 0.0], np.r_[benefit, benefit[-1]]
         kind, block, site, index = key
         name = f"block {block}" if kind == "layer" else f"unit {index} of {site}"
         name += f", seed {run.config['seed']}"
         lead = decision.outcome_step - decision.step if decision is not None else 0
-        found.append(Path(name, benefit, theta, at, end, system, lead))
+        found.append(Path(name, kind, step, benefit, theta, at, end, system, lead))
     return found
 
 
 def _choose(paths: list[Path]) -> list[tuple[str, Path]]:
     """Structures that show different things, each once, with what they show."""
-    layers = [p for p in paths if p.name.startswith("block")]
-    units = [p for p in paths if not p.name.startswith("block")]
+    layers = [p for p in paths if p.kind == "layer"]
+    units = [p for p in paths if p.kind == "unit"]
     decided = [p for p in units if p.decided is not None and p.end == shadow.CONFIRMED]
     median = np.median([p.lead for p in decided]) if decided else 0
     wanted = (
@@ -168,7 +177,8 @@ def _choose(paths: list[Path]) -> list[tuple[str, Path]]:
     return chosen
 
 
-def _panel(ax, path: Path) -> None:
+def _panel(ax, path: Path, alike: list[Path]) -> None:
+    """Draw one path over its worst case, and the mean direction of all paths of its kind."""
     low = float(np.clip(1.15 * path.benefit.min(), -2.0, -0.1))
     high = float(np.clip(1.1 * np.quantile(path.benefit, 0.95), 1.6, 6.0))
     color = {shadow.CONFIRMED: "vermillion", shadow.REGRET: "purple"}.get(path.end, "blue")
@@ -182,6 +192,8 @@ def _panel(ax, path: Path) -> None:
         legend=False,
         density=0.55,
     )
+    window = (low, high), (0.0, 1.0)
+    draw_field(ax, *measured_field([(p.step, p.benefit, p.theta) for p in alike], window), window)
     ax.set_xlabel("benefit / price")
     ax.plot(
         [],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from catode.decisions import shadow
 from catode.report import compare
 from catode.theory.plotting import new_figure
-from paper_figures._common import Made, seeds_text
+from paper_figures._common import Made, dataset_text, seeds_text
 from paper_figures.runs import Data
 
 NEEDS = ("shadow",)
+HALF = f"fixed {max(shadow.FIXED):g}"  # the rule whose decisions are all thetas that sank to one half
 
 
 def make(data: Data) -> Made:
@@ -20,13 +23,16 @@ def make(data: Data) -> Made:
     for row, (name, runs) in zip(rows, groups.items(), strict=True):
         compare.draw(row, runs)
         if len(groups) > 1:
-            row.suptitle(name)
-        score = compare.rules(runs)[shadow.DERIVED]
+            row.suptitle(_readable(name, runs))
+        scores = compare.rules(runs)
+        score, half = scores[shadow.DERIVED], scores[HALF]
+        name = _readable(name, runs)
         told.append(
             f"{name} ({seeds_text([run.config['seed'] for run in runs])}): of "
             f"{score.decisions} decisions by the derived tolerance, {score.confirmed} were confirmed, "
             f"{score.regrets} regretted and {score.open} left open, a regret rate of {100 * score.low:.1f} to "
-            f"{100 * score.high:.1f} % at 95 % confidence with all that is open counted as regrets in the upper end"
+            f"{100 * score.high:.1f} % at 95 % confidence with all that is open counted as regrets in the upper end, in runs "
+            f"where hardly anything comes back: of all {half.decisions} θ that sank to one half {half.regrets} did"
         )
         tables.append(f"{name}:\n\n{compare.rules_table(runs)}")
     caption = (
@@ -40,3 +46,9 @@ def make(data: Data) -> Made:
         "decisions came. " + "; ".join(told) + "."
     )
     return Made("Regrets and calibration", caption, figure, "\n\n".join(tables))
+
+
+def _readable(name: str, runs: Sequence[compare.Run]) -> str:
+    """The name of a group with its data set as captions call it."""
+    dataset = runs[0].config["dataset"]
+    return name.replace(dataset, dataset_text(dataset))

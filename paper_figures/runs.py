@@ -19,6 +19,9 @@ from catode.train import Config
 RECORDS = Path(cifar.__file__).parent / "records"
 SHORT: dict[str, Any] = {"dataset": "digits", "epochs": 30, "memory": 200, "threads": 1}
 SEEDS = (0, 1, 2)
+DECIDED = 0.5
+"""Least share of the structures that a rule decided in a record whose paths and widths are drawn."""
+
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "pruned": {"pruned": {}},
     "dense": {"dense": {"nu": 0.0}},
@@ -36,8 +39,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def seeds(group: str) -> tuple[int, ...]:
-    """Seeds of a group's runs; a knob's effect and the rival priors are measured from the first alone, for the time's sake."""
-    return SEEDS[: {"pruned": 3, "shadow": 3, "knobs": 1, "priors": 1}.get(group, 2)]
+    """Seeds of a group's runs; the rival priors are measured from the first alone, for the time's sake."""
+    return SEEDS[:1] if group == "priors" else SEEDS
 
 
 def plan(folder: Path, groups: Iterable[str]) -> dict[Path, Config]:
@@ -122,11 +125,11 @@ class Data:
         return [self._once(cifar.read, folder) for folder in self._record_folders()]
 
     def record_reports(self) -> list[history.Run]:
-        """The committed records of pruned runs with their paths over time."""
+        """The committed records of pruned runs with their paths over time, of which a rule decided at least half."""
         return [
             self._once(history.read, folder)
             for folder, one in zip(self._record_folders(), self.records, strict=True)
-            if one.kind == "pruned"
+            if one.kind == "pruned" and one.result["decided_by_rule"] >= DECIDED
         ]
 
     def _record_folders(self) -> list[Path]:

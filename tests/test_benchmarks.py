@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks import _common, cifar, copies, digits, estimators, pool, rival, sensitivity
 from catode.decisions import shadow
-from catode.prune.describe.protocol import count
+from catode.prune.describe.costs import count
 from catode.records import read_json, read_rows
 from catode.report import compare
 from catode.train import data, loop

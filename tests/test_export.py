@@ -14,7 +14,7 @@ from torch import nn
 
 from catode import export
 from catode.prune.cut import restrict
-from catode.prune.describe.protocol import count
+from catode.prune.describe.costs import count
 from catode.train import build, load
 from catode.train.loop import checkpoint
 from catode.train.settings.config import settings

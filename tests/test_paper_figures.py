@@ -14,9 +14,10 @@ import torch
 from matplotlib.figure import Figure
 
 from catode.prune import cut
-from catode.train import count, models
+from catode.structures.fates import COMMITTED, PRUNED_TOLERANCE, PRUNED_ZERO, REMOVED_WITH_BLOCK, UNDECIDED
+from catode.train import Config, count, models
 from catode.train.loop import checkpoint
-from paper_figures import animation, complexity, runs
+from paper_figures import _common, animation, complexity, runs
 from paper_figures.__main__ import FIGURES, INDEX, main, write_index
 
 EPOCHS, EVERY = 30, 22
@@ -53,12 +54,12 @@ def write_run(out: Path, config) -> Path:
             gone_with_block = site != "" and not kept[block.name]["kept"]
             for check in range(1, 11):
                 theta = 1.0 if there else 1.0 - 0.09 * check
-                last = "committed" if there else "promoted" if gone_with_block else "pruned_tolerance"
+                last = COMMITTED if there else REMOVED_WITH_BLOCK if gone_with_block else PRUNED_TOLERANCE
                 values = (theta, 0.01 * rng.random(), 0.02, 0.0, 0.1 if site == "" else 0.03, 0.2, 0.0, 0.05, 0.01)
                 values += (0.01, 0.0, 5.0, 0.05, 0.3, 0.2)
                 row = dict(step=44 * check, time=4.0 * check, kind="unit" if site else "layer", block=block.name)
                 row |= dict(site=site, index=index, **dict(zip(COLUMNS, values, strict=True)))
-                rows.append(row | {"state": last if check == 10 else "undecided"})
+                rows.append(row | {"fate": last if check == 10 else UNDECIDED})
     _table(out / "structures.csv", sorted(rows, key=lambda row: row["step"]))
     done = [epoch * EVERY >= 440 or config.nu == 0 for epoch in range(1, EPOCHS + 1)]
     metrics = [
@@ -80,7 +81,7 @@ def write_run(out: Path, config) -> Path:
 
 
 def _decisions(rows):
-    keys = {(row["kind"], row["block"], row["site"], row["index"]) for row in rows if row["state"].startswith("pruned")}
+    keys = {(row["kind"], row["block"], row["site"], row["index"]) for row in rows if row["fate"] == PRUNED_TOLERANCE}
     for rule, step in (("derived", 396), ("fixed 0.5", 264), ("zero", 484)):
         for number, (kind, block, site, index) in enumerate(sorted(keys, key=str)):
             outcome = (
@@ -147,7 +148,43 @@ def test_shadow_records_have_a_row_for_each_data_set_network_and_length(folder, 
     lengths = ((f"digits, {runs.SHORT['epochs']}", 3), ("cifar10, 20", 1), ("digits, 60", 2))
     assert rows == {f"resnet20, {name} epochs, risk 0.05": number for name, number in lengths}
     assert next(iter(rows.values())) == 3 and len(data.own_shadows()) == 3
-    assert all(name in FIGURES["regrets"].make(data).table for name in rows)
+    made = FIGURES["regrets"].make(data)
+    assert all(name.replace("cifar10", "CIFAR-10, JPEG copy") in made.table for name in rows)
+    assert "cifar10" not in made.table + made.caption
+    assert made.caption.count("in runs where hardly anything comes back: of all") == 3
+
+
+def test_every_record_of_cifar10_is_called_a_jpeg_copy(folder, tmp_path):
+    for name, changed in (("pruned-s0", {}), ("dense-s0", {"nu": 0.0})):
+        record = shutil.copytree(folder / f"digits-{name}", tmp_path / name)
+        base = Config.from_presets(dataset="cifar10", data_dir="images", epochs=20, **changed)
+        _change(record / "config.json", **dataclasses.asdict(base))
+    data = runs.Data(folder, tmp_path)
+    for name in ("thetas", "rivals", "widths", "knobs"):
+        made = FIGURES[name].make(data)
+        drawn = [ax.get_title(loc="left") for ax in made.figure.axes]
+        told = " ".join([made.caption, made.table, *drawn])
+        assert "CIFAR-10, JPEG copy" in told and "cifar10" not in told
+        assert name == "knobs" or any("CIFAR-10, JPEG copy" in title for title in drawn)
+
+
+def test_a_record_in_which_hardly_anything_was_decided_is_not_drawn(folder, tmp_path):
+    record = shutil.copytree(folder / "digits-pruned-s0", tmp_path / "slow")
+    _change(record / "config.json", epochs=60)
+    _change(record / "result.json", decided_by_rule=0.49)
+    assert runs.Data(folder, tmp_path).record_reports() == []
+    _change(record / "result.json", decided_by_rule=0.5)
+    assert [run.folder for run in runs.Data(folder, tmp_path).record_reports()] == [record]
+
+
+def test_a_paired_difference_comes_with_its_t_interval():
+    mean, low, high = _common.paired_interval([0.5, 1.0])  # standard deviation 0.354, t quantile 12.706
+    assert (mean, low, high) == pytest.approx((0.75, 0.75 - 12.7062 * 0.25, 0.75 + 12.7062 * 0.25), rel=1e-4)
+    assert _common.paired_text([0.5, 1.0]) == "+0.75 (n = 2, 95 % t-interval -2.43 to +3.93)"
+    assert _common.paired_text([0.5]) == "+0.50 (n = 1: no interval)"
+    assert _common.paired_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
+    assert _common.range_text([1.0, 3.0]) == "2.00 (1.00 to 3.00)" and _common.range_text([1.0]) == "1.00"
+    assert _common.span([1.0, 2.0, 6.0]).tolist() == [[2.0], [3.0]]
 
 
 def test_the_command_writes_png_vector_and_an_index_that_keeps_other_sections(tmp_path, folder, capsys):
@@ -172,8 +209,8 @@ def test_expected_and_counted_complexity_agree_and_a_contradiction_is_refused(tm
     assert (
         sum(is_ for _, _, is_ in found.layers.values()) < found.counted[-1, 0]
     )  # norms are counted in the whole alone
-    trace = next(t for t in run.traces if t.state == "committed" and t.kind == "unit")
-    lying = dataclasses.replace(trace, states=[*trace.states[:-1], "pruned_zero"])
+    trace = next(t for t in run.traces if t.fate == COMMITTED and t.kind == "unit")
+    lying = dataclasses.replace(trace, fates=[*trace.fates[:-1], PRUNED_ZERO])
     run = dataclasses.replace(run, traces=[lying if t is trace else t for t in run.traces])
     with pytest.raises(ValueError, match="must have the expected"):
         complexity.check(run)

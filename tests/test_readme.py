@@ -1,19 +1,28 @@
-"""README's commands are the ones that CI runs, its links lead somewhere, and its defaults are the code's."""
+"""What README, docs and CHANGELOG say is so: commands, links, names, and every number that a record or a table holds."""
 
+import contextlib
 import importlib
+import importlib.util
+import io
 import os
 import re
 import shlex
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from scipy import stats
 
 import catode
 from benchmarks import cifar
 from catode.decisions import shadow
-from catode.prune.pruner import ROW_FIELDS
+from catode.prune.checking import ROW_FIELDS
+from catode.prune.describe.costs import count
+from catode.structures import fates
+from catode.theory import __main__ as theory
 from catode.train import loop
 from catode.train.settings.config import Config
 from paper_figures import __main__ as figures
@@ -21,6 +30,27 @@ from paper_figures.runs import RECORDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
+DOCS = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
+RESULTS = DOCS["results"]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
+
+
+def plain(text):
+    """Markdown without code blocks, headings and tags; links are their texts, and a cell of a table ends a sentence."""
+    text = re.sub(r"^#.*$", "", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), flags=re.M)
+    text = re.sub(r"<[^>]*>", " ", re.sub(r"\.?</t[dh]>", ". ", text))
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+
+
+# --- what a stranger meets --------------------------------------------------------------------------------------------
 
 
 def commands():
@@ -37,47 +67,123 @@ def test_the_commands_name_files_and_extras_that_exist():
     for command in commands():
         words = shlex.split(command)
         assert (ROOT / words[words.index("-c") + 1]).is_file()
-    assert "test =" in (ROOT / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    for page in (README, *DOCS.values()):
+        assert all(f"\n{extra} = [" in project for extra in re.findall(r"'\.\[(\w+)\]'", page))
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem
-)
+def test_the_readme_is_short_and_has_three_pictures():
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert not [line for line in lines if len(line) > 120 and line not in commands()]
+    assert 900 < len(README.split()) <= 1300
+    assert re.findall(r'<img src="docs/figures/(\w+)\.png"', README) == ["thetas", "widths", "basins"]
+
+
+def test_the_sentences_of_the_readme_are_short():
+    sentences = [s for s in re.split(r"(?<=[.!?])\s+", plain(README)) if re.search(r"[A-Za-z]", s)]
+    assert len(sentences) > 50
+    assert np.mean([len(s.split()) for s in sentences]) < 18
+
+
+def test_the_story_comes_before_the_commands_and_these_before_the_results():
+    headings = re.findall(r"^## (.*)$", README, flags=re.M)
+    assert headings[:3] == ["Two commands", "Results and their limits", "Install"]
+    assert len(plain(README.split("\n## ")[0]).split()) > 100
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_relative_links_lead_to_files_and_their_headings(page):
-    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'(?:href|src)="([^"]+)"', text):
         if "://" in link:
             continue
         name, _, heading = link.partition("#")
         file = page.parent / name if name else page
         assert file.exists(), link
-        headings = (
-            [
-                re.sub(r"[^\w -]", "", line.lstrip("# ").lower())
-                for line in file.read_text().splitlines()
-                if line[:1] == "#"
-            ]
-            if heading
-            else []
-        )
-        assert not heading or heading in [text.replace(" ", "-") for text in headings], link
+        assert not heading or heading in anchors(file), link
+
+
+def anchors(file):
+    text = re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.M | re.S)
+    headings = [line.lstrip("# ").lower() for line in text.splitlines() if line[:1] == "#"]
+    return [re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings]
 
 
 def test_paths_named_in_the_text_exist():
-    named = set(re.findall(r"`((?:catode|docs|benchmarks)/[\w/.]+)`", README))
-    assert named and all((ROOT / name).exists() for name in named), named
+    for text in (README, RESULTS, DOCS["running"], DOCS["conventions"]):
+        named = set(re.findall(r"`((?:catode|docs|benchmarks)/[\w/.]+)`", text))
+        assert all((ROOT / name).exists() for name in named), named
 
 
 def test_the_default_folder_is_the_one_the_readme_names():
     assert f"`{Config.from_presets().out}`" in README and re.fullmatch(r"\d+\.\d+\.\d+", catode.__version__)
 
 
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_readme_runs_and_prunes():
+    (code,) = blocks(README, "python")
+    torch.manual_seed(0)
+    names, said = {"__name__": "example"}, io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(code, "README.md", "exec"), names)
+    model, x, y = names["model"], names["x"], names["y"]
+    whole = 3 * (16 * 24 * 9 * 2 + 24 + 16) + 2 * 3 * (24 + 16) + 16 * 9 + 16 + 1024 * 10 + 10
+    assert count(model, x[:1]).params == sum(p.numel() for p in model.parameters()) < 0.8 * whole
+    assert sum(names["pruner"].decisions().values()) == 3 + 3 * 24 and said.getvalue().startswith("{")
+    with torch.no_grad():
+        assert (model.eval()(x).argmax(1) == y).float().mean() > 0.95
+
+
+def test_the_example_of_the_theory_prints_what_the_readme_shows(capsys, tmp_path, monkeypatch):
+    (block,) = [text for text in blocks(README, "sh") if "catode.theory" in text]
+    command, *shown = block.splitlines()
+    monkeypatch.chdir(tmp_path)
+    assert theory.main(shlex.split(command)[3:]) == 0
+    assert [f"# {line}" for line in capsys.readouterr().out.splitlines()] == shown
+
+
+def named_commands():
+    """Every ``python -m`` command of a shell block of README and docs, as words from the module on."""
+    found = set()
+    for text in (README, *DOCS.values()):
+        for line in "\n".join(blocks(text, "sh")).splitlines():
+            if match := re.search(
+                r"(?:^python|^torchrun .*?) -m (?:-- )?((?:catode|benchmarks|paper_figures).*?)(?:  +#|$)", line
+            ):
+                found.add(match[1])
+    return sorted(found)
+
+
+def helped(module, given, monkeypatch, capsys):
+    """What ``--help`` of a command prints."""
+    monkeypatch.setattr(sys, "argv", [module, *(word for word in given[:1] if not word.startswith("-")), "--help"])
+    program = importlib.import_module(f"{module}.__main__" if (ROOT / module / "__main__.py").exists() else module)
+    if module in ("catode.train", "catode.theory"):
+        program = importlib.import_module(f"{module}.__main__")
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as left:
+        program.main()
+    assert not left.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", named_commands())
+def test_every_command_of_the_pages_has_the_flags_that_it_is_given(command, monkeypatch, capsys):
+    module, *given = shlex.split(command)
+    text = helped(module, given, monkeypatch, capsys)
+    assert all(flag in text for flag in given if flag.startswith("--"))
+
+
 # --- claims: each with what shows it and the command that makes that --------------------------------------------------
 
 
 def claims():
-    """Claims of README and docs/evidence.md: what is said, what shows it and what makes that; links from the root."""
+    """Claims of docs/results.md and docs/evidence.md: what is said, what shows it, what makes that; links from the root."""
     found = []
-    for page in (ROOT / "README.md", ROOT / "docs" / "evidence.md"):
+    for page in (ROOT / "docs" / "results.md", ROOT / "docs" / "evidence.md"):
         table = page.read_text().split("| claim |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
         for line in table:
             said, shown, made = (cell.strip() for cell in line.strip("|").split(" | "))
@@ -116,27 +222,10 @@ def test_every_claim_has_what_shows_it_and_the_command_that_makes_it(claim, monk
     if module == "pytest":
         assert all((ROOT / file.split("::")[0]).exists() for file in given if not file.startswith("-"))
         return
-    monkeypatch.setattr(sys, "argv", [module, *(word for word in given[:1] if not word.startswith("-")), "--help"])
-    program = importlib.import_module(f"{module}.__main__" if (ROOT / module / "__main__.py").exists() else module)
-    with pytest.raises(SystemExit):
-        program.main()
-    helped = capsys.readouterr().out
-    assert all(flag in helped for flag in given if flag.startswith("--"))
+    text = helped(module, given, monkeypatch, capsys)
+    assert all(flag in text for flag in given if flag.startswith("--"))
     if module == "paper_figures":
         assert given[0] == "--only" and f"docs/figures/{given[1]}.png" in links
-
-
-def test_the_columns_in_the_conventions_are_those_of_the_files():
-    text = (ROOT / "docs" / "conventions.md").read_text()
-    for file, names in (
-        ("metrics.csv", loop.METRIC_FIELDS),
-        ("structures.csv", ROW_FIELDS),
-        ("shadow.csv", shadow.FIELDS),
-    ):
-        (row,) = [line for line in text.splitlines() if line.startswith(f"| {file}")]
-        assert row.split("structure: " if file == "structures.csv" else ": ", 1)[1].rstrip(" |").split(", ") == list(
-            names
-        )
 
 
 def test_every_figure_is_part_of_a_claim():
@@ -144,9 +233,160 @@ def test_every_figure_is_part_of_a_claim():
     assert not [name for name in figures.FIGURES if f"docs/figures/{name}.png" not in text]
 
 
+# --- numbers, recomputed from the committed records -------------------------------------------------------------------
+
+INTERVAL = r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\] \(95 %, n = \d\)"
+
+
+def interval(values):
+    """Mean and 95 % t-interval as the pages write them."""
+    mean = np.mean(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] (95 %, n = {len(values)})"
+
+
+@cache
+def record(name):
+    return cifar.read(RECORDS / name)
+
+
+def rows(text, header):
+    """The cells of the table that begins with this header."""
+    table = text.split(f"| {header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in table]
+
+
 def test_the_table_of_cifar_is_that_of_the_committed_records():
     made = cifar.table([cifar.read(path.parent) for path in sorted(RECORDS.glob("*/result.json"))])
-    ours = [re.sub(" +", " ", line) for line in README.splitlines()]
-    first = made.split("| difference")[0]
-    rows = [re.sub(" +", " ", line) for line in first.splitlines() if line.startswith(("| cifar", "| tiny"))]
-    assert rows and not [row for row in rows if row not in ours]
+    assert made.strip() in (ROOT / "benchmarks" / "results" / "cifar.md").read_text()
+
+
+def test_the_runs_on_cifar_are_as_the_results_say():
+    found = rows(RESULTS, "record")
+    assert len(found) == 8
+    for name, _, accuracy, macs, layers in found:
+        runs = [record(f"{name.strip('`')}-s{seed}") for seed in (0, 1)]
+        dense = record("dense-s0").result["macs"]
+        assert accuracy == ", ".join(f"{run.accuracy:.2f}" for run in runs)
+        assert macs == ", ".join(f"{100 * run.result['macs'] / dense:.1f}" for run in runs)
+        assert layers == ", ".join(str(run.result["layers_kept"]) for run in runs)
+
+
+def differences():
+    return rows(RESULTS, "difference")
+
+
+def test_the_differences_on_cifar_are_paired_and_have_t_intervals():
+    assert len(differences()) == 14
+    for pair, seeds, points, macs in differences():
+        first, second = re.findall(r"`(.+?)`", pair)
+        both = [(record(f"{first}-s{seed}"), record(f"{second}-s{seed}")) for seed in (0, 1)]
+        apart = [a.accuracy - b.accuracy for a, b in both]
+        assert seeds == ", ".join(f"{d:+.2f}" for d in apart), pair
+        assert points == interval(apart), pair
+        assert macs == ", ".join(f"{100 * a.result['macs'] / b.result['macs']:.0f}" for a, b in both), pair
+
+
+def test_what_is_said_of_the_intervals_is_so():
+    without = {pair for pair, _, points, _ in differences() if points.count("+") in (0, 3)}
+    assert without == {"`pruned` - `dense`", "`units` - `narrow`", "`pruned-nu4.8` - `narrow-nu4.8`"}
+    assert "Three of the fourteen exclude 0" in RESULTS
+
+
+def digits():
+    """Differences on the digits, points, from the whole numbers of images behind the rounded accuracies."""
+    found = rows((ROOT / "benchmarks" / "results" / "digits.md").read_text(), "seed")
+    images = [[round(359 * float(cell.strip("%")) / 100) for cell in row[1:3]] for row in found]
+    return [100 * (pruned - whole) / 359 for pruned, whole in images]
+
+
+def test_every_interval_of_readme_and_results_is_computed():
+    images = [-4, -3, 0, 1]  # as mean -0.42 and deviation 0.66 of four seeds on the other processor give, in some order
+    assert f"{np.std(images, ddof=1) / 3.59:.2f}" == "0.66"
+    known = {points for _, _, points, _ in differences()} | {interval(digits()), interval(np.array(images) / 3.59)}
+    for text in (README, RESULTS):
+        said = re.findall(INTERVAL, re.sub(r"\s+", " ", text.replace("**", "")))
+        assert len(said) > 3 and not set(said) - known
+
+
+def test_no_spread_is_written_as_if_it_were_an_interval():
+    assert not re.search(r"±|\+-", README + RESULTS)
+
+
+@pytest.mark.parametrize("name", ["README", "results", "running"])
+def test_cifar_10_is_named_as_the_copy_that_it_is(name):
+    text = re.sub(r"\s+", " ", {"README": README, **DOCS}[name])
+    assert "CIFAR-10" in text
+    assert not re.findall(r"CIFAR-10\b(?!, JPEG copy| means a JPEG copy| from the official).{30}", text)
+
+
+def test_the_readme_says_how_weak_the_test_of_decisions_is():
+    (sentence,) = [s for s in re.split(r"(?<=[.!?])\s+", plain(README)) if "None of 606" in re.sub(r"\s+", " ", s)]
+    assert "only 4 of 910 came back at all, so this test is weak" in re.sub(r"\s+", " ", sentence)
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results():
+    words = re.sub(r"\s+", " ", RESULTS.replace("**", ""))
+    for number in ("465", "141", "4 of 910", "1.067", "0.790", "30.1"):
+        assert number in words
+    assert "606" in README and 465 + 141 == 606
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_columns_in_the_conventions_are_those_of_the_files():
+    for file, names in (
+        ("metrics.csv", loop.METRIC_FIELDS),
+        ("structures.csv", ROW_FIELDS),
+        ("shadow.csv", shadow.FIELDS),
+    ):
+        (row,) = [line for line in DOCS["conventions"].splitlines() if line.startswith(f"| {file}")]
+        assert row.split("structure: " if file == "structures.csv" else ": ", 1)[1].rstrip(" |").split(", ") == list(
+            names
+        )
+
+
+def test_the_fates_in_the_conventions_are_those_of_the_code():
+    expected = []
+    for fate, meaning in fates.MEANINGS.items():
+        place = "open" if fate == fates.UNDECIDED else "removed" if fate in fates.REMOVED else "kept"
+        rule = "" if fate == fates.UNDECIDED else "no" if fate in fates.NOT_BY_RULE else "yes"
+        expected.append([f"`{fate}`", meaning, place, rule])
+    assert [[*row, ""][:4] for row in rows(DOCS["conventions"], "fate")] == expected
+    assert all(f"`{fate}`" in DOCS["running"] for fate in fates.FATES)
+
+
+def test_the_conventions_are_numbered_without_a_gap():
+    assert re.findall(r"^(\d+)\. \*\*", DOCS["conventions"], flags=re.M) == [str(n) for n in range(1, 11)]
+
+
+@pytest.mark.parametrize("name", ["Pruner", "describe", "load"])
+def test_the_root_offers_what_the_conventions_say(name):
+    assert f"`{name}`" in DOCS["conventions"] and callable(getattr(catode, name))
+
+
+def renamed():
+    """Every module on the right of the table of renamed modules; a bare name lies where the first one does."""
+    found = []
+    for _, now in rows(CHANGELOG.split("### Renamed: modules", 1)[1], "before"):
+        first, *others = re.findall(r"`(.+?)`", now)
+        found += [first, *(f"{first.rsplit('.', 1)[0]}.{name}" for name in others)]
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(set(renamed())))
+def test_renamed_modules_are_where_the_changelog_says(module):
+    assert importlib.util.find_spec(module) is not None
+
+
+def test_renamed_fates_are_those_of_the_code():
+    now = [cell for _, cell in rows(CHANGELOG.split("### Renamed: fates", 1)[1], "before")]
+    assert [cell.strip("`") for cell in now[:6]] == [
+        fates.KEPT_OUT_OF_TIME,
+        fates.REMOVED_OUT_OF_TIME,
+        fates.KEPT_FOR_WIDTH,
+        fates.KEPT_AT_TARGET,
+        fates.KEPT_AS_LAST,
+        fates.REMOVED_WITH_BLOCK,
+    ]

@@ -47,7 +47,7 @@ BAD = [
     (
         v.check_interval,
         (2, 0, 1),
-        {"mend": "Choose e.g. 0.05."},
+        {"hint": "Choose e.g. 0.05."},
         "`p` must lie in [0, 1]; got p=2.0. Choose e.g. 0.05.",
     ),
     (v.check_int, (1.0,), {}, "`p` must be an integer; got p=1.0"),

@@ -1,65 +1,74 @@
-"""What training tells about every structure: pooled means with confidence limits, gradient products, drift.
+"""What training tells about the benefit of every structure: pooled means with confidence limits, noise, trend, wandering.
 
-Numbers of structures are those of `catode.structures.complexity`; arrays have shape (n,). Everything forgets exponentially, because
-the network changes while it is measured.
+Arrays have shape (n,) in the numbering of `catode.structures.inventory`. Everything forgets exponentially, because the
+network changes while it is measured.
+
+Source: docs/theory.md section 1; docs/mathematics.md section 5.
 """
 
 from __future__ import annotations
 
+from dataclasses import InitVar, dataclass, field
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.special import ndtri
+
+from catode._saved import UNSAVED
 
 LEAST_EVIDENCE = 8.0  # effective observations of benefit and gain before a theta moves or anything is decided
 
 
+@dataclass(eq=False)
 class Pool:
     """Exponentially weighted mean and variance of repeated observations of n quantities.
 
     Args:
         size: Number of quantities.
         window: Observations after which a weight has fallen to 1/e, one number or shape (n,).
+
+    Attributes:
+        weight: Sum of the weights, shape (n,): memory in observations, as many as were seen at first, the window in the end.
+        weight_squares: Sum of the squared weights, shape (n,).
+        total: Weighted sum of the observations, shape (n,).
+        squares: Weighted sum of their squares, shape (n,).
     """
 
-    def __init__(self, size: int, window: float | NDArray):
-        self._forget = 1.0 - 1.0 / window
-        self._w, self._w2, self._s, self._s2 = np.zeros((4, size))
+    size: InitVar[int]
+    window: InitVar[float | NDArray]
+    forget: float | NDArray = field(metadata=UNSAVED, init=False)
+    weight: NDArray = field(init=False)
+    weight_squares: NDArray = field(init=False)
+    total: NDArray = field(init=False)
+    squares: NDArray = field(init=False)
 
-    def state(self) -> torch.Tensor:
-        """Everything remembered, shape (4, n)."""
-        return torch.from_numpy(np.stack([self._w, self._w2, self._s, self._s2]))
-
-    def restore(self, state: torch.Tensor) -> None:
-        """Take up a `state`."""
-        self._w, self._w2, self._s, self._s2 = state.numpy().copy()
+    def __post_init__(self, size: int, window: float | NDArray) -> None:
+        self.forget = 1.0 - 1.0 / window
+        self.weight, self.weight_squares, self.total, self.squares = np.zeros((4, size))
 
     def add(self, values: NDArray, seen: NDArray[np.bool_]) -> None:
         """Take in one observation of each quantity in `seen`."""
-        for total, value in ((self._w, 1.0), (self._s, values), (self._s2, np.square(values))):
-            np.copyto(total, self._forget * total + value, where=seen)
-        np.copyto(self._w2, self._forget**2 * self._w2 + 1.0, where=seen)
+        for sums, value in ((self.weight, 1.0), (self.total, values), (self.squares, np.square(values))):
+            np.copyto(sums, self.forget * sums + value, where=seen)
+        np.copyto(self.weight_squares, self.forget**2 * self.weight_squares + 1.0, where=seen)
 
     @property
     def count(self) -> NDArray:
         """Effective number of observations, at most about twice the window."""
-        return np.divide(self._w**2, self._w2, out=np.zeros_like(self._w), where=self._w2 > 0)
-
-    @property
-    def weight(self) -> NDArray:
-        """Memory in observations: as many as were seen at first, the window in the end."""
-        return self._w
+        none = np.zeros_like(self.weight)
+        return np.divide(self.weight**2, self.weight_squares, out=none, where=self.weight_squares > 0)
 
     @property
     def mean(self) -> NDArray:
         """Weighted mean; 0 where nothing was seen."""
-        return np.divide(self._s, self._w, out=np.zeros_like(self._w), where=self._w > 0)
+        return np.divide(self.total, self.weight, out=np.zeros_like(self.weight), where=self.weight > 0)
 
     @property
     def variance(self) -> NDArray:
         """Variance of one observation; infinite below two effective observations."""
         count = self.count
-        spread = np.divide(self._s2, self._w, out=np.zeros_like(self._w), where=self._w > 0) - self.mean**2
+        mean_square = np.divide(self.squares, self.weight, out=np.zeros_like(self.weight), where=self.weight > 0)
+        spread = mean_square - self.mean**2
         enough = count > 1.5
         return np.where(enough, np.maximum(spread, 0.0) * count / np.maximum(count - 1.0, 0.5), np.inf)
 
@@ -69,6 +78,7 @@ class Pool:
         return np.sqrt(self.variance / np.maximum(self.count, 1e-12))
 
 
+@dataclass(eq=False)
 class Evidence:
     """What the estimates of L1 - L0 tell about the benefits: level, noise, trend and wandering.
 
@@ -79,34 +89,32 @@ class Evidence:
         risk: Risk of the confidence limits.
 
     Attributes:
+        z: Quantile of the normal distribution at that risk.
         curvature: Pool of d2L/dxi2, filled by the probes.
     """
 
-    def __init__(self, window: NDArray, *, curvature_window: float, corrected: NDArray[np.bool_], risk: float):
+    window: InitVar[NDArray]
+    curvature_window: InitVar[float]
+    corrected: NDArray[np.bool_] = field(metadata=UNSAVED)
+    risk: InitVar[float]
+    z: float = field(metadata=UNSAVED, init=False)
+    curvature: Pool = field(init=False)
+    _benefit: Pool = field(init=False)
+    _slow: Pool = field(init=False)  # the same over three times the memory
+    _when: Pool = field(init=False)  # times of what is in `_benefit`
+    _slow_when: Pool = field(init=False)
+    _elapsed: Pool = field(init=False)
+    _estimate: Pool = field(init=False)
+    _successive: Pool = field(init=False)  # products of successive estimates
+    _last: NDArray = field(init=False)  # estimate before; NaN for none
+
+    def __post_init__(self, window: NDArray, curvature_window: float, risk: float) -> None:
         n = len(window)
         self.z = float(ndtri(1.0 - risk))
-        self.corrected = corrected
-        self._benefit, self._slow, self._when, self._slow_when = (
-            Pool(n, w) for w in (window, 3 * window, window, 3 * window)
-        )
-        self._elapsed = Pool(n, window)
-        self._estimate, self._successive = Pool(n, window), Pool(n, window)
+        self._benefit, self._when, self._elapsed, self._estimate, self._successive = (Pool(n, window) for _ in range(5))
+        self._slow, self._slow_when = Pool(n, 3 * window), Pool(n, 3 * window)
         self._last = np.full(n, np.nan)
         self.curvature = Pool(n, curvature_window)
-
-    def _pools(self) -> list[Pool]:
-        level, trend = [self._benefit, self._slow], [self._when, self._slow_when]
-        return [*level, *trend, self._elapsed, self._estimate, self._successive, self.curvature]
-
-    def state(self) -> dict:
-        """Everything remembered."""
-        return {"pools": [pool.state() for pool in self._pools()], "last": torch.from_numpy(self._last.copy())}
-
-    def restore(self, state: dict) -> None:
-        """Take up a `state`."""
-        for pool, own in zip(self._pools(), state["pools"], strict=True):
-            pool.restore(own)
-        self._last = state["last"].numpy().copy()
 
     def add(self, estimate: NDArray, seen: NDArray[np.bool_], time: float, elapsed: NDArray) -> None:
         """Take in one estimate of L1 - L0 of each structure in `seen`.

@@ -1,54 +1,112 @@
-"""Everything that a decision needs, conservative at the evidence's risk."""
+"""Everything that a decision needs to know of each structure, conservative at the evidence's risk.
+
+Source: docs/mathematics.md section 5.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from catode.decisions.evidence import Evidence
+from catode.decisions.evidence import Evidence, Pool
+from catode.theory.tolerance import measured
 
 
-def summary(
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """Measured quantities of every structure, each of shape (n,), by their names in structures.csv; infinite where unknown.
+
+    Attributes:
+        keep_prob: theta.
+        benefit: Pooled benefit, nats.
+        benefit_upper: Its upper limit.
+        benefit_lower: Its lower limit.
+        price: Price, nats, positive.
+        gain: Upper limit of the squared gradient norm, nats/time.
+        decay: Lower limit of the benefit's decay, 1/time; 0 is always one.
+        rate_ratio: Speed of theta, 1/(nats time).
+        noise: Upper limit of the diffusion of theta, time^-1/2.
+        benefit_noise: Upper limit of the diffusion of the benefit, nats time^-1/2.
+        drift: Upper limit of the benefit's growth beyond what the gain explains, nats/time.
+        step_time: ODE time between two estimates.
+        memory: Time constant of the pooled benefit, ODE time.
+    """
+
+    keep_prob: NDArray
+    benefit: NDArray
+    benefit_upper: NDArray
+    benefit_lower: NDArray
+    price: NDArray
+    gain: NDArray
+    decay: NDArray
+    rate_ratio: NDArray
+    noise: NDArray
+    benefit_noise: NDArray
+    drift: NDArray
+    step_time: NDArray
+    memory: NDArray
+
+    def columns(self) -> dict[str, NDArray]:
+        """All quantities by name."""
+        return {name: getattr(self, name) for name in QUANTITIES}
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Structures of which everything is known, shape (n,)."""
+        return np.all([np.isfinite(values) for values in self.columns().values()], axis=0)
+
+    def tolerance_arguments(self, where: NDArray[np.bool_]) -> dict[str, NDArray]:
+        """Arguments of `catode.theory.tolerance.derive` for the structures in `where`, all `known`."""
+        part = {name: values[where] for name, values in self.columns().items()}
+        del part["keep_prob"], part["benefit_lower"]
+        return measured.arguments(**part)
+
+
+QUANTITIES = tuple(field.name for field in fields(Limits))
+
+
+def measure(
     evidence: Evidence,
-    products: GradientProducts,  # noqa: F821
+    gain: Pool,
+    weight_gradient: Pool,
     *,
     keep_prob: NDArray,
     price: NDArray,
     rate_ratio: NDArray,
     weight_decay: float,
-) -> dict[str, NDArray]:
-    """Every quantity of THEORY section 5 that a decision needs, conservative at the evidence's risk.
+) -> Limits:
+    """Limits from the pools, at the evidence's risk.
 
     Args:
         evidence: About the benefits.
-        products: About the gradients.
+        gain: Pool of the squared gradient norms, nats/time.
+        weight_gradient: Pool of the products of weights and their gradients, nats.
         keep_prob: theta, shape (n,).
         price: Positive prices, nats, shape (n,).
         rate_ratio: Speeds of theta, 1/(nats time), shape (n,).
         weight_decay: The least of the optimizer's groups, 1/time.
-
-    Returns:
-        Arrays of shape (n,) by the names of a run's structures.csv; infinite where nothing is known yet.
     """
     z, (lower, upper), (slope, slope_error) = evidence.z, evidence.limits(), evidence.slope()
-    gain = np.maximum(products.gain.mean, 0.0) + z * products.gain.error
     # growth of the benefit beyond what the gain of its own weights explains
-    own = keep_prob * np.maximum(products.gain.mean - z * products.gain.error, 0.0)
+    own = keep_prob * np.maximum(gain.mean - z * gain.error, 0.0)
     drift = np.maximum(slope + z * slope_error - np.where(np.isfinite(own), own, 0.0), 0.0)
-    pull = products.weight_gradient
-    decay = weight_decay * np.maximum(-(pull.mean + z * pull.error), 0.0) / np.maximum(upper, price)
+    pull = -(weight_gradient.mean + z * weight_gradient.error)
+    decay = weight_decay * np.maximum(pull, 0.0) / np.maximum(upper, price)
     elapsed = evidence.step_time
-    return {
-        "keep_prob": keep_prob,
-        "benefit": evidence.benefit,
-        "benefit_upper": upper,
-        "benefit_lower": lower,
-        "price": price,
-        "gain": gain,
-        "decay": np.where(decay * price > drift, decay, 0.0),  # a lower limit; 0 is always one
-        "rate_ratio": rate_ratio,
-        "noise": rate_ratio * np.sqrt(np.where(elapsed > 0.0, elapsed, 1.0) * evidence.variance()),
-        "benefit_noise": evidence.benefit_noise(),
-        "drift": drift,
-        "step_time": elapsed,
-    }
+    return Limits(
+        keep_prob=keep_prob,
+        benefit=evidence.benefit,
+        benefit_upper=upper,
+        benefit_lower=lower,
+        price=price,
+        gain=np.maximum(gain.mean, 0.0) + z * gain.error,
+        decay=np.where(decay * price > drift, decay, 0.0),  # a lower limit; 0 is always one
+        rate_ratio=rate_ratio,
+        noise=rate_ratio * np.sqrt(np.where(elapsed > 0.0, elapsed, 1.0) * evidence.variance()),
+        benefit_noise=evidence.benefit_noise(),
+        drift=drift,
+        step_time=elapsed,
+        memory=evidence.memory(),
+    )

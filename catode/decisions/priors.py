@@ -9,7 +9,7 @@ with benefit b and price g, in nats of the mean loss:
 | `bernoulli` | b - g - logit(theta) / images: a fixed Bernoulli prior of log-odds -g * images | rests at sigmoid(images (b - g)) |
 | `concrete` | b - g | through theta = sigmoid(u), as hard-concrete L0 gates do: never at 0 or 1 |
 
-Source: THEORY section 1; `catode.theory.priors.priors` has their regularisers, flows and rest points.
+Source: docs/mathematics.md section 1; `catode.theory.priors.priors` has their regularisers, flows and rest points.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The rules by which structures are removed or committed, as functions of what was measured.
 
-`found` is always a `catode.decisions.evidence.summary`: arrays of shape (n,) by name.
-
-Source: THEORY sections 3 to 5, CONTRACT item 3; docs/theory.md for the pool, the rationing and the indifference zone.
+Source: docs/mathematics.md sections 3 to 5; docs/conventions.md item 3; docs/theory.md for the rationing and the
+indifference zone.
 """
 
 from __future__ import annotations
@@ -13,24 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from catode.decisions.limits import Limits
 from catode.theory import tolerance
 
 MOST_OF_A_SITE = 0.25  # share of a site's units that one check may remove: their benefits were measured one by one
 COMMIT_FROM, INDIFFERENT_FROM = 0.5, 0.75  # shares of the deciding phase, see `certain`
 INDIFFERENCE = 3.0  # a benefit known to lie within this factor of the price is not worth deciding
-LEAST_PRICE = 1e-12  # nats; below it a price is that of a unit whose layer is all but gone
 NEARLY_ONE = 0.9  # keep probability from which commitment is considered; the alarm bound uses the actual value
 
 
 def tolerances(
-    found: dict[str, NDArray], where: NDArray[np.bool_], *, memory: NDArray, risk: float, fixed: float | None = None
+    limits: Limits, where: NDArray[np.bool_], *, risk: float, fixed: float | None = None
 ) -> tuple[NDArray, NDArray]:
     """Separatrix and tolerance of the structures in `where`.
 
     Args:
-        found: What was measured.
+        limits: What was measured.
         where: Structures with evidence enough, shape (n,).
-        memory: Time constant of each pooled benefit, ODE time, shape (n,).
         risk: Accepted probability of removing what would not have gone by itself.
         fixed: A tolerance to use in place of the derived ones.
 
@@ -38,32 +36,28 @@ def tolerances(
         Two arrays of shape (n,), NaN where nothing is known.
     """
     separatrix, values = np.full((2, len(where)), np.nan)
-    where = where & np.all([np.isfinite(v) for v in found.values()], axis=0)
+    where = where & limits.known
     if where.any():
-        derived = tolerance.derive(**inputs(found, where, memory), risk=risk)
+        derived = tolerance.derive(**limits.tolerance_arguments(where), risk=risk)
         separatrix[where], values[where] = derived.separatrix, derived.values
     if fixed is not None:
         values = np.where(where, fixed, np.nan)
     return separatrix, values
 
 
-def inputs(found: dict[str, NDArray], where: NDArray[np.bool_], memory: NDArray) -> dict[str, NDArray]:
-    """Arguments of `catode.theory.tolerance.derive` for the structures in `where`, all finite; see `tolerances`."""
-    part = {k: v[where] for k, v in found.items()}
-    # theta moves by the pool plus its margin: a pool that sees a price lower by the margin
-    price = part["price"] - (part["benefit_upper"] - part["benefit"])
-    return {
-        "benefit": part["benefit_upper"],
-        "pooled": part["benefit"],
-        "price": np.maximum(price, LEAST_PRICE),
-        "memory": memory[where],
-        **{k: part[k] for k in ("gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")},
-    }
+def safe(limits: Limits, tolerance_values: NDArray) -> NDArray[np.bool_]:
+    """Structures that may be removed: the upper limit of the benefit below the price, theta at or below the tolerance.
+
+    Args:
+        limits: What was measured.
+        tolerance_values: Tolerances, NaN where nothing is known, shape (n,).
+    """
+    return (limits.benefit_upper < limits.price) & (limits.keep_prob <= tolerance_values)
 
 
 def ration(
     safe: NDArray[np.bool_],
-    found: dict[str, NDArray],
+    limits: Limits,
     is_layer: NDArray[np.bool_],
     sites: Sequence[NDArray[np.int64]],
     multiple: int = 1,
@@ -74,13 +68,13 @@ def ration(
 
     Args:
         safe: Structures that may be removed, shape (n,).
-        found: What was measured.
+        limits: What was measured.
         is_layer: Which structures are layers, shape (n,).
         sites: Numbers of the units left at each site.
         multiple: Size of a group; fewer units cannot leave, see `hold_back`.
     """
     allowed = np.zeros_like(safe)
-    ratio = np.divide(found["benefit_upper"], found["price"], out=np.zeros(len(safe)), where=safe)
+    ratio = np.divide(limits.benefit_upper, limits.price, out=np.zeros(len(safe)), where=safe)
     layers = np.flatnonzero(safe & is_layer)
     if len(layers):
         allowed[layers[np.argmin(ratio[layers])]] = True
@@ -92,7 +86,7 @@ def ration(
 
 
 def hold_back(
-    leaving: NDArray[np.bool_], found: dict[str, NDArray], sites: Sequence[NDArray[np.int64]], multiple: int
+    leaving: NDArray[np.bool_], limits: Limits, sites: Sequence[NDArray[np.int64]], multiple: int
 ) -> NDArray[np.bool_]:
     """Units that must wait so that each site is left with a multiple of some number of units, with none, or with all.
 
@@ -101,21 +95,21 @@ def hold_back(
 
     Args:
         leaving: Structures that may go, shape (n,).
-        found: What was measured.
+        limits: What was measured.
         sites: Numbers of the units left at each site.
         multiple: What widths are rounded up to.
     """
     held = np.zeros_like(leaving)
-    worth = np.where(np.isfinite(found["benefit"]), found["benefit"], 0.0) / found["price"]
+    worth = np.where(np.isfinite(limits.benefit), limits.benefit, 0.0) / limits.price
     for left in sites:
         units = left[leaving[left]]
-        order = np.lexsort((worth[units], found["keep_prob"][units]))[::-1]
+        order = np.lexsort((worth[units], limits.keep_prob[units]))[::-1]
         held[units[order[: -(len(left) - len(units)) % multiple]]] = True
     return held
 
 
 def certain(
-    found: dict[str, NDArray],
+    limits: Limits,
     known: NDArray[np.bool_],
     *,
     slope: tuple[NDArray, NDArray],
@@ -124,7 +118,7 @@ def certain(
     step_time: float,
     risk: float,
 ) -> NDArray[np.bool_]:
-    """Structures to commit: certain to stay until the deciding phase ends, or not worth telling (THEORY 3 and 4.4).
+    """Structures to commit: certain to stay until the deciding phase ends, or not worth telling.
 
     The gain's lower limit is 0 in practice, so the mirror domain is empty and the finite-horizon test decides: theta
     is near 1; the benefit's lower limit, carried to the horizon at the rate at which benefits are seen to fall,
@@ -132,8 +126,10 @@ def certain(
     falls, so nothing is committed in the first half of the phase. In its last quarter a structure whose
     benefit is known to lie near its price is kept too: it does not matter.
 
+    Source: docs/mathematics.md sections 3 and 4.4.
+
     Args:
-        found: What was measured.
+        limits: What was measured.
         known: Structures with evidence enough, shape (n,).
         slope: Growth of the benefits and its standard error, nats/time, shape (n,) each.
         progress: Share of the deciding phase that is over.
@@ -141,10 +137,10 @@ def certain(
         step_time: ODE time of a step.
         risk: Accepted probability of a false alarm.
     """
-    lower, upper, price = (found[k] for k in ("benefit_lower", "benefit_upper", "price"))
-    near_one = known & (found["keep_prob"] >= NEARLY_ONE) & (lower > 0.0)
+    lower, upper, price = limits.benefit_lower, limits.benefit_upper, limits.price
+    near_one = known & (limits.keep_prob >= NEARLY_ONE) & (lower > 0.0)
     growth = slope[0] - float(ndtri(1.0 - risk)) * slope[1]
-    fall = np.maximum(-growth, 0.0)[near_one] / found["benefit"][near_one]
+    fall = np.maximum(-growth, 0.0)[near_one] / limits.benefit[near_one]
     last = np.zeros_like(lower)
     last[near_one] = lower[near_one] * np.exp(-fall * steps_left * step_time)
     committed = near_one & (lower > price) & (last > price) & (progress >= COMMIT_FROM)
@@ -153,9 +149,9 @@ def certain(
         alarm = tolerance.commit_alarm(
             benefit=last[where],
             price=price[where],
-            rate_ratio=found["rate_ratio"][where] * found["keep_prob"][where],
-            noise=found["noise"][where],
-            step_time=found["step_time"][where],
+            rate_ratio=limits.rate_ratio[where] * limits.keep_prob[where],
+            noise=limits.noise[where],
+            step_time=limits.step_time[where],
             steps_left=steps_left,
         )
         committed[where] = alarm < risk

@@ -4,18 +4,19 @@ A decision is the first check at which a structure meets a rule's condition. It 
 after it: at 0 (confirmed), or at 1, by commitment too (a regret). What does neither is open at the end, or went with its
 site or block.
 
-Source: CONTRACT, "A run's folder" (regret); THEORY section 6, item 1.
+Source: docs/conventions.md, "A run's folder" (regret); docs/mathematics.md section 6, item 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from catode.decisions import rules
+from catode.decisions.limits import Limits
+from catode.structures.fates import REMOVED_WITH_BLOCK, UNDECIDED
 from catode.theory import tolerance
 
 FILE = "shadow.csv"
@@ -23,12 +24,13 @@ DERIVED, FILTER, SCALE, ZERO = "derived", "filter norm", "norm scale", "zero"
 RISKS = (0.4, 0.3, 0.2, 0.1, 0.02, 0.005)
 FIXED = (0.001, 0.05, 0.5)
 RULES = (DERIVED, *(f"derived@{r:g}" for r in RISKS), *(f"fixed {t:g}" for t in FIXED), FILTER, SCALE, ZERO)
-OPEN, CONFIRMED, REGRET, PROMOTED = "undecided", "confirmed", "regret", "promoted"
-OUTCOMES = (OPEN, CONFIRMED, REGRET, PROMOTED)
+OPEN, CONFIRMED, REGRET = UNDECIDED, "confirmed", "regret"
+OUTCOMES = (OPEN, CONFIRMED, REGRET, REMOVED_WITH_BLOCK)
 NUMBERS = ("time", "keep_prob", "benefit", "benefit_upper", "price", "tolerance", "escape")
 FIELDS = ("rule", "kind", "block", "site", "index", "step", *NUMBERS, "outcome", "outcome_step", "outcome_time")
 
 
+@dataclass(eq=False)
 class Shadow:
     """Decisions of several rules about the same structures, watched without being carried out.
 
@@ -40,7 +42,14 @@ class Shadow:
         size: Number of structures.
     """
 
-    def __init__(self, size: int):
+    size: InitVar[int]
+    step: NDArray = field(init=False)  # of the decision, 0 for none, shape (rules, n) as all here
+    outcome: NDArray = field(init=False)  # index into `OUTCOMES`
+    outcome_step: NDArray = field(init=False)
+    outcome_time: NDArray = field(init=False)
+    numbers: NDArray = field(init=False)  # `NUMBERS` at the decision, shape (numbers, rules, n)
+
+    def __post_init__(self, size: int) -> None:
         shape = len(RULES), size
         self.step, self.outcome, self.outcome_step = np.zeros((3, *shape), dtype=np.int64)
         self.outcome_time = np.full(shape, np.nan)
@@ -50,12 +59,11 @@ class Shadow:
         self,
         step: int,
         time: float,
-        found: dict[str, NDArray],
+        limits: Limits,
         known: NDArray[np.bool_],
         *,
         safe: NDArray[np.bool_],
         tolerance_values: NDArray,
-        memory: NDArray,
         sizes: dict[str, NDArray],
     ) -> None:
         """Note which structures meet which condition for the first time.
@@ -63,31 +71,30 @@ class Shadow:
         Args:
             step: Training step of this check.
             time: ODE time.
-            found: What was measured, `catode.decisions.evidence.summary`.
+            limits: What was measured.
             known: Structures with evidence enough and theta above 0, shape (n,).
             safe: Those of them that meet the run's own condition.
             tolerance_values: The run's own tolerances.
-            memory: Time constants of the pools, ODE time.
             sizes: Norms of the units by `FILTER` and `SCALE`; infinite for what is no unit, or not there.
         """
         if not known.any():
             return
-        theta = found["keep_prob"]
-        below = known & (found["benefit_upper"] < found["price"])
-        inputs = rules.inputs(found, known, memory)
+        theta = limits.keep_prob
+        below = known & (limits.benefit_upper < limits.price)
+        inputs = limits.tolerance_arguments(known)
         escape = np.full(len(known), np.nan)
         escape[known] = tolerance.escape_probability(keep_prob=theta[known], **inputs)
-        limits = {DERIVED: tolerance_values}
+        bounds = {DERIVED: tolerance_values}
         for risk, rule in zip(RISKS, RULES[1:], strict=False):
-            limits[rule] = np.full(len(known), np.nan)
-            limits[rule][known] = tolerance.derive(**inputs, risk=risk).values
+            bounds[rule] = np.full(len(known), np.nan)
+            bounds[rule][known] = tolerance.derive(**inputs, risk=risk).values
         count = int((safe & np.isfinite(sizes[FILTER]) & (self.step[0] == 0)).sum())
         for number, rule in enumerate(RULES[:-1]):
             new = known & (self.step[number] == 0)
-            limit = limits.get(rule, np.full(len(known), np.nan))
+            limit = bounds.get(rule, np.full(len(known), np.nan))
             if rule == DERIVED:
                 new &= safe
-            elif rule in limits:
+            elif rule in bounds:
                 new &= below & (theta <= limit)
             elif rule in sizes:
                 size = np.where(new, sizes[rule], np.inf)
@@ -96,7 +103,7 @@ class Shadow:
             else:
                 limit = np.full(len(known), FIXED[number - 1 - len(RISKS)])
                 new &= theta <= limit
-            values = [np.full(len(known), time), theta, found["benefit"], found["benefit_upper"], found["price"]]
+            values = [np.full(len(known), time), theta, limits.benefit, limits.benefit_upper, limits.price]
             self.step[number, new] = step
             self.numbers[:, number, new] = np.stack([*values, limit, escape])[:, new]
 
@@ -150,12 +157,3 @@ class Shadow:
                     end |= {"outcome_step": int(self.outcome_step[at]), "outcome_time": float(self.outcome_time[at])}
                 found.append({"rule": rule, **names[s], "step": int(self.step[at]), **numbers, **end})
         return found
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything remembered."""
-        return {name: torch.from_numpy(value.copy()) for name, value in vars(self).items()}
-
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up a `state`."""
-        for name, value in state.items():
-            setattr(self, name, value.numpy().copy())

@@ -5,11 +5,12 @@ at which they alone make up a given share of the network is read off the measure
 share falls from 1 to the target over the first part of the deciding phase, so that the least useful are priced out
 first; where the network lags behind that, the level grows further. A removal is safe at the price of its moment.
 
-Source: derived here; the prices are those of THEORY section 2.
+Source: derived here; the prices are those of docs/mathematics.md section 2.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,8 +47,8 @@ class Target:
     def __post_init__(self) -> None:
         check_choice("quantity", self.quantity, QUANTITIES)
         name, least = f"target_{self.quantity}", self.of(np.zeros(self.complexity.size))
-        mend = f"Without any block the network keeps {least:.4f}."
-        check_interval(name, self.share, least, 1.0, low_open=True, high_open=True, mend=mend)
+        hint = f"Without any block the network keeps {least:.4f}."
+        check_interval(name, self.share, least, 1.0, low_open=True, high_open=True, hint=hint)
 
     @classmethod
     def choose(cls, complexity: Complexity, macs: float | None, params: float | None) -> Target | None:
@@ -57,7 +58,7 @@ class Target:
             ValueError: if both are.
         """
         if macs is not None and params is not None:
-            fail("target_macs", "be left out with target_params", macs, mend="Give one of the two.")
+            fail("target_macs", "be left out with target_params", macs, hint="Give one of the two.")
         if macs is None and params is None:
             return None
         return cls(complexity, "macs", macs) if params is None else cls(complexity, "params", params)
@@ -120,7 +121,7 @@ class Target:
         Returns:
             Those that stay, closed under promotion, shape (n,).
         """
-        close = self.complexity.close
+        close = self.complexity.inventory.close
         everything = close(kept & ~going)
         if self.of(everything) >= self.share:
             return everything
@@ -155,7 +156,7 @@ class Target:
         def reaches(number: int) -> bool:
             without = kept.copy()
             without[order[:number]] = False
-            return self.of(self.complexity.close(without)) <= due
+            return self.of(self.complexity.inventory.close(without)) <= due
 
         low, high = 0, len(order)
         if not reaches(high):
@@ -164,3 +165,30 @@ class Target:
             middle = (low + high) // 2
             low, high = (low, middle) if reaches(middle) else (middle + 1, high)
         return None if low == 0 else HEADROOM * max(float(worth[order[low - 1]]), 0.0)
+
+    def update_price(
+        self,
+        nu: float,
+        kept: NDArray[np.bool_],
+        open_: NDArray[np.bool_],
+        worth: NDArray,
+        keep_prob: NDArray,
+        *,
+        progress: float,
+        growth: float,
+    ) -> float:
+        """The price level from here on: what the target takes, and more where the network lags behind what is due.
+
+        Args:
+            nu: The level so far.
+            kept: Structures that are there, shape (n,).
+            open_: Those of them that are undecided and known, shape (n,).
+            worth: Benefit over price at nu = 1, nats, shape (n,).
+            keep_prob: theta, shape (n,).
+            progress: Share of the deciding phase that is over.
+            growth: Logarithm of the factor by which the level may grow beyond that, 1 at most.
+        """
+        level = self.level(kept, open_, worth, progress)
+        if self.lags(keep_prob, kept, progress):
+            level = max(level or 0.0, nu * math.exp(min(growth, 1.0)))
+        return level or nu

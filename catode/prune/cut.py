@@ -1,7 +1,7 @@
 """Physical removal: slices in convolutions, linear and norm layers, shortcuts in place of dead blocks.
 
-Every function works on a plain network (no gates installed) and replaces `nn.Parameter` objects; the returned mapping
-tells an optimizer how to follow (`follow`).
+Every function works on a plain network (no gates installed) and replaces `nn.Parameter` objects; the returned `Change`
+lets an optimizer follow. Units are given as positions among those now present.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils import parametrize
 
-from catode.structures.description import Block, Site
-
-_AFFINE, _STATISTICS = ("weight", "bias"), ("running_mean", "running_var")
+from catode.prune.describe.protocol import slices
+from catode.structures.description import CONSUMER, PRODUCER, Block, Site, Slice
+from catode.structures.inventory import Inventory
 
 
 class Change:
@@ -27,8 +27,11 @@ class Change:
         self.removed: set[nn.Parameter] = set()
 
     def slice(self, module: nn.Module, name: str, dim: int, index: torch.Tensor) -> None:
-        """Keep `index` along `dim` of the parameter `module.name`."""
+        """Keep `index` along `dim` of the parameter or buffer `module.name`."""
         old = getattr(module, name)
+        if not isinstance(old, nn.Parameter):
+            setattr(module, name, _take(old, dim, index))
+            return
         new = nn.Parameter(_take(old.detach(), dim, index), old.requires_grad)
         setattr(module, name, new)
         self._record(old, new, (_take, dim, index))
@@ -86,13 +89,12 @@ def _scale(tensor: torch.Tensor, dim: int, factors: torch.Tensor) -> torch.Tenso
     return tensor * factors.to(tensor).view([-1 if d == dim else 1 for d in range(tensor.dim())])
 
 
-def keep_units(model: nn.Module, block: Block, site: int, index: Iterable[int], change: Change | None = None) -> Change:
+def keep_units(model: nn.Module, site: Site, index: Iterable[int], change: Change | None = None) -> Change:
     """Keep only some units of one site.
 
     Args:
         model: The plain network; changed in place.
-        block: The block's description.
-        site: Position of the site in `block.sites`.
+        site: The site's description.
         index: Units to keep, as positions among those now present, at least one.
         change: Record to extend.
 
@@ -100,77 +102,91 @@ def keep_units(model: nn.Module, block: Block, site: int, index: Iterable[int], 
         ValueError: if no unit would be left: an emptied site must take its block along.
     """
     change = Change() if change is None else change
-    spec = block.sites[site]
-    index = torch.as_tensor(list(index), dtype=torch.long)
-    if index.numel() == 0:
-        raise ValueError(f"site `{spec.name}` must keep at least one unit; got none. Remove its block instead.")
-    for name in spec.producers:
-        module = model.get_submodule(name)
-        index = index.to(next(module.parameters()).device)
-        for parameter in _AFFINE:
-            if getattr(module, parameter, None) is not None:
-                change.slice(module, parameter, 0, index)
-        for buffer in _STATISTICS:
-            if getattr(module, buffer, None) is not None:
-                setattr(module, buffer, getattr(module, buffer)[index].clone())
-        _set_width(module, ("out_channels", "out_features", "num_features"), len(index))
-    for name in spec.consumers:
-        module = model.get_submodule(name)
-        change.slice(module, "weight", 1, index)
-        _set_width(module, ("in_channels", "in_features"), len(index))
+    index = list(index)
+    if not index:
+        raise ValueError(f"site `{site.name}` must keep at least one unit; got none. Remove its block instead.")
+    for part in slices(model, site):
+        module, name = _home(model, part)
+        change.slice(module, name, part.dim, _entries(part, index, getattr(module, name)))
+    for names, attributes in (
+        (site.producers, ("out_channels", "out_features", "num_features")),
+        (site.consumers, ("in_channels", "in_features")),
+    ):
+        for name in names:
+            module = model.get_submodule(name)
+            for attribute in attributes:
+                if hasattr(module, attribute):
+                    setattr(module, attribute, len(index))
     return change
 
 
-def silence_units(model: nn.Module, block: Block, site: int, index: Iterable[int], change: Change) -> None:
+def silence_units(model: nn.Module, site: Site, index: Iterable[int], change: Change) -> None:
     """Keep units only as dead channels, for the speed of a round width: every weight into and out of them is 0.
 
     With an activation that maps 0 to 0 no gradient reaches a dead channel, and decay leaves it at 0, so it stays dead.
 
     Args:
         model: The plain network; changed in place.
-        block: The block's description.
-        site: Position of the site in `block.sites`.
+        site: The site's description.
         index: Units to silence, as positions among those now present.
         change: Record to extend.
     """
-    spec = block.sites[site]
-    index = torch.as_tensor(list(index), dtype=torch.long)
-    for name in spec.producers:
-        for parameter in _AFFINE:
-            if getattr(model.get_submodule(name), parameter, None) is not None:
-                change.silence(model.get_submodule(name), parameter, 0, index)
-    for name in spec.consumers:
-        change.silence(model.get_submodule(name), "weight", 1, index)
+    index = list(index)
+    for part in slices(model, site):
+        module, name = _home(model, part)
+        if isinstance(getattr(module, name), nn.Parameter):
+            change.silence(module, name, part.dim, _entries(part, index, getattr(module, name)))
 
 
-def fold_units(model: nn.Module, block: Block, site: int, factors: NDArray, change: Change) -> None:
+def fold_units(model: nn.Module, site: Site, factors: NDArray, change: Change) -> None:
     """Multiply the weights that read a site's units by `factors`, shape (units present,): gates made part of the weights."""
-    for name in block.sites[site].consumers:
-        change.scale(model.get_submodule(name), "weight", 1, torch.from_numpy(factors))
+    for part in _of(slices(model, site), CONSUMER):
+        module, name = _home(model, part)
+        change.scale(module, name, part.dim, torch.from_numpy(np.repeat(factors, part.each)))
 
 
-def check_dead(model: nn.Module, spec: Site, index: NDArray[np.int64]) -> None:
+def check_dead(model: nn.Module, site: Site, index: NDArray[np.int64]) -> None:
     """Make sure that silenced units are still dead.
 
     Raises:
         RuntimeError: if training revived one, which an activation with f(0) != 0 can do.
     """
-    for name in spec.consumers:
-        weight = model.get_submodule(name).weight
-        if len(index) and weight[:, torch.from_numpy(index).to(weight.device)].any():
+    if not len(index):
+        return
+    for part in _of(slices(model, site), CONSUMER):
+        weight = getattr(*_home(model, part))
+        if weight.index_select(part.dim, _entries(part, index, weight)).any():
             raise RuntimeError(
-                f"`width_multiple` must be 1 where an activation does not map 0 to 0; dead channels of `{spec.name}` came "
+                f"`width_multiple` must be 1 where an activation does not map 0 to 0; dead channels of `{site.name}` came "
                 "back to life. Pass width_multiple=1."
             )
 
 
-def keep_units_of_state(state: dict[str, torch.Tensor], spec: Site, index: NDArray[np.int64]) -> None:
+def keep_units_of_state(model: nn.Module, state: dict[str, torch.Tensor], site: Site, index: NDArray[np.int64]) -> None:
     """What `keep_units` does to a network, done to its state dict, in place."""
-    kept = torch.from_numpy(index)
-    for dim, names, tensors in ((0, spec.producers, _AFFINE + _STATISTICS), (1, spec.consumers, ("weight",))):
-        for key in (f"{name}.{tensor}" for name in names for tensor in tensors):
-            if key in state:
-                state[key] = _take(state[key], dim, kept.to(state[key].device))
+    for part in slices(model, site):
+        tensor = state[part.tensor]
+        state[part.tensor] = _take(tensor, part.dim, _entries(part, index, tensor))
+
+
+def unit_norms(model: nn.Module, site: Site) -> NDArray:
+    """Norm of the filter that makes each unit of a site, and scale of its norm layer, shape (2, width); gates left out.
+
+    Where a site has no norm layer the filter's norm stands for both.
+    """
+    filters, scale = 0.0, None
+    for part in _of(slices(model, site), PRODUCER):
+        module, name = _home(model, part)
+        if name != "weight":
+            continue
+        gated = parametrize.is_parametrized(module, name)
+        weight = (module.parametrizations.weight.original if gated else module.weight).detach()
+        if weight.dim() > 1:
+            filters = filters + weight.flatten(1).double().square().sum(1)
+        else:
+            scale = weight.double().abs()
+    filters = filters.sqrt()
+    return torch.stack([filters, filters if scale is None else scale]).cpu().numpy()
 
 
 def drop_block(model: nn.Module, block: Block, change: Change | None = None) -> Change:
@@ -184,61 +200,39 @@ def drop_block(model: nn.Module, block: Block, change: Change | None = None) -> 
     return change
 
 
-def _set_width(module: nn.Module, names: tuple[str, ...], width: int) -> None:
-    for name in names:
-        if hasattr(module, name):
-            setattr(module, name, width)
-
-
 def restrict(model: nn.Module, blocks: list[Block], structure: dict) -> nn.Module:
     """Cut a whole network down to a recorded structure, as in a run's structure.json.
 
     Args:
         model: A fresh, whole network; changed in place.
         blocks: Its description.
-        structure: For each block name ``{"kept": bool, "sites": {site name: [units kept, original indices]}}``.
+        structure: A `catode.structures.inventory.Inventory.record`.
 
     Raises:
         ValueError: if the record does not fit the architecture.
     """
-    if set(structure) != {b.name for b in blocks}:
-        raise ValueError(
-            "`blocks` of structure.json must name the architecture's blocks; got a different architecture's"
-        )
-    for block in blocks:
-        record = structure[block.name]
-        if not record["kept"]:
+    inventory = Inventory(blocks)
+    kept = inventory.kept(structure)
+    for block, stays in zip(blocks, kept, strict=False):
+        if not stays:
             drop_block(model, block)
-            continue
-        if set(record["sites"]) != {site.name for site in block.sites}:
-            raise ValueError(f"`{block.name}` in structure.json must name its sites; got {sorted(record['sites'])}")
-        for i, site in enumerate(block.sites):
-            units = record["sites"][site.name]
-            if not units or min(units) < 0 or max(units) >= site.width or len(set(units)) < len(units):
-                raise ValueError(
-                    f"`{site.name}` in structure.json must keep different units of 0..{site.width - 1}; got {units}"
-                )
-            if len(units) < site.width:
-                keep_units(model, block, i, units)
+    for place in inventory.standing(kept):
+        units = structure[place.block.name]["sites"][place.site.name]
+        if len(units) < place.site.width:
+            keep_units(model, place.site, units)
     return model
 
 
-def unit_norms(model: nn.Module, spec: Site) -> NDArray:
-    """Norm of the filter that makes each unit of a site, and scale of its norm layer, shape (2, width).
-
-    Where a site has no norm layer the filter's norm stands for both.
-    """
-    filters, scale = 0.0, None
-    for name in spec.producers:
-        weight = _ungated(model.get_submodule(name)).detach()
-        if weight.dim() > 1:
-            filters = filters + weight.flatten(1).double().square().sum(1)
-        else:
-            scale = weight.double().abs()
-    filters = filters.sqrt()
-    return torch.stack([filters, filters if scale is None else scale]).cpu().numpy()
+def _of(parts: Iterable[Slice], role: str) -> list[Slice]:
+    return [part for part in parts if part.role == role]
 
 
-def _ungated(module: nn.Module) -> torch.Tensor:
-    """A module's weight itself: what reads gated units shows it times the draw."""
-    return module.parametrizations.weight.original if parametrize.is_parametrized(module, "weight") else module.weight
+def _home(model: nn.Module, part: Slice) -> tuple[nn.Module, str]:
+    """The module that holds a tensor, and the tensor's name there."""
+    path, _, name = part.tensor.rpartition(".")
+    return model.get_submodule(path), name
+
+
+def _entries(part: Slice, units: Iterable[int] | NDArray, tensor: torch.Tensor) -> torch.Tensor:
+    """Indices of units along a slice's dimension, on the device of its tensor."""
+    return torch.from_numpy(part.entries(units)).to(tensor.device)

@@ -1,8 +1,12 @@
-"""Squared gradient norms of every structure, from the products of gradients of different batches."""
+"""Squared gradient norms of every structure, from the products of gradients of different batches.
+
+Source: docs/mathematics.md section 5; the correction for batches of one epoch is derived in docs/theory.md section 1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 
 import numpy as np
@@ -10,84 +14,97 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from catode._saved import UNSAVED
 from catode.decisions.evidence import Pool
+from catode.prune.describe.protocol import slices
 from catode.prune.transfer import at_once, exact, upload
-from catode.structures.description import Block
+from catode.structures.inventory import Inventory
+
+BURST = 3  # steps whose gradients are multiplied with each other
 
 
+@dataclass(eq=False)
 class GradientProducts:
-    """Unbiased squared gradient norms of every structure from products of *different* batches.
+    """Unbiased squared gradient norms of every structure.
 
-    ``g_t . g_{t+1}`` of two independent batches has mean |grad L|^2, while |g_t|^2 would contain the noise. ``w . g``
-    gives the decay of the benefit.
+    ``g_t . g_{t+1}`` of two independent batches has mean |G|^2, G the gradient over all images, while |g_t|^2 would contain
+    the noise. Batches of one epoch are drawn without replacement, so they are not independent: with nb batches an epoch
+    their product has mean ``|G|^2 - tr S / (nb - 1)``, tr S the variance of one. Since |g_t|^2 has mean ``|G|^2 + tr S``,
+    ``p + (mean |g|^2 - p) / nb`` has mean |G|^2 again. What varies independently of the images (augmentation, gates) is
+    in tr S too, so the corrected product then errs upwards. ``w . g`` gives the decay of the benefit.
 
     Args:
         size: Number of structures.
         window: Memory of the pools, in bursts of three steps.
         put: What to do with a function and the tensors of the device whose numbers it wants; see `catode.prune.transfer`.
+        epoch_steps: Batches in an epoch, images / batch size; None for batches that are drawn independently.
+
+    Attributes:
+        gain: Pool of the squared gradient norms, nats/time.
+        weight_gradient: Pool of the products of weights and their gradients, nats.
     """
 
-    def __init__(self, size: int, window: float, put: Callable[..., None] = at_once):
-        self.size, self._put = size, put
-        self.gain, self.weight_gradient = Pool(size, window), Pool(size, window)
-        self._parameters: list[nn.Parameter] = []
-        self._layers: list[tuple[int, slice]] = []
-        self._axes: list[list[tuple[int, torch.Tensor]]] = []
+    size: int = field(metadata=UNSAVED)
+    window: InitVar[float]
+    put: Callable[..., None] = field(metadata=UNSAVED, default=at_once)
+    epoch_steps: float | None = field(metadata=UNSAVED, default=None)
+    gain: Pool = field(init=False)
+    weight_gradient: Pool = field(init=False)
+    burst: list[tuple[torch.Tensor, NDArray, NDArray]] = field(init=False)  # gradient, which gates are on, their values
+    weights: torch.Tensor | None = field(init=False)  # that the next step's gradient is taken at
+    _parameters: list[nn.Parameter] = field(metadata=UNSAVED, init=False, default_factory=list)
+    _layers: list[tuple[int, slice]] = field(metadata=UNSAVED, init=False, default_factory=list)
+    _axes: list[list[tuple[int, torch.Tensor]]] = field(metadata=UNSAVED, init=False, default_factory=list)
+
+    def __post_init__(self, window: float) -> None:
+        self.gain, self.weight_gradient = Pool(self.size, window), Pool(self.size, window)
         self.begin()
 
-    def attach(self, model: nn.Module, blocks: Sequence[tuple[int, Block]], units: Sequence[Sequence[NDArray]]) -> None:
+    def attach(
+        self, model: nn.Module, inventory: Inventory, kept: NDArray[np.bool_], present: Sequence[NDArray[np.int64]]
+    ) -> None:
         """Learn which weight belongs to which structures. The model must be plain at this moment.
 
         Args:
             model: The network.
-            blocks: The blocks that are still there, with their layer's number.
-            units: For each of them and each of its sites, the numbers of the units now present.
+            inventory: What can be removed from it.
+            kept: Structures that are there, shape (n,).
+            present: Numbers of the units physically present at each site.
         """
         self._parameters, self._layers, self._axes, start = [], [], [], 0
         self.begin()
-        for (number, block), present in zip(blocks, units, strict=True):
-            numbers = [upload(torch.from_numpy(a), next(model.parameters()).device) for a in present]
+        device, units = next(model.parameters()).device, {}
+        for place in inventory.standing(kept):
+            for part in slices(model, place.site):
+                numbers = upload(torch.from_numpy(np.repeat(present[place.number], part.each)), device)
+                units.setdefault(part.tensor, []).append((part.dim, numbers))
+        for layer, block in enumerate(inventory.blocks):
+            if not kept[layer]:
+                continue
             for name, module in model.get_submodule(block.name).named_modules(prefix=block.name):
                 if any(name == f or name.startswith(f + ".") for f in block.fixed):
                     continue
                 for key, parameter in sorted(module.named_parameters(recurse=False)):  # gates change the order
-                    axes = [(0, own) for site, own in zip(block.sites, numbers, strict=True) if name in site.producers]
-                    if key == "weight":
-                        axes += [
-                            (1, own) for site, own in zip(block.sites, numbers, strict=True) if name in site.consumers
-                        ]
                     self._parameters.append(parameter)
-                    self._axes.append(axes)
+                    self._axes.append(units.get(f"{name}.{key}", []))
             stop = sum(p.numel() for p in self._parameters)
-            self._layers.append((number, slice(start, stop)))
+            self._layers.append((layer, slice(start, stop)))
             start = stop
 
     def begin(self) -> None:
         """Begin a burst of three steps."""
-        self._burst: list[tuple[torch.Tensor, NDArray, NDArray]] = []
-        self._weights: torch.Tensor | None = None
+        self.burst, self.weights = [], None
 
-    def state(self) -> dict:
-        """Everything remembered, the burst under way included."""
-        return {
-            "gain": self.gain.state(),
-            "weight_gradient": self.weight_gradient.state(),
-            "burst": [[gradient.cpu(), *map(torch.from_numpy, marks)] for gradient, *marks in self._burst],
-            "weights": None if self._weights is None else self._weights.cpu(),
-        }
-
-    def restore(self, state: dict) -> None:
-        """Take up a `state`; the network must be attached as it was then."""
-        self.gain.restore(state["gain"])
-        self.weight_gradient.restore(state["weight_gradient"])
+    def to_device(self) -> None:
+        """Bring what a checkpoint held to the device of the attached weights."""
         device = self._parameters[0].device if self._parameters else torch.device("cpu")
-        self._burst = [(upload(g, device), *(mark.numpy() for mark in marks)) for g, *marks in state["burst"]]
-        self._weights = None if state["weights"] is None else upload(state["weights"], device)
+        self.burst = [(upload(gradient, device), on, scale) for gradient, on, scale in self.burst]
+        self.weights = None if self.weights is None else upload(self.weights, device)
 
     def note_weights(self) -> None:
         """Remember the weights that the next step's gradient is taken at; call it after the optimizer's step."""
         if self._parameters:
-            self._weights = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+            self.weights = torch.cat([p.detach().reshape(-1) for p in self._parameters])
 
     def add(self, draw: NDArray) -> None:
         """Take in the gradients of one step, after the optimizer's; call it on three steps close to each other.
@@ -102,27 +119,44 @@ class GradientProducts:
         scale = np.where(on, draw, 1.0)
         gradient = torch.cat([p.grad.reshape(-1) for p in self._parameters])
         wide = exact(gradient.device)
-        if self._weights is not None:
-            take = partial(self._take, self.weight_gradient, on, 1.0, [scale])
-            self._put(take, self._sum(self._weights.to(wide) * gradient.to(wide)))
-            self._weights = None
-        self._burst.append((gradient, on, scale))
-        if len(self._burst) == 3:
-            gradients, (on1, on2, on3), (s1, s2, s3) = zip(*self._burst, strict=True)
-            g1, g2, g3 = (g.to(wide) for g in gradients)
-            take = partial(self._take, self.gain, on1 & on2 & on3, 3.0)
-            if all((s == 1.0).all() for s in (s1, s2, s3)):
-                self._put(partial(take, [1.0]), self._sum(g1 * g2 + g2 * g3 + g1 * g3))
-            else:
-                scales = [s1 * s2, s2 * s3, s1 * s3]
-                self._put(partial(take, scales), *map(self._sum, (g1 * g2, g2 * g3, g1 * g3)))
-            self._burst = []
+        if self.weights is not None:
+            take = partial(self._take, self.weight_gradient, on, 1, [1.0], [scale])
+            self.put(take, self._sum(self.weights.to(wide) * gradient.to(wide)))
+            self.weights = None
+        self.burst.append((gradient, on, scale))
+        if len(self.burst) == BURST:
+            gradients, ons, scales = zip(*self.burst, strict=True)
+            self._multiply([gradient.to(wide) for gradient in gradients], np.all(ons, axis=0), scales)
+            self.burst = []
+
+    def _multiply(self, gradients: Sequence[torch.Tensor], on: NDArray[np.bool_], scales: Sequence[NDArray]) -> None:
+        """Pool the products of a burst's gradients, corrected for batches of one epoch."""
+        (g1, g2, g3), (s1, s2, s3) = gradients, scales
+        products, squares = (g1 * g2, g2 * g3, g1 * g3), ()
+        own = 0.0 if self.epoch_steps is None else min(1.0 / self.epoch_steps, 1.0)  # weight of the squares
+        if own:
+            squares = (g1 * g1, g2 * g2, g3 * g3)
+        factors = [1.0 - own] * 3 + [own] * len(squares)
+        if all((s == 1.0).all() for s in scales):
+            mixed = (products[0] + products[1] + products[2]) * (1.0 - own)
+            if squares:
+                mixed += (squares[0] + squares[1] + squares[2]) * own
+            self.put(partial(self._take, self.gain, on, 3, [1.0], [1.0]), self._sum(mixed))
+        else:
+            both = [s1 * s2, s2 * s3, s1 * s3, s1 * s1, s2 * s2, s3 * s3][: 3 + len(squares)]
+            self.put(partial(self._take, self.gain, on, 3, factors, both), *map(self._sum, (*products, *squares)))
 
     def _take(
-        self, pool: Pool, seen: NDArray[np.bool_], number: float, scales: Sequence[NDArray], *sums: NDArray
+        self,
+        pool: Pool,
+        seen: NDArray[np.bool_],
+        number: int,
+        factors: Sequence[float],
+        scales: Sequence[NDArray | float],
+        *sums: NDArray,
     ) -> None:
-        """Pool the mean of `number` products; a gradient that overflowed tells nothing."""
-        values = sum(part / scale for part, scale in zip(sums, scales, strict=True)) / number
+        """Pool a weighted sum over `number` pairs, gates divided out; a gradient that overflowed tells nothing."""
+        values = sum(f * (part / scale) for f, part, scale in zip(factors, sums, scales, strict=True)) / number
         pool.add(values, seen & np.isfinite(values))
 
     def _sum(self, products: torch.Tensor) -> torch.Tensor:

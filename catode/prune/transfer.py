@@ -49,8 +49,8 @@ def at_once(take: Callable[..., None], *tensors: torch.Tensor) -> None:
     take(*read(tensors))
 
 
-class Later:
-    """Tensors to be read together, each with what to do with its numbers."""
+class DeferredReads:
+    """Reads put off: tensors to be read together, each with what to do with its numbers."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Callable[..., None], tuple[torch.Tensor, ...]]] = []

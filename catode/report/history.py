@@ -1,6 +1,6 @@
 """A run read back from its folder: its metrics, the course of every structure, the final widths.
 
-Read are the files of the run's folder alone (see "A run's folder" in the conventions), without the model or the data.
+Only the files of the run's folder are read (docs/conventions.md, "A run's folder"), not the model or the data.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from catode.decisions.outcomes import PROMOTED, PRUNED_TOLERANCE, PRUNED_ZERO, STATES
-from catode.records import PLACE, number, read_json, read_table
-from catode.theory.systems.planar import BenefitSystem
+from catode.records import PLACE, number, packed, read_config, read_json, read_result, read_structures, read_table
+from catode.structures.fates import NOT_BY_RULE, REMOVED, REMOVED_WITH_BLOCK, UNDECIDED
+from catode.theory.systems import BenefitSystem
 
 __all__ = ["KINDS", "Run", "SiteWidth", "Trace", "comparison_system", "final_sites", "read", "read_metrics"]
 
 KINDS = ("layer", "unit")
-_REMOVED_STATES = (PRUNED_TOLERANCE, PRUNED_ZERO, PROMOTED)
 
-_TEXT_COLUMNS = (*PLACE, "state")
+_TEXT_COLUMNS = (*PLACE, "fate")
 _NUMBER_COLUMNS = ("step", "keep_prob", "benefit", "price", "gain", "decay", "rate_ratio", "drift", "tolerance")
 _METRIC_COLUMNS = (
     "epoch",
@@ -46,7 +45,7 @@ class Trace:
     block: str
     site: str
     index: str
-    states: list[str]
+    fates: list[str]
     columns: dict[str, np.ndarray]
     kept: bool | None = None
     """Whether the structure is in the final network, where structure.json tells."""
@@ -55,28 +54,24 @@ class Trace:
         return self.columns[column]
 
     @property
-    def state(self) -> str:
-        """The final state.
+    def fate(self) -> str:
+        """What became of it in the end, one of `catode.structures.fates.FATES`.
 
-        A structure is recorded only as long as it is undecided, so one that was committed and went later with its block
-        is known to be gone from the final network alone.
+        A structure is recorded only as long as it is undecided. One that was kept and went later with its block is known
+        to be gone from the final network alone.
         """
-        last = self.states[-1]
-        return "promoted" if self.kept is False and last in ("committed", "undecided") else last
+        last = self.fates[-1]
+        return REMOVED_WITH_BLOCK if self.kept is False and last not in REMOVED else last
 
-    @cached_property
+    @property
     def removed(self) -> bool:
         """Whether the structure is gone from the final network."""
-        if self.state == "forced":
-            return not self.kept if self.kept is not None else bool(self["keep_prob"][-1] < 0.5)
-        return self.state in _REMOVED_STATES
+        return self.fate in REMOVED
 
     @cached_property
     def removed_at(self) -> int | None:
         """Position of the row in which the structure was removed; None where it stayed or went unrecorded."""
-        if not self.removed or self.states[-1] in ("committed", "undecided"):
-            return None
-        return self.states.index(self.state)
+        return self.fates.index(self.fate) if self.removed and self.fates[-1] in REMOVED else None
 
     def gone_at(self, layers: Mapping[str, Trace]) -> float | None:
         """Step from which on the structure was not there; None where it stayed.
@@ -141,16 +136,16 @@ def read(folder: Path) -> Run:
     structure = read_json(folder / "structure.json") if (folder / "structure.json").exists() else None
     run = Run(
         folder=folder,
-        config=read_json(folder / "config.json"),
+        config=read_config(folder),
         env=read_json(folder / "env.json"),
         metrics=read_metrics(folder),
-        traces=_read_traces(folder / "structures.csv", structure),
-        result=read_json(folder / "result.json"),
+        traces=_read_traces(folder, structure),
+        result=read_result(folder),
         structure=structure,
     )
     if structure is None:
         run.notes.append(
-            "structure.json is missing: the final widths below are read from the last states in structures.csv."
+            "structure.json is missing: the final widths below are read from the last fates in structures.csv."
         )
     if not run.metrics["step"].size:
         run.notes.append("metrics.csv has no rows: there are no curves over training.")
@@ -159,14 +154,14 @@ def read(folder: Path) -> Run:
             "structures.csv has no rows: this run had no gates, so nothing could be removed and only the training "
             "curves are shown."
         )
-    undecided = sum(trace.state == "undecided" for trace in run.traces)
+    undecided = sum(trace.fate == UNDECIDED for trace in run.traces)
     if undecided:
         run.notes.append(f"{undecided} of {len(run.traces)} structures were still undecided when the record ended.")
-    forced = sum(trace.state == "forced" for trace in run.traces)
-    if forced:
+    found = [trace.fate for trace in run.traces]
+    if open_ := {fate: found.count(fate) for fate in NOT_BY_RULE if fate in found}:
+        told = ", ".join(f"{fate} {count}" for fate, count in open_.items())
         run.notes.append(
-            f"{forced} of {len(run.traces)} structures were not decided by the rule; their keep probability was "
-            "rounded at the end (`forced`)."
+            f"{sum(open_.values())} of {len(run.traces)} structures were not decided by a measurement of their own: {told}."
         )
     return run
 
@@ -180,8 +175,9 @@ def _numbers(path: Path, header: list[str], rows: list[list[str]]) -> dict[str, 
     return {name: np.array([number(path, name, row[place]) for row in rows]) for place, name in enumerate(header)}
 
 
-def _read_traces(path: Path, structure: dict[str, Any] | None) -> list[Trace]:
-    header, rows = read_table(path, _TEXT_COLUMNS + _NUMBER_COLUMNS)
+def _read_traces(folder: Path, structure: dict[str, Any] | None) -> list[Trace]:
+    path = packed(folder / "structures.csv")
+    header, rows = read_structures(folder, _NUMBER_COLUMNS)
     place = {name: header.index(name) for name in _TEXT_COLUMNS + _NUMBER_COLUMNS}
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
@@ -190,15 +186,13 @@ def _read_traces(path: Path, structure: dict[str, Any] | None) -> list[Trace]:
     for key, members in groups.items():
         if key[0] not in KINDS:
             raise ValueError(f"{path} must hold 'layer' or 'unit' in column 'kind'; got {key[0]!r}.")
-        states = [row[place["state"]] for row in members]
-        if unknown := [state for state in states if state not in STATES]:
-            raise ValueError(f"{path} must hold one of {', '.join(STATES)} in column 'state'; got {unknown[0]!r}.")
+        fates = [row[place["fate"]] for row in members]
         columns = {
             name: np.array([number(path, name, row[place[name]]) for row in members]) for name in _NUMBER_COLUMNS
         }
         order = np.argsort(columns["step"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
-        traces.append(Trace(*key, states=[states[i] for i in order], columns=columns, kept=_kept(structure, *key)))
+        traces.append(Trace(*key, fates=[fates[i] for i in order], columns=columns, kept=_kept(structure, *key)))
     return traces
 
 
@@ -248,8 +242,8 @@ def final_sites(run: Run) -> list[SiteWidth]:
 def comparison_system(values: Mapping[str, float]) -> BenefitSystem | None:
     """Comparison system of a structure with benefits in units of its price; None where its constants admit none.
 
-    With b = price * x the system of THEORY 4.3 keeps its form: price 1, gain and drift divided by the price, rate ratio
-    times the price.
+    With b = price * x the system of docs/mathematics.md section 4.3 keeps its form: price 1, gain and drift divided by the
+    price, rate ratio times the price.
 
     Args:
         values: price, gain, decay, rate_ratio and drift as in structures.csv.

@@ -1,72 +1,26 @@
-"""The pictures of a run's report, each with its title and the caption that explains it.
+"""The pictures of a run's report over training and of what is left, each with its title and the caption that explains it.
 
-A maker of a picture returns None for a run that has nothing to draw for it. To name or draw a state otherwise, edit `LOOKS`.
+A maker of a picture returns None for a run that has nothing to draw for it. The phase portrait is in `catode.report.phase`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.collections import LineCollection
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from catode.report.history import SYSTEM_COLUMNS, Run, SiteWidth, Trace, comparison_system, final_sites
-from catode.theory.plotting.plotting import PALETTE, new_figure, phase_portrait
-from catode.theory.systems.planar import BenefitSystem
+from catode.report.history import Run, SiteWidth, final_sites
+from catode.report.looks import EDGE, KIND_TITLES, LOOKS, Picture, fate_legend
+from catode.structures.fates import FATES, REMOVED, UNDECIDED
+from catode.theory.plotting import PALETTE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-__all__ = [
-    "LOOKS",
-    "Look",
-    "Picture",
-    "accuracy_picture",
-    "complexity_picture",
-    "phase_picture",
-    "structure_picture",
-    "theta_panel",
-    "theta_picture",
-]
-
-MAX_PATHS = 30
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a state is named and drawn; the marker at the removal spares colour being the only sign."""
-
-    text: str
-    color: str
-    marker: str
-
-
-LOOKS = {
-    "committed": Look("kept (committed)", PALETTE["blue"], "^"),
-    "undecided": Look("still undecided", PALETTE["grey"], "."),
-    "pruned_tolerance": Look("removed: reached its tolerance", PALETTE["vermillion"], "v"),
-    "pruned_zero": Look("removed: reached θ = 0", PALETTE["orange"], "o"),
-    "promoted": Look("removed: went with its site or block", PALETTE["purple"], "D"),
-    "forced": Look("not decided, rounded at the end (forced)", PALETTE["black"], "s"),
-}
-_OWN_STATES = ("pruned_tolerance", "pruned_zero")
-_KINDS = {"layer": "Layers (whole residual blocks)", "unit": "Units (channels inside a block)"}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure with what the report says around it."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
+__all__ = ["accuracy_picture", "complexity_picture", "structure_picture", "theta_panel", "theta_picture"]
 
 
 def accuracy_picture(run: Run) -> Picture | None:
@@ -110,13 +64,13 @@ def theta_picture(run: Run) -> Picture | None:
     """Keep probabilities by epoch, layers and units side by side."""
     if not run.traces:
         return None
-    kinds = [kind for kind in _KINDS if run.of(kind)]
+    kinds = [kind for kind in KIND_TITLES if run.of(kind)]
     figure = new_figure(10.0, 4.6)
     for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
         theta_panel(ax, run, kind)
         _epoch_axis(ax, run)
     figure.axes[0].set_ylabel("keep probability θ")
-    _state_legend(figure, run.traces)
+    fate_legend(figure, run.traces)
     meaning = (
         "Removal above θ = 0 is the point of the method: below its tolerance a structure is on its way out, up to the "
         "stated risk, and need not be waited for."
@@ -127,7 +81,7 @@ def theta_picture(run: Run) -> Picture | None:
         "Each line is one structure that training may remove: a whole residual block (left) or a single channel "
         "inside one (right). Its height is the probability θ with which the structure is switched on. θ = 1 means "
         "certainly in the network, θ = 0 certainly out; training moves θ up where the structure lowers the loss "
-        "by more than it costs, and down otherwise. Colour tells how the structure ended, and a marker shows "
+        "by more than it costs, and down otherwise. Colour tells what became of the structure, and a marker shows "
         f"where a line stops because the structure was physically removed. {meaning}"
     )
     if len(kinds) == 1:
@@ -147,17 +101,17 @@ def theta_panel(ax: Axes, run: Run, kind: str) -> None:
         if layer.removed_at is not None
     }
     few = len(traces) <= 40
-    for state, look in LOOKS.items():  # the removed are drawn over the kept
-        lines, ends = [], []
+    for fate in sorted(FATES, key=lambda fate: fate in REMOVED):  # the removed are drawn over the kept
+        look, lines, ends = LOOKS[fate], [], []
         for trace in traces:
-            if trace.state != state:
+            if trace.fate != fate:
                 continue
             x, y = run.epochs(trace["step"][trace.rows]), trace["keep_prob"][trace.rows]
-            if state == "committed":  # its gate is fixed at 1 from then on, and no more recorded
+            if fate != UNDECIDED and not trace.removed:  # its gate is fixed at 1 from then on, and no more recorded
                 x, y = np.r_[x, x[-1], end], np.r_[y, 1.0, 1.0]
             elif trace.removed_at is not None:
                 ends.append((x[-1], y[-1]))
-            elif trace.removed and trace.block in gone:  # committed once, then gone with its block
+            elif trace.removed and trace.block in gone:  # kept once, then gone with its block
                 x, y = np.r_[x, x[-1], gone[trace.block]], np.r_[y, 1.0, 1.0]
                 ends.append((x[-1], y[-1]))
             lines.append(np.column_stack([x, y]))
@@ -172,25 +126,14 @@ def theta_panel(ax: Axes, run: Run, kind: str) -> None:
                 color=look.color,
                 marker=look.marker,
                 alpha=max(alpha, 0.6),
-                linewidths=0,
+                linewidths=0.3,
+                edgecolors=EDGE,
                 zorder=3,
                 clip_on=False,
                 rasterized=True,
             )
     ax.set_ylim(-0.02, 1.02)
-    ax.set_title(f"{_KINDS[kind]}: {len(traces)}")
-
-
-def _state_legend(figure: Figure, traces: list[Trace], extra: Sequence[Any] = ()) -> None:
-    """Put one legend below the panels: the states that occur, with their numbers by kind."""
-    handles = []
-    for state, look in LOOKS.items():
-        counts = [(kind, sum(trace.state == state and trace.kind == kind for trace in traces)) for kind in _KINDS]
-        text = ", ".join(f"{count} {kind}{'s' if count != 1 else ''}" for kind, count in counts if count)
-        if text:
-            marker = None if state in ("committed", "undecided") else look.marker
-            handles.append(Line2D([], [], color=look.color, marker=marker, markersize=5, label=f"{look.text}: {text}"))
-    figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=2, frameon=False)
+    ax.set_title(f"{KIND_TITLES[kind]}: {len(traces)}")
 
 
 def structure_picture(run: Run) -> Picture | None:
@@ -321,159 +264,3 @@ def complexity_picture(run: Run) -> Picture | None:
         f"the counts and not in J, and the weighting of {counted} against parameters."
     )
     return Picture("complexity", "Expected against actual complexity", caption, figure)
-
-
-def phase_picture(run: Run) -> Picture | None:
-    """Paths of structures over the phase portrait of one of them."""
-    if not run.traces:
-        return None
-    kinds = [kind for kind in _KINDS if any(_measured(trace).any() for trace in run.of(kind))]
-    if not kinds:
-        run.notes.append(
-            "No benefit was measured in this run: there is no picture of the paths over the phase portrait."
-        )
-        return None
-    figure = new_figure(5.2 * len(kinds) + (0.0 if len(kinds) > 1 else 2.0), 5.4)
-    chosen: list[Trace] = []
-    told = []
-    extra: dict[str, Any] = {}
-    for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
-        shown = _choose(run.of(kind))
-        chosen += shown
-        told.append(_phase_panel(ax, run, kind, shown))
-        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True):
-            extra.setdefault(text, handle)
-    for ax in figure.axes[1:]:
-        ax.set_ylabel("")
-    for text, handle in extra.items():
-        handle.set_label(text)
-    _state_legend(figure, chosen, list(extra.values()))
-    caption = (
-        "Every coloured line is the measured path of one structure during training: to the right, what it is "
-        "worth (the loss it saves, divided by the price of its complexity; at the dashed line it just pays), "
-        "upwards the probability of keeping it. Grey arrows are the flow that the theory predicts for the "
-        "structure named below, from its own measured constants. In the shaded region D the theory guarantees "
-        "that the structure will be driven out; its upper edge is the separatrix. A large marker shows where a "
-        "structure was removed, a dot where its record ends. Each structure has its own D, and the derived "
-        "tolerance keeps an extra distance from it to allow for noise, so other paths may end a little above or "
-        "well below the edge that is drawn. What lies beyond the left or right edge is cut off. "
-        "The legend counts the paths shown."
-    )
-    caption = " ".join([caption, *filter(None, told)])
-    return Picture("phase", "Paths over the phase portrait", caption, figure)
-
-
-def _measured(trace: Trace) -> np.ndarray:
-    """Say in which rows up to the removal the benefit and a positive price are known; shape as the rows."""
-    rows = trace.rows
-    with np.errstate(invalid="ignore"):
-        return np.isfinite(trace["benefit"][rows]) & (trace["price"][rows] > 0) & np.isfinite(trace["keep_prob"][rows])
-
-
-def _choose(traces: list[Trace]) -> list[Trace]:
-    """Choose at most MAX_PATHS structures, each group spread evenly over the order of the file.
-
-    Those removed on their own account get what those that went with their block and those that stayed leave over.
-    """
-    usable = [trace for trace in traces if _measured(trace).any()]
-    own = [trace for trace in usable if trace.state in _OWN_STATES]
-    others = [trace for trace in usable if trace.removed and trace.state not in _OWN_STATES]
-    kept = [trace for trace in usable if not trace.removed]
-    others = _spread(others, MAX_PATHS // 6)
-    kept = _spread(kept, MAX_PATHS // 3)
-    return kept + others + _spread(own, MAX_PATHS - len(kept) - len(others))
-
-
-def _spread(items: list[Trace], count: int) -> list[Trace]:
-    if len(items) <= count:
-        return items
-    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
-
-
-def _system(trace: Trace) -> BenefitSystem | None:
-    """Build the comparison system of a structure, with benefits in units of its price.
-
-    The constants are the medians over the rows that have a tolerance, or over all if none has.
-    """
-    rows = np.arange(len(trace.states))[trace.rows]
-    judged = rows[np.isfinite(trace["tolerance"][rows])]
-    rows = judged if judged.size else rows
-    values = {}
-    for name in SYSTEM_COLUMNS:
-        column = trace[name][rows]
-        column = column[np.isfinite(column)]
-        if not column.size:
-            return None
-        values[name] = float(np.median(column))
-    return comparison_system(values)
-
-
-def _representative(traces: list[Trace]) -> tuple[Trace, BenefitSystem] | None:
-    """Return the structure with the median D, of those removed by tolerance if there are any, with its system."""
-    found = [(trace, system) for trace in traces if (system := _system(trace)) is not None]
-    for wanted in (("pruned_tolerance",), ("pruned_zero",), tuple(LOOKS)):
-        for empty in (False, True):
-            some = [pair for pair in found if pair[0].state in wanted and pair[1].empty == empty]
-            if some:
-                some.sort(key=lambda pair: float(pair[1].separatrix(0.0)))
-                return some[len(some) // 2]
-    return None
-
-
-def _phase_panel(ax: Axes, run: Run, kind: str, traces: list[Trace]) -> str:
-    """Draw one kind of structure; return the sentence that says whose flow is in the background."""
-    paths, ends = [], []
-    for trace in traces:
-        good = _measured(trace)
-        rows = trace.rows
-        paths.append((trace["benefit"][rows][good] / trace["price"][rows][good], trace["keep_prob"][rows][good]))
-    colors = [LOOKS[trace.state].color for trace in traces]
-    low, high = _window(traces, paths)
-    ax.set_title(_KINDS[kind])
-    representative = _representative(run.of(kind))
-    if representative is None:
-        for (x, theta), color in zip(paths, colors, strict=True):
-            ax.plot(x, theta, color=color, linewidth=1.1, alpha=0.8)
-        ax.axvline(1.0, color=PALETTE["grey"], linestyle="--", linewidth=1.3, label="price")
-        ax.set_xlim(low, high)
-        ax.set_ylim(-0.02, 1.02)
-        ax.set_ylabel("keep probability θ")
-        run.notes.append(
-            f"For no {kind} were all the constants of the phase portrait measured: its paths are shown without flow "
-            "and separatrix."
-        )
-        sentence = ""
-    else:
-        example, system = representative
-        phase_portrait(ax, system, paths=paths, path_colors=colors, benefit_min=low, benefit_max=high, legend=False)
-        name = f"unit {example.index} of {example.site}" if kind == "unit" else f"block {example.block}"
-        sentence = f"Background for {kind}s: {name} ({LOOKS[example.state].text})."
-        if system.empty:
-            sentence += f" At its measured drift the theory guarantees nothing: D is empty for this {kind}."
-    for trace, (x, theta) in zip(traces, paths, strict=True):
-        if trace.removed_at is not None and low <= x[-1] <= high:
-            ends.append((x[-1], theta[-1], trace))
-    for x, theta, trace in ends:
-        look = LOOKS[trace.state]
-        ax.plot(
-            x,
-            theta,
-            marker=look.marker,
-            color=look.color,
-            markersize=6,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-            linestyle="none",
-            zorder=6,
-            clip_on=False,
-        )
-    ax.set_xlabel("benefit / price")
-    return sentence
-
-
-def _window(traces: list[Trace], paths: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """Choose the range of benefit / price that shows the removed paths and some of what lies right of the price."""
-    removed = [x for trace, (x, _) in zip(traces, paths, strict=True) if trace.state in _OWN_STATES]
-    x = np.concatenate(removed or [x for x, _ in paths])
-    low, high = np.quantile(x, [0.02, 0.98])
-    return float(np.clip(1.1 * low, -3.0, -0.1)), float(np.clip(1.1 * high, 2.5, 5.0))

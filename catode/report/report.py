@@ -1,7 +1,7 @@
 """What a person reads and looks at after a run: report.md and its pictures.
 
-The report is made from the files of the run's folder alone (see "A run's folder" in the conventions), so it can be
-made again at any time, on any machine, without the model or the data.
+The report is made from the files of the run's folder alone (docs/conventions.md, "A run's folder"), so it can be made again
+at any time, on any machine, without the model or the data.
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ from typing import Any
 import numpy as np
 
 from catode.report.history import Run, SiteWidth, final_sites, read, read_metrics
-from catode.report.pictures import (
-    Picture,
-    accuracy_picture,
-    complexity_picture,
-    phase_picture,
-    structure_picture,
-    theta_picture,
-)
-from catode.theory.plotting.plotting import house_style
+from catode.report.looks import Picture
+from catode.report.phase import phase_picture
+from catode.report.pictures import accuracy_picture, complexity_picture, structure_picture, theta_picture
+from catode.structures.fates import MEANINGS, NOT_BY_RULE
+from catode.theory.plotting import house_style
 
 __all__ = ["markdown_table", "waiting", "write"]
 
@@ -70,7 +66,7 @@ def write(folder: Path) -> Path:
 
 
 def _markdown(run: Run, pictures: list[Picture]) -> str:
-    parts = [f"# {_title(run)}", _headline(run)]
+    parts = [f"# {_title(run)}", _headline(run), _meanings(run)]
     if run.notes:
         parts.append("**To bear in mind**\n\n" + "\n".join(f"- {note}" for note in run.notes))
     if run.traces:
@@ -79,7 +75,14 @@ def _markdown(run: Run, pictures: list[Picture]) -> str:
         parts.append(f"## {picture.title}\n\n![{picture.title}]({picture.name}.png)\n\n{picture.caption}")
     parts.append("## Configuration\n\nAs resolved from presets and flags.\n\n" + _key_table(run.config))
     parts.append("## Environment\n\n" + _key_table(run.env))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _meanings(run: Run) -> str:
+    """What the fates that occur mean."""
+    seen = {trace.fate for trace in run.traces} | set(run.result.get("decisions") or {})
+    told = "; ".join(f"`{fate}`: {meaning}" for fate, meaning in MEANINGS.items() if fate in seen)
+    return f"Fates. {told}." if told else ""
 
 
 def _title(run: Run) -> str:
@@ -107,9 +110,9 @@ def _headline(run: Run) -> str:
         ("Layers kept", _of(result, "layers_kept", "layers_total")),
         ("Units kept", _of(result, "units_kept", "units_total")),
         ("Of these for round widths alone (`round_to`)", _format(result, "units_kept_for_rounding", str)),
-        ("Decisions by state", _decisions(result)),
+        ("Structures by fate", _decisions(result)),
         (
-            "Decided by the rule (not `forced`)",
+            f"Decided by the rule (structures whose fate is none of {', '.join(NOT_BY_RULE)})",
             _format(result, "decided_by_rule", lambda value: f"{100 * value:.1f} %"),
         ),
         (
@@ -167,7 +170,7 @@ def _decisions(result: dict[str, Any]) -> str:
     decisions = result.get("decisions")
     if decisions is None:
         return _ABSENT
-    return ", ".join(f"{state} {count}" for state, count in decisions.items()) or "none (no gates)"
+    return ", ".join(f"{fate} {count}" for fate, count in decisions.items()) or "none (no gates)"
 
 
 def _latency(result: dict[str, Any], dense: str, compact: str) -> str:
@@ -202,12 +205,12 @@ def _structure_table(run: Run) -> str:
         if layer is None:
             decision = "no layer gate"
         else:
-            decision = f"{layer.state}, θ = {layer['keep_prob'][layer.rows][-1]:.3g}"
+            decision = f"{layer.fate}, θ = {layer['keep_prob'][layer.rows][-1]:.3g}"
             if layer.removed_at is not None:
                 decision += f" at step {layer['step'][layer.removed_at]:.0f}"
         rows.append((block, "kept" if sites[0].alive else "removed", ", ".join(widths) or "-", decision))
     return "## Final structure\n\n" + markdown_table(
-        ("block", "fate", "hidden channels kept", "decision about the block"), rows
+        ("block", "in the end", "hidden channels kept", "fate of the block's gate"), rows
     )
 
 

@@ -1,7 +1,7 @@
 """Expected MACs and parameters of a gated network: a multilinear polynomial in the keep probabilities, and its gradient.
 
-Source: THEORY section 2 (the paper's complexity (11)-(12)). The vector of keep probabilities is laid out as all layers
-(one for each residual block) followed by the units, site by site.
+Source: docs/mathematics.md section 2 (the paper's complexity (11)-(12)). Keep probabilities are numbered by
+`catode.structures.inventory`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from catode._validate import check_interval, check_nonnegative
+from catode.structures.inventory import Inventory
 
 
 @dataclass(frozen=True)
@@ -41,32 +42,21 @@ class Complexity:
 
     Args:
         terms: Everything that the network executes.
-        blocks: Number of residual blocks.
-        site_block: Block of each site, shape (sites,).
-        widths: Units of each site, shape (sites,).
+        inventory: What can be removed, and its numbering.
 
     Attributes:
-        is_layer: Which structures are layers, shape (n,); the others are units.
-        sites: Numbers of the units of each site.
+        size: Number of structures n.
         removable_macs: F_0, MACs of all blocks together.
         removable_params: P_0, parameters of all blocks together.
     """
 
-    def __init__(self, terms: Sequence[Term], blocks: int, site_block: Sequence[int], widths: Sequence[int]):
+    def __init__(self, terms: Sequence[Term], inventory: Inventory):
         for term in terms:
             if term.inner is not None and term.inner == term.outer:
                 raise ValueError(f"`{term.name}` must read and write different sites; got site {term.inner} twice")
-        self.terms = tuple(terms)
-        self.blocks = blocks
-        self.site_block = np.asarray(site_block, dtype=np.int64)
-        self.widths = np.asarray(widths, dtype=np.int64)
-        self.unit_site = np.repeat(np.arange(len(self.widths)), self.widths)
-        self.unit_block = self.site_block[self.unit_site]
-        self.size = blocks + len(self.unit_site)
-        self.is_layer = np.arange(self.size) < blocks
-        ends = blocks + np.cumsum(self.widths)
-        self.sites = [np.arange(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
-        ones = len(self.widths)  # index of the constant 1 appended to the factor vectors
+        self.terms, self.inventory = tuple(terms), inventory
+        self.size, blocks = inventory.size, inventory.layers
+        ones = len(inventory.widths)  # index of the constant 1 appended to the factor vectors
         self._macs = np.array([t.macs for t in terms], dtype=np.float64)
         self._params = np.array([t.params for t in terms], dtype=np.float64)
         self._block = np.array([blocks if t.block is None else t.block for t in terms], dtype=np.int64)
@@ -100,13 +90,13 @@ class Complexity:
         share = self._share(beta)
         gate, width = self._factors(theta)
         a, i, o = gate[self._block], width[self._inner], width[self._outer]
-        layers = np.bincount(self._block, share * i * o, self.blocks + 1)[: self.blocks]
-        n = len(self.widths)
+        layers = np.bincount(self._block, share * i * o, self.inventory.layers + 1)[: self.inventory.layers]
+        n = len(self.inventory.widths)
         sites = np.bincount(self._inner, share * a * o, n + 1) + np.bincount(self._outer, share * a * i, n + 1)
-        return np.concatenate([layers, sites[:n][self.unit_site]])
+        return np.concatenate([layers, sites[:n][self.inventory.unit_site]])
 
     def prices(self, theta: ArrayLike, *, nu: float, alpha: float, beta: float) -> NDArray[np.float64]:
-        """Price of every structure in nats, recomputed from theta (THEORY section 2), shape (size,).
+        """Price of every structure in nats, recomputed from theta (docs/mathematics.md section 2), shape (size,).
 
         Args:
             theta: Keep probabilities, shape (size,).
@@ -117,18 +107,9 @@ class Complexity:
         check_nonnegative("nu", nu)
         check_interval("alpha", alpha, 0.0, 1.0)
         gradient = self.gradient(theta, beta)
-        gradient[: self.blocks] *= nu * alpha
-        gradient[self.blocks :] *= nu * (1.0 - alpha)
+        gradient[: self.inventory.layers] *= nu * alpha
+        gradient[self.inventory.layers :] *= nu * (1.0 - alpha)
         return gradient
-
-    def close(self, kept: ArrayLike) -> NDArray[np.bool_]:
-        """Smallest removal closed under promotion: an emptied site takes its block along, a block all its units."""
-        kept = np.array(kept, dtype=bool)
-        layers, units = kept[: self.blocks], kept[self.blocks :]
-        alive = np.bincount(self.unit_site, units, len(self.widths)) > 0
-        np.logical_and.at(layers, self.site_block, alive)
-        units &= layers[self.unit_block]
-        return kept
 
     def _share(self, beta: float) -> NDArray[np.float64]:
         check_interval("beta", beta, 0.0, 1.0)
@@ -136,8 +117,10 @@ class Complexity:
         return np.where(self._removable, share, 0.0)
 
     def _factors(self, theta: NDArray) -> tuple[NDArray, NDArray]:
-        gate = np.append(theta[: self.blocks], 1.0)
-        width = np.append(np.bincount(self.unit_site, theta[self.blocks :], len(self.widths)), 1.0)
+        gate = np.append(theta[: self.inventory.layers], 1.0)
+        width = np.append(
+            np.bincount(self.inventory.unit_site, theta[self.inventory.layers :], len(self.inventory.widths)), 1.0
+        )
         return gate, width
 
     def _products(self, theta: NDArray) -> NDArray:

@@ -1,8 +1,40 @@
-"""What an architecture says of what may be removed from it: residual branches, and the hidden widths inside them."""
+"""What an architecture says of what may be removed from it: residual branches, and the hidden widths inside them.
+
+Everything is named by dotted paths of the network, so that nothing here needs PyTorch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+PRODUCER, CONSUMER = "producer", "consumer"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The entries of one tensor that belong to the units of a site, along one of its dimensions.
+
+    Args:
+        tensor: Name of the parameter or buffer, as in the network's state dict.
+        dim: Dimension along which the units lie.
+        role: `PRODUCER`: the entries make the unit; `CONSUMER`: they read it, and carry its gate.
+        offset: Index of the first unit's first entry.
+        each: Entries of a unit, which follow each other: 1 for a channel, the head size for an attention head.
+    """
+
+    tensor: str
+    dim: int
+    role: str
+    offset: int = 0
+    each: int = 1
+
+    def entries(self, units: ArrayLike) -> NDArray[np.int64]:
+        """Indices along `dim` of the units at the given positions of the site, shape (len(units) * each,)."""
+        first = self.offset + self.each * np.asarray(units, dtype=np.int64)
+        return (first[:, None] + np.arange(self.each)).reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,21 @@ MEANINGS = {
 """Every fate with what it means, in the order of tables and legends."""
 
 FATES = tuple(MEANINGS)
+
+COLORS = {
+    UNDECIDED: "grey",
+    COMMITTED: "blue",
+    PRUNED_TOLERANCE: "vermillion",
+    PRUNED_ZERO: "orange",
+    REMOVED_WITH_BLOCK: "purple",
+    KEPT_OUT_OF_TIME: "black",
+    REMOVED_OUT_OF_TIME: "wine",
+    KEPT_FOR_WIDTH: "sky",
+    KEPT_AT_TARGET: "green",
+    KEPT_AS_LAST: "indigo",
+}
+"""The colour of every fate in every picture, by its name in `catode.theory.plotting.PALETTE`; none has two fates."""
+
 NOT_BY_RULE = (KEPT_OUT_OF_TIME, REMOVED_OUT_OF_TIME, KEPT_FOR_WIDTH, KEPT_AT_TARGET, KEPT_AS_LAST)
 """Fates that no measurement of the structure itself decided; always counted and reported apart."""
 

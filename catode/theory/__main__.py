@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
+from catode.records import PLACE, number, packed, read_config, read_structures, structure_key
 from catode.theory import tolerance
 from catode.theory.flow.paths import integrate
 from catode.theory.flow.trajectory import Trajectory
-from catode.theory.systems.planar import BenefitSystem
+from catode.theory.systems.benefit import BenefitSystem
+from catode.theory.tolerance.measured import arguments
 
 _NEEDED = {
     "price": "complexity cost g of keeping the structure, nats",
@@ -35,7 +35,19 @@ _MIRROR = {
     "gain-lower": "lower bound on the squared gradient norm, nats/time",
     "decay-upper": "upper limit on the decay of the benefit, 1/time",
 }
-_COLUMNS = ("gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time")
+_MEASURED = (
+    "benefit",
+    "benefit_upper",
+    "price",
+    "gain",
+    "decay",
+    "rate_ratio",
+    "noise",
+    "benefit_noise",
+    "drift",
+    "step_time",
+)
+_COLUMNS = ("step", "keep_prob", *_MEASURED, "risk", "separatrix", "tolerance")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"`{name}` must be left out with from_run; got {name}={value:g}. The run has its own.")
         else:
             print(_run(args.from_run, out))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"picture {out}")
@@ -123,63 +135,61 @@ def _trajectories(system: BenefitSystem) -> list[Trajectory]:
     return [integrate(system, start, 8.0 / system.growth_rate, events=False) for start in starts]
 
 
-def read_run(folder: Path) -> list[dict]:
+def read_run(folder: Path) -> list[dict[str, Any]]:
     """The last row of every structure in a run's structures.csv, numbers converted.
 
+    The entry `memory`, the time constant of the pool in ODE time, is worked out from config.json for a run of an earlier
+    version, whose table has no such column.
+
+    Args:
+        folder: The run's folder.
+
     Raises:
-        ValueError: if the folder holds no such file, or the file lacks columns or rows.
+        FileNotFoundError: if a file is missing.
+        ValueError: if one is damaged, lacks columns, or holds no structures.
     """
-    path = folder / "structures.csv"
-    if not path.is_file():
-        raise ValueError(
-            f"`from_run` must be a run's folder; got {str(folder)!r} without structures.csv. Pass its --out."
-        )
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    text = {"kind", "block", "site", "index", "state"}
-    needed = {
-        *text,
-        *_COLUMNS,
-        "step",
-        "keep_prob",
-        "benefit",
-        "benefit_upper",
-        "price",
-        "risk",
-        "separatrix",
-        "tolerance",
-    }
-    if not rows or not needed <= set(rows[0]):
-        raise ValueError(
-            f"`from_run` must hold checks of structures; got none in {str(path)!r}. Was anything pruned (nu > 0)?"
-        )
-    last = {(row["kind"], row["block"], row["site"], row["index"]): row for row in rows}
-    try:
-        return [{k: v if k in text else float(v) for k, v in row.items()} for row in last.values()]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`from_run` must hold whole tables; got {str(path)!r}: {error}. Restore the file.") from None
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[list[dict[str, Any]], bool]:
+    """What `read_run` returns, and whether the table holds the memory of every pool."""
+    path = packed(folder / "structures.csv")
+    header, rows = read_structures(folder, _COLUMNS)
+    if not rows:
+        raise ValueError(f"{path} must hold checks of structures; got none. Was anything pruned (nu > 0)?")
+    named = (dict(zip(header, row, strict=True)) for row in rows)
+    last = {structure_key(row): row for row in named}.values()
+    text = {*PLACE, "fate"}
+    numbers = [{k: v if k in text else number(path, k, v) for k, v in row.items()} for row in last]
+    if "memory" in header:
+        return numbers, True
+    steps = read_config(folder, optional={"memory": float}).get("memory", 0)
+    for row in numbers:
+        row["memory"] = row["step_time"] * (max(steps / 10, 8) if row["kind"] == "layer" else steps)
+    return numbers, False
 
 
 def _run(folder: Path, out: Path) -> str:
     """Derive every structure's tolerance anew from what a run measured, and draw where they were decided."""
-    rows = read_run(folder)
-    config = folder / "config.json"
-    memory = json.loads(config.read_text()).get("memory", 0) if config.is_file() else 0
-    lines = [
-        f"{'structure':28} {'state':17} {'step':>6} {'theta':>7} {'benefit':>10} {'price':>10} {'theta_tol':>10} {'anew':>10}"
-    ]
-    tolerances = [_anew(row, memory) for row in rows]
+    rows, whole = _read(folder)
+    try:
+        tolerances = _anew(rows)
+    except ValueError as error:
+        path = packed(folder / "structures.csv")
+        raise ValueError(f"{path} must hold what a run measured: {str(error).rstrip('.')}. Restore it.") from None
+    wide = max(len("fate"), *(len(row["fate"]) for row in rows))
+    values = "".join(f" {name:>10}" for name in ("benefit", "price", "theta_tol", "anew"))
+    lines = [f"{'structure':28} {'fate':{wide}} {'step':>6} {'theta':>7}{values}"]
     for row, anew in zip(rows, tolerances, strict=True):
         name = row["block"] if row["kind"] == "layer" else f"{row['site']}[{row['index']}]"
         values = f"{row['benefit']:10.3g} {row['price']:10.3g} {row['tolerance']:10.3g} {anew:10.3g}"
-        lines.append(f"{name:28} {row['state']:17} {row['step']:6.0f} {row['keep_prob']:7.3f} {values}")
+        lines.append(f"{name:28} {row['fate']:{wide}} {row['step']:6.0f} {row['keep_prob']:7.3f} {values}")
     both = np.array([tolerances, [row["tolerance"] for row in rows]])
     gaps = np.abs(np.diff(both[:, np.isfinite(both).all(axis=0)], axis=0))
-    lines.append(f"{len(rows)} structures; {np.sum(np.array(tolerances) > 0.0)} have a positive tolerance.")
+    lines.append(f"{len(rows)} structures; {np.sum(tolerances > 0.0)} have a positive tolerance.")
     if gaps.size:
-        lines.append(
-            f"Recorded and derived anew for a full pool, {gaps.size} of them differ by {np.median(gaps):.2g} in the median."
-        )
+        anew = "derived anew" if whole else "derived anew for a full pool"
+        lines.append(f"Recorded and {anew}, {gaps.size} of them differ by {np.median(gaps):.2g} in the median.")
     from catode.theory import plotting
 
     figure = plotting.new_figure(11.0, 5.0)
@@ -191,22 +201,14 @@ def _run(folder: Path, out: Path) -> str:
     return "\n".join(lines)
 
 
-def _anew(row: dict, memory: float) -> float:
-    """Tolerance from a row's own measurements, with the memory of a pool that is full; NaN where something is unknown."""
-    inputs = {name: row[name] for name in _COLUMNS}
-    price = max(row["price"] - (row["benefit_upper"] - row["benefit"]), 1e-12)
-    window = max(memory / 10, 8) if row["kind"] == "layer" else memory
-    if not np.all(np.isfinite([*inputs.values(), price, row["benefit_upper"]])):
-        return np.nan
-    found = tolerance.derive(
-        benefit=row["benefit_upper"],
-        pooled=row["benefit"],
-        price=price,
-        memory=window * row["step_time"],
-        risk=row["risk"],
-        **inputs,
-    )
-    return float(found)
+def _anew(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Tolerances from the rows' own measurements, shape (n,); NaN where something is unknown."""
+    columns = {name: np.array([row[name] for row in rows]) for name in (*_MEASURED, "memory", "risk")}
+    known = np.isfinite([*columns.values()]).all(axis=0)
+    columns = {name: column[known] for name, column in columns.items()}
+    found = np.full(len(rows), np.nan)
+    found[known] = tolerance.derive(risk=columns.pop("risk"), **arguments(**columns)).values
+    return found
 
 
 if __name__ == "__main__":

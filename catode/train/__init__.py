@@ -8,12 +8,12 @@ from catode._lazy import lazy
 _HOMES = {
     "Block": "catode.structures.description",
     "Config": "catode.train.settings.config",
-    "Counts": "catode.prune.describe.protocol",
+    "Counts": "catode.prune.describe.costs",
     "Pruner": "catode.prune.pruner",
     "Site": "catode.structures.description",
     "build": "catode.train.models.resnets",
-    "count": "catode.prune.describe.protocol",
-    "describe": "catode.prune.describe.protocol",
+    "count": "catode.prune.describe.costs",
+    "describe": "catode.prune.describe.costs",
     "load": "catode.train.loop.checkpoint",
     "run": "catode.train.loop.trainer",
 }

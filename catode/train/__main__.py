@@ -1,15 +1,16 @@
-"""Command line of the trainer: ``python -m catode.train``."""
+"""Command line of the trainer: ``python -m catode.train``. Help and a wrong flag are answered before PyTorch is loaded."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from catode.train.settings.commandline import parse
-from catode.train.settings.config import ConfigError
+from catode.train.settings.setting import ConfigError
 from catode.train.stop import Stopped
 
 if TYPE_CHECKING:
@@ -22,16 +23,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 128 and its number after a signal.
     """
+    config, problem = None, ""
+    try:
+        config = parse(argv)
+    except ValueError as error:
+        problem = str(error)
+        if _alone():
+            print(f"error: {problem}", file=sys.stderr)
+            return 2
     from catode.prune import distributed
     from catode.report import report
     from catode.train import data, loop
     from catode.train.loop import preflight
 
     with distributed.joined() as group:
-        setup, problem = None, ""
+        setup = None
         try:
             try:
-                setup = loop.prepare(parse(argv))
+                setup = loop.prepare(config) if config else None
             except ValueError as error:
                 problem = str(error)
             problem = group.problem(problem, None if setup is None else setup.alike())
@@ -48,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error} Then go on with --resume {setup.config.out}", file=sys.stderr)
             return 2
         except distributed.Lost as error:  # each says so: the first may be the one that died
-            mend = f" Go on with --resume {setup.config.out}" if setup else ""
-            print(f"error: process {group.rank} of {group.size}: {error}.{mend}", file=sys.stderr)
+            hint = f" Go on with --resume {setup.config.out}" if setup else ""
+            print(f"error: process {group.rank} of {group.size}: {error}.{hint}", file=sys.stderr)
             return 1
         except OSError as error:  # of the one process that writes, or of all of them before the first step
-            mend = f". Mend that, then go on with --resume {setup.config.out}" if setup else ""
-            print(f"error: {error}{mend}", file=sys.stderr)
+            hint = f". Fix that, then go on with --resume {setup.config.out}" if setup else ""
+            print(f"error: {error}{hint}", file=sys.stderr)
             return 1
         except Stopped as stop:
             return _end(group, 128 + stop.number, f"{stop}; go on with --resume {setup.config.out}")
@@ -62,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return _end(group, 130, f"interrupted; go on with --resume {setup.config.out}")
         return _end(group, 0, summary(folder) if group.leads else "", sys.stdout)
+
+
+def _alone() -> bool:
+    """Whether no other process can be waiting to hear what is wrong; without PyTorch there is only torchrun to ask for it."""
+    return "torch" not in sys.modules and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _end(group: Group, status: int, text: str, file: TextIO | None = None) -> int:

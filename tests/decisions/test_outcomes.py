@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from catode.decisions.outcomes import COMMITTED, FORCED, PROMOTED, PRUNED_TOLERANCE, PRUNED_ZERO, UNDECIDED, Outcomes
 from catode.decisions.rules import NEARLY_ONE
 from catode.decisions.target import Target
-from catode.prune.describe.protocol import describe
+from catode.prune.describe.costs import describe
 from catode.train.models import Architecture, ResNet
 
 MODEL = ResNet(Architecture("basic", (1, 1, 1), 16, "A", "cifar"), 1, 3)

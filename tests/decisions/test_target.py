@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from catode.decisions.rules import NEARLY_ONE
 from catode.decisions.target import HEADROOM, LAG, RAMP, SLACK, Target
-from catode.prune.describe.protocol import describe
+from catode.prune.describe.costs import describe
 from catode.train.__main__ import main
 from catode.train.models import Architecture, ResNet
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from catode.prune.pruner import Pruner
 from catode.train import loop
 from catode.train.models import DenseResNet
-from catode.train.settings import config
+from catode.train.settings import config, run
 
 SHAPED_BY_DATA = {"nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "repeat_interleave"}
 CHECKED_BY_DATA = {"_local_scalar_dense", "equal", "is_nonzero", "multinomial", "item"}
@@ -166,7 +166,7 @@ def epoch(setup, device, folder):
 def main():
     torch.Generator = Generator
     backend_registration._setup_privateuseone_for_python_backend("counted", Backend())
-    config.check_device = lambda device: None
+    run.check_device = lambda device: None
     loop.trainer.latency_ms = lambda *_: [0.0, 0.0]
     changes = {"default": {}, "per example": {"per_example": True}, "curvature": {"layer_estimator": "curvature"}}
     given = dict(arch="resnet14", hidden_scale=0.25, batch_size=200, epochs=2, memory=10, check_every=10**6)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from catode.prune.cut import Change, drop_block, keep_units, keep_units_of_state, restrict, silence_units
-from catode.prune.describe.protocol import count, describe
+from catode.prune.describe.costs import count, describe
 from catode.prune.gates import Gates
 from catode.train.models import Architecture, DenseResNet, ResNet, build
 

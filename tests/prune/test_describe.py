@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from catode.prune.cut import restrict
-from catode.prune.describe.protocol import Counts, Prunable, count, describe, inference
+from catode.prune.describe.costs import Counts, count, describe, inference
+from catode.prune.describe.protocol import Prunable
 from catode.structures.description import Block, Site
 from catode.train.models import ARCHITECTURES, Architecture, DenseResNet, ResNet, build
 

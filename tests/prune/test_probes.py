@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from catode.prune.gates import Gates
+from catode.prune.losses import recovered_targets
 from catode.prune.probes import Probe, _sampled, batch_statistics_only, curvature_corrected, straight_through
-from catode.prune.pruner import _targets
 from catode.structures.description import Block, Site
 from catode.train.models import build
 
@@ -268,11 +268,11 @@ def test_law_targets_are_recovered(seed, smoothing, scale):
     y = torch.randint(5, (12,), generator=generator)
     gradient = gradient_of(lambda z: scale * F.cross_entropy(z, y, label_smoothing=smoothing), z)
     expected = (1 - smoothing) * F.one_hot(y, 5) + smoothing / 5
-    targets, fit = _targets(z, gradient, 12 / scale)
+    targets, fit = recovered_targets(z, gradient, 12 / scale)
     torch.testing.assert_close(targets, expected, rtol=0, atol=1e-5)
     soft = torch.rand(12, 5, generator=generator).softmax(1)
     gradient = gradient_of(lambda z: scale * F.cross_entropy(z, soft), z)
-    targets, soft_fit = _targets(z, gradient, 12 / scale)
+    targets, soft_fit = recovered_targets(z, gradient, 12 / scale)
     torch.testing.assert_close(targets, soft, rtol=0, atol=1e-5)
     assert fit and soft_fit
 
@@ -291,5 +291,5 @@ def test_law_targets_are_recovered(seed, smoothing, scale):
 def test_another_loss_is_refused(loss):
     torch.manual_seed(0)
     z, y = torch.randn(12, 5), torch.randint(5, (12,))
-    _, fit = _targets(z, gradient_of(lambda z: loss(z, y), z), 12.0)
+    _, fit = recovered_targets(z, gradient_of(lambda z: loss(z, y), z), 12.0)
     assert not fit

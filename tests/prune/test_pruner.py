@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from catode.prune.checking import ROW_FIELDS
 from catode.prune.cut import restrict, unit_norms
-from catode.prune.describe.protocol import Counts, count
-from catode.prune.pruner import ROW_FIELDS, Pruner
+from catode.prune.describe.costs import Counts, count
+from catode.prune.pruner import Pruner
 from catode.train import data
 from catode.train.models import DenseBlock, DenseResNet, build
 

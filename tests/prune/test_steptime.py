@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from catode.prune import steptime
-from catode.prune.describe.protocol import describe
-from catode.prune.steptime import GRID, MeasuredComplexity, Table
+from catode.prune.describe import steptime
+from catode.prune.describe.costs import describe
+from catode.prune.describe.steptime import GRID, MeasuredComplexity, Table
 from catode.train import loop
 from catode.train.__main__ import main
 from catode.train.models import DenseResNet, build

@@ -212,9 +212,9 @@ def test_fp16_trains_and_prunes_with_a_scaler(tmp_path, monkeypatch):
     """On a CPU, where the command line refuses it for its slowness, and with a network that is quick there."""
     monkeypatch.setattr("catode.train.models.resnets.build", lambda *_, **__: DenseResNet(64, 10, blocks=2, width=16, hidden=8))
     given = dict(epochs=3, batch_size=64, warmup_epochs=0.5, nu=0.5, memory=10, measure_every=1, augment="shift")
-    config = Config(**given, out=str(tmp_path))
-    object.__setattr__(config, "amp", "fp16")
-    trainer = loop.Trainer(loop.prepare(config), tmp_path, progress=False)
+    setup = loop.prepare(Config(**given, out=str(tmp_path)))
+    object.__setattr__(setup.config, "amp", "fp16")
+    trainer = loop.Trainer(setup, tmp_path, progress=False)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     skipped, update = [], trainer.update
     trainer.update = lambda: skipped.append(update()) or skipped[-1]

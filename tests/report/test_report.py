@@ -11,15 +11,25 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from catode.decisions import outcomes
-from catode.report import history, pictures, report
-from catode.theory.plotting import new_figure, phase_portrait
+from catode.report import history, looks, phase, pictures, report
+from catode.structures import fates
+from catode.structures.fates import (
+    COMMITTED,
+    KEPT_OUT_OF_TIME,
+    PRUNED_TOLERANCE,
+    PRUNED_ZERO,
+    REMOVED,
+    REMOVED_OUT_OF_TIME,
+    REMOVED_WITH_BLOCK,
+    UNDECIDED,
+)
+from catode.theory.plotting import PALETTE, new_figure, phase_portrait
 from catode.theory.systems import BenefitSystem
 
 STRUCTURE_COLUMNS = [
     *("step", "time", "kind", "block", "site", "index", "keep_prob", "benefit", "benefit_upper", "benefit_lower"),
     *("price", "gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time", "risk", "separatrix"),
-    *("tolerance", "state"),
+    *("tolerance", "fate"),
 ]
 METRIC_COLUMNS = [
     *(
@@ -36,7 +46,6 @@ METRIC_COLUMNS = [
     ),
     *("layers_kept", "units_kept", "undecided", "seconds", "wait_share"),
 ]
-REMOVED = ("pruned_tolerance", "pruned_zero", "promoted")
 PICTURES = {"accuracy.png", "theta.png", "structure.png", "complexity.png", "phase.png"}
 STEPS_PER_CHECK, STEP_TIME = 50, 0.05
 
@@ -73,42 +82,43 @@ def write_run(
         site = f"{block}.conv1" if unit else ""
         price = 1e-3 * (1 + b) if unit else 2e-2
         useless = (u + b) % 2 == 0 if unit else b == middle
-        forced, early = unit and (b, u) == (0, units - 1), unit and (b, u) == (middle, units - 2)
+        rounded, early = unit and (b, u) == (0, units - 1), unit and (b, u) == (middle, units - 2)
         gain, decay, drift = 0.8 * price, 0.01, 2e-4 * price
         rate_ratio = (0.12 + 0.08 * rng.random()) / price * 12 / checks
         noise, benefit_noise = 0.02, 0.02 * price
         mu = (-decay + math.sqrt(decay**2 + 4 * rate_ratio * gain)) / 2
         worth = price * (rng.uniform(0.05, 0.3) if useless and not early else rng.uniform(1.5, 6.0))
-        theta, state, alive = 1.0, "undecided", True
+        theta, fate, alive = 1.0, UNDECIDED, True
         for check in range(1, checks + 1):
             measured = worth * (0.4 + 0.6 * theta) * (1 - math.exp(-check / 2)) + 0.04 * price * rng.standard_normal()
-            if forced:
+            if rounded:
                 measured = price * (1 + 0.05 * rng.standard_normal())
             separatrix = (price * (mu + decay) - drift - mu * max(measured, 0)) / gain if check > 1 else math.nan
             tolerance = separatrix - 0.1
-            before, recorded = state, theta
+            before, recorded = fate, theta
             if alive and unit and b == middle and check == block_gone_at:
-                state, theta, alive = "promoted", 0.0, False
-            elif state == "undecided":
+                fate, theta, alive = REMOVED_WITH_BLOCK, 0.0, False
+            elif fate == UNDECIDED:
                 move = dt * rate_ratio * (measured - price) + 0.02 * rng.standard_normal()
                 theta = recorded = float(np.clip(theta + move, 0, 1))
                 if measured < price and theta == 0:
-                    state, alive = "pruned_zero", False
+                    fate, alive = PRUNED_ZERO, False
                 elif measured < price and theta <= tolerance:
-                    state, theta, alive = "pruned_tolerance", 0.0, False
+                    fate, theta, alive = PRUNED_TOLERANCE, 0.0, False
                     if not unit:
                         block_gone_at = check
-                elif early or (check > checks // 2 and measured > price and not forced):
-                    state, theta = "committed", 1.0
+                elif early or (check > checks // 2 and measured > price and not rounded):
+                    fate, theta = COMMITTED, 1.0
                 elif check == checks:
-                    state, alive, theta = "forced", theta >= 0.5, float(theta >= 0.5)
+                    alive, theta = theta >= 0.5, float(theta >= 0.5)
+                    fate = KEPT_OUT_OF_TIME if alive else REMOVED_OUT_OF_TIME
             values = (
                 check * STEPS_PER_CHECK, check * dt, kind, block, site, "" if u is None else u, recorded, measured,
                 measured + 0.1 * price, measured - 0.1 * price, price, gain, decay, rate_ratio, noise, benefit_noise,
-                drift, STEP_TIME, 0.05, separatrix, tolerance, state,
+                drift, STEP_TIME, 0.05, separatrix, tolerance, fate,
             )  # fmt: skip
-            rows.append(dict(zip(STRUCTURE_COLUMNS, values, strict=True)) | {"written": before == "undecided"})
-        final[kind, block, u] = state
+            rows.append(dict(zip(STRUCTURE_COLUMNS, values, strict=True)) | {"written": before == UNDECIDED})
+        final[kind, block, u] = fate
         if unit:
             kept.setdefault(b, []).extend([u] if alive else [])
         else:
@@ -125,16 +135,16 @@ def write_run(
         step = total * epoch // epochs
         upto = [row for row in rows if row["step"] <= step]
         last = {(row["kind"], row["block"], row["index"]): row for row in upto}
-        units_left = blocks * units - sum(row["kind"] == "unit" and row["state"] in REMOVED for row in last.values())
-        layers_left = blocks - sum(row["kind"] == "layer" and row["state"] in REMOVED for row in last.values())
+        units_left = blocks * units - sum(row["kind"] == "unit" and row["fate"] in REMOVED for row in last.values())
+        layers_left = blocks - sum(row["kind"] == "layer" and row["fate"] in REMOVED for row in last.values())
         mean = np.mean(
-            [0 if r["state"] in REMOVED else r["keep_prob"] for r in last.values() if r["kind"] == "unit"] or [1]
+            [0 if r["fate"] in REMOVED else r["keep_prob"] for r in last.values() if r["kind"] == "unit"] or [1]
         )
         progress = 1 - math.exp(-4 * epoch / epochs)
         values = (
             epoch, step, step * STEP_TIME, 0.1, 2.4 * (1 - 0.97 * progress), 0.9 * progress, 0.96 * progress,
             float(mean) if gated else "", fixed + per_unit * units_left, 100 + 30 * units_left, layers_left, units_left,
-            sum(row["state"] == "undecided" for row in last.values()), 2.5 * epoch, 0.01,
+            sum(row["fate"] == UNDECIDED for row in last.values()), 2.5 * epoch, 0.01,
         )  # fmt: skip
         metrics.append(dict(zip(METRIC_COLUMNS, values, strict=True)))
 
@@ -152,9 +162,11 @@ def write_run(
         "layers_total": blocks,
         "units_kept": units_kept,
         "units_total": blocks * units,
-        "decisions": {state: list(final.values()).count(state) for state in sorted(set(final.values()))},
-        "decided_by_rule": 1 - list(final.values()).count("forced") / len(final) if final else None,
-        "macs_removed_by_tolerance": per_unit * list(final.values()).count("pruned_tolerance"),
+        "decisions": {fate: list(final.values()).count(fate) for fate in sorted(set(final.values()))},
+        "decided_by_rule": 1 - sum(fate in fates.NOT_BY_RULE for fate in final.values()) / len(final)
+        if final
+        else None,
+        "macs_removed_by_tolerance": per_unit * list(final.values()).count(PRUNED_TOLERANCE),
         "seconds": 83.4,
         "units_kept_for_rounding": 3,
         "latency_ms": 1.871,
@@ -217,9 +229,15 @@ def table_row(text: str, label: str) -> str:
     return line.split("|")[2].strip()
 
 
+def table_label(text: str, label: str) -> str:
+    """Return the whole label that begins so."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label}")]
+    return line.split("|")[1].strip()
+
+
 def test_the_invented_run_has_every_way_out(run):
     _, result, _ = run
-    assert set(result["decisions"]) >= {"committed", "pruned_tolerance", "promoted", "forced"}
+    assert set(result["decisions"]) >= {COMMITTED, PRUNED_TOLERANCE, REMOVED_WITH_BLOCK, KEPT_OUT_OF_TIME}
     assert 0 < result["units_kept"] < result["units_total"]
     assert result["layers_kept"] == 2
 
@@ -242,18 +260,20 @@ def test_headline_numbers_are_those_of_the_result(run):
     assert table_row(text, "Share of the steps' time spent waiting for images") == "1.0 %"
     assert table_row(text, "Training time") == "83.4 s (1 min 23 s)"
     assert table_row(text, "Seed") == str(result["seed"])
-    for state, count in result["decisions"].items():
-        assert f"{state} {count}" in table_row(text, "Decisions by state")
+    assert "none of kept_out_of_time, removed_out_of_time" in table_label(text, "Decided by the rule")
+    for fate, count in result["decisions"].items():
+        assert f"{fate} {count}" in table_row(text, "Structures by fate")
+        assert f"`{fate}`: {fates.MEANINGS[fate]}" in text
 
 
 def test_final_structure_is_that_of_structure_json(run):
     folder, _, text = run
     for block, described in json.loads((folder / "structure.json").read_text())["blocks"].items():
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {block} |")]
-        _, _, fate, widths, decision, _ = (cell.strip() for cell in line.split("|"))
-        assert fate == ("kept" if described["kept"] else "removed")
+        _, _, end, widths, decision, _ = (cell.strip() for cell in line.split("|"))
+        assert end == ("kept" if described["kept"] else "removed")
         assert widths == f"{len(described['sites'][f'{block}.conv1'])} of 8"
-        assert decision.startswith("committed" if described["kept"] else "pruned_tolerance")
+        assert decision.startswith(COMMITTED if described["kept"] else PRUNED_TOLERANCE)
 
 
 def test_every_picture_exists_is_shown_and_is_not_blank(run):
@@ -270,14 +290,39 @@ def test_a_committed_unit_that_went_with_its_block_counts_as_gone(run):
     folder, _, text = run
     with (folder / "structures.csv").open(newline="") as stream:
         unit = [row for row in csv.DictReader(stream) if row["site"] == "layer2.0.conv1" and row["index"] == "6"]
-    assert unit[-1]["state"] == "committed"
+    assert unit[-1]["fate"] == COMMITTED
     traces = {(trace.site, trace.index): trace for trace in history.read(folder).traces}
-    assert traces["layer2.0.conv1", "6"].state == "promoted" and traces["layer2.0.conv1", "6"].removed
-    assert "1 of 27 structures were not decided by the rule" in text
+    assert traces["layer2.0.conv1", "6"].fate == REMOVED_WITH_BLOCK and traces["layer2.0.conv1", "6"].removed
+    assert "1 of 27 structures were not decided by a measurement of their own: kept_out_of_time 1." in text
 
 
-def test_every_state_and_kind_that_is_read_can_be_drawn():
-    assert set(pictures.LOOKS) == set(outcomes.STATES) and set(pictures._KINDS) == set(history.KINDS)
+def test_every_fate_and_kind_that_is_read_can_be_drawn():
+    assert set(looks.LOOKS) == set(fates.COLORS) == set(fates.FATES) and set(looks.KIND_TITLES) == set(history.KINDS)
+    assert {fate: look.color for fate, look in looks.LOOKS.items()} == {
+        fate: PALETTE[name] for fate, name in fates.COLORS.items()
+    }
+    assert len({look.marker for look in looks.LOOKS.values()}) == len(fates.FATES)
+    drawn_alike = [fate for fate, name in fates.COLORS.items() if list(fates.COLORS.values()).count(name) > 1]
+    assert drawn_alike == [KEPT_OUT_OF_TIME, fates.KEPT_AS_LAST]
+
+
+def test_the_measured_field_is_the_mean_motion_in_each_bin():
+    window = (0.0, 2.0), (0.0, 1.0)
+    down = np.array([0.0, 10.0, 20.0]), np.array([0.25, 0.25, 0.25]), np.array([0.9, 0.8, 0.7])
+    left = np.array([0.0, 10.0]), np.array([0.45, 0.05]), np.array([0.85, 0.85])  # the same bin, by its middle
+    still = np.array([0.0, 10.0]), np.array([1.75, 1.75]), np.array([1.0, 1.0])  # on the upper edge
+    away = np.array([0.0, 10.0]), np.array([3.0, 2.5]), np.array([0.5, 0.4])
+    centres, velocities = phase.measured_field([down, left, still, away], window, bins=(4, 2), least=1)
+    np.testing.assert_allclose(centres, [[0.25, 0.75], [1.75, 0.75]])
+    np.testing.assert_allclose(velocities, [[-0.02 / 3, -0.02 / 3], [0.0, 0.0]], atol=1e-15)
+    assert len(phase.measured_field([down, left, still, away], window, bins=(4, 2), least=3)[0]) == 1
+    assert len(phase.measured_field([], window)[0]) == 0
+    ax = new_figure(4, 3).subplots()
+    phase.draw_field(ax, centres, velocities, window)
+    (arrows,) = ax.collections
+    np.testing.assert_allclose(arrows.U, -phase.ARROW * 2.0 / 2**0.5)  # of equal length in shares of the window
+    np.testing.assert_allclose(arrows.V, -phase.ARROW / 2**0.5)
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[1.75]]
 
 
 def test_configuration_and_environment_are_listed(run):
@@ -318,7 +363,7 @@ def test_rows_after_removal_change_nothing(tmp_path, only):
     assert short == long
 
 
-def test_without_structure_json_the_widths_come_from_the_states(run, tmp_path, only):
+def test_without_structure_json_the_widths_come_from_the_fates(run, tmp_path, only):
     _, _, text = run
     write_run(tmp_path)
     (tmp_path / "structure.json").unlink()
@@ -334,7 +379,7 @@ def test_ungated_run_shows_curves_only_and_says_so(tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png"}
     assert "this run had no gates" in text
     assert table_row(text, "Test accuracy") == f"{100 * result['accuracy']:.2f} %"
-    assert table_row(text, "Decisions by state") == "none (no gates)"
+    assert table_row(text, "Structures by fate") == "none (no gates)"
     assert table_row(text, "Expected complexity") == "not recorded"
 
 
@@ -368,7 +413,7 @@ def test_unmeasured_values_are_admitted(tmp_path, only):
         writer = csv.DictWriter(stream, STRUCTURE_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    text = only(tmp_path, pictures.phase_picture)
+    text = only(tmp_path, phase.phase_picture)
     assert "For no unit were all the constants" in text
     assert (tmp_path / "phase.png").exists()
     result = json.loads((tmp_path / "result.json").read_text())
@@ -393,7 +438,7 @@ def test_a_missing_file_is_named_and_nothing_is_written(tmp_path, name):
         ("result.json", "{", "[", "result.json must hold valid JSON"),
         ("metrics.csv", "test_accuracy", "accuracy", "column 'test_accuracy'"),
         ("structures.csv", "layer1.0,,", "layer1.0,", "values in every row"),
-        ("structures.csv", "committed", "kept", "column 'state'; got 'kept'"),
+        ("structures.csv", "committed", "kept", "column 'fate'; got 'kept'"),
         ("structures.csv", ",unit,", ",neuron,", "column 'kind'; got 'neuron'"),
         ("structures.csv", "300,", "many,", "numbers in column 'step'; got 'many'"),
     ],

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import shutil
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -19,28 +22,27 @@ MEASURED = dict(benefit=0.01, benefit_upper=0.02, benefit_lower=0.0, price=0.1, 
 MEASURED |= dict(noise=0.02, benefit_noise=0.01, drift=0.0, step_time=0.01, risk=0.05, separatrix=0.1, tolerance=0.07)
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A folder with checks of one layer and one unit, the unit's last one after an earlier one."""
-    rows = [
-        {"step": 50, "kind": "layer", "block": "a", "site": "", "index": "", "keep_prob": 1.0, "state": "committed"},
-        {"step": 50, "kind": "unit", "block": "a", "site": "a.x", "index": 3, "keep_prob": 0.5, "state": "undecided"},
-        {
-            "step": 100,
-            "kind": "unit",
-            "block": "a",
-            "site": "a.x",
-            "index": 3,
-            "keep_prob": 0.04,
-            "state": "pruned_tolerance",
-        },
-    ]
-    rows = [row | MEASURED for row in rows]
-    rows[0]["noise"] = float("inf")  # nothing known yet
-    with (tmp_path / "structures.csv").open("w", newline="") as file:
+RECORD = Path(__file__).parents[2] / "benchmarks/records/pruned-s0"
+
+
+def write(path, rows):
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder of an earlier version with checks of one layer and one unit, the unit's last one after an earlier one."""
+    layer = {"step": 50, "kind": "layer", "block": "a", "site": "", "index": "", "keep_prob": 1.0}
+    unit = {"step": 50, "kind": "unit", "block": "a", "site": "a.x", "index": 3, "keep_prob": 0.5}
+    rows = [
+        layer | MEASURED | {"noise": float("inf"), "state": "committed"},  # nothing known yet
+        unit | MEASURED | {"state": "undecided"},
+        unit | MEASURED | {"step": 100, "keep_prob": 0.04, "state": "pruned_tolerance"},
+    ]
+    write(tmp_path / "structures.csv", rows)
     (tmp_path / "config.json").write_text(json.dumps({"memory": 100}))
     return tmp_path
 
@@ -95,14 +97,60 @@ def test_a_run_is_read_at_the_last_check_of_each_structure(run, capsys):
     assert (run / "t.pdf").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(("steps", "kind", "pool"), [(100, "layer", 10), (40, "layer", 8), (40, "unit", 40)])
+def test_the_pool_of_an_earlier_run_is_shorter_for_layers(steps, kind, pool, run):
+    with (run / "structures.csv").open(newline="") as file:
+        rows = [row | {"kind": kind} for row in csv.DictReader(file)]
+    write(run / "structures.csv", rows)
+    (run / "config.json").write_text(json.dumps({"memory": steps}))
+    assert [row["memory"] for row in read_run(run)] == [pool * MEASURED["step_time"]] * 2
+
+
+def test_a_run_that_recorded_its_memories_gives_the_same_tolerances_anew(tmp_path, capsys):
+    rng, rows = np.random.default_rng(0), []
+    for i in range(20):
+        row = {name: rng.uniform(0.5, 1.0) * value for name, value in MEASURED.items()}
+        row |= {
+            "benefit": 0.01,
+            "benefit_upper": rng.uniform(0.011, 0.02),
+            "price": 0.1,
+            "memory": rng.uniform(0.1, 9.0),
+        }
+        known = {name: row[name] for name in ("gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift")}
+        known |= {name: row[name] for name in ("step_time", "memory", "risk")}
+        lower_price = row["price"] - (row["benefit_upper"] - row["benefit"])
+        found = tolerance.derive(benefit=row["benefit_upper"], pooled=row["benefit"], price=lower_price, **known)
+        row |= {"separatrix": float(found.separatrix), "tolerance": float(found), "fate": "undecided"}
+        rows.append({"step": 9, "kind": "unit", "block": "a", "site": "a.x", "index": i, "keep_prob": 0.5} | row)
+    write(tmp_path / "structures.csv", rows)
+    packed = tmp_path / "structures.csv.gz"
+    for _ in ("plain", "compressed"):
+        assert main(["--from-run", str(tmp_path), "--out", str(tmp_path / "t.png")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-2] == "Recorded and derived anew, 20 of them differ by 0 in the median."
+        assert all(line.split()[-1] == line.split()[-2] for line in lines[1:21])
+        if not packed.exists():
+            packed.write_bytes(gzip.compress((tmp_path / "structures.csv").read_bytes()))
+            (tmp_path / "structures.csv").unlink()
+
+
+def test_a_record_whose_memory_followed_from_its_length_is_read_like_one_that_states_it(tmp_path, capsys):
+    for name in ("structures.csv.gz", "metrics.csv.gz"):
+        shutil.copy(RECORD / name, tmp_path)
+    config = json.loads((RECORD / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"memory": None, "check_every": None}))
+    said = []
+    for folder in (RECORD, tmp_path):
+        assert main(["--from-run", str(folder), "--out", str(tmp_path / "t.png")]) == 0
+        said.append(capsys.readouterr().out)
+    assert config["memory"] == 200 and said[0] == said[1]
+    assert "\n345 structures; 157 have a positive tolerance.\n" in said[0]
+
+
 def test_a_run_in_which_nothing_was_measured_says_so_and_no_more(run, capsys):
-    table = run / "structures.csv"
-    with table.open(newline="") as file:
+    with (run / "structures.csv").open(newline="") as file:
         rows = [row | {"noise": "inf", "tolerance": "nan"} for row in csv.DictReader(file)]
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(run / "structures.csv", rows)
     assert main(["--from-run", str(run), "--out", str(run / "t.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[3:] == ["2 structures; 0 have a positive tolerance.", f"picture {run / 't.png'}"]
@@ -121,7 +169,10 @@ WRONG = [
     ([*FLAGS, "--zzz"], "unrecognized arguments: --zzz."),
     ([*FLAGS, "--out", "t.txt"], "`out` must end in .png, .pdf or .svg; got out='t.txt'."),
     ([*FLAGS, "--out", "nowhere/t.png"], "`out` must lie in a folder that exists"),
-    (["--from-run", "nowhere"], "`from_run` must be a run's folder; got 'nowhere' without structures.csv."),
+    (
+        ["--from-run", "nowhere"],
+        "must hold structures.csv, as every finished run's folder does; got nowhere without it.",
+    ),
     (["--from-run", "nowhere", "--price", "1"], "`price` must be left out with from_run; got price=1."),
 ]
 
@@ -135,14 +186,47 @@ def test_wrong_input_is_one_line_and_status_2(line, expected, capsys, tmp_path, 
     assert not said.out and not list(tmp_path.iterdir())
 
 
-def test_spoilt_tables_are_refused(run, capsys):
+SPOILT = [
+    ("structures.csv", lambda text: "", "must hold checks of structures; got none."),
+    ("structures.csv", lambda text: text.splitlines()[0], "must hold checks of structures; got none."),
+    ("structures.csv", lambda text: "a,b\n1,2\n", "must have the column 'kind'"),
+    ("structures.csv", lambda text: text.replace("benefit_upper", "upper"), "must have the column 'benefit_upper'"),
+    ("structures.csv", lambda text: text[:-30], "values in every row; row 4 has"),
+    ("structures.csv", lambda text: text.replace("0.05", "x"), "must hold numbers in column 'decay'; got 'x'."),
+    (
+        "structures.csv",
+        lambda text: text.replace("0.5,0.05", "-0.5,0.05"),
+        "must hold what a run measured: `gain` must",
+    ),
+    ("structures.csv", lambda text: text.replace("committed", "x"), "must hold one of undecided, committed, "),
+    ("config.json", lambda text: text[:-1], "must hold valid JSON"),
+    ("config.json", lambda text: "[1]", "must hold a JSON object; got list."),
+    ("config.json", lambda text: '{"memory": "x"}', "must have a number at 'memory'"),
+    ("config.json", lambda text: '{"memory": null}', "must have the key 'decide_until'"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "expected"), SPOILT)
+def test_spoilt_files_are_named_in_one_line(name, spoil, expected, run, capsys):
+    (run / name).write_text(spoil((run / name).read_text()))
+    assert main(["--from-run", str(run), "--out", str(run / "t.png")]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {run / name} must ") and expected in said.err
+    assert len(said.err.splitlines()) == 1 and not said.out and not (run / "t.png").exists()
+
+
+@pytest.mark.parametrize("name", ["structures.csv", "config.json"])
+def test_missing_files_are_named_in_one_line(name, run, capsys):
+    (run / name).unlink()
+    assert main(["--from-run", str(run), "--out", str(run / "t.png")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: `folder` must hold {name}, ")
+
+
+def test_a_compressed_table_that_was_cut_short_is_named(run, capsys):
     table = run / "structures.csv"
-    for text, expected in (
-        ("", "must hold checks of structures"),
-        ("a,b\n1,2\n", "must hold checks of structures"),
-        (table.read_text()[:-30], "must hold whole tables"),
-    ):
-        table.write_text(text)
-        assert main(["--from-run", str(run), "--out", str(run / "t.png")]) == 2
-        assert expected in capsys.readouterr().err
-    assert not (run / "t.png").exists()
+    (run / "structures.csv.gz").write_bytes(gzip.compress(table.read_bytes())[:-20])
+    table.unlink()
+    assert main(["--from-run", str(run), "--out", str(run / "t.png")]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: {run / 'structures.csv.gz'} must be a whole file; got one that is"
+    )

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
 
 from catode.theory.systems import growth_rate
 from catode.theory.tolerance import derive, escape_probability
+from catode.theory.tolerance.measured import LEAST_PRICE, arguments
 
 positive = st.floats(0.01, 10.0)
 SYSTEMS = st.fixed_dictionaries(
@@ -126,6 +128,57 @@ def test_a_pool_that_stands_lower_widens_the_domain_and_moves_the_edge_along_v(s
     assert two - one == pytest.approx((mu + a) * memory * (benefit - pooled) * mu / q, rel=1e-6, abs=1e-9 * abs(one))
 
 
+MEASURED = {"gain": 0.5, "decay": 0.05, "rate_ratio": 0.05, "drift": 0.0} | QUIET
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("memory", [0.5, 5.0, 50.0])
+@pytest.mark.parametrize("margin", [0.0, 0.01, 0.03])
+def test_the_tolerance_of_measured_arrays_divides_what_goes_when_theta_moves_by_the_pool_plus_its_margin(
+    margin, memory, side
+):
+    price, pooled, q, a, rho = 0.1, 0.02, MEASURED["gain"], MEASURED["decay"], MEASURED["rate_ratio"]
+    upper = pooled + margin
+    known = arguments(benefit=pooled, benefit_upper=upper, price=price, memory=memory, **MEASURED)
+    edge = float(derive(**known))
+    assert 0.0 < edge < 0.95
+
+    def speed(_, state):
+        benefit, pool, theta = state
+        return q * theta - a * benefit, (benefit - pool) / memory, rho * (pool + margin - price)
+
+    ends = [lambda _, state: state[2], lambda _, state: state[2] - 1.0]
+    for end in ends:
+        end.terminal = True
+    start = [upper, pooled, edge * (1.0 + 0.01 * side)]  # the worst benefit that the pool allows
+    path = solve_ivp(speed, (0.0, 1e4), start, events=ends, rtol=1e-9, atol=1e-12)
+    assert [len(times) for times in path.t_events] == ([1, 0] if side < 0 else [0, 1])
+
+
+@given(st.integers(0, 10**6), st.floats(0.0, 0.2))
+@settings(deadline=None, max_examples=50)
+def test_theta_moves_by_pool_plus_margin_as_a_pool_without_margin_does_at_the_lower_price(seed, margin):
+    price, rho, rng = 0.3, 2.0, np.random.default_rng(seed)
+    pools = rng.uniform(-0.1, 0.5, 200)
+    known = arguments(benefit=pools, benefit_upper=pools + margin, price=price, memory=1.0, **MEASURED)
+    one, other = [0.5], [0.5]
+    for pool, lower in zip(pools, known["price"], strict=True):
+        one.append(np.clip(one[-1] + 0.05 * rho * (pool + margin - price), 0.0, 1.0))
+        other.append(np.clip(other[-1] + 0.05 * rho * (pool - lower), 0.0, 1.0))
+    assert np.ptp(one) > 0.01 and one == pytest.approx(other, abs=1e-12)
+
+
+def test_measured_arrays_go_where_they_belong():
+    measured = {name: np.array([float(i), i + 0.5]) for i, name in enumerate([*MEASURED, "memory"], start=1)}
+    known = arguments(benefit=[0.1, 0.2], benefit_upper=[0.2, 0.9], price=[0.3, 0.4], **measured)
+    assert {name: known[name].tolist() for name in measured} == {k: v.tolist() for k, v in measured.items()}
+    assert known["pooled"] == [0.1, 0.2] and known["benefit"] == [0.2, 0.9]
+    assert known["price"] == pytest.approx(
+        [0.2, LEAST_PRICE], rel=1e-12
+    )  # a margin above the price leaves the least one
+    assert known.keys() == {"benefit", "pooled", "price", *measured}
+
+
 def regrets(gain, distance, margin_in_price, n=400, steps=5000):
     """Removals and regrets of shadow structures whose theta follows the upper limit of a pool, as the trainer's does.
 
@@ -150,11 +203,11 @@ def regrets(gain, distance, margin_in_price, n=400, steps=5000):
         end[(end == 0) & met & (theta == 0.0)] = 1
         end[(end == 0) & met & (theta >= 1.0)] = 2
         if step % 20 == 0:
-            price = np.maximum(g - margin, 1e-9) if margin_in_price else g
-            tolerance = derive(
-                benefit=mean + margin, pooled=mean, price=price, gain=gain, decay=0.0, rate_ratio=rho, noise=rho * sd,
+            known = arguments(
+                benefit=mean, benefit_upper=mean + margin, price=g, gain=gain, decay=0.0, rate_ratio=rho, noise=rho * sd,
                 benefit_noise=0.0, drift=0.0, step_time=1.0, memory=w,
             )  # fmt: skip
+            tolerance = derive(**known if margin_in_price else known | {"price": g})
             met |= (end == 0) & (mean + margin < g) & (theta <= tolerance.values) & (theta > 0.0)
     return int(met.sum()), int((met & (end != 1)).sum())
 

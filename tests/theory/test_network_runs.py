@@ -164,7 +164,7 @@ def test_the_benchmark_writes_its_tables_and_picture(tmp_path, monkeypatch, caps
 @FEW
 @given(SEEDS)
 def test_the_flow_of_all_weights_and_gates_ends_at_a_vertex(seed):
-    """An equilibrium inside a face is never attracting (THEORY section 2)."""
+    """An equilibrium inside a face is never attracting (docs/mathematics.md section 2)."""
     net = draw(seed, "unit", width=1 + seed % 2).network
     assume(net.activation != "relu")  # thousands of steps along its kinks
     net = dataclasses.replace(net, rate_ratio=1.0 / net.prices[0])  # a useless gate closes in a time of 1

@@ -10,8 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from catode.theory.networks import Structure, draw
-from catode.theory.networks.symbolic import GatedNetwork
+from catode.theory.networks import GatedNetwork, Structure, draw
 
 # No shrinking: a seed has no simpler form, and each takes a second.
 FEW = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
+from catode.structures.fates import COLORS, FATES
 from catode.theory import BoxSystem, UnitSystem, basins_of_attraction, integrate, plotting
 from catode.theory.basins.curves import manifolds
 from catode.theory.basins.equilibria import find
@@ -87,3 +91,46 @@ def test_slices_of_a_box():
 def test_an_empty_window_is_refused(window):
     with pytest.raises(ValueError, match="window"):
         plotting.flow_portrait(axes()[1], UNIT, window)
+
+
+def test_a_picture_of_a_run_has_the_colour_of_each_fate_in_both_panels():
+    rows = [{"fate": f, "benefit": 0.1 + i, "price": 1.0, "keep_prob": i / 10} for i, f in enumerate(FATES)]
+    _, ax = axes()
+    plotting.decisions(ax, rows)
+    points = {part.get_label(): part for part in ax.collections}
+    assert [label.removesuffix(" (1)").replace(" ", "_") for label in points] == list(FATES)
+    _, other = axes()
+    plotting.tolerances(other, rows, [0.5] * len(rows))
+    for fate, one, two in zip(FATES, points.values(), other.collections, strict=True):
+        color = to_rgb(plotting.PALETTE[COLORS[fate]])
+        assert all(tuple(part.get_facecolor()[0][:3]) == pytest.approx(color) for part in (one, two))
+
+
+VISION = {  # Machado, Oliveira and Fernandes (2009), severity 1, linear RGB
+    "full": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(color, vision):
+    rgb = np.array(to_rgb(color))
+    rgb = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(VISION[vision]) @ rgb, 0.0, 1.0)
+    to_xyz = [[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]
+    ratio = to_xyz @ seen / np.array([0.9505, 1.0, 1.0888])
+    x, y, z = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16.0 / 116.0)
+    return np.array([116.0 * y - 16.0, 500.0 * (x - y), 200.0 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_the_fates_are_as_far_apart_as_the_colours_of_okabe_and_ito(vision):
+    def nearest(names):
+        seen = [lab(plotting.PALETTE[name], vision) for name in names]
+        return min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2))
+
+    assert set(COLORS) == set(FATES) and len(set(COLORS.values())) == len(FATES)
+    assert (
+        nearest(COLORS.values()) >= nearest([name for name in plotting.PALETTE if name not in ("wine", "indigo")]) > 9.0
+    )

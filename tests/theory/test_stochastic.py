@@ -121,7 +121,7 @@ def test_only_theta_is_clipped_unless_the_sizes_are_floored():
     st.integers(0, 1000),
 )
 def test_iterates_with_the_same_noise_keep_their_order(one, rise, noise, floor, seed):
-    # The clipped step is monotone for step * K <= 1 (THEORY section 4); with floor a reflecting boundary keeps it so.
+    # The clipped step is monotone for step * K <= 1 (docs/mathematics.md section 4); with floor, by a reflecting boundary.
     low = np.array(one)
     high = np.minimum(low + rise, [np.inf, 1.0])
     options = {"step_time": 0.1, "steps": 40, "noise": noise, "benefit_noise": noise, "floor": floor, "every": 1}

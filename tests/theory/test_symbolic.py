@@ -1,4 +1,4 @@
-"""Exact small networks, the comparison systems derived from one structure, and the identities of THEORY in sympy."""
+"""Exact small networks, the comparison systems derived from one structure, and the identities of docs/mathematics.md."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from catode.structures.complexity import Complexity, Term
 from catode.theory import BenefitSystem, LayerSystem, UnitSystem
-from catode.theory.networks import symbolic as module
-from catode.theory.networks.symbolic import (
+from catode.theory.networks import (
     GatedNetwork,
     benefit_comparison,
+    gated,
     layer_comparison,
     mirror_comparison,
     unit_comparison,
@@ -182,7 +182,7 @@ def test_at_fixed_prices_the_theta_field_is_divergence_free():
 
 
 def complexity_index():
-    """J of THEORY section 2 with two hidden sites (2 and 1 units) in the first block and one (1 unit) in the second."""
+    """J of docs/mathematics.md section 2: two hidden sites (2 and 1 units) in the first block, one (1 unit) in the second."""
     shares = sympy.symbols("c1:5", positive=True)
     layers = sympy.symbols("theta_B1:3", real=True)
     units = sympy.symbols("theta_1_1:4", real=True) + sympy.symbols("theta_2_1:2", real=True)
@@ -192,7 +192,7 @@ def complexity_index():
 
 
 def test_moving_prices_make_a_game_with_the_stated_antisymmetric_part():
-    """What THEORY section 2 states is A - A^T, twice the antisymmetric part, A the Jacobian of the prices."""
+    """docs/mathematics.md section 2 states A - A^T, twice the antisymmetric part, A the Jacobian of the prices."""
     nu, alpha = sympy.symbols("nu alpha", positive=True)
     _, layers, units, index = complexity_index()
     thetas = [*layers, *units]
@@ -482,7 +482,7 @@ def test_the_effective_decay_is_at_most_the_degree_times_lambda():
 
 
 def test_at_stationary_weights_the_benefit_stands_still_and_its_decay_is_of_second_order():
-    """THEORY 4.3 says that a_eff vanishes there; exactly it is lambda^2 |w|^2 / (theta b), small but not zero."""
+    """docs/mathematics.md section 4.3 has a_eff = 0 there; exactly it is lambda^2 |w|^2 / (theta b), small but not zero."""
     w, lam, theta, b = sympy.symbols("w lambda theta b", positive=True)
     gradient = -lam * w / theta  # theta grad L1 + lambda w = 0
     assert zero(theta * gradient**2 + lam * w * gradient)
@@ -610,4 +610,4 @@ def test_networks_are_values_and_vectorise():
 
 
 def test_the_examples_in_the_docstrings_hold():
-    assert doctest.testmod(module) == (0, 3)
+    assert doctest.testmod(gated) == (0, 3)

@@ -289,7 +289,9 @@ def test_bad_states_are_refused(state):
         LayerSystem(**LAYER).contains(state)
 
 
-def test_the_theory_imports_neither_torch_nor_sympy():
-    code = "import sys, catode.theory; print([m for m in ('torch', 'sympy', 'catode.train') if m in sys.modules])"
+@pytest.mark.parametrize("name", ["catode.theory", "catode.theory.__main__", "catode.theory.networks"])
+def test_the_theory_loads_at_import_nothing_that_is_slow_to_load(name):
+    heavy = ("torch", "sympy", "numba", "matplotlib", "scipy.stats", "scipy.integrate", "catode.prune", "catode.train")
+    code = f"import sys, {name}; print([m for m in {heavy} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert shown.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The tolerance: its laws, the worked figures of THEORY section 5, and the iterates themselves."""
+"""The tolerance: its laws, the worked figures of docs/mathematics.md section 5, and the iterates themselves."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_worked_figures_of_the_theory():
         bound = escape_probability(keep_prob=STARTS, **{**CHECK, "step_time": step_time})
         assert np.allclose(bound, norm.cdf(-(separatrix - STARTS) * 0.5 * np.sqrt(form) / (0.5 * 0.1)), rtol=1e-12)
         assert np.array_equal(np.round(bound, 3), figures)
-        assert np.allclose(bound, [0.069, 0.129, 0.217, 0.291], atol=2.5e-3)  # THEORY section 5, printed a little low
+        assert np.allclose(bound, [0.069, 0.129, 0.217, 0.291], atol=2.5e-3)  # its section 5, printed a little low
 
 
 def test_the_iterates_escape_as_the_theory_measured_and_below_the_bound():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from catode.prune.describe.protocol import count
+from catode.prune.describe.costs import count
 from catode.train import data, load, loop
 from catode.train.__main__ import main
 from catode.train.models import build
@@ -202,19 +202,16 @@ def test_dry_run_prints_the_costs_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_memory_fits_the_length_of_the_run():
-    setup = loop.prepare(parse([*SMALL, "--memory=50", "--check-every=7"]))
-    assert (setup.memory, setup.check_every) == (50, 7)
-    free = dataclasses.replace(setup.config, memory=None, check_every=None)
-
-    def of(steps):
-        return dataclasses.replace(setup, config=free, schedule=np.ones(steps))
-
-    assert [(of(n).memory, of(n).check_every) for n in (10, 7800)] == [(200, 50)] * 2  # 20 epochs of CIFAR-10
-    for steps in (80_000, 450_000, 10**7):
-        long = of(steps)
-        assert long.memory**1.5 / long.decide_steps == pytest.approx(200**1.5 / loop.setup.SHORT_RUN, rel=1e-3)
-        assert long.check_every == long.memory // 4
+def test_config_json_holds_what_the_run_used(finished):
+    config = json.loads((finished / "config.json").read_text())
+    schedule = loop.learning_rates(config["schedule"], config["lr"], 44)
+    assert config["rate_ratio"] == 1.0 / (0.2 * float(schedule.sum() / (1.0 - config["momentum"])))
+    assert config["derived"] == ["rate_ratio"]  # the digits' preset says the others
+    assert None not in (config["memory"], config["check_every"], config["probe_size"], config["read_every"])
+    setup = loop.prepare(parse([*SMALL, "--dataset=digits", "--batch-size=200"]))
+    free = dataclasses.replace(setup.config, memory=None, check_every=None, probe_size=None)
+    free = loop.prepare(dataclasses.replace(free, derived=())).config
+    assert (free.memory, free.check_every, free.probe_size) == (200, 50, 20)
 
 
 BAD = {

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from catode.train.models import ARCHITECTURES
 from catode.train.settings.commandline import parse
-from catode.train.settings.config import LEAST, PRESETS, Config, ConfigError, check_out, settings
+from catode.train.settings.config import DERIVED, Config, ConfigError, check_out, settings
+from catode.train.settings.presets import PRESETS
+from catode.train.settings.setting import GROUPS, LEAST
+from catode.train.settings.training import learning_rates, ode_time
 
 MESSAGE = re.compile(r"^`[-\w.]+` must [^\n]+; got [^\n]+\. [^\n]+[.?]$|^`[-\w.]+` must [^\n]+; got [^\n]+[.?]$")
 
@@ -246,7 +249,7 @@ def test_json_and_command_line_round_trips(values):
 
 def test_json_holds_every_resolved_field():
     config = parse(["--nu", "0.5"])
-    assert json.loads(config.to_json()) == dataclasses.asdict(config)
+    assert json.loads(config.to_json()) == dataclasses.asdict(config) | {"derived": []}
     assert Config.from_json(config.to_json(), seed=4).seed == 4
 
 
@@ -259,6 +262,8 @@ def test_json_holds_every_resolved_field():
         ('{"xyzzy": 3}', "`xyzzy` must be the name of a setting; got xyzzy=3. Leave it out."),
         ('{"nu": -1}', "`nu` must be >= 0; got nu=-1."),
         ('{"nu": NaN}', "`nu` must be finite"),
+        ('{"derived": ["nu"]}', "`derived` must hold names among memory, check_every"),
+        ('{"derived": "memory"}', "`derived` must hold names among memory, check_every"),
     ],
 )
 def test_wrong_json_is_refused(text, expected):
@@ -291,3 +296,48 @@ def test_check_out(tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match="`out` must be a folder; got out="):
             check_out(Config(out=out))
+
+
+def test_settings_stand_in_the_order_of_their_groups():
+    assert list(dict.fromkeys(setting.group for setting in settings().values())) == list(GROUPS)
+
+
+def test_a_resolved_configuration_holds_what_follows_from_the_length_of_the_run():
+    config = Config.from_presets(dataset="cifar10", data_dir="d", arch="resnet20", probe_size=None)
+    assert [getattr(config, name) for name in DERIVED] == [None] * 4
+    done = config.resolved(7800)  # 20 epochs of 390 steps, of which 6,240 decide
+    assert (done.memory, done.check_every, done.probe_size) == (200, 50, 12)
+    time = ode_time(learning_rates("one-cycle", 0.1, 7800), 0.9)
+    assert time == pytest.approx(7800 * 0.05 / 0.1, rel=1e-3)  # the one-cycle's mean is half its peak
+    assert done.rate_ratio == pytest.approx(1 / (0.1 * time)) and done.derived == DERIVED
+    assert done.resolved(10**6) == done and Config.from_json(done.to_json()) == done
+    assert config.resolved(8 * 7800).memory == 800  # length^(2/3)
+    given = {"memory": 50, "check_every": 7, "rate_ratio": 0.3, "probe_size": 9}
+    own = Config.from_presets(dataset="cifar10", data_dir="d", **given).resolved(7800)
+    assert {name: getattr(own, name) for name in DERIVED} == given and own.derived == ()
+    assert Config(memory=100).resolved(7800).check_every == 25
+
+
+def test_resolving_leaves_the_name_and_the_identity_of_a_run():
+    config = parse([])
+    done = config.resolved(1320)
+    assert done.derived == ("rate_ratio",) and done.tag == config.tag == "default"
+    assert done.out == config.out == "runs/digits-resnet20-default-s0"
+    assert done.identity() == config.identity() and done.identity()["rate_ratio"] is None
+    assert parse(["--memory", "41"]).resolved(1320).tag == parse(["--memory", "41"]).tag != "default"
+    changed = Config.from_json(done.to_json(), rate_ratio=0.3)
+    assert changed.derived == () and changed.identity()["rate_ratio"] == 0.3
+
+
+def test_nothing_is_null_that_a_run_fills_in():
+    """What stays null is not used, or this machine's own choice."""
+    unused = {"data_dir", "image_size", "init", "tol", "target_macs", "target_params", "resume"}
+    values = json.loads(parse([]).resolved(1320).to_json())
+    assert {name for name, value in values.items() if value is None} == unused | {"threads", "workers", "array_gib"}
+
+
+@pytest.mark.parametrize(
+    ("sync_bn", "processes", "probed"), [(False, 1, 25), (False, 4, 12), (True, 4, 25), (False, 32, 8)]
+)
+def test_each_process_probes_its_share_unless_they_normalise_together(sync_bn, processes, probed):
+    assert Config(batch_size=256, sync_bn=sync_bn).resolved(100, processes).probe_size == probed

@@ -424,7 +424,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on(pruned, limit, file, 
         patch.setattr(loop, "train", emptied)
         assert main([*flags, "--out", str(folder)]) == 1
     told = capfd.readouterr().err
-    assert f"File too large: '{folder / file}'. Mend that, then go on with --resume {folder}" in told
+    assert f"File too large: '{folder / file}'. Fix that, then go on with --resume {folder}" in told
     assert "Traceback" not in told and not list(folder.glob("*.part"))
     assert main(["--resume", str(folder), "--threads", "1"]) == 0
     assert_same_end(folder, expected)

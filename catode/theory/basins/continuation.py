@@ -1,6 +1,6 @@
 """How the domain of attraction of the removed state moves with one parameter, and where its saddle leaves the box.
 
-Source: THEORY 4.1 to 4.3 (saddles and separatrices) and 5 (the noise margin), derived there.
+Source: docs/mathematics.md sections 4.1 to 4.3 (saddles and separatrices) and 5 (the noise margin), derived there.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 from catode._validate import check_interval, check_real, check_shape, fail
 from catode.theory.basins.curves import branches
 from catode.theory.basins.equilibria import Equilibrium, find
+from catode.theory.systems.benefit import BenefitSystem
 from catode.theory.systems.box import BoxSystem
-from catode.theory.systems.planar import BenefitSystem, PlanarSystem
+from catode.theory.systems.planar import PlanarSystem
 from catode.theory.tolerance.derivation import derive
 
 __all__ = ["STATUSES", "Bifurcation", "Continuation", "follow"]
@@ -98,9 +99,9 @@ def follow(
     iterations from one value to the next (along the raw field also out of the box), its manifold by integration.
 
     The batch size and whatever else acts through noise enters by `noise`: D then shrinks to what lies below the
-    tolerance of THEORY section 5.
+    tolerance of docs/mathematics.md section 5.
 
-    Source: THEORY 4.1 to 4.3; for the noise section 5.
+    Source: docs/mathematics.md sections 4.1 to 4.3; for the noise section 5.
 
     Args:
         make_system: Called with the parameter as its only keyword, e.g. `functools.partial(LayerSystem, price=0.1, ...)`.
@@ -178,7 +179,7 @@ class _Family:
     def __init__(self, make_system: Any, name: Any, noise: Any) -> None:
         for argument, value in (("make_system", make_system), ("noise", noise)):
             if not callable(value) and not (value is None and argument == "noise"):
-                fail(argument, "be callable", value, mend="Pass e.g. functools.partial(LayerSystem, price=0.1, ...).")
+                fail(argument, "be callable", value, hint="Pass e.g. functools.partial(LayerSystem, price=0.1, ...).")
         if not isinstance(name, str) or not name.isidentifier():
             fail("name", "be the name of a parameter", name)
         self.make_system, self.name, self.noise = make_system, name, noise
@@ -242,7 +243,7 @@ def _range(window: Any, system: PlanarSystem | BoxSystem, saddles: np.ndarray) -
         low = bounds[0] if np.isfinite(bounds[0]) else 0.0
         high = min(bounds[1], 2.0 * known.max()) if known.size else bounds[1]
         if not (np.isfinite(high) and low < high):
-            fail("window", "be given where no saddle shows the scale", None, mend="Pass the sizes (low, high).")
+            fail("window", "be given where no saddle shows the scale", None, hint="Pass the sizes (low, high).")
         return low, float(high)
     ends = check_real("window", window, array=True)
     check_shape("window", ends, "(2,)", ends.shape == (2,))

@@ -1,6 +1,6 @@
 """Curves of planar flows: the lines on which a component of the field vanishes, and the manifolds of saddles.
 
-Source: THEORY section 3 (the projected flow) and 4 (the stable manifolds that bound the domains).
+Source: docs/mathematics.md sections 3 (the projected flow) and 4 (the stable manifolds that bound the domains).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _window(system: BoxSystem | PlanarSystem, box: BoxSystem, window: Any) -> tu
         if isinstance(system, PlanarSystem):
             high = np.array([4.0 * system.saddle[0], 1.0])
         if not np.isfinite([low, high]).all():
-            fail("window", "be given for a box without end", None, mend="Pass (lower, upper), two corners in the box.")
+            fail("window", "be given for a box without end", None, hint="Pass (lower, upper), two corners in the box.")
         return low, high
     try:
         low, high = (box.check_inside("window", corner) for corner in window)

@@ -5,7 +5,7 @@ free coordinates stand still, and its frozen ones are pushed outwards or stand s
 back to its bound in finite time, so it counts as stable, and the eigenvalues are those of the free block alone:
 differentiating across the clamp would mix two fields.
 
-Source: THEORY section 3 (the projected flow) and 4 (the saddles of the comparison systems).
+Source: docs/mathematics.md sections 3 (the projected flow) and 4 (the saddles of the comparison systems).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def find(system: BoxSystem | PlanarSystem, *, starts: int = 64) -> tuple[Equilib
     misses nothing. Elsewhere damped Newton iterations start from evenly spread states, and may miss some. Zeros of the
     raw field outside the box, and those on a face whose frozen speed points inwards, are no equilibria.
 
-    Source: THEORY section 3.
+    Source: docs/mathematics.md section 3.
 
     Args:
         system: A field on a box, or a comparison system (size not negative, theta in [0, 1]).
@@ -107,7 +107,7 @@ def find(system: BoxSystem | PlanarSystem, *, starts: int = 64) -> tuple[Equilib
     sides = [(0, *(s for s, end in ((-1, low), (1, up)) if np.isfinite(end))) for low, up in _ends(box)]
     count = int(np.prod([len(s) for s in sides], dtype=float))
     if count > _MAX_FACES:
-        fail("system", f"have at most {_MAX_FACES} faces", count, mend="Freeze some coordinates, or open their box.")
+        fail("system", f"have at most {_MAX_FACES} faces", count, hint="Freeze some coordinates, or open their box.")
     size = _sizes(system, box)
     found: list[Equilibrium] = []
     with np.errstate(all="ignore"):

@@ -1,6 +1,6 @@
 """Domains of attraction on grids of starts: integer labels, their attractors, and how much of the grid each one takes.
 
-Source: THEORY sections 3 and 4.
+Source: docs/mathematics.md sections 3 and 4.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def basins_of_attraction(
     `attractors` those that attract some of the starts are found first. Coming near is no proof unless the attractor
     attracts everything within `radius`; `find_attractors` tries that on a few states.
 
-    Source: THEORY sections 3 and 4.
+    Source: docs/mathematics.md sections 3 and 4.
 
     Args:
         system: A flow on a box or a planar comparison system.
@@ -92,22 +92,22 @@ def basins_of_attraction(
     """
     planar = isinstance(system, PlanarSystem)
     if not planar and not isinstance(system, BoxSystem):
-        fail("system", "be a BoxSystem or a PlanarSystem", system, mend="See `catode.theory.systems.box`.")
+        fail("system", "be a BoxSystem or a PlanarSystem", system, hint="See `catode.theory.systems.box`.")
     values = _check_axes(axes, 2 if planar else system.dimension)
     method = check_choice("method", method, ("integration", "separatrix"))
     absorbing = planar if absorbing is None else check_bool("absorbing", absorbing)
     if attractors is not None and absorbing:
-        fail("attractors", "be None where the system is absorbing", attractors, mend="Give absorbing=False with them.")
+        fail("attractors", "be None where the system is absorbing", attractors, hint="Give absorbing=False with them.")
     if method == "separatrix":
         if not planar or not absorbing:
-            mend = 'Use method="integration".'
-            fail("method", "be 'integration' for other than absorbing planar systems", method, mend=mend)
+            hint = 'Use method="integration".'
+            fail("method", "be 'integration' for other than absorbing planar systems", method, hint=hint)
         return _by_separatrix(system, values)
     if horizon is None and planar:
         horizon = _LIVES / system.growth_rate
     if horizon is None:
-        mend = "Give some multiples of its slowest time constant."
-        fail("horizon", "be a real number for a BoxSystem", None, mend=mend)
+        hint = "Give some multiples of its slowest time constant."
+        fail("horizon", "be a real number for a BoxSystem", None, hint=hint)
     horizon = check_positive("horizon", horizon)
     starts = np.stack(np.meshgrid(*values, indexing="ij"), axis=-1)
     shape, starts = starts.shape[:-1], starts.reshape(-1, len(values))
@@ -192,7 +192,7 @@ def basins_fractions(basins: Basins) -> dict[int, float]:
         Shares by label, that of the undecided (-1) included; they sum to 1.
     """
     if not isinstance(basins, Basins):
-        fail("basins", "be a Basins", basins, mend="Get one from `basins_of_attraction`.")
+        fail("basins", "be a Basins", basins, hint="Get one from `basins_of_attraction`.")
     counts = np.bincount(basins.labels.ravel() + 1, minlength=len(basins.attractors) + 1)
     return {label: float(count / basins.labels.size) for label, count in enumerate(counts, start=UNDECIDED)}
 
@@ -232,8 +232,8 @@ def _by_separatrix(system: PlanarSystem, axes: tuple[np.ndarray, ...]) -> Basins
             fail(f"axes[{i}]", f"lie in the box, [0, {high:g}]", worst)
     star = system.saddle[1]
     if star < 0.0:
-        mend = 'The size grows to the price even at theta = 0; use method="integration".'
-        fail("system", "have a saddle with theta* >= 0 for the separatrix to bound a basin", star, mend=mend)
+        hint = 'The size grows to the price even at theta = 0; use method="integration".'
+        fail("system", "have a saddle with theta* >= 0 for the separatrix to bound a basin", star, hint=hint)
     edge = np.full(size.shape, np.inf) if star > 1.0 else system.separatrix(size)
     edge = np.asarray(edge)[..., None] if theta.ndim else edge
     labels = np.subtract(theta > edge, theta == edge, dtype=np.int16)

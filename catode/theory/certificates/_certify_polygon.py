@@ -2,7 +2,7 @@
 
 Nothing here is trusted: `Certificate.verify` proves the polygon by the gauge lemma.
 
-Source: docs/certificates.md; THEORY 4.1 to 4.3.
+Source: docs/certificates.md; docs/mathematics.md sections 4.1 to 4.3.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from catode._validate import fail
 from catode.theory.certificates._exact import PARAMETERS, Point, Segments, comparison_field, shortened
-from catode.theory.systems.planar import UnitSystem
+from catode.theory.systems.norms import UnitSystem
 
 _MAX_EDGES = 6_000
 
@@ -30,10 +30,10 @@ def propose_polygon(system: Any, size: float, slack: float) -> dict[str, Any]:
     crosses = Segments(comparison_field(kind, parameters)).crosses
     cheaper = dataclasses.replace(system, price=system.price * (1.0 - slack))
     if getattr(cheaper, "empty", False):
-        mend = (
+        hint = (
             "D is empty: the drift is too strong." if system.empty else "The drift leaves less; choose a smaller one."
         )
-        fail("slack", "leave a part of D", slack, mend=mend)
+        fail("slack", "leave a part of D", slack, hint=hint)
     middle, height = cheaper.saddle
     curve = _unit_curve(cheaper, size, slack) if kind == "UnitSystem" else cheaper.separatrix
 
@@ -57,7 +57,7 @@ def propose_polygon(system: Any, size: float, slack: float) -> dict[str, Any]:
         elif len(polygon) + len(ends) < _MAX_EDGES and b[0] - a[0] > b[0] / 10**6:
             ends.append(vertex(float((a[0] + b[0]) / 2)))
         else:
-            fail("slack", "leave enough margin for the exact proof", slack, mend="Choose a larger one.")
+            fail("slack", "leave enough margin for the exact proof", slack, hint="Choose a larger one.")
     return {
         "kind": "lyapunov",
         "system": (kind, *parameters.items()),

@@ -2,7 +2,7 @@
 
 Nothing here is trusted: `Certificate.verify` proves the staircase by the ray lemma and the order lemma.
 
-Source: docs/certificates.md; the order lemma is that of THEORY section 4.
+Source: docs/certificates.md; the order lemma is that of docs/mathematics.md section 4.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def propose_staircase(system: BoxSystem, slack: float, directions: int) -> dict[
     if witness:
         i, j, value, _ = witness
         shown = float("nan") if value is None else float(value)
-        mend = f"{accuse(witness, system.names)}. Order intervals need every off-diagonal entry to be non-negative."
-        fail("system", "be cooperative in its box", shown, index=(i, j), mend=mend)
+        hint = f"{accuse(witness, system.names)}. Order intervals need every off-diagonal entry to be non-negative."
+        fail("system", "be cooperative in its box", shown, index=(i, j), hint=hint)
     segments = Segments(field)
     goal = _goal(system, field, segments)
     floats = as_floats(goal)
@@ -101,8 +101,8 @@ def _goal(system: BoxSystem, field: Sequence[Polynomial], segments: Segments) ->
     speed = np.array([float(evaluate(component, lower)) for component in field])
     if (speed > 0).any():
         i = int(np.argmax(speed > 0))
-        mend = f"{system.names[i]} rises at the lower corner {system.lower.tolist()}, so nothing ends there."
-        fail("system", "rest at the lower corner of its box", float(speed[i]), index=(i,), mend=mend)
+        hint = f"{system.names[i]} rises at the lower corner {system.lower.tolist()}, so nothing ends there."
+        fail("system", "rest at the lower corner of its box", float(speed[i]), index=(i,), hint=hint)
     free = speed == 0.0
     direction = np.array(system.upper - system.lower)
     if free.any():  # the linearised field must fall in every free coordinate, the pushed ones being kept small
@@ -123,7 +123,7 @@ def _goal(system: BoxSystem, field: Sequence[Polynomial], segments: Segments) ->
         "system",
         "attract a neighbourhood of the lower corner of its box",
         system.lower.tolist(),
-        mend="No direction was found along which the field points down near it.",
+        hint="No direction was found along which the field points down near it.",
     )
 
 

@@ -2,7 +2,7 @@
 
 All that `catode.theory.certificates` proves with; nothing here rounds but `as_floats` and `shortened`, which say how.
 
-Source: docs/certificates.md; the fields of the comparison systems are those of THEORY 4.1 to 4.3.
+Source: docs/certificates.md; the fields of the comparison systems are those of docs/mathematics.md sections 4.1 to 4.3.
 """
 
 from __future__ import annotations
@@ -181,7 +181,10 @@ def accuse(witness: tuple[int, int, Fraction | None, Point], names: Sequence[str
 
 
 def comparison_field(kind: str, p: dict[str, Fraction]) -> tuple[Polynomial, Polynomial]:
-    """The raw field of a comparison system, THEORY 4.1 to 4.3; a test holds it against `field` of the system."""
+    """The raw field of a comparison system; a test holds it against `field` of the system.
+
+    Source: docs/mathematics.md sections 4.1 to 4.3.
+    """
     pull = {(0, 0): -p["rate_ratio"] * p["price"]}
     if kind == "LayerSystem":
         speed = {(1, 0): -p["weight_decay"], (0, 1): p["grad_bound"]}
@@ -194,9 +197,9 @@ def comparison_field(kind: str, p: dict[str, Fraction]) -> tuple[Polynomial, Pol
 
 def exact_field(system: BoxSystem) -> tuple[Polynomial, ...]:
     """The components of a system given in sympy as exact polynomials; floats count at their binary value."""
-    mend = "Build it with BoxSystem.from_expressions from polynomials in the coordinates."
+    hint = "Build it with BoxSystem.from_expressions from polynomials in the coordinates."
     if system.expressions is None:
-        fail("system", "know its field in symbols", "BoxSystem without expressions", mend=mend)
+        fail("system", "know its field in symbols", "BoxSystem without expressions", hint=hint)
     import sympy
 
     field = []
@@ -207,5 +210,5 @@ def exact_field(system: BoxSystem) -> tuple[Polynomial, ...]:
             terms = sympy.Poly(value, *(own.get(n, sympy.Symbol(n)) for n in system.names)).terms()
             field.append({powers: Fraction(int(c.p), int(c.q)) for powers, c in terms})
         except (sympy.PolynomialError, AttributeError):
-            fail("system", "be polynomial with rational coefficients", str(value), mend=f"See {name}'. {mend}")
+            fail("system", "be polynomial with rational coefficients", str(value), hint=f"See {name}'. {hint}")
     return tuple(field)

@@ -5,11 +5,13 @@ no rounding error and no solver stands between the claim and the proof. The proo
 proposing in `_certify_polygon` and `_certify_staircase`. Two kinds exist, with their lemmas in docs/certificates.md:
 
 * "lyapunov", for the three comparison systems: a falling polygon from the theta axis to the size axis, every edge of
-  which the field crosses inwards. Its gauge is a Lyapunov function, for the layer the linear one of THEORY 4.1.
+  which the field crosses inwards. Its gauge is a Lyapunov function, for the layer the linear one of docs/mathematics.md
+  section 4.1.
 * "order", for polynomial cooperative systems on a box of any dimension: order intervals [lower, p] below the points of
   piecewise linear super-solutions that descend into an interval on which the field points down.
 
-Source: THEORY section 4 (the order lemma and the domains D_B and D_U); the gauge lemma is derived in the docs.
+Source: docs/mathematics.md section 4 (the order lemma and the domains D_B and D_U); that of the gauge is in
+docs/certificates.md.
 """
 
 from __future__ import annotations
@@ -43,8 +45,10 @@ from catode.theory.certificates._exact import (
     evaluate,
     uncooperative,
 )
+from catode.theory.systems.benefit import BenefitSystem
 from catode.theory.systems.box import BoxSystem
-from catode.theory.systems.planar import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem
+from catode.theory.systems.norms import LayerSystem, UnitSystem
+from catode.theory.systems.planar import PlanarSystem
 
 __all__ = ["Certificate", "certify"]
 
@@ -172,7 +176,7 @@ class Certificate:
             ValueError: if the box is not a plane one.
         """
         if len(self.lower) != 2:
-            fail("share", "be asked of a planar certificate", len(self.lower), mend="Count `contains` over samples.")
+            fail("share", "be asked of a planar certificate", len(self.lower), hint="Count `contains` over samples.")
         (x0, y0), (x1, y1) = self.lower, self.upper
         area = Fraction(0)
         if self.kind == "lyapunov":
@@ -225,7 +229,7 @@ class Certificate:
                 seal=str(body["seal"]),
             )
         except (ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
-            fail("text", "be the JSON of a certificate", text, mend=f"{type(error).__name__}: {error}.")
+            fail("text", "be the JSON of a certificate", text, hint=f"{type(error).__name__}: {error}.")
 
     def _body(self) -> dict[str, Any]:
         """Everything but the seal, with rationals as texts."""
@@ -331,7 +335,7 @@ def certify(
     `BoxSystem` it is a staircase of order intervals; it takes polynomials only, and claims convergence to the lower
     corner. Parameters given as floats count at their exact binary values.
 
-    Source: docs/certificates.md; THEORY section 4.
+    Source: docs/certificates.md; docs/mathematics.md section 4.
 
     Args:
         system: A comparison system, or a cooperative polynomial `BoxSystem` made with `from_expressions`.
@@ -365,7 +369,7 @@ def certify(
     proposal = dataclasses.replace(unsealed, seal=_digest(unsealed._body()))
     fault = proposal.fault()
     if fault:
-        fail("slack", "leave enough margin for the exact proof", slack, mend=f"{fault} Choose a larger one.")
+        fail("slack", "leave enough margin for the exact proof", slack, hint=f"{fault} Choose a larger one.")
     return proposal
 
 

@@ -4,7 +4,7 @@
 code. A source is named by its hash, so that a change of the template here, or of a number in `_batch_scheme`, gives
 another file and leaves the old one unused.
 
-Source: THEORY section 3.
+Source: docs/mathematics.md section 3.
 """
 
 from __future__ import annotations

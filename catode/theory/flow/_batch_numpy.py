@@ -1,6 +1,6 @@
 """The numpy form of `catode.theory.flow.batch`: the scheme for all starts at a time, where a field is only a Python function.
 
-Source: THEORY section 3.
+Source: docs/mathematics.md section 3.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the compiled and the numpy form of `catode.theory.flow.batch` share: status codes, limits of steps, empty results.
 
-Source: THEORY section 3.
+Source: docs/mathematics.md section 3.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ field is never masked inside a step: a step that would pass an event (a free coo
 frozen one turns inwards) is shortened to the event, which is located by a root search on the step itself, so that its
 error is that of the step.
 
-Source: THEORY section 3.
+Source: docs/mathematics.md section 3.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def integrate_batch(
     A system with `expressions`, and every planar system of `catode.theory.systems`, is compiled; numba keeps the result
     on disk, under the user's cache folder, for the next process. The field is evaluated a little outside the box too.
 
-    Source: THEORY section 3.
+    Source: docs/mathematics.md section 3.
 
     Args:
         system: A flow on a box; a planar system is one on [0, inf) x [0, 1].
@@ -127,7 +127,7 @@ def integrate_batch(
     absorbing = check_bool("absorbing", absorbing)
     if absorbing and not np.isfinite([problem.lower[-1], problem.upper[-1]]).all():
         ends = (float(problem.lower[-1]), float(problem.upper[-1]))
-        fail("system", "bound its last coordinate on both sides where `absorbing`", ends, mend="Give it faces.")
+        fail("system", "bound its last coordinate on both sides where `absorbing`", ends, hint="Give it faces.")
     targets = np.empty((0, d)) if targets is None else check_real("targets", targets, array=True)
     check_shape("targets", targets, f"(m, {d})", targets.ndim == 2 and targets.shape[1] == d)
     reach = check_positive("radius", radius) * check_positive("scale", scale, array=True)
@@ -166,7 +166,7 @@ def _pose(system: Any) -> _Problem:
         return _Problem(system.field, system.lower, system.upper, False, source, values)
     if isinstance(system, PlanarSystem):
         return _pose_planar(system)
-    fail("system", "be a BoxSystem or a PlanarSystem", system, mend="See `catode.theory.systems.box`.")
+    fail("system", "be a BoxSystem or a PlanarSystem", system, hint="See `catode.theory.systems.box`.")
 
 
 # --- fields as text ---------------------------------------------------------------------------------------------------

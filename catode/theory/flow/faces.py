@@ -4,7 +4,7 @@ A stage has a fixed set of coordinates frozen on their faces, so that its right-
 up to the first event: a free coordinate arrives at a face, or the raw speed of a frozen one turns inwards. Excursions
 that begin and end between two steps are looked for on the dense output. `catode.theory.flow.integrate` is the way in.
 
-Source: THEORY section 3, with faces for every coordinate.
+Source: docs/mathematics.md section 3, with faces for every coordinate.
 """
 
 from __future__ import annotations

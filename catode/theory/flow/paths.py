@@ -4,7 +4,7 @@ The projected field jumps where theta meets 0 or 1, so a solver that steps acros
 cut into stages on which everything is smooth: theta monotone inside the interval, or frozen on a face while the rest of
 the state moves. A stage ends at an event (theta reaches a face, its speed changes sign), located to rounding error.
 
-Source: THEORY section 3.
+Source: docs/mathematics.md section 3.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def integrate(
 ) -> Trajectory:
     """Solve the projected ODE from one state.
 
-    Source: THEORY section 3.
+    Source: docs/mathematics.md section 3.
 
     Args:
         system: One of the systems of `catode.theory.systems`, anything with the same four methods, or a `BoxSystem`, in
@@ -89,7 +89,7 @@ def integrate(
     if not 0.0 <= start[-1] <= 1.0:
         fail("start", "have a keep probability in [0, 1]", float(start[-1]), index=(start.size - 1,))
     if not all(callable(getattr(system, name, None)) for name in ("field", "jacobian", "project", "rest")):
-        fail("system", "have the methods field, jacobian, project and rest", system, mend="Or make it a BoxSystem.")
+        fail("system", "have the methods field, jacobian, project and rest", system, hint="Or make it a BoxSystem.")
     start = np.array(system.project(start), dtype=np.float64)
     with np.errstate(all="ignore"):
         speed = np.asarray(system.field(start))

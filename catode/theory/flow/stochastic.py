@@ -5,11 +5,12 @@ One step of size tau of a comparison system, theta last in the state:
     size  <- size + tau F_size + sqrt(tau) sigma_b eta
     theta <- clip( theta + tau F_theta + sqrt(tau) sigma xi, 0, 1 )
 
-with xi and eta of mean 0 and variance 1. For the update `clip(theta - tau rho (price + G_hat), 0, 1)` of THEORY section 3,
-F_theta = rho (b - price) and `sigma = sqrt(tau) rho sd(G_hat)`: one step moves theta by noise of standard deviation
-sqrt(tau) sigma = tau rho sd(G_hat). These are the `noise` and `benefit_noise` of `catode.theory.tolerance.derive`.
+with xi and eta of mean 0 and variance 1. For the update `clip(theta - tau rho (price + G_hat), 0, 1)` of
+docs/mathematics.md section 3, F_theta = rho (b - price) and `sigma = sqrt(tau) rho sd(G_hat)`: one step moves theta by
+noise of standard deviation sqrt(tau) sigma = tau rho sd(G_hat). These are the `noise` and `benefit_noise` of
+`catode.theory.tolerance.derive`.
 
-Source: THEORY sections 3 (iterates and their limit) and 6.4.
+Source: docs/mathematics.md sections 3 (iterates and their limit) and 6.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def student_t(degrees: float) -> Noise:
     Raises:
         ValueError: if `degrees` does not exceed 2.
     """
-    degrees = check_interval("degrees", degrees, 2.0, np.inf, True, True, mend="The variance is infinite otherwise.")
+    degrees = check_interval("degrees", degrees, 2.0, np.inf, True, True, hint="The variance is infinite otherwise.")
     scale = math.sqrt((degrees - 2.0) / degrees)
     return Noise(f"t({degrees:g})", lambda rng, shape: scale * rng.standard_t(degrees, shape))
 
@@ -144,7 +145,7 @@ def iterate(
 ) -> Iterates:
     """Run the stochastic iterates of many replicas at once.
 
-    Source: THEORY section 3; the module's docstring has the step and the scale of the noise.
+    Source: docs/mathematics.md section 3; the module's docstring has the step and the scale of the noise.
 
     Args:
         system: A system with `field` and `project`, theta last in its states.
@@ -185,7 +186,7 @@ def iterate(
     shared = check_interval("correlation", correlation, -1.0, 1.0)
     absorbing, floor = check_bool("absorbing", absorbing), check_bool("floor", floor)
     if not isinstance(distribution, Noise):
-        fail("distribution", "be a Noise", distribution, mend="Choose e.g. NORMAL or student_t(3).")
+        fail("distribution", "be a Noise", distribution, hint="Choose e.g. NORMAL or student_t(3).")
     every = steps if every is None else check_int("every", every, low=1)
     rng = np.random.default_rng(check_int("seed", seed, low=0))
 
@@ -269,7 +270,7 @@ def ode_error(
     The noise of one draw stays the same as tau falls, so the diffusion is sqrt(tau) times the deviation. Theta
     reflects at 0 and sizes stay in the system's box, as in the ODE. A start on the separatrix has no such limit.
 
-    Source: THEORY section 6.4.
+    Source: docs/mathematics.md section 6.
 
     Args:
         system: A system that `flow.integrate` accepts.

@@ -1,6 +1,6 @@
 """What an integration of the projected flow returns: a path, the faces that it met, and how it ended.
 
-Source: THEORY section 3.
+Source: docs/mathematics.md section 3.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ derivative: 1 for the squared loss, 1/4 for the logistic. Then, averaged over ex
     |M(x)| <= s t |x|,   |e1| <= |e0| + H s t |x|,   |grad_in L1| <= kappa t,   |grad_out L1| <= kappa s,
     kappa = A + (H/2) R^2 m,   A = mean |e0| |x|,   m = mean |x|^2
 
-(for the identity A may be the spectral norm of mean e0 x^T). Everything that THEORY section 4 asks for follows:
+(for the identity A may be the spectral norm of mean e0 x^T). Everything that docs/mathematics.md section 4 asks for
+follows:
 
 * 4.1 |grad L1| <= kappa R = eta, and |b| <= A s t + (H/2) m (s t)^2 <= (R/2)(A + (H/4) R^2 m) r.
 * 4.2 |b| <= kappa s t.
@@ -20,7 +21,7 @@ raised by 1e-12 of itself; e0, the one difference, is raised by 1e-12 of the siz
 above the rounding error. That the real flow stays in the ball r <= R follows from the comparison solution: see
 `Bounds.certifies`.
 
-Source: THEORY section 4; the constants are derived here.
+Source: docs/mathematics.md section 4; the constants are derived here.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ import numpy as np
 
 from catode._validate import check_choice, check_positive, fail
 from catode.theory.networks.structure import UP, Structure, box_grid, box_starts
-from catode.theory.systems.planar import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem
+from catode.theory.systems.benefit import BenefitSystem
+from catode.theory.systems.norms import LayerSystem, UnitSystem
+from catode.theory.systems.planar import PlanarSystem
 
 __all__ = ["COORDINATES", "Bounds", "bounds", "natural_radius"]
 
 COORDINATES = ("layer", "unit", "benefit")
-"""The comparison systems of THEORY 4.1, 4.2 and 4.3. A block with weights on both sides satisfies all three."""
+"""The comparison systems of docs/mathematics.md sections 4.1 to 4.3; a block with weights on both sides satisfies all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ class Bounds:
         common = {"price": self.structure.price, "rate_ratio": network.rate_ratio}
         if self.coordinates == "benefit":
             if math.isinf(self.drift):
-                fail("structure", "stand alone for benefit coordinates", self.coordinates, mend="Give `frozen`.")
+                fail("structure", "stand alone for benefit coordinates", self.coordinates, hint="Give `frozen`.")
             return BenefitSystem(**common, gain=self.gain, decay=self.decay, drift=self.drift)
         common["weight_decay"] = network.weight_decay
         if self.coordinates == "unit":
@@ -148,7 +151,7 @@ def bounds(
 ) -> Bounds:
     """Compute the constants eta, kappa, q, a and delta of a structure, each a proven bound on a ball.
 
-    Source: THEORY section 4; derived in the docstring of this module.
+    Source: docs/mathematics.md section 4; derived in the docstring of this module.
 
     Args:
         structure: What to bound.
@@ -163,7 +166,7 @@ def bounds(
         ValueError: if an argument is out of range, or the rest moves without a level or without weight decay.
 
     Example:
-        >>> from catode.theory.networks.symbolic import GatedNetwork
+        >>> from catode.theory.networks.gated import GatedNetwork
         >>> network = GatedNetwork(inputs=[[1.0]], targets=[[2.0]], widths=(1,), prices=0.1, gated="layers")
         >>> found = bounds(Structure(network), radius=1.0)
         >>> round(found.grad_bound, 6), round(found.norm_slope, 6), found.radius
@@ -204,10 +207,10 @@ def _rest(structure: Structure, level: float | None) -> float:
             fail("level", "be None where nothing else moves", level)
         return 0.0
     if level is None:
-        fail("level", "be a number where the rest moves", None, mend="Give the highest cost of a start.")
+        fail("level", "be a number where the rest moves", None, hint="Give the highest cost of a start.")
     decay = structure.network.weight_decay
     if decay == 0.0:
-        fail("weight_decay", "be positive where the rest moves", decay, mend="Without it nothing bounds the rest.")
+        fail("weight_decay", "be positive where the rest moves", decay, hint="Without it nothing bounds the rest.")
     return 2.0 * check_positive("level", level) / decay
 
 

@@ -1,6 +1,6 @@
 """The real flow of small networks, followed from many starts, and how much of what converges the bounds certify.
 
-Source: THEORY sections 3 (the projected flow) and 4 (the domains on trial).
+Source: docs/mathematics.md sections 3 (the projected flow) and 4 (the domains on trial).
 """
 
 from __future__ import annotations
@@ -181,6 +181,6 @@ def coverage(found: Bounds, *, n: int = 20, seed: int = 0, horizon: float = 1e3)
     """
     structure = found.structure
     if not structure.isolated:
-        fail("found", "bound a structure with nothing else that moves", found.coordinates, mend="Give `frozen`.")
+        fail("found", "bound a structure with nothing else that moves", found.coordinates, hint="Give `frozen`.")
     starts = box_starts(structure, n, seed)
     return Coverage(found, starts, found.certifies(starts), follow(structure, starts, horizon))

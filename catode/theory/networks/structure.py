@@ -4,7 +4,7 @@ A structure (the whole block, or one unit of it) of a `GatedNetwork` of one bloc
 output, where |f(z)| <= |z| and |f'| <= 1. What is proven of it, from `Structure.moments` on, is in `network_bounds`; what
 its real flow does, in `network_runs`.
 
-Source: THEORY section 4.
+Source: docs/mathematics.md section 4.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import expit
 
 from catode._validate import check_choice, check_int, check_real, check_shape, fail
-from catode.theory.networks.symbolic import GatedNetwork
+from catode.theory.networks.gated import GatedNetwork
 
 __all__ = ["UP", "Structure", "box_grid", "box_starts", "draw", "usual_norm"]
 
@@ -52,8 +52,8 @@ class Structure:
 
     def __post_init__(self) -> None:
         network = self.network
-        check_choice("activation", network.activation, _ACTIVATIONS, mend="The bounds need a Lipschitz activation.")
-        check_choice("gated", network.gated, ("layers", "units"), mend="Gate either the block or its units.")
+        check_choice("activation", network.activation, _ACTIVATIONS, hint="The bounds need a Lipschitz activation.")
+        check_choice("gated", network.gated, ("layers", "units"), hint="Gate either the block or its units.")
         if len(network.widths) != 1:
             fail("widths", "describe one block", network.widths)
         object.__setattr__(self, "gate", check_int("gate", self.gate, low=0, high=len(network.keep_probs) - 1))
@@ -129,7 +129,7 @@ class Structure:
             ValueError: if the rest moves.
         """
         if not self.isolated:
-            fail("frozen", "be a state of the network here", None, mend="Only then is the rest known.")
+            fail("frozen", "be a state of the network here", None, hint="Only then is the rest known.")
         weights, theta = np.asarray(weights, dtype=np.float64), np.asarray(theta, dtype=np.float64)
         rest = np.zeros(len(self.network.state)) if self.frozen is None else self.frozen
         states = np.tile(rest, (*weights.shape[:-1], 1))

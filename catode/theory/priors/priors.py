@@ -10,8 +10,9 @@
 All share one interface. The flow of theta for a constant benefit b is `rho * velocity(theta, b)`, and `rest_points(b)`
 lists its equilibria. Numbers come from the sympy expressions by `lambdify`; sympy is imported when first needed.
 
-Source: THEORY section 1; the flattening hyper-prior is that of arXiv:2411.09127 in a form derived there. The rivals:
-Bernoulli gates with a fixed prior (variational dropout), spike-and-slab, and the hard-concrete L0 of arXiv:1712.01312.
+Source: docs/mathematics.md section 1; the flattening hyper-prior is that of arXiv:2411.09127 in a form derived there.
+The rivals: Bernoulli gates with a fixed prior (variational dropout), spike-and-slab, and the hard-concrete L0 of
+arXiv:1712.01312.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class FlatteningPrior(Prior):
     Minimising KL(Bern(theta) || Bern(pi)) - log p(pi | gamma) over pi cancels every entropy term. What is left is linear
     in theta, so that theta always ends at 0 or 1: at 1 iff the benefit exceeds `price`.
 
-    Source: THEORY section 1.
+    Source: docs/mathematics.md section 1.
 
     Args:
         gamma: The hyper-parameter, positive and not 1; above 1 it favours removal.
@@ -159,7 +160,7 @@ class FlatteningPrior(Prior):
     def __post_init__(self) -> None:
         gamma = check_positive("gamma", self.gamma)
         if gamma == 1.0:
-            fail("gamma", "differ from 1", gamma, mend="There the prior is uniform and the price 0: use no gate.")
+            fail("gamma", "differ from 1", gamma, hint="There the prior is uniform and the price 0: use no gate.")
         object.__setattr__(self, "gamma", gamma)
 
     @property
@@ -338,7 +339,7 @@ class HardConcrete(Prior):
 
     def __post_init__(self) -> None:
         checked = {
-            "price": check_positive("price", self.price, mend="Without a price there is nothing to regularise."),
+            "price": check_positive("price", self.price, hint="Without a price there is nothing to regularise."),
             "temperature": check_interval("temperature", self.temperature, 0.01, 1.0),
             "low": check_interval("low", self.low, -10.0, -0.001),
             "high": check_interval("high", self.high, 1.001, 11.0),
@@ -422,7 +423,7 @@ def _check_theta(theta: Any) -> np.ndarray:
 
 
 def _check_prior_prob(value: Any) -> float:
-    return check_interval("prior_prob", value, 0.0, 1.0, True, True, mend="At 0 or 1 the gate is decided; use none.")
+    return check_interval("prior_prob", value, 0.0, 1.0, True, True, hint="At 0 or 1 the gate is decided; use none.")
 
 
 def _symbols(*names: str) -> tuple[Any, ...]:

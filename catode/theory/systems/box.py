@@ -1,6 +1,6 @@
 """Projected flows of one's own: any field on a box, given as a function or as sympy expressions.
 
-Source: THEORY section 3, where the box is [0, 1] for theta; here every coordinate may have faces.
+Source: docs/mathematics.md section 3, where the box is [0, 1] for theta; here every coordinate may have faces.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class BoxSystem:
         try:
             values = sympy.sympify(expressions, locals={str(s): s for s in symbols})
         except (sympy.SympifyError, SyntaxError, TypeError, AttributeError) as error:
-            mend = f"{(str(error).splitlines() or ['It is empty'])[0]}."
-            fail("expressions", "be sympy expressions or text that sympy reads", expressions, mend=mend)
+            hint = f"{(str(error).splitlines() or ['It is empty'])[0]}."
+            fail("expressions", "be sympy expressions or text that sympy reads", expressions, hint=hint)
         values = tuple(values) if isinstance(values, (tuple, list, sympy.Tuple, sympy.MatrixBase)) else (values,)
         unfit = [value for value in values if not isinstance(value, sympy.Expr) or value.has(AppliedUndef)]
         if unfit:
@@ -173,7 +173,7 @@ class BoxSystem:
                 speed = self.field(states)
         except (TypeError, ValueError, IndexError) as error:
             fail(
-                "velocity", f"take states of shape (..., {self.dimension})", self.velocity, mend=f"It raised: {error}."
+                "velocity", f"take states of shape (..., {self.dimension})", self.velocity, hint=f"It raised: {error}."
             )
         if speed.shape != states.shape:
             fail("velocity", f"return shape {states.shape} for states of that shape", speed.shape)

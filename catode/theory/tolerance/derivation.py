@@ -1,32 +1,23 @@
 """How small a keep probability must be for a structure to be removed safely, from measured quantities.
 
-One function, `derive`, serves the trainer, the command lines, the notebooks and the figures.
+One function, `derive`, serves the trainer, the command lines, the notebooks and the figures. Beside it stand the bounds
+on what it risks: `escape_probability` for a removal, `commit_alarm` for a commitment.
 
-Source: THEORY sections 3 (`commit_alarm`), 4.3 and 5; the deterministic part rests on Theorems 3.2 and 3.3 of
-arXiv:2411.09127, everything else is derived.
+Source: docs/mathematics.md sections 3 (`commit_alarm`), 4.3 and 5; the deterministic part rests on Theorems 3.2 and 3.3
+of arXiv:2411.09127, everything else is derived.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import Any
 
 import numpy as np
 
-from catode._validate import (
-    check_broadcast,
-    check_choice,
-    check_int,
-    check_interval,
-    check_nonnegative,
-    check_positive,
-    check_real,
-    fail,
-)
+from catode._validate import check_broadcast, check_interval, check_nonnegative, check_positive, check_real
 from catode.theory.systems.planar import growth_rate
+from catode.theory.tolerance.result import Tolerance, frozen
 
-__all__ = ["Tolerance", "commit_alarm", "derive", "escape_probability", "fixed"]
+__all__ = ["commit_alarm", "derive", "escape_probability"]
 
 _INPUTS = (
     "benefit",
@@ -41,98 +32,6 @@ _INPUTS = (
     "memory",
     "pooled",
 )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tolerance:
-    """Keep probability at or below which each structure may be removed, with what it was derived from.
-
-    Args:
-        values: Tolerance on the keep probability, at most 1, shape () or any; where it is not positive nothing can be
-            removed safely, and `reason` says why and what would help. Read-only.
-        separatrix: Keep probability theta_sep on the boundary of the domain of attraction (the tolerance without
-            noise), same shape; `nan` where the origin is "fixed". Read-only.
-        inputs: What `derive` or `fixed` was given, broadcast views of the same shape by name.
-        origin: "derived" or "fixed".
-    """
-
-    values: np.ndarray
-    separatrix: np.ndarray
-    inputs: dict[str, np.ndarray]
-    origin: str
-
-    def __post_init__(self) -> None:
-        check_choice("origin", self.origin, ("derived", "fixed"))
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __float__(self) -> float:
-        return float(self.values)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Tolerance):
-            return NotImplemented
-        if self.origin != other.origin or self.inputs.keys() != other.inputs.keys():
-            return False
-        pairs = [(self.values, other.values), (self.separatrix, other.separatrix)]
-        pairs += [(value, other.inputs[name]) for name, value in self.inputs.items()]
-        return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
-
-    def reason(self, index: Any = None) -> str:
-        """Why a tolerance is what it is, and what would help where it is not positive; worked out when asked for.
-
-        Args:
-            index: Position of the structure; needed only where there are several.
-
-        Returns:
-            One sentence. Without an index, for several structures: how many of them have a positive tolerance.
-
-        Raises:
-            IndexError: if there is no such structure.
-        """
-        if index is None and self.values.ndim:
-            return f"{int(np.sum(self.values > 0.0))} of {self.values.size} structures have a positive tolerance."
-        index = () if index is None else index
-        if self.origin == "fixed":
-            return f"The tolerance is fixed at {self.values[index]:.6g} by choice; no failure probability is claimed."
-        given = {name: float(value[index]) for name, value in self.inputs.items()}
-        return _explain(float(self.values[index]), float(self.separatrix[index]), **given)
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """The sentence for every structure, in the order of the flattened values."""
-        return tuple(self.reason(index) for index in np.ndindex(self.values.shape))
-
-    def to_json(self) -> str:
-        """Return the tolerance as JSON text; floats keep every digit, and those that are not finite become strings."""
-        record = {
-            "origin": self.origin,
-            "values": _encode(self.values.tolist()),
-            "separatrix": _encode(self.separatrix.tolist()),
-            "inputs": {name: _encode(value.tolist()) for name, value in self.inputs.items()},
-        }
-        return json.dumps(record, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Tolerance:
-        """Return the tolerance that `to_json` wrote.
-
-        Args:
-            text: JSON text.
-
-        Returns:
-            An equal tolerance.
-
-        Raises:
-            ValueError: if `text` is not JSON of that form.
-        """
-        record = json.loads(text)
-        keys = {"origin", "values", "separatrix", "inputs"}
-        if not isinstance(record, dict) or record.keys() != keys or not isinstance(record["inputs"], dict):
-            fail("text", f"hold the keys {sorted(keys)}", text, mend="Write it with `Tolerance.to_json`.")
-        inputs = {name: _decode(value) for name, value in record["inputs"].items()}
-        return cls(_decode(record["values"]), _decode(record["separatrix"]), inputs, record["origin"])
 
 
 def derive(
@@ -169,8 +68,8 @@ def derive(
     hold at all: the benefit reaches the price, or the drift reaches decay times price (with decay). With a gain of 0
     both numbers are limits for gain -> 0; the separatrix may then be infinite. The tolerance is 1 at most.
 
-    Source: THEORY 4.3 and 5 (discrete-step form), derived there; the deterministic part is Theorem 3.2 and 3.3 of
-    arXiv:2411.09127.
+    Source: docs/mathematics.md sections 4.3 and 5 (discrete-step form), derived there; the deterministic part is
+    Theorem 3.2 and 3.3 of arXiv:2411.09127.
 
     Args:
         benefit: Upper limit of the loss b saved by keeping each structure, nats; may be negative. Scalar or array; all
@@ -217,32 +116,13 @@ def derive(
     )
     from scipy.special import ndtri
 
-    inputs["risk"] = check_interval("risk", risk, 0.0, 0.5, True, True, array=True, mend="Choose e.g. 0.05.")
+    inputs["risk"] = check_interval("risk", risk, 0.0, 0.5, True, True, array=True, hint="Choose e.g. 0.05.")
     inputs = _broadcast(inputs)
     separatrix, spread, hopeless = _boundary(**{name: inputs[name] for name in _INPUTS})
     with np.errstate(invalid="ignore"):
         values = np.minimum(separatrix + ndtri(inputs["risk"]) * spread, 1.0)
     values = np.where(hopeless, -np.inf, values)
-    return Tolerance(_frozen(values), _frozen(separatrix), inputs, "derived")
-
-
-def fixed(value: float, n: int | None = None) -> Tolerance:
-    """Tolerance chosen by hand, the same for every structure; it carries no failure probability.
-
-    Args:
-        value: Keep probability at or below which to remove, in [0, 1].
-        n: Number of structures, or None for a single one of shape ().
-
-    Returns:
-        The tolerance, with origin "fixed".
-
-    Raises:
-        ValueError: if `value` lies outside [0, 1] or `n` is not a positive integer.
-    """
-    value = check_interval("value", value, 0.0, 1.0)
-    shape = () if n is None else (check_int("n", n, low=1),)
-    values = _frozen(np.full(shape, value))
-    return Tolerance(values, _frozen(np.full(shape, np.nan)), {"value": values}, "fixed")
+    return Tolerance(frozen(values), frozen(separatrix), inputs, "derived")
 
 
 def escape_probability(
@@ -265,7 +145,7 @@ def escape_probability(
     Phi(-(V* - V0) sqrt(mu (2 + tau mu)) / s_V), s_V as in `derive`: at the tolerance it equals the risk. It is 1 where
     the claim does not hold (see `derive`).
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         keep_prob: Keep probability theta now, in [0, 1].
@@ -327,7 +207,7 @@ def commit_alarm(
     min(1, N exp(-2 rho (b - g) / sigma^2)), N steps left: theta reflecting at 1 is a one-sided (Page) CUSUM, each step
     may begin an excursion, and an excursion of a Gaussian walk with drift rho (b - g) and diffusion sigma ever covers
     the distance 1 with probability at most exp(-2 rho (b - g) / sigma^2). With sigma^2 = tau rho^2 Var[G_hat] this is
-    the rate exp(-2 (b - g) / (tau rho Var)) of THEORY section 3.
+    the rate exp(-2 (b - g) / (tau rho Var)) of docs/mathematics.md section 3.
 
     Args:
         benefit: Lower limit of the benefit b, nats, for the rest of the run. All arguments broadcast.
@@ -360,8 +240,8 @@ def commit_alarm(
 
 
 def _price(price: Any) -> np.ndarray:
-    mend = "A structure without a price has no gate and needs no tolerance; leave it out."
-    return check_positive("price", price, array=True, mend=mend)
+    hint = "A structure without a price has no gate and needs no tolerance; leave it out."
+    return check_positive("price", price, array=True, hint=hint)
 
 
 def _inputs(**given: Any) -> dict[str, np.ndarray]:
@@ -421,100 +301,3 @@ def _boundary(
         spread = np.where(flat, 0.0, spread)
     hopeless = (benefit >= price) | ((decay > 0.0) & (room <= 0.0)) | (flat & (decay == 0.0) & (benefit_noise > 0.0))
     return separatrix, spread, hopeless
-
-
-def _explain(
-    value: float,
-    separatrix: float,
-    *,
-    benefit: float,
-    price: float,
-    gain: float,
-    decay: float,
-    rate_ratio: float,
-    noise: float,
-    benefit_noise: float,
-    drift: float,
-    step_time: float,
-    memory: float,
-    pooled: float,
-    risk: float,
-) -> str:
-    """One sentence about one structure."""
-    if benefit >= price:
-        return (
-            f"Not safe: the benefit may be {benefit:.4g} nats, not below the price {price:.4g}; "
-            "measure the benefit more precisely, or raise the price."
-        )
-    if decay > 0.0 and drift >= decay * price:
-        return (
-            f"Not safe: the drift {drift:.4g} is not below decay times price, {decay * price:.4g}, so no domain of "
-            "attraction is certain; measure the drift once it has fallen, or give decay=0 for the claim that theta "
-            "reaches 0 at least once."
-        )
-    if gain == 0.0:
-        if value > 0.0:
-            return "Safe at every keep probability: without gain the benefit cannot grow to the price."
-        if drift > 0.0:
-            return "Not safe: with no gain and no decay the drift raises the benefit for ever; lower the drift."
-        return (
-            "Not safe: with no gain and no decay the noise of the benefit is not damped; give an upper limit for gain."
-        )
-    if separatrix <= 0.0:
-        return (
-            f"Not safe: the drift {drift:.4g} leaves no domain of attraction at benefit {benefit:.4g} and price "
-            f"{price:.4g}; lower the drift or raise the rate ratio or the price."
-        )
-    from scipy.special import ndtri
-
-    z = -float(ndtri(risk))
-    if value >= 1.0:
-        return (
-            f"Safe at every keep probability: the separatrix {separatrix:.4g} exceeds 1 by more than the noise margin."
-        )
-    if value > 0.0:
-        return (
-            f"Safe to remove at or below {value:.6g}: the separatrix {separatrix:.4g} less a noise margin of "
-            f"{separatrix - value:.4g} at risk {risk:g}."
-        )
-    scale = (rate_ratio * gain) ** 0.25
-    needed = z * (noise / rate_ratio * scale / np.sqrt(2.0) + benefit_noise / np.sqrt(2.0) / scale)
-    return (
-        f"Not safe: the noise margin {separatrix - value:.4g} at risk {risk:g} is not below the separatrix "
-        f"{separatrix:.4g}; average more draws, lower the rate ratio or the step time, accept more risk, or raise the "
-        f"price (with benefit, decay and drift at 0 it would have to exceed {needed:.4g} nats)."
-    )
-
-
-def _frozen(values: np.ndarray) -> np.ndarray:
-    values = np.array(values, dtype=np.float64)
-    values.setflags(write=False)
-    return values
-
-
-def _encode(value: Any) -> Any:
-    """Replace floats that JSON cannot hold by strings, in nested lists."""
-    if isinstance(value, list):
-        return [_encode(entry) for entry in value]
-    return value if np.isfinite(value) else str(value)
-
-
-def _decode(value: Any) -> np.ndarray:
-    """Read back what `_encode` wrote; the strings "inf", "-inf" and "nan" convert like numbers."""
-
-    def convert(entry: Any) -> Any:
-        if isinstance(entry, list):
-            return [convert(part) for part in entry]
-        if isinstance(entry, str) and entry in ("inf", "-inf", "nan"):
-            return float(entry)
-        return entry
-
-    return _frozen(_numbers(convert(value)))
-
-
-def _numbers(value: Any) -> np.ndarray:
-    """Return numbers, finite or not, as an array of floats."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "iuf" or isinstance(value, bool):
-        fail("text", "hold numbers", value, mend="Write it with `Tolerance.to_json`.")
-    return array.astype(np.float64)

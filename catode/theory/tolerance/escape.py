@@ -4,7 +4,7 @@
 is at least that of never being absorbed, which the bound of `tolerance.escape_probability` is about. The iterates and
 their noise are those of `stochastic`.
 
-Source: THEORY section 5.
+Source: docs/mathematics.md section 5.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from scipy.special import betaincinv, ndtr, ndtri
+from scipy.special import ndtr, ndtri
 
 from catode._validate import check_int, check_interval, check_nonnegative, check_positive, check_real, check_shape, fail
 from catode.theory.flow.stochastic import NORMAL, Noise, copies, iterate
-from catode.theory.systems.planar import BenefitSystem
+from catode.theory.systems.benefit import BenefitSystem
 from catode.theory.tolerance.derivation import derive, escape_probability
 
 __all__ = [
@@ -93,7 +93,7 @@ def escape_frequency(
 ) -> Escape:
     """Measure how often theta, left alone, is not absorbed at 0 within the horizon.
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         system: A system of `catode.theory.systems`, or any with `field` and `project` (then give the horizon). Bounds
@@ -124,6 +124,8 @@ def escape_frequency(
         >>> escape.lower < 0.021 < escape.upper < escape.bound
         True
     """
+    from scipy.stats import binomtest  # a third of a second, for this function alone
+
     tau = check_positive("step_time", step_time)
     if horizon is None and not hasattr(system, "growth_rate"):
         fail("horizon", "be given for a system without a growth rate", horizon)
@@ -146,15 +148,15 @@ def escape_frequency(
     if run.status == "failed":
         raise FloatingPointError(run.message)
     escaped = int(np.isinf(run.absorbed_at).sum())
-    lower, upper = _clopper_pearson(escaped, len(starts), confidence)
+    interval = binomtest(escaped, len(starts)).proportion_ci(confidence)
     scale = {"step_time": tau, "noise": float(noise), "benefit_noise": float(benefit_noise)}
     bounds = escape_bounds(system, starts[0], **scale) if isinstance(system, BenefitSystem) else (None, None)
     return Escape(
         start=tuple(starts[0].tolist()),
         replicas=len(starts),
         escaped=escaped,
-        lower=lower,
-        upper=upper,
+        lower=float(interval.low),
+        upper=float(interval.high),
         confidence=confidence,
         horizon=steps * tau,
         distribution=distribution.name,
@@ -172,7 +174,7 @@ def escape_bounds(
     With k = (V* - V0) sqrt(mu (2 + tau mu)) / s_V: Phi(-k) for normal noise (`tolerance.escape_probability`), and
     Cantelli's 1/(1 + k^2) for any noise of mean 0 and that variance; both are 1 where no claim holds.
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         system: The comparison system.
@@ -202,7 +204,7 @@ def cantelli_risk(risk: float) -> float:
 
     Phi(-k) with k = sqrt(1/risk - 1), so that the margin of `derive` is the one of Cantelli's inequality.
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         risk: Accepted probability, in [0.001, 0.5); at less the normal distribution function underflows.
@@ -261,7 +263,7 @@ def heavy_tails(
     Every distribution has the same variance, and is run from the tolerance for normal noise (rule "normal") and from
     Cantelli's (rule "cantelli"), which holds for all of them.
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         system: The comparison system.
@@ -311,7 +313,7 @@ def large_steps(
     The diffusion grows as sqrt(tau), so the tolerance falls. Every step size is run from its own tolerance (rule
     "derived") and from that of the smallest step (rule "kept"), which promises too much.
 
-    Source: THEORY section 5.
+    Source: docs/mathematics.md section 5.
 
     Args:
         system: The comparison system.
@@ -353,11 +355,3 @@ def _case(system: BenefitSystem, rule: str, risk: float, benefit: float, toleran
 def _inputs(system: BenefitSystem) -> dict[str, float]:
     """What `derive` and `escape_probability` need to know of a system."""
     return {name: getattr(system, name) for name in ("price", "gain", "decay", "rate_ratio", "drift")}
-
-
-def _clopper_pearson(count: int, n: int, confidence: float) -> tuple[float, float]:
-    """Exact confidence limits of a binomial probability."""
-    tail = (1.0 - confidence) / 2.0
-    lower = float(betaincinv(count, n - count + 1, tail)) if count > 0 else 0.0
-    upper = float(betaincinv(count + 1, n - count, 1.0 - tail)) if count < n else 1.0
-    return lower, upper

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class DataError(ValueError):
-    """Data that is missing, malformed or unusable; one line: argument, constraint, value, mend."""
+    """Data that is missing, malformed or unusable; one line: argument, constraint, value, hint."""
 
 
 @dataclass(frozen=True, eq=False)

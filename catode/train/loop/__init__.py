@@ -1,9 +1,10 @@
 """A training run from settings to folder: preparation, the loop, checkpoints, signals, tables."""
 
-from catode.train.loop.optimization import AMP, autocast, evaluate, learning_rates, make_optimizer, make_pruner
+from catode.train.loop.optimization import AMP, autocast, evaluate, make_optimizer, make_pruner
 from catode.train.loop.setup import Setup, build_model, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
 from catode.train.loop.trainer import NotFinite, Trainer, run, train
+from catode.train.settings.training import learning_rates
 
 __all__ = [
     "AMP",

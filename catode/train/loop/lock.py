@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from catode.train.settings.config import ConfigError
+from catode.train.settings.setting import ConfigError
 
 try:
     import fcntl
@@ -40,8 +40,8 @@ def hold(folder: Path, name: str = "out") -> TextIO:
         file = (folder / FILE).open("a+")
     except OSError as error:
         raise ConfigError(
-            f"`{name}` must be a folder that can be written; got {name}={str(folder)!r}: {error.strerror}. Choose another, or mend "
-            "its rights."
+            f"`{name}` must be a folder that can be written; got {name}={str(folder)!r}: {error.strerror}. Choose another, or "
+            "change its permissions."
         ) from None
     if fcntl is not None:
         try:

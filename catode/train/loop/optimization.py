@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,22 +16,6 @@ if TYPE_CHECKING:
     from catode.train.loop.setup import Setup
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def learning_rates(schedule: str, peak: float, steps: int) -> np.ndarray:
-    """Learning rate of every step, shape (steps,).
-
-    Args:
-        schedule: `one-cycle` (linear rise over 15 % of the steps, linear fall to 0), `cosine` or `constant`.
-        peak: Largest learning rate.
-        steps: Number of steps.
-    """
-    position = (np.arange(steps) + 0.5) / steps
-    if schedule == "one-cycle":
-        return peak * np.minimum(position / 0.15, (1.0 - position) / 0.85)
-    if schedule == "cosine":
-        return peak * 0.5 * (1.0 + np.cos(np.pi * position))
-    return np.full(steps, peak)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -77,7 +60,7 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         images=len(setup.images.train_labels),
         target_macs=config.target_macs,
         target_params=config.target_params,
-        rate_ratio=setup.rate_ratio,
+        rate_ratio=config.rate_ratio,
         steps=setup.decide_steps,
         warmup=setup.warmup_steps,
         initial_keep_prob=config.initial_keep_prob,
@@ -87,9 +70,9 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         probe_size=config.probe_size,
         layers_per_probe=config.layers_per_probe,
         measure_every=config.measure_every,
-        check_every=setup.check_every,
+        check_every=config.check_every,
         read_every=config.read_every,
-        memory=setup.memory,
+        memory=config.memory,
         width_multiple=config.width_multiple,
         round_to=config.round_to,
         shadow=len(setup.schedule) if config.shadow else None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from catode.decisions.target import Target
-from catode.prune.describe.protocol import describe
-from catode.prune.steptime import MeasuredComplexity
-from catode.train.loop.trainer import Setup
+from catode.prune.describe.costs import describe
+from catode.prune.describe.steptime import MeasuredComplexity
+from catode.train.loop.setup import Setup
 
 
 def table(setup: Setup) -> str:
@@ -31,8 +31,9 @@ def table(setup: Setup) -> str:
         f"{config.arch}: {macs:,.0f} MACs, {params:,.0f} parameters; removable {cost.removable_macs / macs:.1%} of the MACs, "
         f"{cost.removable_params / params:.1%} of the parameters",
         f"nu {config.nu:g}, alpha {config.alpha:g}, beta {config.beta:g}; {len(setup.schedule)} steps, ODE time "
-        f"{setup.ode_time:.4g}, rate_ratio {setup.rate_ratio:.4g}, deciding from step {setup.warmup_steps} to {setup.decide_steps}",
-        f"memory {setup.memory} steps, a check every {setup.check_every}",
+        f"{setup.ode_time:.4g}, rate_ratio {config.rate_ratio:.4g}, deciding from step {setup.warmup_steps} to "
+        f"{setup.decide_steps}",
+        f"memory {config.memory} steps, a check every {config.check_every}",
         "",
         f"{'block':<12} {'width':>9} {'MACs':>13} {'params':>11} {'layer price':>12} {'unit price':>18}",
     ]
@@ -42,9 +43,9 @@ def table(setup: Setup) -> str:
     for number, block in enumerate(blocks):
         without = ones.copy()
         without[number] = 0.0
-        sites = np.flatnonzero(cost.site_block == number)
-        widths = "+".join(str(cost.widths[site]) for site in sites)
-        units = " ".join(f"{prices[layers + np.argmax(cost.unit_site == site)]:.3g}" for site in sites)
+        sites = np.flatnonzero(cost.inventory.site_layer == number)
+        widths = "+".join(str(cost.inventory.widths[site]) for site in sites)
+        units = " ".join(f"{prices[layers + np.argmax(cost.inventory.unit_site == site)]:.3g}" for site in sites)
         lines.append(
             f"{block.name:<12} {widths:>9} {macs - cost.macs(without):>13,.0f} {params - cost.params(without):>11,.0f} "
             f"{prices[number]:>12.3g} {units:>18}"

@@ -11,21 +11,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from catode.decisions.motion import rate_ratios
 from catode.decisions.target import Target
-from catode.prune import distributed, steptime
-from catode.prune.describe.protocol import describe
+from catode.prune import distributed
+from catode.prune.describe import steptime
+from catode.prune.describe.costs import describe
 from catode.prune.device import check_compile, keep_freed_memory
-from catode.prune.pruner import rate_ratios
 from catode.train import data
 from catode.train.loop import board, checkpoint, lock
-from catode.train.loop.optimization import AMP, learning_rates
+from catode.train.loop.optimization import AMP
 from catode.train.loop.tables import TABLES
 from catode.train.models import resnets, weights
-from catode.train.settings.config import Config, check_out
+from catode.train.settings.config import Config
+from catode.train.settings.run import check_out
+from catode.train.settings.training import learning_rates, ode_time
 
 PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history")  # of a trainer
-
-
 STATE_FIELDS = (
     *PROGRESS,
     "config",
@@ -43,15 +44,9 @@ STATE_FIELDS = (
 )
 
 
-LEAST_MEMORY = 200
-
-
-SHORT_RUN = 6240  # steps of a deciding phase for which the least memory does: 20 epochs of CIFAR-10
-
-
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs before its first step, in each of its processes.
+    """Everything a run needs before its first step, in each of its processes; no setting of `config` is left to be derived.
 
     Of a run that goes on, `state` is what it had reached, if it got so far, and `lock` keeps other runs out of it.
     `step_times` are what it prices by, if not by MACs; `notes` are what its user should know, one line each.
@@ -77,7 +72,7 @@ class Setup:
     @property
     def ode_time(self) -> float:
         """Length of the whole run in ODE time, sum of lr/(1 - momentum)."""
-        return float(self.schedule.sum() / (1.0 - self.config.momentum))
+        return ode_time(self.schedule, self.config.momentum)
 
     @property
     def warmup_steps(self) -> int:
@@ -88,29 +83,6 @@ class Setup:
     def decide_steps(self) -> int:
         """Steps after which the deciding phase ends."""
         return round(self.config.decide_until * len(self.schedule))
-
-    @property
-    def memory(self) -> int:
-        """Steps over which measurements are pooled.
-
-        How fast benefits change is known to within memory^(-3/2) and is extrapolated over the rest of the run, so that a
-        memory in proportion to length^(2/3) leaves a run of any length in the same doubt.
-        """
-        if self.config.memory is not None:
-            return self.config.memory
-        return max(LEAST_MEMORY, round(LEAST_MEMORY * (self.decide_steps / SHORT_RUN) ** (2 / 3)))
-
-    @property
-    def check_every(self) -> int:
-        """Steps from one check to the next."""
-        return self.memory // 4 if self.config.check_every is None else self.config.check_every
-
-    @property
-    def rate_ratio(self) -> float:
-        """Speed of every theta at zero benefit, 1/time."""
-        if self.config.rate_ratio is not None:
-            return self.config.rate_ratio
-        return 1.0 / (self.config.sink_share * self.ode_time)
 
 
 def prepare(config: Config) -> Setup:
@@ -185,6 +157,7 @@ def prepare(config: Config) -> Setup:
             f"`resume` must go on with as many processes as the run began with, {state['processes']}; got {group.size}. Without "
             "sync_bn each normalises its own share of a batch, so that another number would be another training."
         )
+    config = config.resolved(steps * config.epochs, group.size)
     step_times = _step_times(config, model, example, state)
     setup = Setup(config, images, model, example, steps, schedule, state, tuple(notes), held, step_times, group)
     if config.nu > 0:  # what the pruner would refuse is told before anything is written
@@ -192,7 +165,7 @@ def prepare(config: Config) -> Setup:
         Target.choose(complexity, config.target_macs, config.target_params)
         if step_times is not None:
             complexity = steptime.MeasuredComplexity(complexity, step_times)
-        rate_ratios(complexity, nu=config.nu, alpha=config.alpha, beta=config.beta, clock=setup.rate_ratio)
+        rate_ratios(complexity, nu=config.nu, alpha=config.alpha, beta=config.beta, theta_speed=config.rate_ratio)
     return setup
 
 

@@ -21,47 +21,26 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from catode.decisions import shadow
-from catode.prune import steptime, transfer
-from catode.prune.describe.protocol import Counts, count
+from catode.prune import transfer
+from catode.prune.checking import ROW_FIELDS
+from catode.prune.describe import steptime
+from catode.prune.describe.costs import Counts, count
 from catode.prune.device import latency_ms
 from catode.prune.gates import plain_name
-from catode.prune.pruner import ROW_FIELDS
+from catode.structures import fates
 from catode.train import data
 from catode.train.loop import board, checkpoint, lock
 from catode.train.loop.optimization import AMP, autocast, evaluate, make_optimizer, make_pruner
 from catode.train.loop.result import environment, random_state
 from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
-from catode.train.settings.config import Config, check_out
+from catode.train.settings.config import Config
+from catode.train.settings.run import check_out
 from catode.train.stop import Stop, Stopped
 
 
 class NotFinite(RuntimeError):
     """The loss stopped being finite; the last good state was kept."""
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def run(config: Config, *, progress: bool = True, at_end: Callable[[Path], object] | None = None) -> Path:
@@ -482,9 +461,9 @@ class Trainer:
             "layers_total": self.total[0],
             "units_kept": units,
             "units_total": self.total[1],
-            "units_kept_for_rounding": self.pruner.kept_for_rounding if self.pruner else 0,
+            "units_kept_for_rounding": self.pruner.kept_for_width if self.pruner else 0,
             "decisions": self.pruner.decisions() if self.pruner else {},
-            "macs_removed_by_tolerance": self.pruner.macs_removed("pruned_tolerance") if self.pruner else 0,
+            "macs_removed_by_tolerance": self.pruner.macs_removed(fates.PRUNED_TOLERANCE) if self.pruner else 0,
             "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
@@ -496,10 +475,6 @@ class Trainer:
         }
         if self.pruner is not None and self.pruner.shadow is not None:
             table = CsvTable(self.folder, shadow.FILE, shadow.FIELDS)
-            table.add(self.pruner.shadow.rows(self.pruner.names()))
+            table.add(self.pruner.shadow.rows(self.pruner.inventory.names()))
             table.close()
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
-
-
-
-

@@ -7,4 +7,4 @@ _HOMES = {
     for name in ("Architecture", "BasicBlock", "Bottleneck", "DenseBlock", "DenseResNet", "ResNet", "build")
 } | {name: "catode.train.models.catalogue" for name in ("ARCHITECTURES", "SHORTCUTS", "STEMS")}
 __getattr__, __dir__ = lazy(__name__, _HOMES)
-__all__ = [*_HOMES]  # noqa: PLE0604
+__all__ = [*_HOMES]

@@ -1,4 +1,4 @@
-"""The command line of a run: one flag for each field of `Config`, whose ranges, choices and presets `--help` tells.
+"""The command line of a run: one flag for each setting, whose ranges, choices and presets `--help` tells.
 
 `CommandLine` is the parser of the project's other programs too.
 """
@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from catode.train.settings.config import GROUPS, PRESETS, Config, ConfigError, Setting, nearest, settings
+from catode.train.settings import presets
+from catode.train.settings.config import Config, settings
+from catode.train.settings.setting import GROUPS, ConfigError, Setting, nearest
 
 __all__ = ["CommandLine", "build_parser", "parse"]
 
@@ -31,8 +32,8 @@ class CommandLine(argparse.ArgumentParser):
             if not name.startswith("-"):
                 return f"`{name}` must follow a flag; got the stray argument {first!r}. Remove it, or see --help."
             near = nearest(name.lstrip("-"), flags)
-            mend = f"Did you mean --{near}?" if near else "See --help for all flags."
-            return f"`{name}` must be a known flag; got {first}. {mend}"
+            hint = f"Did you mean --{near}?" if near else "See --help for all flags."
+            return f"`{name}` must be a known flag; got {first}. {hint}"
         if message.startswith("the following arguments are required: "):
             names = message.removeprefix("the following arguments are required: ").split(", ")
             name = names[0].split("/")[0].lstrip("-").replace("-", "_").lower()
@@ -65,8 +66,8 @@ def _convert(name: str, setting: Setting) -> Any:
         except ValueError:
             what = "an integer" if setting.kind is int else "a number"
             limit = f" {setting.range}" if setting.range else ""
-            mend = f" {setting.mend}" if setting.mend else ""
-            raise argparse.ArgumentTypeError(f"`{name}` must be {what}{limit}; got {name}={text!r}.{mend}") from None
+            hint = f" {setting.hint}" if setting.hint else ""
+            raise argparse.ArgumentTypeError(f"`{name}` must be {what}{limit}; got {name}={text!r}.{hint}") from None
 
     return convert
 
@@ -74,10 +75,10 @@ def _convert(name: str, setting: Setting) -> Any:
 def _default_text(name: str, default: Any) -> str:
     """The default and the presets of a field, for `--help`."""
     groups: dict[tuple[str, Any], list[str]] = {}
-    for (dataset, arch), preset in PRESETS.items():
+    for (dataset, arch), preset in presets.PRESETS.items():
         if name in preset and (dataset, preset[name]) != ("*", default):
             groups.setdefault((dataset, preset[name]), []).append(arch)
-    everywhere = all(name in PRESETS.get((dataset, "*"), {}) for dataset in settings()["dataset"].choices)
+    everywhere = all(name in presets.PRESETS.get((dataset, "*"), {}) for dataset in settings()["dataset"].choices)
     parts = [] if default is None or default is False or everywhere else [_shown(default)]
     for (dataset, value), archs in groups.items():
         where = [] if dataset == "*" else [dataset]
@@ -110,7 +111,7 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A parser with one flag for each field of `Config`; what is not given is left out of the namespace.
+    """A parser with one flag for each setting; what is not given is left out of the namespace.
 
     Returns:
         The parser; its `error` raises `ConfigError`.
@@ -124,19 +125,18 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
-    for field in dataclasses.fields(Config):
-        setting: Setting = field.metadata["setting"]
-        notes = "; ".join(n for n in (setting.range, _default_text(field.name, field.default)) if n)
+    for name, setting in settings().items():
+        notes = "; ".join(n for n in (setting.range, _default_text(name, getattr(Config, name))) if n)
         options: dict[str, Any] = {"help": (setting.help + (f" [{notes}]" if notes else "")).replace("%", "%%")}
         if setting.kind is bool:
             options["action"] = argparse.BooleanOptionalAction if setting.negatable else "store_true"
             options["default"] = argparse.SUPPRESS
         else:
-            kind = _METAVARS.get(field.name, setting.kind.__name__.upper())
+            kind = _METAVARS.get(name, setting.kind.__name__.upper())
             options["metavar"] = "{" + ",".join(setting.choices) + "}" if setting.choices else kind
             if setting.kind in (int, float):
-                options["type"] = _convert(field.name, setting)
-        groups[setting.group].add_argument("--" + field.name.replace("_", "-"), **options)
+                options["type"] = _convert(name, setting)
+        groups[setting.group].add_argument("--" + name.replace("_", "-"), **options)
     return parser
 
 

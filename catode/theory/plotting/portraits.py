@@ -1,20 +1,15 @@
-"""Pictures of the theory: results in, matplotlib Axes out.
-
-Every function draws on the Axes that it is given and returns it. Nothing here touches pyplot or any other global
-state, so the functions work alike in notebooks, in scripts and inside a training run.
-"""
+"""Planar flows: streamlines, domains, separatrices, equilibria and trajectories."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
+
+from catode.theory.plotting.basins import basin_map
+from catode.theory.plotting.style import PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,85 +18,9 @@ if TYPE_CHECKING:
     from catode.theory.basins.equilibria import Equilibrium
     from catode.theory.basins.grids import Basins
     from catode.theory.flow.trajectory import Trajectory
+    from catode.theory.systems.benefit import BenefitSystem
     from catode.theory.systems.box import BoxSystem
-    from catode.theory.systems.planar import BenefitSystem, PlanarSystem
-
-PALETTE = {
-    "black": "#000000",
-    "orange": "#E69F00",
-    "sky": "#56B4E9",
-    "green": "#009E73",
-    "yellow": "#F0E442",
-    "blue": "#0072B2",
-    "vermillion": "#D55E00",
-    "purple": "#CC79A7",
-    "grey": "#7F7F7F",
-}
-"""The colour-blind-safe colours of Okabe and Ito, and a grey for what is in the background."""
-
-_STATES = (
-    ("pruned_tolerance", "vermillion", "removed by tolerance"),
-    ("pruned_zero", "orange", "removed at θ = 0"),
-    ("promoted", "yellow", "gone with its site or block"),
-    ("committed", "blue", "committed"),
-    ("forced", "purple", "forced"),
-    ("undecided", "grey", "undecided"),
-)
-
-STYLE: dict[str, Any] = {
-    "figure.dpi": 100,
-    "savefig.dpi": 100,
-    "figure.facecolor": "white",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#444444",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.7,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-}
-"""The house style, as matplotlib rc settings; `new_figure` and `house_style` apply it."""
-
-
-@contextmanager
-def house_style() -> Iterator[None]:
-    """Apply `STYLE` inside a `with` block and restore the settings afterwards."""
-    with mpl.rc_context(STYLE):
-        yield
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure with the Agg canvas, outside pyplot.
-
-    Create its Axes inside `with house_style():`, since matplotlib reads the style when an Axes is made.
-
-    Args:
-        width: Inches.
-        height: Inches.
-
-    Returns:
-        A figure with constrained layout; save it with `figure.savefig(path)`.
-    """
-    with house_style():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-    return figure
-
-
-def legend_below(ax: Axes, columns: int = 2) -> Axes:
-    """Put the legend under the Axes, if there is anything to tell in it."""
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
-    return ax
+    from catode.theory.systems.planar import PlanarSystem
 
 
 def phase_portrait(
@@ -124,7 +43,7 @@ def phase_portrait(
     upper edge), the mirror domain in which keeping is certain, the price, and the saddle where it lies in the window.
     Where D is empty nothing is shaded; the mirror domain needs the system's `gain_lower` and `decay_upper`.
 
-    Source: THEORY sections 4.3 and 4.4, derived there.
+    Source: docs/mathematics.md sections 4.3 and 4.4, derived there.
 
     Args:
         ax: Where to draw.
@@ -273,191 +192,6 @@ def flow_portrait(
     ax.set_ylabel(names[1])
     if legend and ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
-    return ax
-
-
-def basin_map(ax: Axes, basins: Basins, *, names: Sequence[str] = ("", ""), legend: bool = True) -> Axes:
-    """Shade a plane of starts by the attractor that each one goes to; what is undecided stays white.
-
-    Args:
-        ax: Where to draw.
-        basins: Labels on a grid along two coordinates; further ones must be held.
-        names: Names of the two coordinates.
-        legend: Whether to name the attractors and their shares below the Axes.
-
-    Returns:
-        `ax`.
-
-    Raises:
-        ValueError: if not exactly two coordinates vary.
-    """
-    axes = [axis for axis in basins.axes if axis.ndim]
-    if len(axes) != 2:
-        raise ValueError(f"`basins` must vary along two coordinates; got {len(axes)}. Use basin_slices for three.")
-    colors = ("yellow", "sky", "orange", "green", "purple", "vermillion", "blue")
-    shades = [to_rgba(PALETTE[colors[i % len(colors)]], 0.45) for i in range(len(basins.names))]
-    image = np.ones((*basins.labels.shape, 4))
-    for label, shade in enumerate(shades):
-        image[basins.labels == label] = shade
-    ax.pcolormesh(*axes, np.swapaxes(image, 0, 1), shading="nearest", zorder=0.4, rasterized=True)
-    for label, shade in enumerate(shades):
-        share = float((basins.labels == label).mean())
-        if share:
-            ax.fill_between([], [], color=shade, linewidth=0, label=f"{basins.names[label]} ({share:.0%})")
-    undecided = float((basins.labels < 0).mean())
-    if undecided:
-        ax.fill_between([], [], facecolor="white", edgecolor="#444444", label=f"undecided ({undecided:.1%})")
-    ax.grid(visible=False)
-    ax.set_xlabel(names[0])
-    ax.set_ylabel(names[1])
-    if legend:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
-    return ax
-
-
-def basin_slices(figure: Figure, basins: Basins, *, names: Sequence[str] = ("x", "y", "z"), count: int = 4) -> Figure:
-    """Draw a three-dimensional map of basins as slices along its last coordinate, side by side.
-
-    Args:
-        figure: An empty figure.
-        basins: Labels on a grid along three coordinates.
-        names: Names of the coordinates.
-        count: Number of slices, evenly spread.
-
-    Returns:
-        `figure`.
-
-    Raises:
-        ValueError: if not three coordinates vary.
-    """
-    import dataclasses
-
-    if basins.labels.ndim != 3:
-        raise ValueError(
-            f"`basins` must vary along three coordinates; got {basins.labels.ndim}. Use basin_map for two."
-        )
-    with house_style():
-        panels = np.atleast_1d(figure.subplots(1, count, sharey=True))
-    *plane, last = basins.axes
-    chosen = np.linspace(0, len(last) - 1, count).round().astype(int)
-    for ax, i in zip(panels, chosen, strict=True):
-        part = dataclasses.replace(basins, labels=basins.labels[..., i], axes=(*plane, np.asarray(last[i])))
-        basin_map(ax, part, names=(names[0], names[1] if i == 0 else ""), legend=False)
-        ax.set_title(f"{names[2]} = {last[i]:.3g}")
-    return figure
-
-
-def tolerance_over_risk(ax: Axes, inputs: dict[str, Any]) -> Axes:
-    """Draw the tolerance against the accepted risk, at 0 where nothing can be removed safely.
-
-    Args:
-        ax: Where to draw.
-        inputs: Arguments of `catode.theory.tolerance.derive` as numbers; the risk among them is marked.
-
-    Returns:
-        `ax`.
-    """
-    risk = np.geomspace(1e-4, 0.499, 200)
-    ax.set_xscale("log")
-    return _tolerance_curve(ax, inputs, risk, {"risk": risk}, inputs["risk"], "accepted risk")
-
-
-def tolerance_over_batch_size(ax: Axes, inputs: dict[str, Any]) -> Axes:
-    """Draw the tolerance against the batch size, relative to the one at which the noises were measured.
-
-    A batch k times as large has noises smaller by sqrt(k).
-
-    Args:
-        ax: Where to draw.
-        inputs: Arguments of `catode.theory.tolerance.derive` as numbers.
-
-    Returns:
-        `ax`.
-    """
-    factor = np.geomspace(1.0 / 16.0, 64.0, 200)
-    noises = {name: inputs[name] / np.sqrt(factor) for name in ("noise", "benefit_noise")}
-    ax.set_xscale("log", base=2)
-    return _tolerance_curve(ax, inputs, factor, noises, 1.0, "batch size / measured one")
-
-
-def _tolerance_curve(
-    ax: Axes, inputs: dict[str, Any], x: np.ndarray, changed: dict[str, np.ndarray], here: float, label: str
-) -> Axes:
-    from catode.theory.tolerance.derivation import derive
-
-    curve, point = derive(**{**inputs, **changed}), derive(**inputs)
-    ax.plot(x, np.clip(curve.values, 0.0, 1.0), color=PALETTE["blue"], label="tolerance")
-    separatrix = float(point.separatrix)
-    if 0.0 <= separatrix <= 1.0:
-        ax.axhline(separatrix, color=PALETTE["black"], linewidth=1.2, label="separatrix (no noise)")
-    ax.plot(here, np.clip(float(point), 0.0, 1.0), "v", color=PALETTE["vermillion"], label="here", zorder=5)
-    unsafe = curve.values <= 0.0
-    if unsafe.any():
-        ax.fill_between(x, 0, 1, where=unsafe, color=PALETTE["grey"], alpha=0.15, linewidth=0, label="nothing is safe")
-    top = max(np.clip(curve.values, 0.0, 1.0).max(), min(max(separatrix, 0.0), 1.0))
-    ax.set_ylim(0.0, 1.15 * top if top > 0.0 else 1.0)
-    ax.set_xlabel(label)
-    ax.set_ylabel("tolerance on θ")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
-    return ax
-
-
-def decisions(ax: Axes, rows: Sequence[dict[str, Any]]) -> Axes:
-    """Draw where structures were decided: benefit over price against the keep probability, a colour for each state.
-
-    Args:
-        ax: Where to draw.
-        rows: Rows of a run's structures.csv with `benefit`, `price`, `keep_prob` and `state`.
-
-    Returns:
-        `ax`.
-    """
-    window = -10.0, 100.0
-    for state, color, label in _STATES:
-        chosen = [row for row in rows if row["state"] == state and np.isfinite(row["benefit"]) and row["price"] > 0]
-        if chosen:
-            ratio = np.clip([row["benefit"] / row["price"] for row in chosen], *window)
-            theta = [row["keep_prob"] for row in chosen]
-            label = f"{label} ({len(chosen)})"
-            ax.scatter(ratio, theta, s=14, color=PALETTE[color], alpha=0.7, linewidths=0, label=label)
-    ax.axvline(1.0, color=PALETTE["grey"], linestyle="--", linewidth=1.2)
-    ax.set_xscale("symlog", linthresh=1.0)
-    ax.set_ylim(-0.02, 1.02)
-    ax.set_xlim(1.2 * window[0], 1.2 * window[1])
-    ax.set_xlabel(f"benefit / price, cut at {window[0]:g} and {window[1]:g}")
-    ax.set_ylabel("keep probability θ at the last check")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
-    return ax
-
-
-def tolerances(ax: Axes, rows: Sequence[dict[str, Any]], anew: Sequence[float]) -> Axes:
-    """Draw the keep probability of every structure against its tolerance; on and below the diagonal it may be removed.
-
-    Args:
-        ax: Where to draw.
-        rows: Rows of a run's structures.csv, as in `decisions`.
-        anew: The tolerance of each; those that are not positive, or not known, lie in the grey band on the left.
-
-    Returns:
-        `ax`.
-    """
-    x = np.asarray(anew, dtype=float)
-    known, floor = x > 0.0, 1e-3
-    ax.axvspan(floor / 3.0, floor, color=PALETTE["grey"], alpha=0.15, linewidth=0)
-    line = np.geomspace(floor, 1.0, 100)
-    ax.plot(line, line, color=PALETTE["black"], linewidth=1.2, label="θ = tolerance")
-    x = np.where(known, np.maximum(x, floor), floor / 3.0**0.5)
-    for state, color, _ in _STATES:
-        chosen = np.array([row["state"] == state for row in rows], dtype=bool)
-        if chosen.any():
-            theta = np.array([row["keep_prob"] for row in rows])[chosen]
-            ax.scatter(x[chosen], theta, s=14, color=PALETTE[color], alpha=0.7, linewidths=0, clip_on=False)
-    ax.set_xscale("log")
-    ax.set_xlim(floor / 3.0, 1.0)
-    ax.set_ylim(-0.02, 1.02)
-    ax.set_xlabel(f"tolerance on θ (grey: none is safe, or unknown: {np.sum(~known)})")
-    ax.set_ylabel("keep probability θ at the last check")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     return ax
 
 

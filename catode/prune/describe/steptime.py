@@ -25,7 +25,7 @@ from sklearn.isotonic import isotonic_regression
 from torch import nn
 
 from catode._validate import check_interval
-from catode.prune.describe.protocol import in_width, inference, out_width
+from catode.prune.describe.costs import in_width, inference, out_width
 from catode.prune.device import passing_ms
 from catode.structures.complexity import Complexity, Term
 
@@ -76,8 +76,8 @@ class MeasuredComplexity(Complexity):
     """
 
     def __init__(self, plain: Complexity, tables: Sequence[Table]):
-        super().__init__(plain.terms, plain.blocks, plain.site_block, plain.widths)
-        terms, none = timed_terms(plain), len(plain.widths)
+        super().__init__(plain.terms, plain.inventory)
+        terms, none = timed_terms(plain), len(plain.inventory.widths)
         self._t_block = np.array([t.block for t in terms])
         self._t_site = np.array([[none if s is None else s for s in (t.inner, t.outer)] for t in terms]).T
         nodes, values = zip(*(_spread(*pair) for pair in zip(terms, tables, strict=True)), strict=True)
@@ -95,10 +95,10 @@ class MeasuredComplexity(Complexity):
     def gradient(self, theta: ArrayLike, beta: float) -> NDArray[np.float64]:
         check_interval("beta", beta, 0.0, 1.0)
         gate, times, slopes = self._times(self._check(theta))
-        n = len(self.widths)
-        layers = np.bincount(self._t_block, times, self.blocks)
+        n = len(self.inventory.widths)
+        layers = np.bincount(self._t_block, times, self.inventory.layers)
         sites = sum(np.bincount(self._t_site[axis], gate * slopes[axis], n + 1)[:n] for axis in (0, 1))
-        gradient = np.concatenate([layers, sites[self.unit_site]]) / self.removable_ms
+        gradient = np.concatenate([layers, sites[self.inventory.unit_site]]) / self.removable_ms
         return (1.0 - beta) * gradient + (beta * super().gradient(theta, 1.0) if beta else 0.0)
 
     def _times(self, theta: NDArray) -> tuple[NDArray, NDArray, NDArray]:
@@ -234,7 +234,7 @@ def read(path: Path, model: nn.Module, plain: Complexity) -> list[Table]:
 def _widths(module: nn.Module, term: Term, plain: Complexity) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Input and output widths at which a layer is measured."""
     return tuple(
-        (full,) if site is None else grid(int(plain.widths[site]))
+        (full,) if site is None else grid(int(plain.inventory.widths[site]))
         for full, site in ((in_width(module), term.inner), (out_width(module), term.outer))
     )
 

@@ -1,0 +1,167 @@
+"""The pruner's checks: what `catode.decisions` makes of a pruner's state, the price that a target takes, the rows of a check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from catode.decisions.check import Checks, Moment, Verdict
+from catode.decisions.evidence import LEAST_EVIDENCE
+from catode.decisions.limits import QUANTITIES, Limits
+from catode.decisions.outcomes import Outcomes
+from catode.decisions.target import Target
+from catode.prune.schedule import Schedule
+from catode.prune.settings import PrunerSettings
+from catode.prune.state import PrunerState
+from catode.records import PLACE
+from catode.structures import fates
+from catode.structures.complexity import Complexity
+
+ROW_FIELDS = ("step", "time", *PLACE, *QUANTITIES, "risk", "separatrix", "tolerance", "fate")
+MOST_ROWS = 1_000_000  # of structures.csv, about: a ResNet-50 over 90 epochs of ImageNet would have 50 million, 11 GB
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found and did.
+
+    Attributes:
+        rows: One record for every structure that was undecided before it or changed its fate, keys `ROW_FIELDS`. In
+            runs of very many checks and units, undecided units are recorded at some of the checks only (`MOST_ROWS`).
+        warnings: One line each.
+        removed: Number of structures removed, those that went with their block included.
+    """
+
+    rows: list[dict]
+    warnings: list[str] = field(default_factory=list)
+    removed: int = 0
+
+
+class Checking:
+    """What a pruner decides, and what it tells of that.
+
+    Args:
+        settings: The pruner's settings.
+        schedule: Its steps.
+        complexity: The network's complexity.
+        target: A share of the network to end at, or None.
+        theta_speed: Speed of every theta, 1/time.
+    """
+
+    def __init__(
+        self,
+        settings: PrunerSettings,
+        schedule: Schedule,
+        complexity: Complexity,
+        target: Target | None,
+        theta_speed: float,
+    ):
+        self.settings, self.schedule, self.inventory = settings, schedule, complexity.inventory
+        self.target, self.theta_speed = target, theta_speed
+        outcomes = Outcomes(complexity, settings.round_to, target)
+        self.checks = Checks(outcomes, settings.risk, settings.tolerance, settings.prior == "flattening")
+
+    def enough(self, state: PrunerState) -> NDArray[np.bool_]:
+        """Structures with evidence enough to decide, shape (n,)."""
+        return state.evidence.enough & (state.products.gain.count >= LEAST_EVIDENCE)
+
+    def settle(
+        self,
+        state: PrunerState,
+        limits: Limits,
+        step_time: float,
+        *,
+        final: bool,
+        last: bool,
+        sizes: dict[str, NDArray] | None,
+    ) -> Verdict:
+        """Decide what can be decided; changes nothing but the record of a shadow run.
+
+        Args:
+            state: The pruner's state.
+            limits: What was measured.
+            step_time: ODE time of a step.
+            final: Whether everything must be decided, but for what a shadow run watches.
+            last: Whether watching ends here too.
+            sizes: Norms of the units that rules of a shadow run look at, by rule.
+        """
+        moment = Moment(
+            fate=state.fate,
+            kept=state.kept,
+            zero=state.zero,
+            enough=self.enough(state),
+            slope=state.evidence.slope(),
+            done=state.done,
+            time=state.time,
+            step_time=step_time,
+            progress=self.schedule.progress(state.done),
+            steps_left=self.settings.steps - state.done,
+            final=final,
+            watching=not last and state.done < self.settings.watch_until,
+        )
+        return self.checks.settle(limits, moment, state.shadow, sizes)
+
+    def update_price(self, state: PrunerState, limits: Limits, step_time: float) -> None:
+        """Set nu to what the target takes; a useless structure goes on sinking at the same speed.
+
+        Args:
+            state: The pruner's state, changed in place.
+            limits: What was measured at the prices so far.
+            step_time: ODE time of a step.
+        """
+        passed = (state.done - self.schedule.checked_before(state.done)) * step_time
+        level = self.target.update_price(
+            state.nu,
+            state.kept,
+            self.enough(state) & (state.fate == fates.UNDECIDED),
+            state.nu * limits.benefit / limits.price,
+            state.keep_prob,
+            progress=self.schedule.progress(state.done),
+            growth=self.theta_speed * passed,
+        )
+        state.rate_ratio *= state.nu / level
+        state.nu = level
+
+    def report(
+        self,
+        state: PrunerState,
+        limits: Limits,
+        verdict: Verdict,
+        before: NDArray[np.str_],
+        removed: int,
+        final: bool,
+    ) -> Check:
+        """What there is to tell of a check that was carried out.
+
+        Args:
+            state: The pruner's state after it.
+            limits: What was measured.
+            verdict: What was decided.
+            before: Fates before it.
+            removed: Number of structures removed.
+            final: Whether the deciding phase ended.
+        """
+        noted = (state.fate != before) | verdict.decided | self._due(before == fates.UNDECIDED, state.done, final)
+        names, columns = self.inventory.names(), limits.columns()
+        columns |= {"separatrix": verdict.separatrix, "tolerance": verdict.tolerance}
+        same = {"step": state.done, "time": state.time, "risk": self.settings.risk}
+        rows = []
+        for s in np.flatnonzero(noted):
+            values = {name: float(values[s]) for name, values in columns.items()}
+            row = same | names[s] | values | {"fate": str(state.fate[s])}
+            rows.append({name: row[name] for name in ROW_FIELDS})
+        warnings = []
+        if verdict.outcome.everything:
+            warnings.append(
+                f"everything would go at step {state.done}: `nu`={state.nu:g} is too large. Pruning stops here and the network "
+                "as it stands is kept; choose a smaller nu."
+            )
+        return Check(rows, warnings, removed)
+
+    def _due(self, open_: NDArray[np.bool_], done: int, final: bool) -> NDArray[np.bool_]:
+        """Of what is undecided, layers at every check; units at so many that a run has about `MOST_ROWS` rows."""
+        every = self.settings.check_every
+        skip = max(1, round(len(open_) * self.settings.watch_until / every / MOST_ROWS))
+        return open_ & (self.inventory.is_layer | final | (done // every % skip == 0))

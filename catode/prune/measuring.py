@@ -1,0 +1,189 @@
+"""Probes in turn on a part of each measured batch, and the estimates of L1 - L0 that a step gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from catode.decisions.evidence import Evidence
+from catode.prune.capture import Capture
+from catode.prune.distributed import Group
+from catode.prune.losses import recovered_targets
+from catode.prune.probes import Probe, curvature_corrected, straight_through
+from catode.prune.schedule import Turns
+
+LEAST_PROBE = 12  # examples, where the batch has as many
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A probe whose numbers are still on the device.
+
+    Attributes:
+        structures: Those whose paired differences it took; None if it took the curvature, or nothing.
+        numbers: Whether all logits were finite, whether the loss fits, and what was found.
+    """
+
+    structures: list[int] | None
+    numbers: tuple[torch.Tensor, ...]
+
+
+class Measuring:
+    """How the benefits of a gated model are measured.
+
+    Args:
+        capture: Hooks of the model.
+        is_layer: Which structures are layers, shape (n,).
+        estimators: Estimators of the layers' and of the units' benefits, of `catode.prune.probes.ESTIMATORS`.
+        probe_size: Examples in a probe; None for a tenth of the batch, at least `LEAST_PROBE`.
+        per_probe: Structures whose paired difference one probe takes.
+        measure_every: Steps between probes.
+        shared: Whether batch norms take their statistics over all processes.
+        labels: Generator of the labels that probes sample.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        is_layer: NDArray[np.bool_],
+        *,
+        estimators: tuple[str, str],
+        probe_size: int | None,
+        per_probe: int,
+        measure_every: int,
+        shared: bool,
+        labels: torch.Generator,
+    ):
+        self.capture, self.is_layer, self.estimators, self.labels = capture, is_layer, estimators, labels
+        self.probe_size, self.per_probe, self.measure_every, self.shared = probe_size, per_probe, measure_every, shared
+
+    @property
+    def corrected(self) -> NDArray[np.bool_]:
+        """Structures whose estimates contain half the pooled curvature, shape (n,)."""
+        return np.where(self.is_layer, *(name == "curvature" for name in self.estimators))
+
+    def probe(
+        self, done: int, open_: NDArray[np.bool_], turns: Turns, grad_scale: float | torch.Tensor
+    ) -> Probed | None:
+        """Run a probe on part of the captured batch; its numbers stay on the device.
+
+        Args:
+            done: Training steps, this one included.
+            open_: Undecided structures, shape (n,).
+            turns: Whose turn it is; moved on by paired differences.
+            grad_scale: Factor that the loss was multiplied with before ``backward()``.
+
+        Returns:
+            What was probed; None if no gradient came back to the logits.
+        """
+        batch = self.capture.batch
+        if not batch or "gradient" not in batch:
+            return None
+        part, group = self._part(len(batch["logits"]), done)
+        scale = len(batch["logits"]) * 1.0 / grad_scale
+        targets, fit = recovered_targets(batch["logits"][part], batch["gradient"][part], scale)
+        flaws = torch.stack([~batch["logits"].isfinite().all(), ~fit]).long()
+        finite, fit = (self.capture.group.sum(flaws) == 0).unbind()
+        # curvature and paired probes take turns, so that no step bears both
+        curved = open_[self.is_layer].any() and self.estimators[0] == "curvature"
+        curved |= open_[~self.is_layer].any() and self.estimators[1] == "curvature"
+        chosen = self._next(open_, turns)
+        if not curved and not chosen:
+            return Probed(None, (finite, fit))
+        self.capture.paused = True
+        try:
+            probe = Probe(self.capture.model, self.capture.gates, batch["inputs"][part], targets, self.labels, group)
+            if curved and ((done // self.measure_every) % 2 == 0 or not chosen):
+                return Probed(None, (finite, fit, probe.curvature(self.estimators[0] == "curvature")))
+            turns.layers += self.per_probe
+            turns.units += self.per_probe
+            return Probed(chosen, (finite, fit, probe.paired(chosen)))
+        finally:
+            self.capture.paused = False
+
+    def take(
+        self,
+        probed: Probed,
+        evidence: Evidence,
+        open_: NDArray[np.bool_],
+        finite: NDArray,
+        fit: NDArray,
+        *found: NDArray,
+    ) -> dict[int, float]:
+        """Take in the numbers of a probe; returns the paired benefits that it found.
+
+        Raises:
+            RuntimeError: if the loss is not a mean softmax cross-entropy.
+        """
+        if not finite:
+            return {}
+        if not fit:
+            raise RuntimeError(
+                "the loss must be a mean softmax cross-entropy over the batch; the gradient of the logits is not one's. "
+                "Use reduction='mean' and pass the loss scale, if any, to step(grad_scale=...)."
+            )
+        for values in found:
+            if probed.structures is not None:
+                return {s: b for s, b in zip(probed.structures, values.tolist(), strict=True) if np.isfinite(b)}
+            evidence.curvature.add(values, open_ & np.isfinite(values))
+        return {}
+
+    def estimates(
+        self,
+        evidence: Evidence,
+        open_: NDArray[np.bool_],
+        draw: NDArray,
+        derivative: NDArray,
+        paired: dict[int, float],
+    ) -> tuple[NDArray, NDArray[np.bool_]]:
+        """Estimates of L1 - L0 at a step, nats, and which structures have one, shape (n,) each.
+
+        Args:
+            evidence: With the pooled curvature.
+            open_: Undecided structures, shape (n,).
+            draw: Gate values, shape (n,).
+            derivative: dL/dxi there, shape (n,).
+            paired: Benefits that a probe found.
+        """
+        estimate, seen = np.zeros_like(draw), np.zeros_like(open_)
+        for kind, name in zip((self.is_layer, ~self.is_layer), self.estimators, strict=True):
+            where = kind & open_
+            if name == "curvature":
+                # a closed layer may leave the ReLU behind it exactly on its kink, where autograd's derivative is not one-sided
+                where &= (evidence.curvature.count > 0) & (~self.is_layer | (draw > 0.5))
+                values = curvature_corrected(derivative, draw, evidence.curvature.mean)
+            elif name == "straight-through":
+                values = straight_through(derivative, draw)
+            else:
+                values = np.zeros_like(draw)
+                values[list(paired)] = [-b for b in paired.values()]
+                where = where & np.isin(np.arange(len(draw)), list(paired))
+            where = where & np.isfinite(values)
+            estimate[where], seen = values[where], seen | where
+        return estimate, seen
+
+    def _next(self, open_: NDArray[np.bool_], turns: Turns) -> list[int]:
+        """The structures whose turn it is for a paired difference, layers first."""
+        chosen = []
+        for kind, name, taken in (
+            (self.is_layer, self.estimators[0], turns.layers),
+            (~self.is_layer, self.estimators[1], turns.units),
+        ):
+            if name == "paired":
+                chosen += turns.next(np.flatnonzero(open_ & kind), taken, self.per_probe)
+        return chosen
+
+    def _part(self, batch: int, done: int) -> tuple[slice, Group]:
+        """The rows that a probe takes of this process's `batch` examples, and the processes by the order of their rows."""
+        group = self.capture.group
+        processes = group.size if self.shared else 1
+        batch *= processes
+        size = min(batch, self.probe_size or max(LEAST_PROBE, batch // 10))
+        size += -size % processes
+        begin = (done // self.measure_every * size) % max(batch - size + 1, 1)
+        if not self.shared:
+            return slice(begin, begin + size), group
+        return group.rows(begin, size), replace(group, rank=(group.rank - begin) % group.size)

@@ -1,0 +1,52 @@
+"""What the pruner needs of an optimizer: the ODE time of its steps."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse optimizers whose steps have no one ODE time.
+
+    Raises:
+        ValueError: for anything but SGD with one learning rate and momentum, without dampening or maximize.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError(
+            f"`optimizer` must be torch.optim.SGD, whose steps have an ODE time; got {type(optimizer).__name__}. Use SGD."
+        )
+    for name in ("dampening", "maximize"):
+        if any(group[name] for group in optimizer.param_groups):
+            raise ValueError(
+                f"`optimizer` must have no {name}, which ODE time knows nothing of; got one with it. Leave it out."
+            )
+    for name in ("lr", "momentum"):
+        values = {float(group[name]) for group in optimizer.param_groups}
+        if len(values) > 1:
+            raise ValueError(f"`optimizer` must have one {name}; got {sorted(values)}. Use the same in every group.")
+
+
+def ode_time(optimizer: torch.optim.Optimizer) -> float:
+    """ODE time of one step at the present learning rate, lr / (1 - momentum)."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) / (1.0 - group["momentum"])
+
+
+def theta_speed(rate_ratio: float | None, steps: int, optimizer: torch.optim.Optimizer) -> float:
+    """Speed of every theta, 1/time.
+
+    Args:
+        rate_ratio: The speed that was asked for; None for a tenth of the steps from 1 to 0 at the present learning rate.
+        steps: Steps of the deciding phase.
+        optimizer: The optimizer.
+
+    Raises:
+        ValueError: if none was asked for and the learning rate is 0.
+    """
+    if rate_ratio is not None:
+        return float(rate_ratio)
+    if ode_time(optimizer) == 0.0:
+        raise ValueError(
+            "`rate_ratio` must be given where the learning rate begins at 0; got None. Try 10 / (ODE time)."
+        )
+    return 10.0 / (steps * ode_time(optimizer))

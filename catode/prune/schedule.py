@@ -1,0 +1,103 @@
+"""Which step does what: probes, bursts of gradients, readings, checks, and whose turn it is for a paired difference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import count, islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from catode.decisions.evidence import LEAST_EVIDENCE
+
+LEAD = 4  # memories before the thetas may move, from which on there are gates and measurements
+LEAST_BURST = 8  # steps from one burst of gradients to the next
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a pruner.
+
+    Args:
+        steps: Steps after which the deciding phase ends.
+        watch_until: Steps after which a shadow run ends; `steps` for others.
+        warmup: Steps before any theta moves.
+        measure_every: Steps between probes.
+        check_every: Steps between checks.
+        read_every: Steps between readings of what the device measured.
+    """
+
+    steps: int
+    watch_until: int
+    warmup: int
+    measure_every: int
+    check_every: int
+    read_every: int
+
+    @property
+    def burst_every(self) -> int:
+        """Steps from one burst of gradients to the next, a multiple of `measure_every`."""
+        return self.measure_every * max(-(-LEAST_BURST // self.measure_every), 2)
+
+    @property
+    def burst(self) -> list[int]:
+        """Places in that cycle whose gradients are multiplied: three without a probe, so that no step bears both."""
+        return list(islice((p for p in count() if self.measure_every == 1 or p % self.measure_every), 3))
+
+    def begin(self, memory: int, layers: int, layers_per_probe: int) -> int:
+        """Step from which on there are gates, if thetas start at 1: long enough before they may move to measure.
+
+        Args:
+            memory: Steps over which measurements are pooled.
+            layers: Number of layers.
+            layers_per_probe: Layers whose paired difference one probe takes.
+        """
+        round_of_layers = 2 * self.measure_every * -(-layers // layers_per_probe)
+        return max(self.warmup - math.ceil(LEAD * max(memory, round_of_layers * LEAST_EVIDENCE / 2)), 0)
+
+    def progress(self, done: int) -> float:
+        """Share of the deciding phase that is over after `done` steps."""
+        return (done - self.warmup) / max(self.steps - self.warmup, 1)
+
+    def ends(self, done: int) -> bool:
+        """Whether the deciding phase or the watching ends with this step."""
+        return done in (self.steps, self.watch_until)
+
+    def reads(self, done: int) -> bool:
+        """Whether what was measured is read after this step."""
+        return self.ends(done) or done % self.read_every == 0
+
+    def checks(self, done: int) -> bool:
+        """Whether there is a check after this step: at the first reading after a multiple of `check_every`."""
+        passed = done // self.check_every > (done - self.read_every) // self.check_every
+        return self.ends(done) or (self.reads(done) and passed and done > self.warmup)
+
+    def checked_before(self, done: int) -> int:
+        """The step at which the check before the one after `done` was due."""
+        due = (done - self.read_every) // self.check_every * self.check_every
+        return -(-due // self.read_every) * self.read_every
+
+    def until_read(self, done: int) -> int:
+        """Steps up to the next reading, at least one."""
+        return min(self.read_every - done % self.read_every, max(self.watch_until - done, 1))
+
+
+@dataclass(eq=False)
+class Turns:
+    """Whose turn it is for a paired difference: how many were taken so far of each kind."""
+
+    layers: int = 0
+    units: int = 0
+
+    def next(self, candidates: NDArray[np.int64], taken: int, number: int) -> list[int]:
+        """The structures whose turn it is.
+
+        Args:
+            candidates: Structures of one kind that can be probed.
+            taken: How many of that kind were taken so far.
+            number: How many to take.
+        """
+        if not len(candidates):
+            return []
+        return [int(candidates[(taken + i) % len(candidates)]) for i in range(min(number, len(candidates)))]

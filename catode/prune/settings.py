@@ -1,0 +1,145 @@
+"""Settings of the pruner, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from catode._validate import check_choice, check_int, check_interval, check_positive
+from catode.decisions.priors import PRIORS
+from catode.prune.probes import ESTIMATORS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunerSettings:
+    """Everything that can be chosen about a pruner.
+
+    Args:
+        nu: Nats that the whole network may cost, > 0. With a target it holds until the first check that sets it.
+        steps: Steps after which the deciding phase ends and what is still undecided is rounded.
+        rate_ratio: Speed of every theta, 1/time: a useless structure sinks from 1 to 0 within ``1 / rate_ratio`` of ODE
+            time (the sum over steps of lr / (1 - momentum)). Divided by a structure's price at the start it is its
+            effective rate ratio. None: a tenth of `steps` at the optimizer's present learning rate.
+        alpha: Layers (1) against units (0).
+        beta: Parameters (1) against MACs (0).
+        risk: Accepted probability of removing what would not have gone by itself, in (0, 0.5).
+        tolerance: A fixed tolerance on theta in place of the derived one.
+        prior: One of `catode.decisions.priors.PRIORS`. The tolerances and commitments are those of `flattening`; its rivals
+            take a fixed `tolerance`, and what does not sink below it is rounded in the end.
+        images: Number of training images, which `bernoulli` needs.
+        epoch_steps: Batches in an epoch, images / batch size, where an epoch's batches are drawn without replacement, as
+            PyTorch's loaders do; None for independent ones. Products of gradients are corrected by it.
+        target_macs: Share of the MACs to end at, in (0, 1); sets nu while training (see `catode.decisions.target`).
+        target_params: The same for parameters.
+        warmup: Steps before any theta moves. The first part of a long one is trained without gates (if thetas start at 1):
+            measuring begins four memories before its end, earlier where many layers share the paired probes.
+        initial_keep_prob: Where every theta starts, in (0, 1].
+        estimator: Estimator of the units' benefits, one of `catode.prune.probes.ESTIMATORS`.
+        layer_estimator: The same for layers.
+        per_example: Draw gates for each example instead of each batch; costs passes over activations. The curvature
+            correction then uses the batch means of draw and curvature, taken as uncorrelated.
+        probe_size: Examples in a probe; None: a tenth of the batch, at least 12. More where images are small.
+        layers_per_probe: Structures (layers by default) whose paired difference one probe takes.
+        measure_every: Steps between probes; probes of curvature and of paired differences take turns.
+        check_every: Steps between checks.
+        read_every: Steps after which the host reads what was measured, waiting for the device, moves the thetas step by
+            step and checks; 1 on a CPU, about 10 elsewhere. In between thetas stand still.
+        memory: Steps over which measurements are pooled, at least 10.
+        width_multiple: While training, a site that loses units keeps dead channels up to a multiple of this width, which
+            is faster than an odd one. They count nowhere and `finish` takes them out. Needs an activation that maps 0 to
+            0 between the site's producers and consumers.
+        round_to: Units leave a site only in groups that leave a multiple of this many, or none; those that wait for a
+            group stay gated. What still waits when nothing else is undecided at the site is kept for the width alone, its
+            keep probability folded into its weights, so that the network does not change, and trained on without a gate.
+        shadow: Decide, but remove nothing before its theta is 0; the pruner's `shadow` then holds what several rules
+            would have removed and what became of it (see `catode.decisions.shadow`). Decisions end after `steps`; what is
+            open then is watched, gated, up to this step. None: remove. Not with a target or `round_to`.
+        seed: Seed of the gate draws.
+
+    Raises:
+        ValueError: for values out of range or that do not go together.
+    """
+
+    nu: float
+    steps: int
+    rate_ratio: float | None = None
+    alpha: float = 0.5
+    beta: float = 0.0
+    risk: float = 0.05
+    tolerance: float | None = None
+    prior: str = "flattening"
+    images: int | None = None
+    epoch_steps: float | None = None
+    target_macs: float | None = None
+    target_params: float | None = None
+    warmup: int = 0
+    initial_keep_prob: float = 1.0
+    estimator: str = "curvature"
+    layer_estimator: str = "paired"
+    per_example: bool = False
+    probe_size: int | None = None
+    layers_per_probe: int = 1
+    measure_every: int = 2
+    check_every: int = 50
+    read_every: int = 1
+    memory: int = 200
+    width_multiple: int = 1
+    round_to: int = 1
+    shadow: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive("nu", self.nu, hint="Leave the pruner out for the ungated network.")
+        for name in ("alpha", "beta"):
+            check_interval(name, getattr(self, name), 0.0, 1.0)
+        check_interval("risk", self.risk, 0.0, 0.5, low_open=True, high_open=True)
+        check_interval("initial_keep_prob", self.initial_keep_prob, 0.0, 1.0, low_open=True)
+        if self.tolerance is not None:
+            check_interval("tolerance", self.tolerance, 0.0, 1.0)
+        if self.rate_ratio is not None:
+            check_positive("rate_ratio", self.rate_ratio)
+        if self.epoch_steps is not None:
+            check_positive("epoch_steps", self.epoch_steps)
+        check_choice("prior", self.prior, PRIORS)
+        for name in ("layer_estimator", "estimator"):
+            check_choice(name, getattr(self, name), ESTIMATORS)
+        counts = dict(steps=1, warmup=0, layers_per_probe=1, measure_every=1, check_every=1, read_every=1, memory=10)
+        for name, low in (counts | dict(width_multiple=1, round_to=1)).items():
+            check_int(name, getattr(self, name), low=low)
+        for name, low in (("images", 1), ("probe_size", 2), ("shadow", self.steps)):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), low=low)
+        self._check_together()
+
+    @property
+    def targeted(self) -> bool:
+        """Whether a share of the network is aimed at."""
+        return (self.target_macs, self.target_params) != (None, None)
+
+    @property
+    def watch_until(self) -> int:
+        """Steps after which a shadow run ends; `steps` for others."""
+        return self.steps if self.shadow is None else self.shadow
+
+    def _check_together(self) -> None:
+        if self.prior != "flattening" and (self.tolerance is None or self.shadow is not None or self.targeted):
+            raise ValueError(
+                "`prior` must be flattening without a fixed tolerance, with a target or with shadow; got "
+                f"prior={self.prior!r}. The derived tolerances hold for it alone."
+            )
+        if self.prior == "concrete" and self.initial_keep_prob == 1.0:
+            raise ValueError(
+                "`initial_keep_prob` must be below 1 with prior='concrete', which never leaves 1; got 1.0. Use 0.9."
+            )
+        if self.prior == "bernoulli" and self.images is None:
+            raise ValueError(
+                "`images` must be given with prior='bernoulli'; got None. It is the number of training images."
+            )
+        if self.warmup >= self.steps:
+            raise ValueError(
+                f"`warmup` must be below steps={self.steps}, or nothing is ever decided; got warmup={self.warmup}. Shorten it."
+            )
+        if self.shadow is not None and (self.targeted or self.round_to > 1):
+            raise ValueError(
+                "`shadow` must be None with a target or round_to, whose removals depend on each other; got "
+                f"shadow={self.shadow}. Leave the target and round_to out."
+            )

@@ -1,0 +1,180 @@
+"""Everything that a pruner remembers, and how a checkpoint holds it.
+
+`pack` turns a dataclass into types that ``torch.load(weights_only=True)`` reads: by its fields, not by a list of names, so
+that a new field is in every checkpoint by itself. Fields marked `catode._saved.UNSAVED` follow from the settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from catode._saved import saved_fields
+from catode.decisions.evidence import LEAST_EVIDENCE, Evidence
+from catode.decisions.shadow import Shadow
+from catode.prune.draws import GateDraws
+from catode.prune.growth import GradientProducts
+from catode.prune.schedule import Turns
+from catode.prune.settings import PrunerSettings
+from catode.structures import fates
+from catode.structures.inventory import Inventory
+
+ARRAY, NAMES = "array of numbers", "array of names"
+FATE_TYPE = "<U32"
+
+
+@dataclass(eq=False)
+class PrunerState:
+    """Everything that a checkpoint must hold of a pruner beside the network itself; arrays have shape (n,).
+
+    Attributes:
+        keep_prob: theta.
+        fate: One of `catode.structures.fates.FATES` of every structure.
+        kept: Structures that are there.
+        rate_ratio: Speeds of theta, 1/(nats time).
+        zero: Undecided structures whose theta was absorbed at 0; they go at the next check.
+        pending: ODE time since each structure's last estimate.
+        for_width: Units kept for a round width alone.
+        present: Numbers of the units that are physically there at each site, dead ones too.
+        nu: Nats that the whole network may cost.
+        done: Training steps.
+        time: ODE time.
+        started: Whether gates are in the model, or were.
+        finished: Whether everything is decided.
+        evidence: What is known of the benefits.
+        products: What is known of the gradients.
+        draws: Draws of the gates.
+        labels: Generator of the labels that probes sample, on the model's device.
+        turns: Whose turn it is for a paired difference.
+        shadow: Record of a shadow run, None for others.
+    """
+
+    keep_prob: NDArray
+    fate: NDArray[np.str_]
+    kept: NDArray[np.bool_]
+    rate_ratio: NDArray
+    zero: NDArray[np.bool_]
+    pending: NDArray
+    for_width: NDArray[np.bool_]
+    present: list[NDArray[np.int64]]
+    nu: float
+    done: int
+    time: float
+    started: bool
+    finished: bool
+    evidence: Evidence
+    products: GradientProducts
+    draws: GateDraws
+    labels: torch.Generator
+    turns: Turns
+    shadow: Shadow | None
+
+    @classmethod
+    def fresh(
+        cls,
+        settings: PrunerSettings,
+        inventory: Inventory,
+        keep_prob: NDArray,
+        *,
+        gated: NDArray[np.bool_],
+        rate_ratio: NDArray,
+        corrected: NDArray[np.bool_],
+        burst_every: int,
+        put: Callable[..., None],
+        draws: GateDraws,
+        labels: torch.Generator,
+    ) -> PrunerState:
+        """The state before the first step.
+
+        Args:
+            settings: The pruner's settings.
+            inventory: What can be removed.
+            keep_prob: theta at the start, shape (n,).
+            gated: Which structures have gates, shape (n,).
+            rate_ratio: Speeds of theta, shape (n,).
+            corrected: Structures whose estimates contain half the pooled curvature, shape (n,).
+            burst_every: Steps from one burst of gradients to the next.
+            put: How gradient products put off their reading.
+            draws: Draws of the gates.
+            labels: Generator of the labels that probes sample.
+        """
+        n, memory = inventory.size, settings.memory
+        evidence = Evidence(
+            np.where(inventory.is_layer, max(memory / 10, LEAST_EVIDENCE), memory),
+            curvature_window=max(memory / (2 * settings.measure_every), 10),
+            corrected=corrected,
+            risk=settings.risk,
+        )
+        return cls(
+            keep_prob=keep_prob,
+            fate=np.where(gated, fates.UNDECIDED, fates.COMMITTED).astype(FATE_TYPE),
+            kept=np.ones(n, dtype=bool),
+            rate_ratio=rate_ratio,
+            zero=np.zeros(n, dtype=bool),
+            pending=np.zeros(n),
+            for_width=np.zeros(n, dtype=bool),
+            present=list(inventory.units),
+            nu=float(settings.nu),
+            done=0,
+            time=0.0,
+            started=False,
+            finished=False,
+            evidence=evidence,
+            products=GradientProducts(n, max(memory / burst_every, 20), put, settings.epoch_steps),
+            draws=draws,
+            labels=labels,
+            turns=Turns(),
+            shadow=None if settings.shadow is None else Shadow(n),
+        )
+
+
+def pack(thing: Any) -> Any:
+    """A copy of a dataclass, its nested ones included, of dicts, lists, tensors on the CPU, numbers and text."""
+    if dataclasses.is_dataclass(thing):
+        return {name: pack(getattr(thing, name)) for name in saved_fields(thing)}
+    if isinstance(thing, np.ndarray):
+        if thing.dtype.kind == "U":
+            return {NAMES: thing.tolist()}
+        return {ARRAY: torch.from_numpy(np.array(thing))}
+    if isinstance(thing, torch.Tensor):
+        return thing.detach().cpu().clone()
+    if isinstance(thing, torch.Generator):
+        return thing.get_state()
+    if isinstance(thing, (list, tuple)):
+        return [pack(part) for part in thing]
+    return thing
+
+
+def unpack(thing: Any, packed: dict) -> None:
+    """Give a dataclass back what `pack` made of one like it, in place; tensors stay on the CPU.
+
+    Raises:
+        KeyError: if a field is missing.
+    """
+    for name in saved_fields(thing):
+        current, value = getattr(thing, name), packed[name]
+        if dataclasses.is_dataclass(current):
+            unpack(current, value)
+        elif isinstance(current, torch.Generator):
+            if value.shape == current.get_state().shape:  # another kind of device has another generator
+                current.set_state(value)
+        else:
+            setattr(thing, name, _unpacked(value))
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, dict) and ARRAY in value:
+        return value[ARRAY].numpy().copy()
+    if isinstance(value, dict) and NAMES in value:
+        return np.array(value[NAMES], dtype=FATE_TYPE)
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, list):
+        return [_unpacked(part) for part in value]
+    return value

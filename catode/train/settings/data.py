@@ -1,0 +1,126 @@
+"""The data and the network of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from catode.train.models.catalogue import ARCHITECTURES, SHORTCUTS, STEMS
+from catode.train.settings.setting import ConfigError, SettingsGroup, helpers
+
+number, text, switch = helpers("data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(SettingsGroup):
+    """Images to learn, and the network that learns them."""
+
+    dataset: str = text(
+        "digits",
+        "images to learn: digits ships with scikit-learn; cifar10 and cifar100 are the official python files; "
+        "folder is train/<class>/... with test/ or val/ beside it",
+        choices=("digits", "cifar10", "cifar100", "folder"),
+        identity=False,
+    )
+    data_dir: str | None = text(
+        None,
+        "folder that holds the data; needed for every data set but digits",
+        optional=True,
+        identity=False,
+        hint="Give the folder that holds the data.",
+    )
+    image_size: int | None = number(
+        None,
+        int,
+        "for folder: resize the shorter side to this many pixels and crop the centre; needed where images differ in size",
+        low=4,
+        optional=True,
+        hint="Use the side in pixels, such as 64.",
+    )
+    download: bool = switch(
+        False,
+        "for cifar10 and cifar100: fetch the official archive into --data-dir if the data are not there, resuming a "
+        "partial download; its checksum is compared",
+        identity=False,
+    )
+    array_gib: float | None = number(
+        None,
+        float,
+        "for folder: images that take more GiB than this when decoded are not kept in memory but decoded by worker processes "
+        "at every use, as training images for resized-crop to --image-size always are; without it a quarter of the memory",
+        low=0,
+        optional=True,
+        identity=False,
+        hint="Leave it out for a quarter of the memory.",
+    )
+    workers: int | None = number(
+        None,
+        int,
+        "for folder: processes that decode images ahead of the step, 0 to decode in between; no result depends on it; "
+        "without it one for each core",
+        low=0,
+        optional=True,
+        identity=False,
+        hint="Leave it out for one for each core.",
+    )
+    arch: str = text(
+        "resnet20",
+        "residual network, of those for CIFAR (resnet14, a shortened rival, to resnet110) or for ImageNet (resnet18, 34, 50 "
+        "and 101)",
+        choices=tuple(ARCHITECTURES),
+        identity=False,
+    )
+    shortcut: str = text(
+        "A",
+        "shortcut where the shape changes: A pads with zeros and strides, B is a 1x1 convolution with batch norm",
+        choices=SHORTCUTS,
+    )
+    stem: str = text(
+        "cifar",
+        "how the network begins: cifar with a 3x3 convolution at full resolution; imagenet with a 7x7 one of stride 2 and a "
+        "maximum of stride 2, a sixteenth of the pixels",
+        choices=STEMS,
+    )
+    init: str | None = text(
+        None,
+        "file of weights to start from, saved by torch.save: a state dict of this network, such as torchvision's; a "
+        "classifier for another number of classes is left fresh",
+        optional=True,
+        hint="Give a file of weights, or leave it out for random ones.",
+    )
+    hidden_scale: float = number(
+        1.0,
+        float,
+        "scale of the hidden width of every block, for a narrowed rival",
+        low=0,
+        high=1,
+        low_open=True,
+        hint="Use 1 for the full width.",
+    )
+
+    def check(self) -> None:
+        if self.dataset == "digits" and self.data_dir is not None:
+            raise ConfigError(
+                f"`data_dir` must be left out for dataset='digits', which needs no files; got data_dir={self.data_dir!r}. "
+                "Leave it out, or choose another --dataset."
+            )
+        if self.dataset != "digits" and self.data_dir is None:
+            raise ConfigError(
+                f"`data_dir` must be given for dataset={self.dataset!r}; got data_dir=None. "
+                "Add --data-dir with the folder that holds the data."
+            )
+        if self.dataset != "folder" and self.image_size is not None:
+            raise ConfigError(
+                f"`image_size` must be left out unless dataset='folder'; got image_size={self.image_size} with "
+                f"dataset={self.dataset!r}. Leave it out."
+            )
+        if self.download and self.dataset not in ("cifar10", "cifar100"):
+            raise ConfigError(
+                f"`download` must be left out unless dataset is cifar10 or cifar100; got download=True with "
+                f"dataset={self.dataset!r}. Leave it out."
+            )
+        for name in ("array_gib", "workers"):
+            if self.dataset != "folder" and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"`{name}` must be left out unless dataset='folder'; got {name}={getattr(self, name):g} with "
+                    f"dataset={self.dataset!r}. Leave it out."
+                )

@@ -1,0 +1,65 @@
+"""Values that go over the fields' defaults, by data set and architecture; to tune a setting, edit `PRESETS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from catode.train.models.catalogue import ARCHITECTURES
+
+__all__ = ["PRESETS", "resolve"]
+
+_REAL_IMAGES: dict[str, Any] = dict(
+    nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0, probe_size=8
+)
+_IMAGENET_NETS = [name for name, architecture in ARCHITECTURES.items() if architecture.stem == "imagenet"]
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    **{("*", name): dict(shortcut=own.shortcut, stem=own.stem) for name, own in ARCHITECTURES.items()},
+    ("digits", "*"): dict(
+        augment="shift",
+        nu=3.0,
+        alpha=0.75,
+        memory=400,
+        epochs=60,
+        batch_size=64,
+        lr=0.1,
+        weight_decay=5e-4,
+        warmup_epochs=5.0,
+        probe_size=32,
+        layers_per_probe=3,
+        measure_every=4,
+        check_every=10,
+        width_multiple=1,
+    ),
+    ("cifar10", "*"): {**_REAL_IMAGES, "nu": 2.4},
+    ("cifar100", "*"): {**_REAL_IMAGES, "nu": 2.4},
+    ("folder", "*"): _REAL_IMAGES,
+    **{
+        ("folder", name): dict(nu=0.24, beta=0.5, epochs=90, batch_size=256, weight_decay=1e-4, probe_size=None)
+        for name in _IMAGENET_NETS
+    },
+}
+"""Values by (data set, architecture) in place of the field defaults.
+
+`*` holds for every data set or architecture; what holds for the data set goes over what holds for the architecture, and
+an exact entry over both.
+"""
+
+
+def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of every field: what is given, over the presets, over the defaults.
+
+    A preset's warm-up shrinks with the epochs where fewer are given than the preset has.
+
+    Args:
+        given: Values by name of the field; data set and architecture choose the presets.
+        defaults: Default of every field.
+    """
+    dataset, arch = (given.get(name, defaults[name]) for name in ("dataset", "arch"))
+    values = dict(defaults)
+    for key in (("*", arch), (dataset, "*"), (dataset, arch)):
+        values |= PRESETS.get(key, {})
+    epochs = given.get("epochs")
+    if isinstance(epochs, int) and 0 < epochs < values["epochs"]:
+        values["warmup_epochs"] *= epochs / values["epochs"]
+    return values | dict(given)

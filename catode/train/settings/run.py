@@ -1,0 +1,155 @@
+"""Where a run computes, and what it writes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from catode.train.settings.setting import ConfigError, SettingsGroup, helpers
+
+number, text, switch = helpers("run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(SettingsGroup):
+    """Seed, device, folder, checkpoints."""
+
+    seed: int = number(
+        0, int, "seed of everything random", low=0, high=2**32 - 1, identity=False, hint="Use 0 if in doubt."
+    )
+    device: str = text("cpu", "where to compute: cpu, cuda, cuda:N or mps", identity=False, hint="Use --device cpu.")
+    read_every: int | None = number(
+        None,
+        int,
+        "steps after which the host waits for the device, takes in what was measured and moves the keep probabilities; "
+        "without it 1 on a CPU, 10 elsewhere",
+        low=1,
+        optional=True,
+        identity=False,
+        hint="Use 1 for every step.",
+    )
+    width_multiple: int = number(
+        8,
+        int,
+        "while training, round a pruned width up to a multiple of this by dead channels, which is faster than an odd one; "
+        "they count nowhere and are gone in the end",
+        low=1,
+        identity=False,
+        hint="Use 1 for none.",
+    )
+    compile: bool = switch(
+        False,
+        "torch.compile the training step while there are no gates: with nu = 0, early in a long warm-up, and when all is "
+        "decided; a gated network changes its shapes too often",
+        negatable=True,
+        identity=False,
+    )
+    tensorboard: bool = switch(
+        False,
+        "also write the metrics and histograms of the keep probabilities for TensorBoard, into the run's tensorboard/",
+        negatable=True,
+        identity=False,
+    )
+    # null for this machine's own choice, as `workers` and `array_gib` are: a run resumed elsewhere makes its own; env.json tells
+    threads: int | None = number(
+        None,
+        int,
+        "CPU threads; without it PyTorch's own choice",
+        low=1,
+        optional=True,
+        identity=False,
+        hint="Leave it out for PyTorch's own choice.",
+    )
+    out: str | None = text(
+        None,
+        "folder of the run; without it runs/<dataset>-<arch>-<tag>-s<seed>, where the tag stands for every setting that "
+        "differs from the preset",
+        optional=True,
+        identity=False,
+        hint="Leave it out for a folder under runs/.",
+    )
+    checkpoint_every: int = number(
+        500,
+        int,
+        "steps of an epoch from one checkpoint to the next; there is one at the end of every epoch too",
+        low=1,
+        identity=False,
+        hint="Use as many steps as may be lost.",
+    )
+    keep_checkpoints: int = number(
+        2,
+        int,
+        "checkpoints kept while the run goes on; the newest good one is gone on from",
+        low=1,
+        identity=False,
+        hint="Use 2 to survive the loss of one.",
+    )
+    resume: str | None = text(
+        None,
+        "folder of a run that was cut off, to go on from its newest good checkpoint; every other setting is the run's own, "
+        "only what does not change its course may be given: --threads, --device, --compile, --tensorboard, --data-dir, "
+        "--array-gib, --workers, --checkpoint-every, --keep-checkpoints",
+        optional=True,
+        identity=False,
+        hint="Leave it out to start a run.",
+    )
+    dry_run: bool = switch(False, "check everything, print the costs and stop before the first step", identity=False)
+
+    def check(self) -> None:
+        if self.resume is not None and self.out != self.resume:
+            raise ConfigError(
+                f"`out` must be the same folder as resume; got out={self.out!r} and resume={self.resume!r}. Leave it out."
+            )
+        check_device(self.device)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that PyTorch does not know or that is not there, by a `ConfigError`."""
+    kind, _, index = device.partition(":")
+    numbered = kind != "cpu" and index.isdecimal()
+    if kind not in ("cpu", "cuda", "mps") or (":" in device and not numbered):
+        raise ConfigError(f"`device` must be cpu, cuda, cuda:N or mps; got device={device!r}. Use --device cpu.")
+    if kind == "cpu":
+        return
+    import torch
+
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"`device` must be there; got device={device!r}, but PyTorch finds no CUDA device. Use --device cpu."
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(
+            f"`device` must be there; got device={device!r}, but PyTorch finds no MPS device. Use --device cpu."
+        )
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if index and int(index) >= count:
+        raise ConfigError(
+            f"`device` must be there; got device={device!r}, but there is no {kind} device beyond {kind}:{count - 1}. "
+            f"Use --device {kind}:0."
+        )
+
+
+def check_out(config: RunSettings) -> None:
+    """Refuse an output folder that already holds a run; writes nothing.
+
+    Raises:
+        ConfigError: if there is a run, or if the place cannot be a folder.
+    """
+    folder = Path(config.out)
+    if (folder / "config.json").exists():
+        raise ConfigError(
+            f"`out` must be a folder without a run; got out={config.out!r}, which holds one. "
+            "Choose another --out or delete the folder."
+        )
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(
+            f"`out` must be a folder; got out={config.out!r}, where {str(place)!r} is a file. Choose another --out."
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"`out` must be writable; got out={config.out!r}, where {str(place)!r} is not. Choose another --out."
+        )

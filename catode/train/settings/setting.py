@@ -1,0 +1,172 @@
+"""What one setting is: its kind, range, help; and the classes that hold a topic's settings, each with its own checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from catode import _validate
+
+__all__ = ["GROUPS", "LEAST", "ConfigError", "Setting", "SettingsGroup", "helpers", "nearest"]
+
+LEAST = 1e-20  # size of a number that is not 0
+
+GROUPS = {  # of `--help`, in this order
+    "data": "data and network",
+    "pruning": "what is pruned, and when",
+    "gates": "gates and measuring",
+    "training": "training",
+    "run": "the run",
+}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; one line: argument, constraint, value, hint."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one field of `Config` beside its default.
+
+    Args:
+        kind: `float`, `int`, `bool` or `str`.
+        help: Text for `--help`.
+        group: Heading in `--help`, a key of `GROUPS`.
+        choices: Admitted values; empty for no such list.
+        low: Lower end of the range.
+        high: Upper end of the range.
+        low_open: The lower end is not in the range.
+        high_open: The upper end is not in the range.
+        optional: None is admitted.
+        identity: The setting changes what is computed and so enters the name of the run.
+        negatable: A boolean also gets a flag `--no-...`.
+        hint: What to do instead of a wrong value.
+    """
+
+    kind: type
+    help: str
+    group: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+    optional: bool = False
+    identity: bool = True
+    negatable: bool = False
+    hint: str | None = None
+
+    @property
+    def range(self) -> str:
+        """The admitted numbers in words; empty for anything but a number."""
+        if self.kind not in (int, float) or (self.low == -math.inf and self.high == math.inf):
+            return ""
+        if self.high == math.inf:
+            return f"{'>' if self.low_open else '>='} {self.low:g}"
+        if self.kind is int:
+            return f"in [{self.low}, {self.high}]"
+        return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return the converted value.
+
+        Raises:
+            ValueError: if it is not admitted.
+        """
+        if value is None and self.optional:
+            return None
+        if self.choices:
+            return _validate.check_choice(name, value, self.choices, hint=_suggest(value, self.choices))
+        if self.kind is bool:
+            return _validate.check_bool(name, value, hint=self.hint or "Use one of the two.")
+        if self.kind is str:
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            if not isinstance(value, str) or not value:
+                _validate.fail(name, "be a non-empty text", value, hint=self.hint)
+            return value
+        if self.kind is int:
+            value = _validate.check_int(name, value, hint=self.hint)
+        else:
+            value = _validate.check_real(name, value, hint=self.hint)
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        if not (above and below):
+            verb = "lie" if self.range.startswith("in ") else "be"
+            shown = int(value) if value == int(value) else value
+            _validate.fail(name, f"{verb} {self.range}", shown, hint=self.hint)
+        if 0 < abs(value) < LEAST:
+            _validate.fail(name, f"be 0 or at least {LEAST:g} in size, or quotients overflow", value, hint=self.hint)
+        return value
+
+
+def nearest(value: Any, names: Iterable[str]) -> str | None:
+    """The one of `names` most like `value`, if any is; of several, that which begins like it."""
+    value = str(value).lower()
+    near = difflib.get_close_matches(value, names, n=5, cutoff=0.6)
+    return max(
+        near,
+        key=lambda name: (
+            difflib.SequenceMatcher(None, name, value).ratio(),
+            len(os.path.commonprefix([name, value])),
+        ),
+        default=None,
+    )
+
+
+def _suggest(value: Any, choices: Iterable[str]) -> str:
+    """The sentence that points to the nearest of `choices`."""
+    near = nearest(value, choices)
+    return f"Did you mean {near!r}?" if near else "Use one of these names."
+
+
+def helpers(group: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Makers of the fields of one group: of a number, a text and a switch.
+
+    Args:
+        group: A key of `GROUPS`.
+
+    Returns:
+        ``number(default, kind, help, ...)``, ``text(default, help, ...)`` and ``switch(default, help, ...)``; what follows are
+        attributes of `Setting`.
+    """
+    return partial(_field, group), partial(_of_kind, group, str), partial(_of_kind, group, bool)
+
+
+def _field(group: str, default: Any, kind: type, help: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"setting": Setting(kind, help, group, **more)})
+
+
+def _of_kind(group: str, kind: type, default: Any, help: str, **more: Any) -> Any:
+    return _field(group, default, kind, help, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsGroup:
+    """Settings of one topic, checked on construction: each by itself, then together by the `check` of every class.
+
+    Raises:
+        ConfigError: if a value is not admitted, or two values do not go together.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if "setting" not in field.metadata:
+                continue
+            try:
+                value = field.metadata["setting"].check(field.name, getattr(self, field.name))
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            object.__setattr__(self, field.name, value)
+        for owner in reversed(type(self).__mro__):
+            if "check" in vars(owner):
+                owner.check(self)
+
+    def check(self) -> None:
+        """Refuse values that do not go together, by a `ConfigError`; a subclass checks its own fields alone."""

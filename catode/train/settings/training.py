@@ -1,0 +1,84 @@
+"""How a network is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from catode.train.settings.setting import SettingsGroup, helpers
+
+number, text, switch = helpers("training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(SettingsGroup):
+    """Epochs, optimizer, learning rates, images changed at random."""
+
+    epochs: int = number(60, int, "passes over the training images", low=1, hint="Use at least one epoch.")
+    batch_size: int = number(64, int, "images in a step", low=2, hint="Use at least two images.")
+    lr: float = number(0.1, float, "peak learning rate", low=0, low_open=True, hint="Use 0.1 if in doubt.")
+    momentum: float = number(0.9, float, "momentum of SGD", low=0, high=1, high_open=True, hint="Use 0.9 if in doubt.")
+    weight_decay: float = number(
+        5e-4,
+        float,
+        "weight decay of every parameter, norm layers included",
+        low=0,
+        hint="Use 0 for none.",
+    )
+    schedule: str = text("one-cycle", "course of the learning rate", choices=("one-cycle", "cosine", "constant"))
+    augment: str = text(
+        "crop-flip",
+        "random changes to training images: shift by a pixel, crop-flip mirrors, pads 4 pixels and crops, resized-crop mirrors "
+        "and stretches a box of 8 to 100 % of the picture",
+        choices=("none", "shift", "crop-flip", "resized-crop"),
+    )
+    mixup: float = number(
+        0.0,
+        float,
+        "mix each training batch with itself, labels too, by a share drawn from Beta(mixup, mixup); 0 is off",
+        low=0,
+        high=100,
+        hint="Use 0.2 if in doubt, 0 for none.",
+    )
+    label_smoothing: float = number(
+        0.0, float, "label smoothing", low=0, high=1, high_open=True, hint="Use 0 for none."
+    )
+    amp: str = text(
+        "off",
+        "automatic mixed precision; fp16 scales the loss and is for CUDA devices",
+        choices=("off", "bf16", "fp16"),
+    )
+    sync_bn: bool = switch(
+        False,
+        "with several processes (torchrun), let batch norms normalise the whole batch as one process would, instead of each "
+        "process's share",
+        negatable=True,
+    )
+    channels_last: bool = switch(True, "keep images in the channels-last memory format", negatable=True, identity=False)
+
+
+def learning_rates(schedule: str, peak: float, steps: int) -> np.ndarray:
+    """Learning rate of every step, shape (steps,).
+
+    Args:
+        schedule: `one-cycle` (linear rise over 15 % of the steps, linear fall to 0), `cosine` or `constant`.
+        peak: Largest learning rate.
+        steps: Number of steps.
+    """
+    position = (np.arange(steps) + 0.5) / steps
+    if schedule == "one-cycle":
+        return peak * np.minimum(position / 0.15, (1.0 - position) / 0.85)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + np.cos(np.pi * position))
+    return np.full(steps, peak)
+
+
+def ode_time(schedule: np.ndarray, momentum: float) -> float:
+    """Length of a training in ODE time: the sum of lr/(1 - momentum) over its steps.
+
+    Args:
+        schedule: Learning rate of every step, shape (steps,).
+        momentum: Momentum of SGD, in [0, 1).
+    """
+    return float(schedule.sum() / (1.0 - momentum))
