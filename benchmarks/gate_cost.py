@@ -33,6 +33,7 @@ QUICK_BATCH = 2
 FORMATS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 SHARES = (0.5, 0.35)
 GATED_LIMIT, PROBE_LIMIT, CHECK_LIMIT, COMPACT_LIMIT = 1.05, 1.15, 0.01, 0.8
+TRAINING_IMAGES = 50_000  # of CIFAR-10
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PLAIN, GATED, PADDED = "plain", "gated", "padded to"
 
@@ -98,9 +99,15 @@ def network(arch: str) -> nn.Module:
     return models.build(arch, in_channels=3, classes=CLASSES)
 
 
+def preset() -> Config:
+    """The preset of CIFAR-10, resolved for its whole training set."""
+    config = Config.from_presets(dataset="cifar10", data_dir="unused")
+    return config.resolved(TRAINING_IMAGES // config.batch_size * config.epochs)
+
+
 def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
     """A pruner with the trainer's settings; `settled` means that no theta moves and nothing is checked."""
-    config = Config.from_presets(dataset="cifar10", data_dir="unused")
+    config = preset()
     given = dict(estimator=config.estimator, layer_estimator=config.layer_estimator, probe_size=config.probe_size)
     given |= dict(measure_every=config.measure_every, nu=config.nu, alpha=config.alpha)
     far = 10**9
@@ -203,7 +210,7 @@ def checks(arch: str, number: int, device: str, clock: Callable[[], float]) -> t
         if check is not None:
             removed, decided = removed + check.removed, decided + before - pruner.undecided
     what = f"{decided} structures decided and {removed} removed meanwhile, compaction included"
-    return measured, Config.from_presets(dataset="cifar10", data_dir="unused").check_every, what
+    return measured, preset().check_every, what
 
 
 # --- compacted steps ------------------------------------------------------------------------------------------------
@@ -247,7 +254,7 @@ def compacted(
     precision, example = "bf16" if amp else "fp32", torch.zeros(1, 3, SIZE, SIZE)
     whole = count(network(arch), example).macs
     makes = {"dense": network(arch)}
-    multiple = Config.from_presets(dataset="cifar10", data_dir="unused").width_multiple
+    multiple = preset().width_multiple
     halvings = {"halvings": 3} if rounds == 1 else {}
     for share in SHARES[: 1 if rounds == 1 else None]:
         makes[f"{share:.0%}, odd widths"] = narrowed(arch, share, **halvings)

@@ -269,7 +269,7 @@ def test_every_committed_record_says_which_copy_of_its_data_it_was_made_with():
     for folder in records:
         config, env = read_json(folder / "config.json"), read_json(folder / "env.json", dict(pixels=str))
         names.setdefault(config["dataset"], set()).add(copies.name_of(config, env))
-    assert names == {"cifar10": {"CIFAR-10, JPEG copy"}, "folder": {"Tiny-ImageNet-200, subset"}, "digits": {"digits"}}
+    assert names == {"cifar10": {"CIFAR-10, JPEG copy"}, "folder": {"Tiny-ImageNet, subset"}, "digits": {"digits"}}
 
 
 @pytest.mark.parametrize("page", sorted(_common.RESULTS.rglob("*.md")), ids=lambda page: page.stem)
