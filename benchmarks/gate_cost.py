@@ -123,9 +123,9 @@ def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
 
 def kind_of_next(pruner: Pruner) -> str:
     """What the pruner will do at its next step."""
-    # the cycle has no public face; a change of it shows up in the counts below the table
-    parts = ["probe"] if pruner._captured is not None else []
-    if pruner.done % pruner._burst_every in pruner._burst:
+    schedule, done = pruner.schedule, pruner.state.done
+    parts = ["probe"] if done % schedule.measure_every == 0 else []
+    if done % schedule.burst_every in schedule.burst:
         parts.append("products")
     return " + ".join([GATED, *parts])
 
@@ -136,7 +136,7 @@ def gated(
     """Plain and gated steps in turn: rows of the table, the ratio of each kind, and the plain step's seconds."""
     plain, lane = (Lane(name, network(arch), amp, device=device, batch=batch, clock=clock) for name in (PLAIN, GATED))
     pruner = pruner_for(lane, settled=True)
-    cycle = pruner._burst_every
+    cycle = pruner.schedule.burst_every
     for _ in range(2):
         plain.step()
         lane.step()
@@ -236,8 +236,8 @@ def narrowed(arch: str, share: float, multiple: int = 1, halvings: int = 20) -> 
             full = block.sites[0].width
             width = min(full - 1, int(level * factor * full)) | 1
             padded = min(full, -(-width // multiple) * multiple)
-            change = compaction.keep_units(model, block, 0, range(padded))
-            compaction.silence_units(model, block, 0, range(width, padded), change)
+            change = compaction.keep_units(model, block.sites[0], range(padded))
+            compaction.silence_units(model, block.sites[0], range(width, padded), change)
         return model
 
     low, high = 0.0, 2.0

@@ -85,7 +85,7 @@ def check(run: history.Run) -> Check:
     for name in dict.fromkeys(term.name for term in whole.terms):
         if isinstance(model.get_submodule(name), (torch.nn.Conv2d, torch.nn.Linear)):
             terms = [term for term in whole.terms if term.name == name]
-            own = Complexity(terms, whole.blocks, whole.site_block, whole.widths)
+            own = Complexity(terms, whole.inventory)
             layers[name] = own.macs(np.ones(whole.size)), own.macs(theta[-1]), measured.get(name, 0)
     for name, (_, should, is_) in layers.items():
         if should != is_:
