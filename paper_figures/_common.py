@@ -15,9 +15,6 @@ from scipy import stats
 
 from catode.theory.plotting import PALETTE, house_style
 
-DATASETS = {"cifar10": "CIFAR-10, JPEG copy", "tiny-imagenet-200": "Tiny-ImageNet, subset"}
-"""What data sets are called in pictures and captions; the images of the CIFAR-10 records are a JPEG copy of the official ones."""
-
 COLORS = 256
 """Colours of a PNG file; more make it larger and no better to read."""
 
@@ -71,11 +68,6 @@ def percent(axis) -> None:
 def seeds_text(seeds: Sequence[int]) -> str:
     """Seeds in words."""
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
-def dataset_text(name: str) -> str:
-    """A data set as pictures and captions call it."""
-    return DATASETS.get(name, name)
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:

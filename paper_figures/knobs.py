@@ -8,7 +8,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from benchmarks._common import markdown
 from benchmarks.cifar import Record
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from paper_figures._common import Made, dataset_text, letter, paired_text, percent, range_text, span
+from paper_figures._common import Made, letter, paired_text, percent, range_text, span
 from paper_figures.runs import GROUPS, Data
 
 NEEDS = ("pruned", "knobs")
@@ -105,7 +105,7 @@ def _table(data: Data, centre: list[Record]) -> str:
     }
     for record in data.records:
         if record.kind == "pruned":
-            groups.setdefault(f"{dataset_text(record.task[0])}, {record.variant}", []).append(record)
+            groups.setdefault(f"{record.task[0]}, {record.variant}", []).append(record)
     rows = [
         [
             name,

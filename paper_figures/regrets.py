@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks import copies
 from catode.decisions import shadow
+from catode.records import read_json
 from catode.report import compare
 from catode.theory.plotting import new_figure
-from paper_figures._common import Made, dataset_text, seeds_text
+from paper_figures._common import Made, seeds_text
 from paper_figures.runs import Data
 
 NEEDS = ("shadow",)
@@ -50,5 +52,5 @@ def make(data: Data) -> Made:
 
 def _readable(name: str, runs: Sequence[compare.Run]) -> str:
     """The name of a group with its data set as captions call it."""
-    dataset = runs[0].config["dataset"]
-    return name.replace(dataset, dataset_text(dataset))
+    config = runs[0].config
+    return name.replace(config["dataset"], copies.name_of(config, read_json(runs[0].folder / "env.json")))

@@ -11,7 +11,6 @@ from benchmarks.cifar import ALIKE, Record
 from catode.theory.plotting import PALETTE, house_style, legend_below, new_figure
 from paper_figures._common import (
     Made,
-    dataset_text,
     letter,
     mark_mean,
     paired_interval,
@@ -33,9 +32,7 @@ def make(data: Data) -> Made:
     for record in data.records:
         dataset, arch, epochs = record.task
         variant = record.variant.replace(f" {arch}", "")
-        panels.setdefault(f"{dataset_text(dataset)}, {arch}, {epochs} epochs", {}).setdefault(variant, []).append(
-            record
-        )
+        panels.setdefault(f"{dataset}, {arch}, {epochs} epochs", {}).setdefault(variant, []).append(record)
     drawn = {name: groups for name, groups in panels.items() if _least(groups) < SMALLER}
     columns = min(3, len(drawn))
     height = -(-len(drawn) // columns)

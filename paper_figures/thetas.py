@@ -10,7 +10,7 @@ from catode.report import history
 from catode.report.looks import LOOKS, fate_handle
 from catode.report.pictures import theta_panel
 from catode.theory.plotting import house_style, new_figure
-from paper_figures._common import Made, dataset_text, letter, seeds_text
+from paper_figures._common import Made, letter, seeds_text
 from paper_figures.runs import SHORT, Data
 
 NEEDS = ("pruned",)
@@ -25,7 +25,7 @@ def make(data: Data) -> Made:
     records = [run for run in data.record_reports() if 0.0 < run.config["alpha"] < 1.0 and _has_paths(run)]
     records.sort(key=lambda run: run.result["layers_kept"] / run.result["layers_total"])
     for run in [*data.reports("pruned"), *records]:
-        first.setdefault(task(run.config)[0], run)
+        first.setdefault(task(run.config, run.env)[0], run)
     figure = new_figure(8.0, 3.0 * len(first) + 0.9)
     with house_style():
         rows = figure.subplots(len(first), 2, sharey=True, squeeze=False)
@@ -33,7 +33,7 @@ def make(data: Data) -> Made:
             for ax, kind in zip(row, ("layer", "unit"), strict=True):
                 theta_panel(ax, run, kind)
                 number = len(run.of(kind))
-                ax.set_title(f"{dataset_text(dataset)}: {number} {kind}s")
+                ax.set_title(f"{dataset}: {number} {kind}s")
                 ax.set_xlim(0, run.metrics["epoch"][-1])
                 ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
                 ax.set_xlabel("epoch")
@@ -44,7 +44,7 @@ def make(data: Data) -> Made:
         handles = [fate_handle(fate, LOOKS[fate].text) for fate in seen]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     told = "; ".join(
-        f"{run.config['arch']}, {dataset_text(dataset)}{_other(run)}, {seeds_text([run.config['seed']])}: "
+        f"{run.config['arch']}, {dataset}{_other(run)}, {seeds_text([run.config['seed']])}: "
         + ", ".join(
             f"{sum(t.fate == fate for t in run.traces)} {fate}"
             for fate in seen

@@ -11,7 +11,7 @@ from benchmarks._common import differences
 from benchmarks.cifar import task
 from catode.report import history
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from paper_figures._common import Made, dataset_text, letter, seeds_text
+from paper_figures._common import Made, letter, seeds_text
 from paper_figures.runs import Data
 
 NEEDS = ("pruned",)
@@ -22,10 +22,10 @@ def make(data: Data) -> Made:
     """Draw a panel for each data set and network; what was pruned with other settings gets another colour."""
     panels: dict[str, dict[str, list[history.Run]]] = defaultdict(lambda: defaultdict(list))
     for run in data.reports("pruned"):
-        panels[f"{run.config['arch']}, {dataset_text(run.config['dataset'])}"]["pruned"].append(run)
+        panels[f"{run.config['arch']}, {run.config['dataset']}"]["pruned"].append(run)
     for run in data.record_reports():
-        dataset, arch, _ = task(run.config)
-        panels[f"{arch}, {dataset_text(dataset)}"][differences(run.config) or "preset"].append(run)
+        dataset, arch, _ = task(run.config, run.env)
+        panels[f"{arch}, {dataset}"][differences(run.config) or "preset"].append(run)
     figure = new_figure(8.0, 2.7 * len(panels))
     with house_style():
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks import copies
 from catode.prune import cut
 from catode.structures.fates import COMMITTED, PRUNED_TOLERANCE, PRUNED_ZERO, REMOVED_WITH_BLOCK, UNDECIDED
 from catode.train import Config, count, models
@@ -119,6 +120,9 @@ def folder(tmp_path_factory):
     return root
 
 
+JPEG_COPY = next(pixels for pixels, copy in copies.KNOWN.items() if copy.name == "CIFAR-10, JPEG copy")
+
+
 def _change(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -143,6 +147,7 @@ def test_shadow_records_have_a_row_for_each_data_set_network_and_length(folder, 
     for number, (dataset, epochs) in enumerate((("cifar10", 20), ("digits", 60), ("digits", 60))):
         record = shutil.copytree(folder / f"digits-shadow-s{number}", tmp_path / "shadow" / str(number))
         _change(record / "config.json", dataset=dataset, epochs=epochs)
+        _change(record / "env.json", pixels=JPEG_COPY)
     data = runs.Data(folder, tmp_path)
     rows = {name: len(found) for name, found in data.shadows().items()}
     lengths = ((f"digits, {runs.SHORT['epochs']}", 3), ("cifar10, 20", 1), ("digits, 60", 2))
@@ -159,6 +164,7 @@ def test_every_record_of_cifar10_is_called_a_jpeg_copy(folder, tmp_path):
         record = shutil.copytree(folder / f"digits-{name}", tmp_path / name)
         base = Config.from_presets(dataset="cifar10", data_dir="images", epochs=20, **changed)
         _change(record / "config.json", **dataclasses.asdict(base))
+        _change(record / "env.json", pixels=JPEG_COPY)
     data = runs.Data(folder, tmp_path)
     for name in ("thetas", "rivals", "widths", "knobs"):
         made = FIGURES[name].make(data)
