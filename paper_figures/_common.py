@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
-from scipy import stats
 
+from benchmarks._common import mean_interval
 from catode.theory.plotting import PALETTE, house_style
 
 COLORS = 256
@@ -70,20 +70,6 @@ def seeds_text(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference of paired runs and both ends of its 95 % t-interval; of a single pair the ends are NaN.
-
-    Args:
-        differences: One for each pair, such as runs of the same seed.
-    """
-    values = np.asarray(differences, dtype=float)
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, np.nan, np.nan
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
-
-
 def paired_text(differences: Sequence[float], form: str = "{:+.2f}") -> str:
     """Mean difference of paired runs with its 95 % t-interval and the number of pairs, in words; without interval for one.
 
@@ -91,7 +77,7 @@ def paired_text(differences: Sequence[float], form: str = "{:+.2f}") -> str:
         differences: One for each pair, such as runs of the same seed.
         form: How a number is written.
     """
-    mean, low, high = (form.format(round(value, 9) + 0.0) for value in paired_interval(differences))  # no -0.00
+    mean, low, high = (form.format(round(value, 9) + 0.0) for value in mean_interval(differences))  # no -0.00
     if len(differences) < 2:
         return f"{mean} (n = 1: no interval)"
     return f"{mean} (n = {len(differences)}, 95 % t-interval {low} to {high})"

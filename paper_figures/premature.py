@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks._common import mean_interval
 from benchmarks.cifar import Record
 from catode.decisions import shadow
 from catode.report import compare
 from catode.theory.plotting import PALETTE, house_style, new_figure
-from paper_figures._common import Made, letter, paired_interval, paired_text, percent, seeds_text
+from paper_figures._common import Made, letter, paired_text, percent, seeds_text
 from paper_figures.runs import GROUPS, Data
 
 NEEDS = ("pruned", "dense", "fixed", "shadow")
@@ -71,7 +72,7 @@ def make(data: Data) -> Made:
     for name in [name for name in groups if name not in COLORS]:
         pairs = [(a, b) for a in groups[name] for b in groups["derived"] if a.config["seed"] == b.config["seed"]]
         difference = [a.accuracy - b.accuracy for a, b in pairs]
-        harmed |= paired_interval(difference)[2] < 0.0
+        harmed |= mean_interval(difference)[2] < 0.0
         sizes = [
             100 * np.mean([one.result["macs"] / one.result["macs_dense"] for one in side])
             for side in zip(*pairs, strict=True)

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks._common import markdown
+from benchmarks._common import markdown, mean_interval
 from benchmarks.cifar import ALIKE, Record
 from catode.theory.plotting import PALETTE, house_style, legend_below, new_figure
 from paper_figures._common import (
     Made,
     letter,
     mark_mean,
-    paired_interval,
     percent,
     range_text,
     seeds_text,
@@ -82,7 +81,7 @@ def _differences(groups: dict[str, list[Record]]) -> str:
             a, b = (float(np.mean([r.result["macs"] for r in side])) for side in (group, others))
             pairs = [(x, y) for x in group for y in others if x.config["seed"] == y.config["seed"]]
             if pairs and (rival == "dense" or abs(a - b) <= ALIKE * b):
-                mean, low, high = paired_interval([x.accuracy - y.accuracy for x, y in pairs])
+                mean, low, high = mean_interval([x.accuracy - y.accuracy for x, y in pairs])
                 interval = f"{low:+.2f} to {high:+.2f}" if len(pairs) > 1 else "none"
                 rows.append([f"{variant} - {rival}", len(pairs), f"{round(mean, 9) + 0.0:+.2f}", interval])
     return markdown(["difference, paired by seed", "n", "accuracy, points", "95 % t-interval"], rows) if rows else ""

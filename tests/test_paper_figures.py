@@ -184,11 +184,11 @@ def test_a_record_in_which_hardly_anything_was_decided_is_not_drawn(folder, tmp_
 
 
 def test_a_paired_difference_comes_with_its_t_interval():
-    mean, low, high = _common.paired_interval([0.5, 1.0])  # standard deviation 0.354, t quantile 12.706
+    mean, low, high = _common.mean_interval([0.5, 1.0])  # standard deviation 0.354, t quantile 12.706
     assert (mean, low, high) == pytest.approx((0.75, 0.75 - 12.7062 * 0.25, 0.75 + 12.7062 * 0.25), rel=1e-4)
     assert _common.paired_text([0.5, 1.0]) == "+0.75 (n = 2, 95 % t-interval -2.43 to +3.93)"
     assert _common.paired_text([0.5]) == "+0.50 (n = 1: no interval)"
-    assert _common.paired_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
+    assert _common.mean_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
     assert _common.range_text([1.0, 3.0]) == "2.00 (1.00 to 3.00)" and _common.range_text([1.0]) == "1.00"
     assert _common.span([1.0, 2.0, 6.0]).tolist() == [[2.0], [3.0]]
 
