@@ -53,6 +53,7 @@ from catode.records import (
 )
 from catode.report import compare
 from catode.structures.fates import PRUNED_TOLERANCE, PRUNED_ZERO, REMOVED
+from catode.theory.plotting import new_figure
 from catode.train import data, run
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config
@@ -421,7 +422,13 @@ def watched(folders: Sequence[Path], out: Path | None) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "compare.md").write_text(told, encoding="utf-8")
-        compare.picture(runs, out / "compare.png")
+        groups = compare.groups(runs)
+        figure = new_figure(14.0, 5.4 * len(groups))
+        parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
+        for part, (title, own) in zip(parts, groups.items(), strict=True):
+            compare.draw(part, own)
+            part.suptitle(title)
+        figure.savefig(out / "compare.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -49,7 +49,7 @@ KNOWN = {
         "files and must not be set beside published ones.",
     ),
     "babffdc1b769135b46d81367934c24e61d05ec578b0ca451f2d43bd6bd5e9c8d": Copy(
-        "Tiny-ImageNet-200, subset",
+        "Tiny-ImageNet, subset",
         "200 training and 25 test images of each of the 200 classes, a fixed random choice of the original 64 x 64 files, so "
         "accuracies must not be set beside published ones.",
     ),

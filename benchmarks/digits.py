@@ -147,9 +147,9 @@ def summary(pairs: list[Pair], notes: str) -> str:
         "",
         *(f"- {'yes' if value else 'NO'}: {what}" for what, value in met.items()),
         "",
-        f"Accuracy difference, pruned minus ungated, paired by seed: {spread([p.difference for p in pairs], '{:+.2f}', 100)} "
-        f"points; accuracy {pruned} %; {left} % of the MACs; ungated {ungated} % (means with {CONFIDENCE:.0%} t-intervals over "
-        "seeds).",
+        f"Mean [{CONFIDENCE:.0%} t-interval] over seeds. Accuracy difference in points, pruned minus ungated, paired by seed: "
+        f"{spread([p.difference for p in pairs], '{:+.2f}', 100)}. Accuracy, %: {pruned}; ungated: {ungated}. "
+        f"MACs left, %: {left}.",
         "",
         "A seed's result depends on the processor, whose order of summation training amplifies: another one gives other runs from "
         "the same seeds.",

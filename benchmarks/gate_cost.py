@@ -33,6 +33,7 @@ QUICK_BATCH = 2
 FORMATS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 SHARES = (0.5, 0.35)
 GATED_LIMIT, PROBE_LIMIT, CHECK_LIMIT, COMPACT_LIMIT = 1.05, 1.15, 0.01, 0.8
+TRAINING_IMAGES = 50_000  # of CIFAR-10
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PLAIN, GATED, PADDED = "plain", "gated", "padded to"
 
@@ -98,9 +99,15 @@ def network(arch: str) -> nn.Module:
     return models.build(arch, in_channels=3, classes=CLASSES)
 
 
+def preset() -> Config:
+    """The preset of CIFAR-10, resolved for its whole training set."""
+    config = Config.from_presets(dataset="cifar10", data_dir="unused")
+    return config.resolved(TRAINING_IMAGES // config.batch_size * config.epochs)
+
+
 def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
     """A pruner with the trainer's settings; `settled` means that no theta moves and nothing is checked."""
-    config = Config.from_presets(dataset="cifar10", data_dir="unused")
+    config = preset()
     given = dict(estimator=config.estimator, layer_estimator=config.layer_estimator, probe_size=config.probe_size)
     given |= dict(measure_every=config.measure_every, nu=config.nu, alpha=config.alpha)
     far = 10**9
@@ -116,9 +123,9 @@ def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
 
 def kind_of_next(pruner: Pruner) -> str:
     """What the pruner will do at its next step."""
-    # the cycle has no public face; a change of it shows up in the counts below the table
-    parts = ["probe"] if pruner._captured is not None else []
-    if pruner.done % pruner._burst_every in pruner._burst:
+    schedule, done = pruner.schedule, pruner.state.done
+    parts = ["probe"] if done % schedule.measure_every == 0 else []
+    if done % schedule.burst_every in schedule.burst:
         parts.append("products")
     return " + ".join([GATED, *parts])
 
@@ -129,7 +136,7 @@ def gated(
     """Plain and gated steps in turn: rows of the table, the ratio of each kind, and the plain step's seconds."""
     plain, lane = (Lane(name, network(arch), amp, device=device, batch=batch, clock=clock) for name in (PLAIN, GATED))
     pruner = pruner_for(lane, settled=True)
-    cycle = pruner._burst_every
+    cycle = pruner.schedule.burst_every
     for _ in range(2):
         plain.step()
         lane.step()
@@ -203,7 +210,7 @@ def checks(arch: str, number: int, device: str, clock: Callable[[], float]) -> t
         if check is not None:
             removed, decided = removed + check.removed, decided + before - pruner.undecided
     what = f"{decided} structures decided and {removed} removed meanwhile, compaction included"
-    return measured, Config.from_presets(dataset="cifar10", data_dir="unused").check_every, what
+    return measured, preset().check_every, what
 
 
 # --- compacted steps ------------------------------------------------------------------------------------------------
@@ -229,8 +236,8 @@ def narrowed(arch: str, share: float, multiple: int = 1, halvings: int = 20) -> 
             full = block.sites[0].width
             width = min(full - 1, int(level * factor * full)) | 1
             padded = min(full, -(-width // multiple) * multiple)
-            change = compaction.keep_units(model, block, 0, range(padded))
-            compaction.silence_units(model, block, 0, range(width, padded), change)
+            change = compaction.keep_units(model, block.sites[0], range(padded))
+            compaction.silence_units(model, block.sites[0], range(width, padded), change)
         return model
 
     low, high = 0.0, 2.0
@@ -247,9 +254,9 @@ def compacted(
     precision, example = "bf16" if amp else "fp32", torch.zeros(1, 3, SIZE, SIZE)
     whole = count(network(arch), example).macs
     makes = {"dense": network(arch)}
-    multiple = Config.from_presets(dataset="cifar10", data_dir="unused").width_multiple
+    multiple = preset().width_multiple
     halvings = {"halvings": 3} if rounds == 1 else {}
-    for share in SHARES:
+    for share in SHARES[: 1 if rounds == 1 else None]:
         makes[f"{share:.0%}, odd widths"] = narrowed(arch, share, **halvings)
         makes[f"{share:.0%}, {PADDED} {multiple}"] = narrowed(arch, share, multiple, **halvings)
     macs = {name: count(model, example).macs / whole for name, model in makes.items()}
@@ -364,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.only in (None, "compact"):
         rows, profiles = [], []
         for amp in (False, True):
-            for layout in FORMATS:
+            for layout in list(FORMATS)[: 1 if args.quick else None]:
                 more, ratios, profile = compacted(args.arch, amp, layout, rounds, batch, device, clock)
                 rows += more
                 profiles += [profile, ""] if profile else []

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import _common, cifar, digits, estimators, pool, rival, sensitivity
+from benchmarks import _common, cifar, copies, digits, estimators, pool, rival, sensitivity
 from catode.decisions import shadow
 from catode.prune.describe.costs import count
 from catode.records import read_json, read_rows
 from catode.report import compare
-from catode.train import loop
+from catode.train import data, loop
+from catode.train.data.images import assemble, pixel_fingerprint
 from catode.train.models import build
 from catode.train.settings.config import Config, ConfigError
 
 
 def record(seed=0, accuracy=0.8, macs=40e6, **settings):
-    settings = {"dataset": "cifar10", "data_dir": "d"} | settings
+    settings = {"dataset": "cifar10", "data_dir": "d", "memory": 200, "check_every": 50} | settings
     config = json.loads(Config.from_presets(seed=seed, **settings).to_json())
     result = dict(
         accuracy=accuracy, macs=macs, macs_dense=40e6, params=1e5, layers_kept=9, layers_total=9, units_kept=100
     )
     result |= dict(units_total=336, decided_by_rule=1.0, latency_ms_128=1.0, latency_dense_ms_128=1.0, seconds=60.0)
-    env = dict(processor="p", cores=2, torch="t", threads=1, python="3")
+    env = dict(processor="p", cores=2, torch="t", threads=1, python="3", pixels=next(iter(copies.KNOWN)))
     return cifar.Record(config, result | {"cpu_seconds": 60.0}, env, [])
 
 
@@ -124,6 +128,7 @@ def test_every_kind_of_network_is_trained_as_it_is_later_called(kind, more, expe
         for name, content in (("config", json.loads(config.to_json())), ("result", made.result), ("env", made.env)):
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
         (tmp_path / "structures.csv").write_text("")
+        (tmp_path / "metrics.csv").write_text("epoch,step\n1,10\n")
         return tmp_path
 
     monkeypatch.setattr(cifar, "run", run)
@@ -160,26 +165,142 @@ def test_pairs_are_formed_at_equal_macs_and_against_the_dense_network():
             record(0, 0.72, 18.4e6, nu=0.0, arch="resnet14"),
         ]
     )
-    pairs = {row[0]: row[1:] for row in rows(told, "difference")}
+    pairs = {row[0].removeprefix("CIFAR-10, JPEG copy, "): row[1:] for row in rows(told, "difference")}
+    none = "n = 1, no interval"
     assert pairs == {
-        "cifar10, pruned resnet20 - dense resnet20": ["20", "2", "-9.00 ± 1.41", "45.0 ± 0.0"],
-        "cifar10, pruned resnet20 - narrow resnet20 (hidden_scale=0.46)": ["20", "1", "+10.00", "100.0"],
-        "cifar10, pruned resnet20 - short resnet14": ["20", "1", "+8.00", "97.8"],
-        "cifar10, pruned resnet20 - Torch-Pruning resnet20": ["20", "1", "+1.00", "97.3"],
-        "cifar10, pruned resnet20 - pruned resnet20 (alpha=0)": ["20", "1", "+5.00", "98.9"],
-        "cifar10, pruned resnet20 (alpha=0) - dense resnet20": ["20", "1", "-15.00", "45.5"],
-        "cifar10, pruned resnet20 (alpha=0) - narrow resnet20 (hidden_scale=0.46)": ["20", "1", "+5.00", "101.1"],
-        "cifar10, pruned resnet20 (alpha=0) - short resnet14": ["20", "1", "+3.00", "98.9"],
-        "cifar10, pruned resnet20 (alpha=0) - Torch-Pruning resnet20": ["20", "1", "-4.00", "98.4"],
+        "pruned resnet20 - dense resnet20": ["20", "-9.00 [-21.71, +3.71], n = 2", "45.0 (45.0, 45.0)"],
+        "pruned resnet20 - narrow resnet20 (hidden_scale=0.46)": ["20", f"+10.00, {none}", "100.0"],
+        "pruned resnet20 - short resnet14": ["20", f"+8.00, {none}", "97.8"],
+        "pruned resnet20 - Torch-Pruning resnet20": ["20", f"+1.00, {none}", "97.3"],
+        "pruned resnet20 - pruned resnet20 (alpha=0)": ["20", f"+5.00, {none}", "98.9"],
+        "pruned resnet20 (alpha=0) - dense resnet20": ["20", f"-15.00, {none}", "45.5"],
+        "pruned resnet20 (alpha=0) - narrow resnet20 (hidden_scale=0.46)": ["20", f"+5.00, {none}", "101.1"],
+        "pruned resnet20 (alpha=0) - short resnet14": ["20", f"+3.00, {none}", "98.9"],
+        "pruned resnet20 (alpha=0) - Torch-Pruning resnet20": ["20", f"-4.00, {none}", "98.4"],
     }
     networks = {(row[1], row[2]): row for row in rows(told, "data")}
-    assert networks["pruned resnet20", "20"][4] == "81.00 ± 1.41"
+    assert networks["pruned resnet20", "20"][4] == "81.00 [68.29, 93.71], n = 2"
     assert networks["narrow resnet20 (hidden_scale=0.46)", "20"][6] == "45.0"
 
 
 def test_images_in_class_folders_go_by_the_name_of_their_folder():
     found = [record(dataset="folder", data_dir=f"sets/{name}", nu=0.0) for name in ("birds", "fish")]
-    assert [row[0] for row in rows(cifar.table(found), "data")] == ["birds", "fish"]
+    found = [dataclasses.replace(one, env=one.env | {"pixels": None}) for one in found]
+    assert [row[0] for row in rows(cifar.table(found), "data")] == ["birds, unknown copy", "fish, unknown copy"]
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([0.97, 0.55], "+0.76 [-1.91, +3.43], n = 2"),  # t = 12.706, sd 0.297: half-width 2.67
+        ([1.0, 2.0, 3.0], "+2.00 [-0.48, +4.48], n = 3"),  # t = 4.303, sd 1
+        ([-1, 0, -1, -2, -1], "-1.00 [-1.88, -0.12], n = 5"),  # t = 2.776, sd 0.707
+        ([2.0, 2.0], "+2.00 [+2.00, +2.00], n = 2"),
+        ([-1.89], "-1.89, n = 1, no interval"),
+    ],
+)
+def test_an_interval_is_student_s_at_95_percent(values, told):
+    assert _common.spread(values, "{:+.2f}") == told
+    assert _common.spread([100 * v for v in values], "{:+.2f}", 0.01) == told
+
+
+def test_single_runs_are_told_one_by_one():
+    assert _common.each([49.0, 41.4], "{:.1f}") == "45.2 (49.0, 41.4)" and _common.each([7.25], "{:.1f}") == "7.2"
+
+
+# --- copies of data sets --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes of images as PNG files, and what is in them: pixels (N, 3, H, W) and labels of both splits."""
+    random, made = np.random.default_rng(0), []
+    for split, number in (("train", 3), ("test", 2)):
+        images = random.integers(0, 256, (2 * number, 3, 4, 5), dtype=np.uint8)
+        made.append((images, np.repeat([0, 1], number)))
+        for i, (image, label) in enumerate(zip(*made[-1], strict=True)):
+            folder = tmp_path / "set" / split / "ab"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i}.png")
+    return tmp_path / "set", made
+
+
+def in_memory(train, test, order=slice(None)):
+    (x, y), (u, v) = train, test
+    return assemble("any", (x[order], y[order]), (u, v), ("a", "b"))
+
+
+def test_the_fingerprint_is_of_pixels_and_labels_wherever_they_lie(pictures):
+    folder, (train, test) = pictures
+    expected = pixel_fingerprint(in_memory(train, test))
+    assert len(expected) == 64
+    assert pixel_fingerprint(in_memory(train, test, [5, 0, 3, 1, 4, 2])) == expected  # order says nothing
+    assert pixel_fingerprint(data.load("folder", folder)) == expected
+    assert pixel_fingerprint(data.load("folder", folder, array_bytes=0)) == expected  # decoded from the disk
+    for change in range(4):
+        images, labels = (part.copy() for part in train)
+        if change == 0:
+            images[2, 1, 3, 4] ^= 1
+        elif change == 1:
+            labels[2] = 1 - labels[2]
+        elif change == 2:
+            images[2] = images[2, ::-1]  # red and blue change places
+        else:
+            images, labels = np.concatenate([images, images[:1]]), np.append(labels, labels[0])
+        assert pixel_fingerprint(in_memory((images, labels), test)) != expected
+    assert pixel_fingerprint(in_memory(test, train)) != expected
+
+
+def test_the_fingerprint_is_the_hash_that_its_documentation_states():
+    train, test = (np.array([[[[7, 8]]]], np.uint8), np.array([1])), (np.array([[[[9, 0]]]], np.uint8), np.array([0]))
+    whole = hashlib.sha256()
+    for pixels, label in ((b"\x07\x08", 1), (b"\x09\x00", 0)):
+        whole.update(b"(1, 1, 1, 2)" + hashlib.sha256(bytes([label, 0, 0, 0, 0, 0, 0, 0]) + pixels).digest())
+    assert pixel_fingerprint(in_memory(train, test)) == whole.hexdigest()
+
+
+def test_every_committed_record_says_which_copy_of_its_data_it_was_made_with():
+    records = [path.parent for path in (Path(copies.__file__).parent / "records").rglob("result.json")]
+    assert len(records) > 20
+    names = {}
+    for folder in records:
+        config, env = read_json(folder / "config.json"), read_json(folder / "env.json", dict(pixels=str))
+        names.setdefault(config["dataset"], set()).add(copies.name_of(config, env))
+    assert names == {"cifar10": {"CIFAR-10, JPEG copy"}, "folder": {"Tiny-ImageNet, subset"}, "digits": {"digits"}}
+
+
+@pytest.mark.parametrize("page", sorted(_common.RESULTS.rglob("*.md")), ids=lambda page: page.stem)
+def test_every_table_with_a_known_copy_has_its_note_and_no_table_has_bare_names(page):
+    text = page.read_text()
+    assert not re.search(r"(?<![-\w])cifar10(?!\w)|tiny-imagenet|\bCIFAR-10(?!, JPEG copy)", text)
+    for copy in copies.KNOWN.values():
+        assert (copy.name in text) == (copy.note in text)
+    assert "±" not in text or "standard error" in text
+
+
+def test_copies_prints_the_name_and_puts_the_fingerprint_into_records_of_these_images(pictures, tmp_path, capsys):
+    folder, _ = pictures
+    for name, place in (("fits", "set"), ("other", "fish")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"dataset": "folder", "data_dir": place}))
+        (tmp_path / name / "env.json").write_text('{"torch": "t"}')
+    given = ["--dataset", "folder", "--data-dir", str(folder), "--records"]
+    copies.main([*given, str(tmp_path / "fits")])
+    pixels, name = capsys.readouterr().out.strip().split("  ")
+    assert name == "set, unknown copy" and read_json(tmp_path / "fits" / "env.json") == {"torch": "t", "pixels": pixels}
+    with pytest.raises(ValueError, match="`records` must be of set; got '.*other' of fish. Leave it out."):
+        copies.main([*given, str(tmp_path / "fits"), str(tmp_path / "other")])
+    assert read_json(tmp_path / "other" / "env.json") == {"torch": "t"}
+
+
+def test_the_fingerprint_is_not_taken_of_very_many_images(pictures, monkeypatch):
+    images = in_memory(*pictures[1])
+    assert copies.fingerprint(images) == pixel_fingerprint(images)
+    monkeypatch.setattr(copies, "MOST_IMAGES", 9)
+    assert copies.fingerprint(images) is None
 
 
 PLACES = [dict(kind="unit", block="b", site="s", index=index) for index in range(3)]
@@ -197,11 +318,11 @@ def write_shadow_run(folder):
     measured = []
     for step in range(200):
         for place in PLACES:
-            state = "committed" if step == 199 - place["index"] else "undecided"
+            fate = "committed" if step == 199 - place["index"] else "undecided"
             numbers = dict(
                 zip(("gain", "drift", "noise", "benefit_upper", "price"), draws.uniform(1, 2, 5), strict=True)
             )
-            measured.append(dict(step=step, **place, keep_prob=0.123456789 * step, **numbers, state=state))
+            measured.append(dict(step=step, **place, keep_prob=0.123456789 * step, **numbers, fate=fate))
     numbers = dict.fromkeys(shadow.NUMBERS, 0.0123456)
     lines = [
         dict(rule=shadow.DERIVED, **PLACES[0], step=DECIDED, **numbers, outcome="confirmed", outcome_step=ENDED),
@@ -223,6 +344,7 @@ def test_a_condensed_run_keeps_what_was_observed_and_no_path(tmp_path, limit, wh
     to = tmp_path / "to" / "run"
     assert (to / "structure.json").read_text() == '{"blocks":{}}\n'
     assert "/secret" not in (to / "config.json").read_text()
+    assert read_json(to / "env.json")["pixels"] == next(iter(copies.KNOWN))
     assert sum(path.stat().st_size for path in to.iterdir()) <= limit
     kept, there = (read_rows(folder / "structures.csv") for folder in (to, tmp_path / "run"))
     spans = [
@@ -238,6 +360,44 @@ def test_a_condensed_run_keeps_what_was_observed_and_no_path(tmp_path, limit, wh
     record, run = compare.read(to), compare.read(tmp_path / "run")
     assert compare.assumptions([record]) == compare.assumptions([run]) and compare.rules([record]).keys()
     assert compare.assumptions([run])["gain"][0] == 2
+
+
+def test_a_condensed_run_gets_the_fingerprint_of_its_images_if_they_are_there(tmp_path, capsys):
+    made = record(dataset="digits", data_dir=None, nu=0.0)
+    for name, where in (("there", None), ("gone", "/secret/place/data")):
+        (tmp_path / name).mkdir()
+        config = made.config | ({"dataset": "cifar10", "data_dir": where} if where else {})
+        env = {name: value for name, value in made.env.items() if name != "pixels"}
+        for file, content in (("config", config), ("result", made.result), ("env", env)):
+            (tmp_path / name / f"{file}.json").write_text(json.dumps(content))
+        for file in ("metrics.csv", "structures.csv"):
+            (tmp_path / name / file).write_text("")
+        cifar.condense(tmp_path / name, tmp_path / "to")
+    pixels = read_json(tmp_path / "to" / "there" / "env.json")["pixels"]
+    assert pixels == pixel_fingerprint(data.load("digits")) and "pixels" not in read_json(
+        tmp_path / "to" / "gone" / "env.json"
+    )
+    assert capsys.readouterr().err.count("note: no fingerprint of the images") == 1
+
+
+def test_what_became_of_decisions_is_told_with_the_name_of_the_copy(tmp_path, capsys):
+    write_shadow_run(tmp_path / "run")
+    cifar.main(["shadow", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    told = (tmp_path / "out" / "compare.md").read_text()
+    assert capsys.readouterr().out == told and told.startswith("- CIFAR-10, JPEG copy: its images were")
+    assert "| resnet20, CIFAR-10, JPEG copy |" in told and (tmp_path / "out" / "compare.png").exists()
+
+
+@pytest.mark.parametrize(
+    "fate", ["committed", "pruned_tolerance", "pruned_zero", "removed_out_of_time", "kept_out_of_time"]
+)
+def test_worth_of_layers_is_told_by_their_fates(fate):
+    made = record()
+    made.last.append(dict(kind="layer", step="5", fate=fate, benefit="3", price="2"))
+    stayed, removed = cifar._decisions(made)[-2:]
+    assert (stayed, removed) == {"committed": ("1.5", ""), "kept_out_of_time": ("1.5", "")}.get(
+        fate, ("", "1.5") if fate.startswith("pruned") else ("", "")
+    )
 
 
 def test_the_sentence_of_a_knob_is_the_change_at_equal_other_settings():
