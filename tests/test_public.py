@@ -138,3 +138,8 @@ def test_other_missing_modules_are_missing_as_ever():
     with pytest.raises(ModuleNotFoundError, match="^No module named 'catode.train.nothing'$"):
         importlib.import_module("catode.train.nothing")
     assert importlib.util.find_spec("catode.nothing") is None
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper():
+    text = (Path(__file__).parents[1] / "CITATION.cff").read_text()
+    assert f'version: "{catode.__version__}"' in text and "https://arxiv.org/abs/2411.09127" in text

@@ -109,6 +109,19 @@ def test_a_resumed_run_ends_as_the_whole_one(pruned, step, tmp_path, monkeypatch
     assert not [name for name in os.listdir(tmp_path / "run") if name.startswith("checkpoint") or name == "lock"]
 
 
+def test_a_run_whose_settings_are_null_where_they_follow_from_others_goes_on(pruned, tmp_path, monkeypatch):
+    """As config.json had them before 0.2."""
+    flags, expected = pruned
+    cut_off(monkeypatch, flags, tmp_path / "run", 13)
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    derived = config.pop("derived")
+    assert "rate_ratio" in derived and None not in [config[name] for name in derived]
+    file.write_text(json.dumps(config | dict.fromkeys(derived)))
+    assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
+    assert_same_end(tmp_path / "run", expected)
+
+
 def test_a_resumed_ungated_run_ends_as_the_whole_one(ungated, tmp_path, monkeypatch):
     flags, expected = ungated
     cut_off(monkeypatch, flags, tmp_path / "run", 5)
