@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from catode.prune.device import processor
+from catode.prune.devices.timing import processor
 from catode.train import loop
 from catode.train.settings.config import Config, ConfigError, settings
 

@@ -12,7 +12,7 @@ __all__ = ["ALSO", "MOVED", "MovedFinder", "install"]
 MOVED = {
     "catode.complexity": "catode.structures.complexity",
     "catode.theory.box": "catode.theory.systems.box",
-    "catode.theory.symbolic": "catode.theory.networks.symbolic",
+    "catode.theory.symbolic": "catode.theory.networks",
     "catode.theory.trajectory": "catode.theory.flow.trajectory",
     "catode.theory.faces": "catode.theory.flow.faces",
     "catode.theory.batch": "catode.theory.flow.batch",
@@ -27,11 +27,11 @@ MOVED = {
     "catode.theory._exact": "catode.theory.certificates._exact",
     "catode.theory._certify_polygon": "catode.theory.certificates._certify_polygon",
     "catode.theory._certify_staircase": "catode.theory.certificates._certify_staircase",
-    "catode.theory.prior": "catode.theory.priors.priors",
+    "catode.theory.prior": "catode.theory.priors",
     "catode.theory.network_bounds": "catode.theory.networks.bounds",
     "catode.theory.network_runs": "catode.theory.networks.runs",
     "catode.train.files": "catode.records",
-    "catode.train.structure": "catode.prune.describe.protocol",
+    "catode.train.structure": "catode.prune.describe.costs",
     "catode.train.measure": "catode.decisions.evidence",
     "catode.train.decide": "catode.decisions.rules",
     "catode.train.outcome": "catode.decisions.outcomes",
@@ -41,11 +41,11 @@ MOVED = {
     "catode.train.gates": "catode.prune.gates",
     "catode.train.estimators": "catode.prune.probes",
     "catode.train.compact": "catode.prune.cut",
-    "catode.train.transfer": "catode.prune.transfer",
+    "catode.train.transfer": "catode.prune.devices.transfer",
     "catode.train.prune": "catode.prune.pruner",
-    "catode.train.distributed": "catode.prune.distributed",
+    "catode.train.distributed": "catode.prune.devices.distributed",
     "catode.train.steptime": "catode.prune.describe.steptime",
-    "catode.train.device": "catode.prune.device",
+    "catode.train.device": "catode.prune.devices.timing",
     "catode.train.config": "catode.train.settings.config",
     "catode.train.commandline": "catode.train.settings.commandline",
     "catode.train.images": "catode.train.data.images",
@@ -68,8 +68,12 @@ MOVED = {
 `tolerance`, `basins`, `certificates`, `networks`, `plotting`, `catode.train.data`, `models`, `loop`) is imported as ever."""
 
 ALSO = {
-    "catode.train.structure": {"Block": "catode.structures.description", "Site": "catode.structures.description"},
-    "catode.train.measure": {"GradientProducts": "catode.prune.growth", "summary": "catode.decisions.limits"},
+    "catode.train.structure": {
+        "Block": "catode.structures.description",
+        "Site": "catode.structures.description",
+        "Prunable": "catode.prune.describe.protocol",
+    },
+    "catode.train.measure": {"GradientProducts": "catode.prune.growth"},
     "catode.train.shadow": {"unit_norms": "catode.prune.cut"},
 }
 """Names of an old module that went elsewhere than the rest of it."""

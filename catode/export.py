@@ -170,7 +170,7 @@ def measure(folder: Path, device: str = "cpu", seconds: float = 0.5) -> tuple[li
     import torch
 
     from catode.prune.describe.costs import count
-    from catode.prune.device import latency_ms
+    from catode.prune.devices.timing import latency_ms
     from catode.train.loop import checkpoint
 
     structure = checkpoint.read_structure(folder)

@@ -6,10 +6,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from catode.prune.distributed import Group
+from catode.prune.devices.distributed import Group
+from catode.prune.devices.transfer import upload
 from catode.prune.draws import GateDraws
 from catode.prune.gates import Gates
-from catode.prune.transfer import upload
 
 
 class Capture:

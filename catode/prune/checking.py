@@ -11,8 +11,8 @@ from catode.decisions.check import Checks, Moment, Verdict
 from catode.decisions.evidence import LEAST_EVIDENCE
 from catode.decisions.limits import QUANTITIES, Limits
 from catode.decisions.outcomes import Outcomes
+from catode.decisions.schedule import Schedule
 from catode.decisions.target import Target
-from catode.prune.schedule import Schedule
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState
 from catode.records import PLACE

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from catode._saved import UNSAVED
-from catode.prune.transfer import upload
+from catode.prune.devices.transfer import upload
 
 
 @dataclass(eq=False)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from catode.prune.distributed import Group
-from catode.prune.transfer import upload
+from catode.prune.devices.distributed import Group
+from catode.prune.devices.transfer import upload
 from catode.structures.description import Block
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from catode._saved import UNSAVED
 from catode.decisions.evidence import Pool
 from catode.prune.describe.protocol import slices
-from catode.prune.transfer import at_once, exact, upload
+from catode.prune.devices.transfer import at_once, exact, upload
 from catode.structures.inventory import Inventory
 
 BURST = 3  # steps whose gradients are multiplied with each other
@@ -36,7 +36,7 @@ class GradientProducts:
     Args:
         size: Number of structures.
         window: Memory of the pools, in bursts of three steps.
-        put: What to do with a function and the tensors of the device whose numbers it wants; see `catode.prune.transfer`.
+        put: What to do with a function and the tensors of the device whose numbers it wants; see `catode.prune.devices.transfer`.
         epoch_steps: Batches in an epoch, images / batch size; None for batches that are drawn independently.
 
     Attributes:

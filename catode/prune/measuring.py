@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from catode.decisions.evidence import Evidence
+from catode.decisions.schedule import Turns
 from catode.prune.capture import Capture
-from catode.prune.distributed import Group
+from catode.prune.devices.distributed import Group
 from catode.prune.losses import recovered_targets
 from catode.prune.probes import Probe, curvature_corrected, straight_through
-from catode.prune.schedule import Turns
 
 LEAST_PROBE = 12  # examples, where the batch has as many
 

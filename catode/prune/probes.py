@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from catode.prune.distributed import Group
+from catode.prune.devices.distributed import Group
 from catode.prune.gates import Gates
 
 ESTIMATORS = ("curvature", "paired", "straight-through")

@@ -30,6 +30,7 @@ from catode.decisions.limits import Limits, measure
 from catode.decisions.motion import rate_ratios
 from catode.decisions.outcomes import Outcome
 from catode.decisions.priors import PRIORS
+from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE, Shadow
 from catode.decisions.target import Target
 from catode.prune import cut
@@ -38,16 +39,15 @@ from catode.prune.checking import Check, Checking
 from catode.prune.describe.costs import Counts, describe
 from catode.prune.describe.protocol import Prunable
 from catode.prune.describe.steptime import MeasuredComplexity, Table
-from catode.prune.distributed import Group, norms_are_shared
+from catode.prune.devices.distributed import Group, norms_are_shared
+from catode.prune.devices.transfer import DeferredReads, upload
 from catode.prune.draws import GateDraws
 from catode.prune.gates import Gates
 from catode.prune.measuring import Measuring, Probed
 from catode.prune.network import Network
 from catode.prune.optimizers import check_optimizer, ode_time, theta_speed
-from catode.prune.schedule import Schedule
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState, pack, unpack
-from catode.prune.transfer import DeferredReads, upload
 from catode.structures import fates
 from catode.theory.tolerance.measured import LEAST_PRICE
 
@@ -64,7 +64,7 @@ class Pruner:
         optimizer: The model's optimizer, SGD with one learning rate and momentum, which set the ODE time of a step; its
             state follows every compaction. Where groups differ in weight decay, the least one counts.
         step_times: Price by these measured times (see `catode.prune.describe.steptime`) in place of MACs.
-        group: Processes that train together, each on its share of every batch (see `catode.prune.distributed`); None for
+        group: Processes that train together, each on its share of every batch (see `catode.prune.devices.distributed`); None for
             this one alone. Gradients must be averaged over them before the optimizer's step. A probe takes its images
             from all shares together; from each share where a batch norm knows its own share only.
         **settings: Fields of `catode.prune.settings.PrunerSettings`; `nu` and `steps` are needed.

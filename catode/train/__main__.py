@@ -14,7 +14,7 @@ from catode.train.settings.setting import ConfigError
 from catode.train.stop import Stopped
 
 if TYPE_CHECKING:
-    from catode.prune.distributed import Group
+    from catode.prune.devices.distributed import Group
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _alone():
             print(f"error: {problem}", file=sys.stderr)
             return 2
-    from catode.prune import distributed
+    from catode.prune.devices import distributed
     from catode.report import report
     from catode.train import data, loop
     from catode.train.loop import preflight

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from catode.prune import transfer
+from catode.prune.devices import transfer
 from catode.prune.pruner import Pruner
 from catode.prune.state import pack
 from catode.train import loop

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from catode.prune.distributed import Disagreement, Group, SyncBatchNorm, current, synchronise_norms
+from catode.prune.devices.distributed import Disagreement, Group, SyncBatchNorm, current, synchronise_norms
 from catode.prune.pruner import Pruner
 from catode.train import data, loop
 from catode.train.__main__ import main

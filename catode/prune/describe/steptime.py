@@ -26,7 +26,7 @@ from torch import nn
 
 from catode._validate import check_interval
 from catode.prune.describe.costs import in_width, inference, out_width
-from catode.prune.device import passing_ms
+from catode.prune.devices.timing import passing_ms
 from catode.structures.complexity import Complexity, Term
 
 FILE = "latency_table.csv"

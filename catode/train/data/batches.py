@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from catode.prune.transfer import upload
+from catode.prune.devices.transfer import upload
 from catode.train.data.augment import AUGMENTATIONS, MIRRORED, Draws, crop_boxes, draw, mixing_share, resize_crops
 from catode.train.data.folder import ImageFiles, default_workers, stream
 from catode.train.data.images import DataError

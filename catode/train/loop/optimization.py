@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from catode.prune import distributed
+from catode.prune.devices import distributed
 from catode.prune.pruner import Pruner
 from catode.train.settings.config import Config
 
@@ -58,6 +58,7 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         tolerance=config.tol,
         prior=config.prior,
         images=len(setup.images.train_labels),
+        epoch_steps=len(setup.images.train_labels) / config.batch_size,
         target_macs=config.target_macs,
         target_params=config.target_params,
         rate_ratio=config.rate_ratio,

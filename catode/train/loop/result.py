@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from catode import __version__
-from catode.prune.device import processor
+from catode.prune.devices.timing import processor
 from catode.train.settings.config import Config
 
 

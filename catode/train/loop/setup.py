@@ -13,10 +13,10 @@ from torch import nn
 
 from catode.decisions.motion import rate_ratios
 from catode.decisions.target import Target
-from catode.prune import distributed
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import describe
-from catode.prune.device import check_compile, keep_freed_memory
+from catode.prune.devices import distributed
+from catode.prune.devices.timing import check_compile, keep_freed_memory
 from catode.train import data
 from catode.train.loop import board, checkpoint, lock
 from catode.train.loop.optimization import AMP

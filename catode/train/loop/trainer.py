@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from catode.decisions import shadow
-from catode.prune import transfer
 from catode.prune.checking import ROW_FIELDS
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import Counts, count
-from catode.prune.device import latency_ms
+from catode.prune.devices import transfer
+from catode.prune.devices.timing import latency_ms
 from catode.prune.gates import plain_name
 from catode.structures import fates
 from catode.train import data

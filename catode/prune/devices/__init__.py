@@ -1,0 +1,1 @@
+"""Processes, devices and what passes between them; times of what they do."""
