@@ -113,7 +113,7 @@ def test_of_both_forms_the_compressed_one_is_read(tmp_path):
         ("t.csv", b"b,c\n1,2\n", "t.csv must have the column 'a'; its header is b,c"),
         ("t.csv", b"a\n\xff\xfe\n", "t.csv must be a whole file"),
         ("t.csv.gz", b"no gzip", "t.csv.gz must be a whole file"),
-        ("t.csv.gz", gzip.compress(b"a\n1\n")[:-6], "t.csv.gz must be a whole file"),
+        ("t.csv.gz", gzip.compress(b"a\n1\n", mtime=0)[:-6], "t.csv.gz must be a whole file"),
     ],
 )
 def test_a_damaged_table_is_one_line(tmp_path, name, content, message):

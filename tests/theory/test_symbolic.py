@@ -13,6 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from catode.structures.complexity import Complexity, Term
+from catode.structures.description import Block, Site
+from catode.structures.inventory import Inventory
 from catode.theory import BenefitSystem, LayerSystem, UnitSystem
 from catode.theory.networks import (
     GatedNetwork,
@@ -212,7 +214,9 @@ def test_moving_prices_make_a_game_with_the_stated_antisymmetric_part():
 def test_the_symbolic_prices_are_those_of_the_complexity_index():
     links = [(0, None, 0), (0, 0, 1), (0, 1, None), (1, 2, None)]
     terms = [Term(str(i), 1.0, 1.0, *link) for i, link in enumerate(links)]
-    numeric = Complexity(terms, 2, [0, 0, 1], [2, 1, 1])
+    sites = [Site("a", 2, (), ()), Site("b", 1, (), ())], [Site("c", 1, (), ())]
+    inventory = Inventory([Block(str(i), str(i), tuple(own)) for i, own in enumerate(sites)])
+    numeric = Complexity(terms, inventory)
     theta = np.array([0.5, 0.9, 0.3, 0.7, 0.2, 0.6])
     shares, layers, units, index = complexity_index()
     values = dict(zip([*layers, *units], theta.tolist(), strict=True)) | dict.fromkeys(shares, 1 / 6)

@@ -56,10 +56,11 @@ STRUCTURES = [
     "benefit_noise",
     "drift",
     "step_time",
+    "memory",
     "risk",
     "separatrix",
     "tolerance",
-    "state",
+    "fate",
 ]
 RESULT = [
     "accuracy",

@@ -539,7 +539,7 @@ KILLS = [  # where, at which call and how; and the newest checkpoint that is the
     ("os:fsync", 7, "pause", "checkpoint-4.pt"),
     ("catode.prune.cut:Change.follow", 2, "before", None),
     ("catode.prune.gates:Gates.install", 2, "before", None),
-    ("catode.prune.pruner:Pruner._compact", 1, "after", None),
+    ("catode.prune.network:Network.cut", 1, "after", None),
     ("catode.prune.pruner:Pruner.step", 4, "after", None),
     ("catode.train.loop:Trainer.result", 1, "after", "checkpoint-30.pt"),
     ("pathlib:Path.unlink", 1, "after", "checkpoint-30.pt"),
