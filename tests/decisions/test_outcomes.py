@@ -388,6 +388,14 @@ def test_how_far_past_the_target_one_may_lead_is_the_part_of_the_least_that_is_u
         assert settled(target, [0], decided=decided)[0] == (not goes)
 
 
+def test_what_is_gone_already_does_not_count_among_the_undecided():
+    whole, without = np.ones(10, dtype=bool), Target(SMALL, "macs", 0.5).of(SMALL.inventory.close(~mask(10, 0, 6)))
+    parts = Target(SMALL, "macs", 0.5).parts(whole)
+    target = Target(SMALL, "macs", without + 0.5 * (parts[2] + parts[6]))
+    kept = settled(target, [6, 0], decided=[1, 3, 4, 5, 7, 8, 9], upper=[0.01, *[0.0] * 9])
+    assert np.flatnonzero(~kept).tolist() == [0, 2, 3, 4, 5, 6]
+
+
 def test_widths_that_are_no_multiple_come_to_one_with_the_first_group():
     odd = network((6,), (4,))
     target = Target(odd, "macs", 0.5)
