@@ -17,6 +17,7 @@ import ast
 import collections
 import copy
 import difflib
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -53,6 +54,7 @@ TESTS = {
 """The pure modules and their direct tests."""
 
 FRESH = ("catode.decisions", "catode.structures", "catode.theory.tolerance.measured")  # imported anew for each mutant
+PLAIN = ("-x", "-q", "--noconftest", "--assert=plain", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts=")
 KILLED, SURVIVED, TIMED_OUT, BROKEN = "killed", "survived", "timed out", "broken"
 
 COMPARISONS = {
@@ -236,7 +238,7 @@ def mutants(module: str) -> list[Mutant]:
 
 NAMED = (
     ("catode.theory.tolerance.measured", "np.subtract(price, margin)", "np.asarray(price)"),
-    ("catode.decisions.rules", "& (lower > price) & (last", "& (upper > price) & (last"),
+    ("catode.decisions.rules", "price = limits.benefit_lower,", "price = limits.benefit_upper,"),
     ("catode.decisions.rules", "last[near_one] = lower[near_one]", "last[near_one] = upper[near_one]"),
     ("catode.decisions.rules", "slope[0] - float(", "slope[0] + float("),
     ("catode.decisions.rules", "MOST_OF_A_SITE = 0.25", "MOST_OF_A_SITE = 1.0"),
@@ -296,7 +298,7 @@ def attempt(mutant: Mutant | None, tests: list[str], limit: int) -> int:
             sys.meta_path.insert(0, Changed(mutant))
         import pytest
 
-        status = int(pytest.main(["-x", "-q", "--noconftest", "-p", "no:cacheprovider", *tests]))
+        status = int(pytest.main([*PLAIN, *tests]))
     finally:
         os._exit(status)
 
@@ -329,9 +331,15 @@ def prepare() -> None:
     from hypothesis import Phase, settings
 
     settings.register_profile(
-        "mutation", deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
+        "mutation",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        report_multiple_bugs=False,
+        phases=[Phase.explicit, Phase.generate],
     )
     settings.load_profile("mutation")
+    gc.freeze()
 
 
 def main(arguments: list[str] | None = None) -> int:

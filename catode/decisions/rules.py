@@ -143,7 +143,7 @@ def certain(
     fall = np.maximum(-growth, 0.0)[near_one] / limits.benefit[near_one]
     last = np.zeros_like(lower)
     last[near_one] = lower[near_one] * np.exp(-fall * steps_left * step_time)
-    committed = near_one & (lower > price) & (last > price) & (progress >= COMMIT_FROM)
+    committed = near_one & (last > price) & (progress >= COMMIT_FROM)
     where = np.flatnonzero(committed)
     if len(where):
         alarm = tolerance.commit_alarm(

@@ -81,9 +81,10 @@ def test_rationing_counts_the_units_that_are_left_and_keeps_whole_groups():
 
 
 def test_nothing_is_decided_without_evidence_enough():
-    verdict = CHECKS.settle(FOUND, replace(NOW, enough=~USELESS, progress=0.9))
-    assert not numbers(verdict, PRUNED_TOLERANCE) and numbers(verdict, COMMITTED) == [0, 1, 10, 11, 12, 13]
-    assert np.isnan(verdict.separatrix).tolist() == np.isnan(verdict.tolerance).tolist() == USELESS.tolist()
+    enough = ~USELESS & ~mask(N, 1)
+    verdict = CHECKS.settle(FOUND, replace(NOW, enough=enough, progress=0.9))
+    assert not numbers(verdict, PRUNED_TOLERANCE) and numbers(verdict, COMMITTED) == [0, 10, 11, 12, 13]
+    assert np.isnan(verdict.separatrix).tolist() == np.isnan(verdict.tolerance).tolist() == (~enough).tolist()
 
 
 def test_what_is_decided_is_left_alone():
@@ -156,6 +157,18 @@ def test_a_shadow_run_notes_what_it_would_remove_and_removes_nothing():
     assert [(row["time"], row["tolerance"]) for row in derived] == [
         (1.5, t) for t in verdict.tolerance[expected].tolist()
     ]
+
+
+def test_a_shadow_run_notes_nothing_of_what_is_decided_or_has_too_little_evidence():
+    record, fate = Shadow(N), np.where(mask(N, 3), COMMITTED, UNDECIDED).astype("<U32")
+    CHECKS.settle(FOUND, replace(NOW, fate=fate, enough=~mask(N, 5)), record, SIZES)
+    noted = (record.step > 0).any(0)
+    assert np.flatnonzero(noted).tolist() == [2, 4, 6, 7, 8, 9]
+
+
+def test_a_run_without_a_record_watches_nothing():
+    verdict = CHECKS.settle(FOUND, replace(NOW, watching=True, final=True))
+    assert not verdict.outcome.watched.any()
 
 
 @pytest.mark.parametrize(("steps_left", "notes"), [(1, True), (0, True), (-1, False)])

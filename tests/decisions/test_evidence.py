@@ -78,10 +78,17 @@ def test_a_variance_is_known_from_the_second_observation_on():
 
 
 def test_equal_observations_have_no_variance_though_rounding_may_say_less():
-    pool = Pool(1, 7.0)
+    values = np.random.default_rng(0).random(500)
+    pool = Pool(500, 7.0)
     for _ in range(40):
-        pool.add(np.array([0.1]), np.ones(1, bool))
-    assert 0.0 <= pool.variance[0] < 1e-15
+        pool.add(values, np.ones(500, bool))
+    assert ((pool.variance >= 0.0) & (pool.variance < 1e-14)).all()
+
+
+def test_one_and_a_half_observations_are_not_two():
+    pool = Pool(2, 7.0)
+    pool.weight[:], pool.weight_squares[:] = 1.5, [1.5, 1.499]
+    assert pool.count[0] == 1.5 and np.isinf(pool.variance).tolist() == [True, False]
 
 
 def test_in_the_end_a_pool_weighs_its_window_and_counts_about_twice_that():
@@ -233,6 +240,12 @@ def test_the_benefits_own_noise_is_that_of_a_simulated_walk_and_the_limit_lies_a
     assert math.sqrt(np.mean(found.benefit_noise() ** 2)) == pytest.approx(0.3, rel=0.1)
     limit = fill(evidence(series.shape[1], 40), series, elapsed=0.5).benefit_noise()
     assert (limit > 0.3).mean() > 0.6 and (limit > found.benefit_noise()).all()
+
+
+def test_estimates_without_time_between_them_are_not_divided_by_it():
+    with np.errstate(all="raise"):
+        found = fill(evidence(1, 10.0), np.array([[1.0], [2.0], [3.0], [2.0]]), elapsed=0.0)
+        assert 0.0 < found.benefit_noise()[0] < np.inf and found.slope()[1][0] == np.inf
 
 
 def test_noise_of_the_draws_is_not_taken_for_noise_of_the_benefit():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,21 @@ def test_a_decay_that_the_drift_outweighs_counts_as_none(slope, expected):
     assert (found.decay > 0.0).all() == expected and found.drift == pytest.approx([slope], rel=1e-6)
     if expected:
         assert found.decay == pytest.approx([0.0012])
+
+
+@pytest.mark.parametrize(("growth", "expected"), [(0.2499, 0.25), (0.25, 0.0)])
+def test_a_drift_as_large_as_the_decay_counts(growth, expected):
+    one = np.ones(1)
+    known = SimpleNamespace(
+        z=1.0, limits=lambda: (0.0 * one, 0.5 * one), slope=lambda: (growth * one, 0.0 * one), benefit=0.25 * one,
+        step_time=one, variance=lambda: one, benefit_noise=lambda: one, memory=lambda: one,
+    )  # fmt: skip
+    gain, pull = Pool(1, 8.0), Pool(1, 8.0)
+    for _ in range(3):
+        gain.add(0.0 * one, np.ones(1, bool))
+        pull.add(-0.5 * one, np.ones(1, bool))
+    found = measure(known, gain, pull, keep_prob=one, price=one, rate_ratio=one, weight_decay=0.5)
+    assert found.drift == [growth] and found.decay == [expected]
 
 
 def test_noise_is_how_thetas_spread_that_move_by_such_draws():

@@ -43,13 +43,18 @@ def checks(draw, targets=(None, "macs", "params"), multiples=(1, 4, 8), watching
     theta = np.where(open_, rng.choice([0.0, 0.2, 0.6, 0.95, 1.0], size=N), np.where(kept, 1.0, 0.0))
     zero = open_ & (theta == 0.0) & (rng.random(N) < draw(st.floats(0.0, 1.0)))
     rest = open_ & ~zero
+    safe = rest & (rng.random(N) < draw(st.floats(0.0, 0.6)))
+    if target is not None and draw(st.booleans()):  # one that what may go would lead past
+        ends = [target.of(kept), target.of(OWNER.close(kept & ~zero & ~safe))]
+        least = target.of(np.zeros(N))
+        target = Target(COST, quantity, min(max(np.interp(rng.random(), [0, 1], ends), least + 1e-3), 0.999))
     found = limits(N, keep_prob=theta, benefit=rng.normal(size=N), benefit_upper=rng.gamma(1.0, size=N), price=0.5)
     return Outcomes(COST, multiple, target), dict(
         fate=np.where(open_, UNDECIDED, np.where(kept, COMMITTED, PRUNED_ZERO)).astype("<U32"),
         kept=kept,
         limits=found,
         zero=zero,
-        safe=rest & (rng.random(N) < draw(st.floats(0.0, 0.6))),
+        safe=safe,
         certain=rest & (theta >= NEARLY_ONE) & (rng.random(N) < 0.5),
         watching=(rng.random(N) < 0.5) & watching,
         final=draw(st.booleans()),
@@ -69,7 +74,7 @@ def test_every_structure_ends_in_one_piece_with_the_network(check):
     assert np.isin(result.fate[gone], fates.REMOVED).all()
     assert not np.isin(result.fate[open_ & result.kept], fates.REMOVED).any()
     assert not (result.folded & ~result.kept).any()
-    assert (result.folded == (result.fate == KEPT_FOR_WIDTH)).all()
+    assert (result.folded == (result.fate == KEPT_FOR_WIDTH)).all() and not (result.folded & result.certain).any()
     timeless = np.isin(result.fate, [KEPT_OUT_OF_TIME, REMOVED_OUT_OF_TIME])
     assert given_["final"] or not timeless.any(), "time is out at the end alone"
     assert not (result.fate[open_] == KEPT_AT_TARGET).any() or rules.target is not None
@@ -275,6 +280,11 @@ HALF = [1.0, 1.0, 0.5, 0.49, 1.0, 1.0, 1.0, 1.0, 0.0, 0.2]
         ({"zero": [3], "round_to": 4, "certain": [2, 4, 5]}, {KEPT_FOR_WIDTH: [3], COMMITTED: [2, 4, 5]}),
         ({"safe": [3], "round_to": 4, "decided": [2, 4, 5]}, {COMMITTED: [2, 4, 5]}),  # its theta may rise again
         ({"zero": [3], "safe": [2], "round_to": 4, "decided": [4, 5]}, {COMMITTED: [4, 5]}),
+        # the last that waits has nothing to wait for once the others went
+        (
+            {"safe": [3, 4], "zero": [5], "round_to": 2, "decided": [2]},
+            {PRUNED_TOLERANCE: [3, 4], KEPT_FOR_WIDTH: [5], COMMITTED: [2]},
+        ),
         (
             {"zero": [3], "round_to": 4, "final": True},
             {KEPT_FOR_WIDTH: [3], KEPT_OUT_OF_TIME: [0, 1, 2, *range(4, 10)]},
@@ -307,6 +317,11 @@ def test_fates_by_hand(how, expected):
     old = how.get("decided", [])
     newly = [s for s in expected.get(COMMITTED, []) if s not in old]
     assert [s for s in np.flatnonzero(result.certain) if result.kept[s]] == newly
+
+
+def share(removed, target=0.5):
+    """The share of the MACs that is left without these structures and what goes with them."""
+    return Target(SMALL, "macs", target).of(SMALL.inventory.close(~mask(10, *removed)))
 
 
 def macs(removed):
@@ -349,10 +364,95 @@ def test_fates_at_a_target_by_hand(how, expected):
     assert np.flatnonzero(result.certain).tolist() == sorted(stays)
 
 
+def settled(target, going, *, decided=(), upper=None, price=0.1, **rules):
+    """Kept structures after a check at a target, whatever theta."""
+    upper = np.arange(10) / 100 if upper is None else np.array(upper)
+    found = limits(10, keep_prob=0.5, benefit=upper, benefit_upper=upper, price=price)
+    fate, none = np.where(mask(10, *decided), COMMITTED, UNDECIDED).astype("<U32"), np.zeros(10, dtype=bool)
+    marks = dict(zero=none, safe=mask(10, *going), certain=none, watching=none, final=False)
+    return Outcomes(SMALL, target=target, **rules).settle(fate, ~none, found, **marks).kept
+
+
+def test_at_a_target_the_least_benefit_for_its_price_goes_first():
+    price = [0.1, 0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1, 0.1, 0.1]
+    upper = [0, 0, 0.03, 0.02, 0.04, 0.05, 0, 0, 0, 0]
+    assert np.flatnonzero(~settled(macs(1), [2, 3, 4, 5], upper=upper, price=price)).tolist() == [4]
+    assert np.flatnonzero(~settled(macs(1), [2, 3, 4, 5], upper=upper)).tolist() == [3]
+
+
+def test_how_far_past_the_target_one_may_lead_is_the_part_of_the_least_that_is_undecided():
+    parts = Target(SMALL, "macs", 0.5).parts(np.ones(10, dtype=bool))
+    assert parts[6] < parts[2]  # the units of the second block are smaller
+    target = Target(SMALL, "macs", 1 - parts[0] + 0.5 * (parts[2] + parts[6]))
+    for decided, goes in (([1, *range(3, 10)], True), ([1, *range(3, 9)], False)):
+        assert settled(target, [0], decided=decided)[0] == (not goes)
+
+
+def test_what_is_gone_already_does_not_count_among_the_undecided():
+    whole, without = np.ones(10, dtype=bool), Target(SMALL, "macs", 0.5).of(SMALL.inventory.close(~mask(10, 0, 6)))
+    parts = Target(SMALL, "macs", 0.5).parts(whole)
+    target = Target(SMALL, "macs", without + 0.5 * (parts[2] + parts[6]))
+    kept = settled(target, [6, 0], decided=[1, 3, 4, 5, 7, 8, 9], upper=[0.01, *[0.0] * 9])
+    assert np.flatnonzero(~kept).tolist() == [0, 2, 3, 4, 5, 6]
+
+
+def test_widths_that_are_no_multiple_come_to_one_with_the_first_group():
+    odd = network((6,), (4,))
+    target = Target(odd, "macs", 0.5)
+    part = target.parts(np.ones(12, dtype=bool))[2]
+    upper, none = np.r_[0.5, 0.5, np.arange(10) / 100], np.zeros(12, dtype=bool)
+    for removed, gone in ((2, [2, 3]), (1.5, [2, 3]), (5.9, [0, *range(2, 8)])):
+        result = Outcomes(odd, 4, Target(odd, "macs", 1 - removed * part)).settle(
+            np.full(12, UNDECIDED, dtype="<U32"), ~none, limits(12, benefit=upper, benefit_upper=upper),
+            zero=none, safe=mask(12, *range(2, 8)), certain=none, watching=none, final=False,
+        )  # fmt: skip
+        assert np.flatnonzero(~result.kept).tolist() == gone
+
+
 def test_at_a_target_whole_groups_go_and_those_left_over_wait():
     result = settle(target=macs(2), round_to=2, safe=[2, 3, 4], theta=[0.5] * 10, benefit=np.arange(10) / 100)
     assert ends(result)[PRUNED_TOLERANCE] == [2, 3]
     assert not result.folded.any() and KEPT_AT_TARGET in ends(result) and result.kept[4]
+
+
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("before", [KEPT_FOR_WIDTH, COMMITTED])
+def test_what_was_decided_before_is_not_decided_anew_at_a_target(before, final):
+    old, found = (
+        mask(10, 3, 4),
+        limits(10, keep_prob=0.5, benefit=np.arange(10) / 100, benefit_upper=np.arange(10) / 100),
+    )
+    none = np.zeros(10, dtype=bool)
+    result = Outcomes(SMALL, target=macs(0.2)).settle(
+        np.where(old, before, UNDECIDED).astype("<U32"), ~none, found,
+        zero=mask(10, 2), safe=none, certain=none, watching=none, final=final,
+    )  # fmt: skip
+    assert (result.fate[old] == before).all() and not result.certain[old].any()
+    assert (result.fate[~old] == KEPT_AT_TARGET).all() and result.certain[~old].all()
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        # the one undecided structure is a block, far too much: that units could go which are decided does not matter
+        ({"target": macs(1), "decided": [0, *range(2, 10)]}, [1]),
+        # nor does a block that goes at this check, and would be little by itself once its units are gone
+        ({"target": Target(SMALL, "macs", share([0]) - 0.01), "zero": [0], "decided": range(2, 10)}, [1]),
+        # a unit that could still go alone; and the same where it could only go with another
+        ({"target": macs(1), "decided": [0, 1, *range(3, 10)]}, []),
+        ({"target": macs(1), "decided": [0, 1, *range(3, 10)], "round_to": 2}, [2]),
+        ({"target": macs(2), "decided": [0, 1, *range(4, 10)], "round_to": 2}, []),
+        ({"target": macs(0.9), "decided": [0, 1, *range(4, 10)], "round_to": 2}, [2, 3]),
+        # one unit alone makes no group, however much of the way to the target a group would be
+        ({"target": macs(2), "decided": [0, 1, *range(3, 10)], "round_to": 2}, [2]),
+        # a block may go that leads past the target by less than it falls short
+        ({"target": Target(SMALL, "macs", 1 - 0.8 * (1 - share([0]))), "decided": range(1, 10)}, []),
+        ({"target": Target(SMALL, "macs", 1 - 0.4 * (1 - share([0]))), "decided": range(1, 10)}, [0]),
+    ],
+)
+def test_what_is_undecided_stays_once_none_of_it_may_go(how, expected):
+    result = settle(**how)
+    assert np.flatnonzero(result.certain).tolist() == expected
 
 
 def test_every_fate_occurs_in_the_tables_above():

@@ -14,7 +14,7 @@ from scipy.integrate import solve_ivp
 from scipy.stats import norm
 
 from catode.decisions import rules
-from catode.theory.tolerance import derive
+from catode.theory.tolerance import commit_alarm, derive
 
 RISK = 0.05
 
@@ -290,6 +290,18 @@ def test_what_lies_near_its_price_is_kept_in_the_last_quarter(changes, expected)
 
 def test_a_benefit_that_may_be_harm_is_never_near_its_price():
     assert not certain(benefit=0.12, benefit_lower=-0.05, benefit_upper=0.2, progress=0.9)
+
+
+def test_the_accepted_risk_itself_is_too_much():
+    alarm = commit_alarm(benefit=0.9, price=0.1, rate_ratio=0.5 * 0.95, noise=0.3, step_time=0.0, steps_left=200)
+    for risk, expected in ((float(alarm), False), (float(np.nextafter(alarm, 1.0)), True)):
+        assert 0.0 < risk < 0.5 and certain(noise=0.3, risk=risk) == expected
+
+
+@pytest.mark.parametrize("lower", [-0.1, 0.0])
+def test_a_benefit_of_nothing_is_not_divided_by(lower):
+    with np.errstate(all="raise"):
+        assert not certain(benefit=0.0, benefit_lower=lower, benefit_upper=0.1, slope=(-1.0, 0.0), progress=0.9)
 
 
 def test_certain_is_decided_for_each_structure_alone():

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made import network
+from made import inventory, network
 
 from catode.decisions.target import HEADROOM, LAG, RAMP, SLACK, Target
+from catode.structures.complexity import Complexity, Term
 
 COST = network((16,), (12, 8), (8,))
 BLOCKS, close = COST.inventory.layers, COST.inventory.close
@@ -85,6 +86,13 @@ def test_parts_are_what_goes_with_each_structure():
 def test_out_of_reach(share):
     with pytest.raises(ValueError, match="`target_macs` must"):
         Target(COST, "macs", share)
+
+
+def test_a_share_of_nothing_but_what_stays_anyway_is_out_of_reach():
+    least = Target(COST, "macs", 0.5).of(np.zeros(COST.size))
+    with pytest.raises(ValueError, match=rf"Without any block the network keeps {least:.4f}"):
+        Target(COST, "macs", least)
+    assert Target(COST, "macs", float(np.nextafter(least, 1.0))).share > least
 
 
 @given(states(), st.integers(1, 4), st.integers(0, 2**32 - 1))
@@ -231,6 +239,25 @@ def test_removal_is_in_the_order_of_worth_and_in_whole_groups():
     # with all that is to go the target is not passed: all of it goes
     far = Target(small, "macs", 1 - 6.5 * part)
     assert np.flatnonzero(~far.remove(every, going, open_, worth, pairs)).tolist() == [1, 2, 3, 5, 6, 8]
+
+
+def test_what_leads_as_far_past_the_target_as_it_falls_short_does_not_go():
+    even = Complexity([Term("stem", 8, 8), Term("conv", 4, 4, 0, None, 0)], inventory((2,)))
+    kept, units = np.ones(3, dtype=bool), np.array([False, True, True])
+    for share, goes in ((0.875, False), (0.874, True), (0.876, False)):  # a unit is a quarter of it all
+        assert Target(even, "macs", share).may_go(kept, units).tolist() == [False, goes, goes]
+        assert Target(even, "macs", share).remove(kept, units, units, np.arange(3.0)).tolist() == [True, not goes, True]
+
+
+def test_where_there_are_small_pieces_a_large_one_may_lead_a_hundredth_past_the_target():
+    fine = network((400,))
+    kept, open_ = np.ones(401, dtype=bool), np.isin(np.arange(401), [1, 2])
+    part = Target(fine, "macs", 0.5).parts(kept)[1]
+    assert part < 0.003
+    sizes = np.where(np.arange(401) == 2, 120.0, 1.0)
+    for past, goes in ((0.0099, True), (0.0101, False)):
+        target = Target(fine, "macs", 1 - 120 * part + past)
+        assert target.may_go(kept, open_, sizes)[1:3].tolist() == [True, goes]
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,16 @@ def test_a_small_example_by_hand():
     np.testing.assert_allclose(price, [2 * 0.25 * 28.5 / 66, *[2 * 0.75 * 15 / 66] * 2], rtol=1e-14)
 
 
+@pytest.mark.parametrize(("inner", "outer"), [(None, 0), (0, None), (None, 1), (1, None)])
+def test_what_no_term_counts_costs_nothing(inner, outer):
+    complexity = Complexity([Term("a", 2, 1, 0, inner, outer)], inventory(2, [0, 0, 1], [2, 2, 1]))
+    site = inner if outer is None else outer
+    expected = [0.75, 0.0, *[0.25 * (site == 0)] * 2, *[0.25 * (site == 1)] * 2, 0.0]
+    theta = [0.5, 1.0, 0.75, 0.75, 0.75, 0.75, 1.0]
+    np.testing.assert_allclose(complexity.gradient(theta, 0.5), expected, rtol=1e-14)
+    assert complexity.macs(theta) == 2 * 0.5 * 1.5
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [

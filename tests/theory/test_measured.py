@@ -27,7 +27,7 @@ def test_the_price_is_lower_by_the_margin(benefit, upper, price, effective):
 
 
 @pytest.mark.parametrize(
-    ("steps", "memory"), [(1, 200), (6240, 200), (6251, 200), (6300, 201), (8 * 6240, 800), (27 * 6240, 1800)]
+    ("steps", "memory"), [(1, 200), (6240, 200), (6263, 200), (6264, 201), (8 * 6240, 800), (27 * 6240, 1800)]
 )
 def test_memory_grows_with_the_length_of_the_run_to_the_power_of_two_thirds(steps, memory):
     assert pool_memory(steps) == memory
