@@ -70,6 +70,7 @@ QUANTITIES = tuple(field.name for field in fields(Limits))
 def measure(
     evidence: Evidence,
     gain: Pool,
+    gain_below: Pool,
     weight_gradient: Pool,
     *,
     keep_prob: NDArray,
@@ -81,7 +82,8 @@ def measure(
 
     Args:
         evidence: About the benefits.
-        gain: Pool of the squared gradient norms, nats/time.
+        gain: Pool of the squared gradient norms from above, nats/time.
+        gain_below: The same from below.
         weight_gradient: Pool of the products of weights and their gradients, nats.
         keep_prob: theta, shape (n,).
         price: Positive prices, nats, shape (n,).
@@ -90,7 +92,7 @@ def measure(
     """
     z, (lower, upper), (slope, slope_error) = evidence.z, evidence.limits(), evidence.slope()
     # growth of the benefit beyond what the gain of its own weights explains
-    own = keep_prob * np.maximum(gain.mean - z * gain.error, 0.0)
+    own = keep_prob * np.maximum(gain_below.mean - z * gain_below.error, 0.0)
     drift = np.maximum(slope + z * slope_error - np.where(np.isfinite(own), own, 0.0), 0.0)
     pull = -(weight_gradient.mean + z * weight_gradient.error)
     decay = weight_decay * np.maximum(pull, 0.0) / np.maximum(upper, price)

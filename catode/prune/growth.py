@@ -25,13 +25,13 @@ BURST = 3  # steps whose gradients are multiplied with each other
 
 @dataclass(eq=False)
 class GradientProducts:
-    """Unbiased squared gradient norms of every structure.
+    """Squared gradient norms of every structure, from below and from above.
 
     ``g_t . g_{t+1}`` of two independent batches has mean |G|^2, G the gradient over all images, while |g_t|^2 would contain
     the noise. Batches of one epoch are drawn without replacement, so they are not independent: with nb batches an epoch
-    their product has mean ``|G|^2 - tr S / (nb - 1)``, tr S the variance of one. Since |g_t|^2 has mean ``|G|^2 + tr S``,
-    ``p + (mean |g|^2 - p) / nb`` has mean |G|^2 again. What varies independently of the images (augmentation, gates) is
-    in tr S too, so the corrected product then errs upwards. ``w . g`` gives the decay of the benefit.
+    their product p has mean ``|G|^2 - tr S / (nb - 1)``, tr S the variance of one that is due to its images. Since |g_t|^2
+    has mean ``|G|^2 + tr S``, ``p + (mean |g|^2 - p) / nb`` has mean |G|^2 again. Where a batch's gradient varies for other
+    reasons too (augmentation, gates), that is too much: |G|^2 lies between the two. ``w . g`` gives the decay of the benefit.
 
     Args:
         size: Number of structures.
@@ -40,7 +40,8 @@ class GradientProducts:
         epoch_steps: Batches in an epoch, images / batch size; None for batches that are drawn independently.
 
     Attributes:
-        gain: Pool of the squared gradient norms, nats/time.
+        gain: Pool of the squared gradient norms from above, nats/time: the corrected products.
+        gain_below: The same from below: the products as they are.
         weight_gradient: Pool of the products of weights and their gradients, nats.
     """
 
@@ -49,6 +50,7 @@ class GradientProducts:
     put: Callable[..., None] = field(metadata=UNSAVED, default=at_once)
     epoch_steps: float | None = field(metadata=UNSAVED, default=None)
     gain: Pool = field(init=False)
+    gain_below: Pool = field(init=False)
     weight_gradient: Pool = field(init=False)
     burst: list[tuple[torch.Tensor, NDArray, NDArray]] = field(init=False)  # gradient, which gates are on, their values
     weights: torch.Tensor | None = field(init=False)  # that the next step's gradient is taken at
@@ -57,7 +59,7 @@ class GradientProducts:
     _axes: list[list[tuple[int, torch.Tensor]]] = field(metadata=UNSAVED, init=False, default_factory=list)
 
     def __post_init__(self, window: float) -> None:
-        self.gain, self.weight_gradient = Pool(self.size, window), Pool(self.size, window)
+        self.gain, self.gain_below, self.weight_gradient = (Pool(self.size, window) for _ in range(3))
         self.begin()
 
     def attach(
@@ -120,7 +122,7 @@ class GradientProducts:
         gradient = torch.cat([p.grad.reshape(-1) for p in self._parameters])
         wide = exact(gradient.device)
         if self.weights is not None:
-            take = partial(self._take, self.weight_gradient, on, 1, [1.0], [scale])
+            take = partial(self._take_weights, on, scale)
             self.put(take, self._sum(self.weights.to(wide) * gradient.to(wide)))
             self.weights = None
         self.burst.append((gradient, on, scale))
@@ -130,33 +132,43 @@ class GradientProducts:
             self.burst = []
 
     def _multiply(self, gradients: Sequence[torch.Tensor], on: NDArray[np.bool_], scales: Sequence[NDArray]) -> None:
-        """Pool the products of a burst's gradients, corrected for batches of one epoch."""
+        """Pool the mean product of a burst's gradients, and their mean square."""
         (g1, g2, g3), (s1, s2, s3) = gradients, scales
-        products, squares = (g1 * g2, g2 * g3, g1 * g3), ()
-        own = 0.0 if self.epoch_steps is None else min(1.0 / self.epoch_steps, 1.0)  # weight of the squares
-        if own:
-            squares = (g1 * g1, g2 * g2, g3 * g3)
-        factors = [1.0 - own] * 3 + [own] * len(squares)
-        if all((s == 1.0).all() for s in scales):
-            mixed = (products[0] + products[1] + products[2]) * (1.0 - own)
-            if squares:
-                mixed += (squares[0] + squares[1] + squares[2]) * own
-            self.put(partial(self._take, self.gain, on, 3, [1.0], [1.0]), self._sum(mixed))
-        else:
-            both = [s1 * s2, s2 * s3, s1 * s3, s1 * s1, s2 * s2, s3 * s3][: 3 + len(squares)]
-            self.put(partial(self._take, self.gain, on, 3, factors, both), *map(self._sum, (*products, *squares)))
+        plain = all((s == 1.0).all() for s in scales)
+        pairs = (
+            [(g1 * g2 + g2 * g3 + g1 * g3, 1.0)]
+            if plain
+            else [(g1 * g2, s1 * s2), (g2 * g3, s2 * s3), (g1 * g3, s1 * s3)]
+        )
+        squares = []
+        if self.epoch_steps is not None:
+            squares = (
+                [(g1 * g1 + g2 * g2 + g3 * g3, 1.0)]
+                if plain
+                else [(g1 * g1, s1 * s1), (g2 * g2, s2 * s2), (g3 * g3, s3 * s3)]
+            )
+        parts = pairs + squares
+        take = partial(self._take_products, on, [scale for _, scale in parts], len(pairs))
+        self.put(take, *(self._sum(product) for product, _ in parts))
 
-    def _take(
-        self,
-        pool: Pool,
-        seen: NDArray[np.bool_],
-        number: int,
-        factors: Sequence[float],
-        scales: Sequence[NDArray | float],
-        *sums: NDArray,
+    def _take_products(
+        self, on: NDArray[np.bool_], scales: Sequence[NDArray | float], pairs: int, *sums: NDArray
     ) -> None:
-        """Pool a weighted sum over `number` pairs, gates divided out; a gradient that overflowed tells nothing."""
-        values = sum(f * (part / scale) for f, part, scale in zip(factors, sums, scales, strict=True)) / number
+        """Pool the mean product, and the mean product corrected for batches of one epoch."""
+        parts = [part / scale for part, scale in zip(sums, scales, strict=True)]
+        product = corrected = sum(parts[:pairs]) / BURST
+        if self.epoch_steps is not None:
+            corrected = product + (sum(parts[pairs:]) / BURST - product) / max(self.epoch_steps, 1.0)
+        for pool, values in ((self.gain_below, product), (self.gain, corrected)):
+            self._take(pool, on, values)
+
+    def _take_weights(self, on: NDArray[np.bool_], scale: NDArray, sums: NDArray) -> None:
+        """Pool the product of weights and gradient."""
+        self._take(self.weight_gradient, on, sums / scale)
+
+    @staticmethod
+    def _take(pool: Pool, seen: NDArray[np.bool_], values: NDArray) -> None:
+        """Pool values; a gradient that overflowed tells nothing."""
         pool.add(values, seen & np.isfinite(values))
 
     def _sum(self, products: torch.Tensor) -> torch.Tensor:

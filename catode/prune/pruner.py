@@ -249,6 +249,7 @@ class Pruner:
         return measure(
             self.state.evidence,
             self.state.products.gain,
+            self.state.products.gain_below,
             self.state.products.weight_gradient,
             keep_prob=self.keep_prob,
             price=np.maximum(self.prices(), LEAST_PRICE),

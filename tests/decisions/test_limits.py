@@ -18,17 +18,19 @@ from catode.decisions.limits import QUANTITIES, Limits, measure
 CENTRE = 0.5 - 1e-9  # at this risk limits are the estimates themselves
 
 
-def pools(estimates, gains, pulls, *, window=60.0, elapsed=0.5, risk=0.05):
+def pools(estimates, gains, pulls, *, gains_below=None, window=60.0, elapsed=0.5, risk=0.05):
     """Evidence and pools filled with series of shape (steps, n)."""
     n = estimates.shape[1]
     everything = np.ones(n, bool)
     evidence = Evidence(np.full(n, window), 10.0, np.zeros(n, bool), risk)
-    gain, weight_gradient = Pool(n, window), Pool(n, window)
-    for step, (estimate, norm, pull) in enumerate(zip(estimates, gains, pulls, strict=True), start=1):
+    gain, gain_below, weight_gradient = (Pool(n, window) for _ in range(3))
+    series = estimates, gains, gains if gains_below is None else gains_below, pulls
+    for step, (estimate, norm, below, pull) in enumerate(zip(*series, strict=True), start=1):
         evidence.add(estimate, everything, step * elapsed, np.full(n, elapsed))
         gain.add(norm, everything)
+        gain_below.add(below, everything)
         weight_gradient.add(pull, everything)
-    return evidence, gain, weight_gradient
+    return evidence, gain, gain_below, weight_gradient
 
 
 def measured(estimates, gains, pulls, *, keep_prob=0.5, price=0.1, rate_ratio=2.0, weight_decay=0.03, **how) -> Limits:
@@ -103,12 +105,21 @@ def test_drift_is_an_upper_limit_from_the_lower_limit_of_the_gain():
 
 
 def test_a_gain_seen_once_explains_nothing_of_a_growth():
-    evidence, _, weight_gradient = pools(-0.02 * np.arange(1, 201)[:, None], constant(1.0), constant(0.0))
+    evidence, _, _, weight_gradient = pools(-0.02 * np.arange(1, 201)[:, None], constant(1.0), constant(0.0))
     once = Pool(1, 60.0)
     once.add(np.ones(1), np.ones(1, bool))
     common = dict(keep_prob=np.ones(1), price=np.full(1, 0.1), rate_ratio=np.ones(1), weight_decay=0.03)
-    found = measure(evidence, once, weight_gradient, **common)
+    found = measure(evidence, once, once, weight_gradient, **common)
     assert np.isinf(found.gain).all() and 0.04 < found.drift[0] < np.inf and not found.known.any()
+
+
+def test_a_gain_between_two_bounds_counts_from_above_and_explains_from_below():
+    line = -0.02 * np.arange(1, 201)[:, None]  # a benefit that grows by 0.04 nats a time
+    given = dict(keep_prob=1.0, gains_below=constant(0.01))
+    found = measured(line, constant(0.03), constant(0.0), **given)
+    same = measured(line, constant(0.01), constant(0.0), keep_prob=1.0)
+    assert found.gain == pytest.approx(0.03) and same.gain == pytest.approx(0.01)
+    assert found.drift == same.drift and found.drift[0] > 0.02
 
 
 def test_decay_is_what_weight_decay_takes_from_the_benefit():

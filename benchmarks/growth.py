@@ -1,0 +1,150 @@
+"""Bias of the squared gradient norms that the pruner measures, against the truth at fixed weights.
+
+    python -m benchmarks.growth [--after 1,3,10,30] [--epochs-measured 30] [--quick] [--write]
+
+The ungated ResNet-20 of the main job is trained on the digits by the preset's schedule. After some of its epochs the weights
+stand still, and batches of many more epochs are drawn as training draws them. The truth of each structure is the product of
+the mean gradients of *different* epochs, which are independent. Beside it: products of batches of one epoch, as they are and
+corrected (`catode.prune.growth`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from benchmarks._common import QUICK, QUICK_IMAGES, add_quick, guarded, hardware, markdown, publish, subset
+from catode.prune.growth import BURST, GradientProducts
+from catode.prune.probes import batch_statistics_only
+from catode.structures.inventory import Inventory
+from catode.train import data, loop
+from catode.train.settings.commandline import CommandLine
+from catode.train.settings.config import Config
+
+KINDS = ("layers", "units")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = CommandLine(prog="python -m benchmarks.growth", description=__doc__.splitlines()[0])
+    parser.add_argument("--after", default="1,3,10,30", help="epochs of training after which to measure (1,3,10,30)")
+    parser.add_argument("--epochs-measured", type=int, default=30, help="epochs of batches at each of them (30)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/growth.md")
+    add_quick(parser)
+    args = parser.parse_args(argv)
+    after = [int(word) for word in args.after.split(",")] if args.after.replace(",", "").isdecimal() else []
+    if not after or min(after) < 1 or args.epochs_measured < BURST:
+        raise ValueError(
+            f"`after` must be epochs such as 1,3 and `epochs_measured` at least {BURST}; got after={args.after!r}, "
+            f"epochs_measured={args.epochs_measured}. Leave them out."
+        )
+    given = {}
+    if args.quick:
+        given, after, args.epochs_measured = QUICK, [1], BURST
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    config = Config.from_presets(dataset="digits", nu=0.0, seed=args.seed, **given)
+    setup = subset(loop.prepare(config), QUICK_IMAGES if args.quick else None)
+    rows = []
+    for epoch, model in trained(setup, after):
+        rows += [[epoch, *row] for row in measured(model, setup, args.epochs_measured)]
+    header = ("after epochs", "kind", "structures", "nb", "as they are / truth", "corrected / truth", "signal to noise")
+    lines = [
+        f"Squared gradient norms of {config.arch} on the digits, batches of {config.batch_size} drawn as in training "
+        f"(nb an epoch), {args.epochs_measured} epochs of them at fixed weights, seed {args.seed}; {hardware()}; "
+        f"{time.perf_counter() - began:.0f} s.",
+        "",
+        "Median over the structures of the mean product over the truth, [quartiles]; signal to noise: median of "
+        "|G|^2 / tr S, S the covariance of a batch's gradient. Without correction the expected ratio is "
+        "1 - (tr S / |G|^2) / (nb - 1); a negative one means that the product of two batches of one epoch is negative.",
+        "",
+        markdown(header, rows),
+    ]
+    publish("growth", "\n".join(lines), args.write)
+
+
+def trained(setup: loop.Setup, after: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+    """The network after each of some epochs of its training."""
+    model, config = setup.model, setup.config
+    optimizer, step = loop.make_optimizer(model, config), 0
+    batches = stream(setup)
+    for epoch in range(max(after)):
+        model.train()
+        for x, y in batches.epoch(epoch, config.seed):
+            for group in optimizer.param_groups:
+                group["lr"] = float(setup.schedule[step])
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            step += 1
+        if epoch + 1 in after:
+            yield epoch + 1, model
+
+
+def measured(model: nn.Module, setup: loop.Setup, epochs: int) -> list[list[str]]:
+    """Rows of the table for a network at fixed weights, one a kind of structure."""
+    inventory = Inventory(model.structures())
+    kept, batches = np.ones(inventory.size, dtype=bool), stream(setup)
+    count = len(setup.images.train_labels) / setup.config.batch_size
+
+    def products(epoch_steps: float | None = None) -> GradientProducts:
+        found = GradientProducts(inventory.size, 1e12, epoch_steps=epoch_steps)
+        found.attach(model, inventory, kept, inventory.units)
+        return found
+
+    both, truth, squares = products(count), products(), products()
+    ones = np.ones(inventory.size)
+    with batch_statistics_only(model):
+        for epoch in range(epochs):
+            sums = [torch.zeros_like(p) for p in model.parameters()]
+            for x, y in batches.epoch(10**6 + epoch, setup.config.seed):
+                model.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                for total, parameter in zip(sums, model.parameters(), strict=True):
+                    total += parameter.grad
+                both.add(ones)
+                for _ in range(BURST):
+                    squares.add(ones)
+            both.begin()
+            for total, parameter in zip(sums, model.parameters(), strict=True):
+                parameter.grad = total / len(batches)
+            truth.add(ones)
+    exact = truth.gain.mean
+    noise = squares.gain.mean - exact
+    rows = []
+    for kind, where in zip(KINDS, (inventory.is_layer, ~inventory.is_layer), strict=True):
+        where = where & (exact > 0)
+        ratios = [ratio(found.mean[where] / exact[where]) for found in (both.gain_below, both.gain)]
+        rows.append([kind, int(where.sum()), f"{count:.1f}", *ratios, f"{np.median(exact[where] / noise[where]):.3f}"])
+    return rows
+
+
+def ratio(values: NDArray) -> str:
+    """Median with quartiles."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def stream(setup: loop.Setup) -> data.Batches:
+    """Batches as training draws them."""
+    images, config = setup.images, setup.config
+    return data.Batches(
+        images.train_images,
+        images.train_labels,
+        config.batch_size,
+        images.mean,
+        images.std,
+        augment=config.augment,
+        channels_last=config.channels_last,
+    )
+
+
+if __name__ == "__main__":
+    guarded(main)
