@@ -164,7 +164,7 @@ def test_a_drift_as_large_as_the_decay_counts(growth, expected):
     for _ in range(3):
         gain.add(0.0 * one, np.ones(1, bool))
         pull.add(-0.5 * one, np.ones(1, bool))
-    found = measure(known, gain, pull, keep_prob=one, price=one, rate_ratio=one, weight_decay=0.5)
+    found = measure(known, gain, gain, pull, keep_prob=one, price=one, rate_ratio=one, weight_decay=0.5)
     assert found.drift == [growth] and found.decay == [expected]
 
 
