@@ -94,7 +94,7 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
         share: MACs to keep, in (0, 1).
         tune_epochs: Epochs after pruning, of all.
         tune_lr: Largest learning rate of these.
-        out: Its folder, with the two halves in `trained` and `tuned`. A trained half that is there is used, or gone on with;
+        out: Its folder, with the two halves in `trained` and `tuned`. A trained half that is there is used, or resumed;
             what a cut-off run left of the other one is deleted.
         quick: Train on the first images alone.
 

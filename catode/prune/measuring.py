@@ -42,7 +42,7 @@ class Measuring:
         per_probe: Structures whose paired difference one probe takes.
         measure_every: Steps between probes.
         shared: Whether batch norms take their statistics over all processes.
-        labels: Generator of the labels that probes sample.
+        label_rng: Generator of the labels that probes sample.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Measuring:
         per_probe: int,
         measure_every: int,
         shared: bool,
-        labels: torch.Generator,
+        label_rng: torch.Generator,
     ):
-        self.capture, self.is_layer, self.estimators, self.labels = capture, is_layer, estimators, labels
+        self.capture, self.is_layer, self.estimators, self.label_rng = capture, is_layer, estimators, label_rng
         self.probe_size, self.per_probe, self.measure_every, self.shared = probe_size, per_probe, measure_every, shared
 
     @property
@@ -95,7 +95,7 @@ class Measuring:
             return Probed(None, (finite, fit))
         self.capture.paused = True
         try:
-            probe = Probe(self.capture.model, self.capture.gates, batch["inputs"][part], targets, self.labels, group)
+            probe = Probe(self.capture.model, self.capture.gates, batch["inputs"][part], targets, self.label_rng, group)
             if curved and ((done // self.measure_every) % 2 == 0 or not chosen):
                 return Probed(None, (finite, fit, probe.curvature(self.estimators[0] == "curvature")))
             turns.layers += self.per_probe

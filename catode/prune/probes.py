@@ -1,4 +1,4 @@
-"""Estimators of G = L1 - L0 = -benefit, the loss side of dC/dtheta (THEORY section 3).
+"""Estimators of G = L1 - L0 = -benefit, the loss side of dC/dtheta (docs/mathematics.md section 3).
 
 All work on the same kind of evidence. `straight_through` and `curvature` turn the derivative dL/dxi at a draw, which the
 training step's own backward pass delivers, into an estimate for every structure at once. `Probe` makes the extra

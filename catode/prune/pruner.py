@@ -116,7 +116,7 @@ class Pruner:
         keep_prob = np.where(self.gated, own.initial_keep_prob, 1.0)
         draws = GateDraws(own.seed, self._device, keep_prob)
         self._capture = Capture(model, self.gates, draws, own.per_example, self.group)
-        labels = torch.Generator(self._device).manual_seed(own.seed + 1)
+        label_rng = torch.Generator(self._device).manual_seed(own.seed + 1)
         self._measuring = Measuring(
             self._capture,
             self.is_layer,
@@ -125,7 +125,7 @@ class Pruner:
             per_probe=own.layers_per_probe,
             measure_every=own.measure_every,
             shared=shared,
-            labels=labels,
+            label_rng=label_rng,
         )
         self.state = PrunerState.fresh(
             own,
@@ -139,7 +139,7 @@ class Pruner:
             burst_every=self.schedule.burst_every,
             put=self._reads.put,
             draws=draws,
-            labels=labels,
+            label_rng=label_rng,
         )
         self._network = Network(model, optimizer, inventory, self.gates, self.state.products)
         self._begin = 0

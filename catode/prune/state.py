@@ -50,7 +50,7 @@ class PrunerState:
         evidence: What is known of the benefits.
         products: What is known of the gradients.
         draws: Draws of the gates.
-        labels: Generator of the labels that probes sample, on the model's device.
+        label_rng: Generator of the labels that probes sample, on the model's device.
         turns: Whose turn it is for a paired difference.
         shadow: Record of a shadow run, None for others.
     """
@@ -71,7 +71,7 @@ class PrunerState:
     evidence: Evidence
     products: GradientProducts
     draws: GateDraws
-    labels: torch.Generator
+    label_rng: torch.Generator
     turns: Turns
     shadow: Shadow | None
 
@@ -88,7 +88,7 @@ class PrunerState:
         burst_every: int,
         put: Callable[..., None],
         draws: GateDraws,
-        labels: torch.Generator,
+        label_rng: torch.Generator,
     ) -> PrunerState:
         """The state before the first step.
 
@@ -102,7 +102,7 @@ class PrunerState:
             burst_every: Steps from one burst of gradients to the next.
             put: How gradient products put off their reading.
             draws: Draws of the gates.
-            labels: Generator of the labels that probes sample.
+            label_rng: Generator of the labels that probes sample.
         """
         n, memory = inventory.size, settings.memory
         evidence = Evidence(
@@ -128,7 +128,7 @@ class PrunerState:
             evidence=evidence,
             products=GradientProducts(n, max(memory / burst_every, 20), put, settings.epoch_steps),
             draws=draws,
-            labels=labels,
+            label_rng=label_rng,
             turns=Turns(),
             shadow=None if settings.shadow is None else Shadow(n),
         )

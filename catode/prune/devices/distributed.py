@@ -58,7 +58,7 @@ class Group:
             ValueError: if `device` is none on which several processes can train, or there is none left for this one.
         """
         if self.size == 1 and device.startswith("cuda:"):
-            torch.cuda.set_device(device)  # what asks for no device means this one
+            torch.cuda.set_device(device)  # default device of this process
         if self.size == 1 or device == "cpu":
             return
         if device != "cuda" or not dist.is_nccl_available():

@@ -1,4 +1,4 @@
-"""Files from the network: what an earlier try left is gone on with, and a checksum has the last word."""
+"""Files from the network: resumes a partial download, and checks the whole file's md5."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PATIENCE = 30
 def fetch(url: str, path: Path, md5: str) -> None:
     """Download a file, or do nothing if it is there with the right checksum.
 
-    It grows under the name ``path.part`` and gets its own name when it is whole and right. A connection that is cut is taken
-    up again where it ended, as long as each try brings something.
+    It grows under the name ``path.part`` and gets its own name when it is whole and right. A connection that is cut is
+    resumed where it ended, as long as each try receives something.
 
     Args:
         url: Address of the file.
@@ -49,7 +49,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
         if _size(part) <= before:
             raise DataError(
                 f"`download` must be able to fetch {url}; got: {reason}. Try again with a network (what came so far is kept "
-                f"and gone on with), or put the official archive into {str(path.parent)!r} by hand."
+                f"and resumed), or put the official archive into {str(path.parent)!r} by hand."
             )
     found = checksum(part)
     if found != md5:

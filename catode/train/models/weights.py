@@ -14,7 +14,7 @@ LISTED = 3  # names that a message lists
 
 
 def read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The state dict in a file of `torch.save`, on the CPU; nothing but tensors is ever unpickled into life.
+    """The state dict in a file of `torch.save`, on the CPU; loads tensors only (weights_only=True).
 
     A state dict under the key ``state_dict`` or ``model`` is found too, and the prefix ``module.`` of a distributed run
     is taken off.
