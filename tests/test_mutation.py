@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mutation
 import pytest
-
-from tests import mutation
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -388,6 +388,12 @@ def test_how_far_past_the_target_one_may_lead_is_the_part_of_the_least_that_is_u
         assert settled(target, [0], decided=decided)[0] == (not goes)
 
 
+def test_a_block_that_is_not_to_go_stays_though_it_is_worth_the_least():
+    target = Target(SMALL, "macs", 1 - 0.8 * (1 - share([0])))
+    assert np.flatnonzero(~settled(target, [2, 3, 4, 5])).tolist() == [2, 3, 4]
+    assert np.flatnonzero(~settled(target, [0, 2, 3, 4, 5])).tolist() == [0, 2, 3, 4, 5]
+
+
 def test_what_is_gone_already_does_not_count_among_the_undecided():
     whole, without = np.ones(10, dtype=bool), Target(SMALL, "macs", 0.5).of(SMALL.inventory.close(~mask(10, 0, 6)))
     parts = Target(SMALL, "macs", 0.5).parts(whole)

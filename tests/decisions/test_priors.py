@@ -59,9 +59,13 @@ def test_law_concrete_moves_as_a_gate_of_temperature_0(theta, benefit):
     )
 
 
+@example(theta=1.0, share=-0.5, other=0.9, force=0.01)
+@example(theta=0.0, share=0.5, other=0.1, force=0.01)
+@example(theta=1.0, share=0.5, other=0.9, force=0.01)
+@example(theta=0.0, share=-0.5, other=0.1, force=0.01)
 @given(
-    theta=st.floats(0.0, 1.0),
-    share=st.floats(-3.0, 3.0).filter(bool),
+    theta=st.floats(0.01, 0.99),
+    share=st.floats(0.01, 3.0) | st.floats(-3.0, -0.01),
     other=st.floats(0.0, 1.0),
     force=st.floats(1e-4, 1.0),
 )
@@ -69,17 +73,13 @@ def test_law_flattening_moves_theta_as_the_force_says_and_stops_at_the_ends(thet
     """`share` is how far theta would move, in units of the way to the end that it is pushed towards."""
     move = PRIORS["flattening"]
     way = (1.0 - theta) if share > 0 else theta
-    step = abs(share) * way / force
-    push = one(force if share > 0 else -force)
-    new = move(one(theta), push, one(step), None)[0]
-    assert 0.0 <= new <= 1.0
-    if abs(share) >= 1.0 + 1e-9:
-        assert new == (1.0 if share > 0 else 0.0)
-    else:
-        assert new == pytest.approx(theta + share * way, abs=1e-12)
-    assert way == 0.0 or abs(share) * way < 1e-12 or new != theta, "what is pushed moves"
+    step, push = one(abs(share) * way / force), one(force if share > 0 else -force)
+    new = move(one(theta), push, step, None)[0]
+    assert 0.0 <= new <= 1.0 and (new != theta) == (way > 0.0), "what is pushed moves, but for what has arrived"
+    expected = theta + way * min(max(share, -1.0), 1.0)
+    assert new == pytest.approx(expected, abs=1e-12)
     # the projection brings no two thetas further apart, and keeps their order
-    beside = move(one(other), push, one(step), None)[0]
+    beside = move(one(other), push, step, None)[0]
     assert abs(new - beside) <= abs(theta - other) + 1e-12 and (new - beside) * (theta - other) >= 0.0
 
 

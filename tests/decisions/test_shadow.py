@@ -181,7 +181,7 @@ def test_first_passages_end_what_is_open_once():
 def test_rules_by_size_alone_are_not_waited_for():
     watch = Shadow(3)
     watch.step[shadow.RULES.index(shadow.FILTER), 0] = watch.step[shadow.RULES.index(shadow.SCALE), 1] = 3
-    watch.step[shadow.RULES.index("fixed 0.5"), 2] = 3
+    watch.step[shadow.RULES.index("fixed 0.5"), 2] = 1
     assert watch.watching().tolist() == [False, False, True]
     watch.end(shadow.REMOVED_WITH_BLOCK, np.ones(3, dtype=bool), 4, 0.4)
     assert not watch.watching().any() and (watch.outcome > 0).sum() == 3

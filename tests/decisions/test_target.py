@@ -190,8 +190,8 @@ def test_the_price_level_grows_by_a_bounded_factor_where_the_network_lags():
     assert price(1e-6) == pytest.approx(2.0 * np.exp(0.5))
     assert price(1e-6, growth=1.0) == price(1e-6, growth=7.0) == pytest.approx(2.0 * np.e)
     assert price(1e-6, growth=0.0) == 2.0
-    nothing = price(np.nan)  # nothing is known: the level can only grow
-    assert nothing == pytest.approx(2.0 * np.exp(0.5))
+    for nu in (2.0, 0.01):  # nothing is known: the level can only grow
+        assert price(np.nan, nu=nu) == pytest.approx(nu * np.exp(0.5))
 
 
 def test_the_price_level_is_at_least_what_the_target_takes():
