@@ -11,15 +11,18 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from catode.structures.fates import (
+    COMMITTED,
     FATES,
+    KEPT_AS_LAST,
     KEPT_AT_TARGET,
     KEPT_FOR_WIDTH,
     KEPT_OUT_OF_TIME,
+    NOT_BY_RULE,
     REMOVED_OUT_OF_TIME,
     REMOVED_WITH_BLOCK,
 )
@@ -156,9 +159,10 @@ def number(path: Path, name: str, text: str) -> float:
 def read_config(
     folder: Path, required: Mapping[str, type] | None = None, optional: Mapping[str, type] | None = None
 ) -> dict[str, Any]:
-    """config.json of a run, every value resolved.
+    """config.json of a run, with `memory` and `check_every` in any case.
 
-    Earlier versions left `memory` and `check_every` null where the run's length gave them; they are filled in from metrics.csv.
+    Earlier versions left these two null where the run's length gave them; they are filled in from metrics.csv. `rate_ratio` and
+    `probe_size`, which no reader needs, stay null there.
 
     Args:
         folder: The run's folder.
@@ -203,14 +207,15 @@ def read_structures(folder: Path, required: Sequence[str] = ()) -> tuple[list[st
         header = [*PLACE, *required, "fate"]
     if "state" in header and "fate" not in header:  # before 0.2
         header = ["fate" if name == "state" else name for name in header]
-        earlier = _earlier_fates(folder)
+        earlier = True
     else:
-        earlier = None
+        earlier = False
     if absent := [name for name in (*PLACE, *required, "fate") if name not in header]:
         raise ValueError(f"{packed(path)} must have the column {absent[0]!r}; its header is {','.join(header)}.")
     at = header.index("fate")
-    if earlier is not None:
-        rows = [[*row[:at], earlier(dict(zip(header, row, strict=True))), *row[at + 1 :]] for row in rows]
+    if earlier:
+        named = _earlier_fates(folder, [dict(zip(header, row, strict=True)) for row in rows])
+        rows = [[*row[:at], fate, *row[at + 1 :]] for row, fate in zip(rows, named, strict=True)]
     if unknown := [row[at] for row in rows if row[at] not in FATES]:
         raise ValueError(f"{packed(path)} must hold one of {', '.join(FATES)} in column 'fate'; got {unknown[0]!r}.")
     return header, rows
@@ -239,16 +244,15 @@ def read_result(
             last[structure_key(named)] = named["fate"]
         known = {fate: list(last.values()).count(fate) for fate in FATES}
         kept = {name: count for name, count in decisions.items() if name in FATES}
-        told = (KEPT_OUT_OF_TIME, REMOVED_OUT_OF_TIME, KEPT_FOR_WIDTH, KEPT_AT_TARGET)
-        kept |= {fate: known[fate] for fate in told if known[fate]}
+        kept |= {fate: known[fate] for fate in NOT_BY_RULE if known[fate]}
         if "promoted" in decisions:
             kept[REMOVED_WITH_BLOCK] = decisions["promoted"]
         result["decisions"] = dict(sorted(kept.items()))
     return result
 
 
-def _earlier_fates(folder: Path) -> Callable[[Mapping[str, str]], str]:
-    """How to name the fate in a row of a structures.csv from before 0.2, which called five fates ``forced``."""
+def _earlier_fates(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The fates in the rows of a structures.csv from before 0.2, which called five of them ``forced``."""
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     file = folder / "structure.json"
     blocks = read_json(file).get("blocks") if file.exists() else {}
@@ -257,6 +261,7 @@ def _earlier_fates(folder: Path) -> Callable[[Mapping[str, str]], str]:
             f"{file} must say of each of its blocks what was kept; it does not. Restore the file from the run."
         )
     targeted = any(config.get(name) is not None for name in ("target_macs", "target_params"))
+    grouped = config.get("round_to", 1) != 1
 
     def kept(row: Mapping[str, str]) -> bool | None:
         block = blocks.get(row["block"])
@@ -264,19 +269,31 @@ def _earlier_fates(folder: Path) -> Callable[[Mapping[str, str]], str]:
             return block and block["kept"]
         return row["index"] in map(str, block["sites"].get(row["site"], ()))
 
+    def low(row: Mapping[str, str]) -> bool:
+        return not number(folder / "structures.csv", "keep_prob", row["keep_prob"]) >= 0.5
+
+    # what stayed with a theta below 1/2 waited for a group, or all that was undecided stayed as the last
+    forced = [row for row in rows if row["fate"] == "forced"]
+    last = {row.get("step") for row in forced if kept(row) and low(row) and (row["kind"] == "layer" or not grouped)}
+
     def fate(row: Mapping[str, str]) -> str:
         if row["fate"] == "promoted":
             return REMOVED_WITH_BLOCK
         if row["fate"] != "forced":
             return row["fate"]
-        theta, there = number(folder / "structures.csv", "keep_prob", row["keep_prob"]), kept(row)
-        if targeted:  # of a target's run only what was removed in the end could have a theta near 1
-            return KEPT_AT_TARGET if there or (there is None and theta < 0.9) else REMOVED_OUT_OF_TIME
-        if theta >= 0.5 if there is None else there:
-            return KEPT_OUT_OF_TIME if theta >= 0.5 else KEPT_FOR_WIDTH
+        there = kept(row)
+        if targeted:  # in the first versions what stayed with a theta near 1 was not told apart; later it was committed
+            near_one = number(folder / "structures.csv", "keep_prob", row["keep_prob"]) >= 0.9
+            if there:
+                return COMMITTED if near_one else KEPT_AT_TARGET
+            return KEPT_AT_TARGET if there is None and not near_one else REMOVED_OUT_OF_TIME
+        if there and row.get("step") in last:
+            return KEPT_AS_LAST
+        if not low(row) if there is None else there:
+            return KEPT_FOR_WIDTH if low(row) else KEPT_OUT_OF_TIME
         return REMOVED_OUT_OF_TIME
 
-    return fate
+    return [fate(row) for row in rows]
 
 
 def _describes(block: Any) -> bool:

@@ -197,7 +197,7 @@ def write_earlier(folder: Path, units=UNITS, kept=KEPT, *, packed: bool = False,
     rows += [(20, "unit", "b", "s", index, theta, 0.1, state) for index, (state, theta, _) in units.items()]
     rows += [(20, "layer", "gone", "", "", 0.4, 0.1, "forced"), (20, "unit", "gone", "t", "0", 0.9, 0.1, "promoted")]
     write_table(folder / "structures.csv", (*STRUCTURE, "state"), rows, packed=packed)
-    write_json(folder / "config.json", {"nu": 1.0} | config)
+    write_json(folder / "config.json", {"nu": 1.0, "round_to": 2} | config)
     if kept is not None:
         blocks = {"b": {"kept": True, "sites": {"s": kept}}, "gone": {"kept": False, "sites": {"t": []}}}
         write_json(folder / "structure.json", {"blocks": blocks})
@@ -228,13 +228,33 @@ def test_with_a_target_what_stayed_was_kept_at_it(tmp_path):
         "1": ("forced", 0.3, fates.KEPT_AT_TARGET),
         "2": ("forced", 0.3, fates.REMOVED_OUT_OF_TIME),
         "3": ("committed", 0.95, fates.COMMITTED),
+        "4": ("forced", 0.95, fates.COMMITTED),  # as the first versions called it, even where result.json does not
+        "5": ("forced", 0.95, fates.REMOVED_OUT_OF_TIME),
     }
     for name in ("target_macs", "target_params"):
-        write_earlier(tmp_path / name, units, [0, 1, 3], **{name: 0.5})
+        write_earlier(tmp_path / name, units, [0, 1, 3, 4], **{name: 0.5})
         found = read_fates(tmp_path / name)
         assert {i: found["b", i] for i in units} == {i: fate for i, (*_, fate) in units.items()}
     write_earlier(tmp_path / "none", units, [0, 1, 3], target_macs=None)
     assert read_fates(tmp_path / "none")["b", "0"] == fates.KEPT_OUT_OF_TIME
+
+
+@pytest.mark.parametrize("layer", [False, True])
+def test_where_all_that_was_undecided_stayed_it_is_called_so(tmp_path, layer):
+    """With no groups to wait for, nothing else stays with a theta below 1/2; a layer never waits for one."""
+    units = {"0": ("forced", 0.0, ""), "1": ("forced", 0.7, ""), "2": ("committed", 1.0, "")}
+    rows = [(20, "unit", "b", "s", index, theta, 0.1, state) for index, (state, theta, _) in units.items()]
+    rows += [(20, "layer", "b", "", "", 0.2 if layer else 0.6, 0.1, "forced")]
+    rows += [(10, "unit", "b", "s", "3", 0.3, 0.1, "forced")] if layer else []  # by a group, at a check before
+    write_table(tmp_path / "structures.csv", (*STRUCTURE, "state"), rows)
+    write_json(tmp_path / "config.json", {"round_to": 4 if layer else 1})
+    blocks = {"b": {"kept": True, "sites": {"s": [0, 1, 2, 3]}}}
+    write_json(tmp_path / "structure.json", {"blocks": blocks})
+    expected = {"0": fates.KEPT_AS_LAST, "1": fates.KEPT_AS_LAST, "2": fates.COMMITTED, "": fates.KEPT_AS_LAST}
+    expected |= {"3": fates.KEPT_FOR_WIDTH} if layer else {}
+    assert {index: fate for (_, index), fate in read_fates(tmp_path).items()} == expected
+    write_json(tmp_path / "result.json", {"decisions": {"committed": 1, "forced": len(rows) - 1}})
+    assert sum(records.read_result(tmp_path)["decisions"].values()) == len(rows)
 
 
 def test_without_structure_json_theta_tells_what_was_kept(tmp_path):
@@ -320,5 +340,7 @@ def test_the_committed_records_are_read_with_known_fates_alone():
         assert config.get("memory", 0) is not None and config.get("check_every", 0) is not None
         decisions = result.get("decisions") or {}
         assert set(decisions) <= set(fates.FATES)
+        plain = records.read_json(run / "result.json").get("decisions") or {}
+        assert sum(decisions.values()) == sum(plain.values()), run
         header, rows = records.read_structures(run)
         assert {row[header.index("fate")] for row in rows} <= set(fates.FATES)
