@@ -121,7 +121,7 @@ class Checking:
             progress=self.schedule.progress(state.done),
             growth=self.theta_speed * passed,
         )
-        state.rate_ratio *= state.nu / level
+        state.rate_ratio = state.rate_ratio * (state.nu / level)  # not in place: `limits` holds what was used
         state.nu = level
 
     def report(

@@ -47,7 +47,7 @@ from catode.prune.measuring import Measuring, Probed
 from catode.prune.network import Network
 from catode.prune.optimizers import check_optimizer, ode_time, theta_speed
 from catode.prune.settings import PrunerSettings
-from catode.prune.state import PrunerState, pack, unpack
+from catode.prune.state import PrunerState, check_fits, pack, unpack
 from catode.structures import fates
 from catode.theory.tolerance.measured import LEAST_PRICE
 
@@ -289,14 +289,10 @@ class Pruner:
         The model is cut down to what it was; the optimizer's parameters follow, its state must be restored after this.
 
         Raises:
-            ValueError: if the state is of another network.
+            ValueError: if the state is of another network, of another kind of run, or of an earlier version.
         """
-        own, sizes = self.state, [len(state["pruner"]["present"]), len(next(iter(state["pruner"]["fate"].values())))]
-        if sizes != [len(own.present), self.inventory.size]:
-            raise ValueError(
-                f"`state` must be of the same network; got one of {sizes[1]} structures instead of {self.inventory.size}. "
-                "Build the model and the pruner with the same arguments."
-            )
+        own = self.state
+        check_fits(own, state)
         self.gates.remove()
         self._capture.detach()
         unpack(own, state["pruner"])

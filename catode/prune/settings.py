@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from catode._validate import check_choice, check_int, check_interval, check_positive
+from catode._validate import check_bool, check_choice, check_int, check_interval, check_positive
 from catode.decisions.priors import PRIORS
 from catode.prune.probes import ESTIMATORS
 
@@ -27,7 +29,8 @@ class PrunerSettings:
             take a fixed `tolerance`, and what does not sink below it is rounded in the end.
         images: Number of training images, which `bernoulli` needs.
         epoch_steps: Batches in an epoch, images / batch size, where an epoch's batches are drawn without replacement, as
-            PyTorch's loaders do; None for independent ones. Products of gradients are corrected by it.
+            PyTorch's loaders do; None for independent ones. Products of gradients are corrected by it. At or below 1
+            every batch is all images.
         target_macs: Share of the MACs to end at, in (0, 1); sets nu while training (see `catode.decisions.target`).
         target_params: The same for parameters.
         warmup: Steps before any theta moves. The first part of a long one is trained without gates (if thetas start at 1):
@@ -88,26 +91,23 @@ class PrunerSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive("nu", self.nu, hint="Leave the pruner out for the ungated network.")
+        self._take(check_positive, "nu", hint="Leave the pruner out for the ungated network.")
         for name in ("alpha", "beta"):
-            check_interval(name, getattr(self, name), 0.0, 1.0)
-        check_interval("risk", self.risk, 0.0, 0.5, low_open=True, high_open=True)
-        check_interval("initial_keep_prob", self.initial_keep_prob, 0.0, 1.0, low_open=True)
-        if self.tolerance is not None:
-            check_interval("tolerance", self.tolerance, 0.0, 1.0)
-        if self.rate_ratio is not None:
-            check_positive("rate_ratio", self.rate_ratio)
-        if self.epoch_steps is not None:
-            check_positive("epoch_steps", self.epoch_steps)
-        check_choice("prior", self.prior, PRIORS)
+            self._take(check_interval, name, low=0.0, high=1.0)
+        self._take(check_interval, "risk", low=0.0, high=0.5, low_open=True, high_open=True)
+        self._take(check_interval, "initial_keep_prob", low=0.0, high=1.0, low_open=True)
+        self._take(check_interval, "tolerance", low=0.0, high=1.0)
+        for name in ("rate_ratio", "epoch_steps"):
+            self._take(check_positive, name)
+        self._take(check_choice, "prior", choices=PRIORS)
         for name in ("layer_estimator", "estimator"):
-            check_choice(name, getattr(self, name), ESTIMATORS)
+            self._take(check_choice, name, choices=ESTIMATORS)
+        self._take(check_bool, "per_example")
+        self._take(check_int, "seed")
         counts = dict(steps=1, warmup=0, layers_per_probe=1, measure_every=1, check_every=1, read_every=1, memory=10)
-        for name, low in (counts | dict(width_multiple=1, round_to=1)).items():
-            check_int(name, getattr(self, name), low=low)
-        for name, low in (("images", 1), ("probe_size", 2), ("shadow", self.steps)):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), low=low)
+        for name, low in (counts | dict(width_multiple=1, round_to=1, images=1, probe_size=2)).items():
+            self._take(check_int, name, low=low)
+        self._take(check_int, "shadow", low=self.steps)
         self._check_together()
 
     @property
@@ -119,6 +119,12 @@ class PrunerSettings:
     def watch_until(self) -> int:
         """Steps after which a shadow run ends; `steps` for others."""
         return self.steps if self.shadow is None else self.shadow
+
+    def _take(self, check: Callable[..., Any], name: str, **limits: Any) -> None:
+        """Put a checked, plain Python value in place of what was given; None stays where it is the default."""
+        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        if value is not None or default is not None:
+            object.__setattr__(self, name, check(name, value, **limits))
 
     def _check_together(self) -> None:
         if self.prior != "flattening" and (self.tolerance is None or self.shadow is not None or self.targeted):

@@ -151,6 +151,32 @@ def pack(thing: Any) -> Any:
     return thing
 
 
+def check_fits(own: PrunerState, state: dict) -> None:
+    """Make sure that a pruner can take up a `Pruner.state_dict`; changes nothing.
+
+    Raises:
+        ValueError: if the state is of another network, of another kind of run, or of an earlier version.
+    """
+    packed = state.get("pruner")
+    names = {field.name for field in dataclasses.fields(PrunerState)}
+    if not isinstance(packed, dict) or packed.keys() != names:
+        raise ValueError(
+            f"`state` must be a state_dict of this version's Pruner; got one with {', '.join(map(str, state))}. "
+            "Begin the run anew, or use the version that wrote it."
+        )
+    sizes = len(packed["fate"][NAMES]), len(packed["present"])
+    if sizes != (len(own.fate), len(own.present)):
+        raise ValueError(
+            f"`state` must be of the same network; got one of {sizes[0]} structures instead of {len(own.fate)}. "
+            "Build the model and the pruner with the same arguments."
+        )
+    if (packed["shadow"] is None) != (own.shadow is None):
+        raise ValueError(
+            f"`state` must be of a pruner with the same arguments; got one {'without' if own.shadow else 'with'} shadow. "
+            "Build the pruner with the same shadow."
+        )
+
+
 def unpack(thing: Any, packed: dict) -> None:
     """Give a dataclass back what `pack` made of one like it, in place; tensors stay on the CPU.
 

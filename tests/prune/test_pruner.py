@@ -427,6 +427,13 @@ BAD = [
     ("check_every", 0),
     ("read_every", 0),
     ("memory", 9),
+    ("epoch_steps", 0.0),
+    ("epoch_steps", True),
+    ("per_example", "no"),
+    ("seed", 0.5),
+    ("seed", None),
+    ("images", 0),
+    ("shadow", 399),
 ]
 
 
@@ -436,6 +443,37 @@ def test_bad_input_is_refused_and_the_model_left_alone(name, value):
     with pytest.raises(ValueError, match=rf"^`{name}` must [^\n]+; got [^\n]+$"):
         make(model, **{name: value})
     assert_plain(model)
+
+
+def test_settings_are_plain_numbers_whatever_was_given():
+    """A float32 in a setting must not lower the precision of prices, nor a numpy scalar get into a checkpoint."""
+    given = dict(nu=np.float32(0.1), alpha=np.float32(0.3), steps=np.int64(400), shadow=np.int64(500), seed=np.int64(3))
+    own = make(**given)[2].settings
+    assert {name: type(getattr(own, name)) for name in given} == dict(
+        nu=float, alpha=float, steps=int, shadow=int, seed=int
+    )
+    assert (own.nu, own.alpha) == (float(np.float32(0.1)), float(np.float32(0.3)))
+    assert own.tolerance is None and own.images is None
+
+
+def test_a_setting_that_does_not_exist_is_refused():
+    with pytest.raises(TypeError, match="'rate_ratios'"):
+        make(rate_ratios=0.1)
+
+
+def test_with_a_target_the_rows_tell_the_speeds_that_were_used():
+    """The price set at a check holds from then on; its rows tell the speed, like the price, that its tolerances were of."""
+    model, optimizer, pruner = make(target_macs=0.5, steps=200, check_every=10)
+    speeds, seen = [], []
+
+    def each(check):
+        if check is not None:
+            seen.append((speeds[-1], {row["rate_ratio"] for row in check.rows if row["kind"] == "layer"}))
+        speeds.append(pruner.state.rate_ratio.copy())
+
+    loop(model, optimizer, pruner, 150, each=each)
+    assert len({tuple(speed) for speed, _ in seen}) > 2  # it was set anew more than once
+    assert all(rows <= set(before[pruner.is_layer].tolist()) for before, rows in seen)
 
 
 def test_a_model_without_structures_is_refused():
@@ -547,6 +585,21 @@ def test_a_state_is_not_shared_between_pruners():
     assert tensors(state) and all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(before), strict=True))
     with pytest.raises(ValueError, match="`state` must be of the same network"):
         make(DenseResNet(64, 10, blocks=2, width=32, hidden=HIDDEN))[2].load_state_dict(state)
+
+
+def test_a_state_of_another_kind_is_refused_and_the_pruner_left_alone():
+    (_, _, plain), (model, _, shadow) = make(), make(shadow=500)
+    earlier = {"model": {}, "state": ["undecided"], "present": [], "arrays": {}}  # as version 0.1 wrote them
+    for pruner, state, message in (
+        (plain, shadow.state_dict(), "got one with shadow"),
+        (shadow, plain.state_dict(), "got one without shadow"),
+        (shadow, earlier, "this version's Pruner; got one with model, state, present, arrays"),
+    ):
+        before = pruner.checksum(), pruner.shadow
+        with pytest.raises(ValueError, match=rf"^`state` must [^\n]*{message}[^\n]*$"):
+            pruner.load_state_dict(state)
+        assert (pruner.checksum(), pruner.shadow) == before
+    assert any("parametrizations" in name for name in model.state_dict())
 
 
 def test_a_long_warm_up_begins_without_gates_and_trains_as_the_ungated_network_does():
