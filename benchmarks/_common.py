@@ -168,8 +168,11 @@ def subset(setup: loop.Setup, number: int | None) -> loop.Setup:
         test_labels=images.test_labels[: number // 5],
     )
     steps = number // config.batch_size
+    # what followed from the length of the whole run follows from that of this one
+    config = dataclasses.replace(config, **dict.fromkeys(config.derived), derived=())
+    config = config.resolved(steps * config.epochs, setup.group.size)
     schedule = loop.learning_rates(config.schedule, config.lr, steps * config.epochs)
-    return dataclasses.replace(setup, images=images, steps_per_epoch=steps, schedule=schedule)
+    return dataclasses.replace(setup, config=config, images=images, steps_per_epoch=steps, schedule=schedule)
 
 
 def run_quick(config: Config, *, progress: bool = False) -> Path:

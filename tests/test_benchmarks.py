@@ -38,6 +38,18 @@ def record(seed=0, accuracy=0.8, macs=40e6, **settings):
     return cifar.Record(config, result | {"cpu_seconds": 60.0}, env, [])
 
 
+def test_a_part_of_the_images_is_a_shorter_run_with_the_settings_of_one(tmp_path):
+    """What follows from a run's length follows from that of the part; what was given stays."""
+    config = Config.from_presets(dataset="digits", threads=1, check_every=20, out=str(tmp_path))
+    whole = loop.prepare(config)
+    part = _common.subset(whole, 320)
+    assert (part.steps_per_epoch, len(part.schedule), len(part.images.train_labels)) == (5, 5 * config.epochs, 320)
+    for setup in (whole, part):
+        assert setup.config.rate_ratio == pytest.approx(1.0 / (config.sink_share * setup.ode_time), rel=1e-12)
+    assert part.config.derived == whole.config.derived and part.config.check_every == 20
+    assert _common.subset(whole, None) is whole
+
+
 COMMANDS = sorted(p.stem for p in Path(cifar.__file__).parent.glob("[a-z]*.py") if p.stem != "pool")
 
 
