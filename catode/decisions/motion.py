@@ -1,4 +1,4 @@
-"""How fast thetas move, and one step of them.
+"""How fast thetas move; a step of them is in `catode.decisions.priors`.
 
 Source: docs/mathematics.md sections 2 and 3; docs/conventions.md item 1.
 """

@@ -112,14 +112,14 @@ class Target:
         """Let structures go, those of the least worth first, as far as the target.
 
         Args:
-            kept: Structures that are there, closed under promotion, shape (n,).
+            kept: Structures that are there, closed under removal with the block, shape (n,).
             going: Those of them that are to go, shape (n,).
             open_: Those of them that are undecided, `going` among them, shape (n,).
             worth: Benefit over price or alike, shape (n,).
             groups: Structures of `going` that go together or not at all, each of one kind and site. None: each alone.
 
         Returns:
-            Those that stay, closed under promotion, shape (n,).
+            Those that stay, closed alike, shape (n,).
         """
         close = self.complexity.inventory.close
         everything = close(kept & ~going)

@@ -53,7 +53,7 @@ def randomise(model, seed):
 
 
 def vertex(complexity, layers, seed, share_layers, share_units):
-    """A random vertex closed under promotion; most of the time several layers and units survive."""
+    """A random vertex closed under removal with the block; most of the time several layers and units survive."""
     random = np.random.default_rng(seed)
     share = np.where(np.arange(complexity.size) < layers, share_layers, share_units)
     return complexity.inventory.close(random.random(complexity.size) < share)

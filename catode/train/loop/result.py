@@ -1,4 +1,4 @@
-"""What a run leaves beside its network: result.json and env.json."""
+"""What a run records of where it runs: env.json, and the state of PyTorch's generators for its checkpoints."""
 
 from __future__ import annotations
 
