@@ -43,6 +43,7 @@ TESTS = {
     "catode.decisions.outcomes": [HERE + "outcomes.py"],
     "catode.decisions.priors": [HERE + "priors.py"],
     "catode.decisions.rules": [HERE + "rules.py"],
+    "catode.decisions.schedule": [HERE + "schedule.py"],
     "catode.decisions.shadow": [HERE + "shadow.py", HERE + "check.py"],
     "catode.decisions.target": [HERE + "target.py", HERE + "outcomes.py"],
     "catode.structures.complexity": [BELOW + "complexity.py"],

@@ -22,7 +22,7 @@ class Schedule:
     Args:
         steps: Steps after which the deciding phase ends.
         watch_until: Steps after which a shadow run ends; `steps` for others.
-        warmup: Steps before any theta moves.
+        warmup: Steps before any theta moves, fewer than `steps`.
         measure_every: Steps between probes.
         check_every: Steps between checks.
         read_every: Steps between readings of what the device measured.
@@ -58,7 +58,7 @@ class Schedule:
 
     def progress(self, done: int) -> float:
         """Share of the deciding phase that is over after `done` steps."""
-        return (done - self.warmup) / max(self.steps - self.warmup, 1)
+        return (done - self.warmup) / (self.steps - self.warmup)
 
     def ends(self, done: int) -> bool:
         """Whether the deciding phase or the watching ends with this step."""
@@ -98,6 +98,4 @@ class Turns:
             taken: How many of that kind were taken so far.
             number: How many to take.
         """
-        if not len(candidates):
-            return []
         return [int(candidates[(taken + i) % len(candidates)]) for i in range(min(number, len(candidates)))]
