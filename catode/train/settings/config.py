@@ -169,7 +169,11 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
             )
         derived = values.pop("derived", ())
         if isinstance(derived, list):
-            derived = tuple(name for name in derived if name not in changes)
+            derived = tuple(derived)
+        if any(name in settings() and settings()[name].identity for name in changes):
+            # another run: what followed from the settings of that one is derived anew
+            values |= {name: None for name in derived if name in DERIVED}
+            derived = ()
         values = {**values, **changes}
         _check_names(values)
         return cls(**values, derived=derived)
