@@ -26,7 +26,7 @@ def test_law_a_burst_is_three_steps_of_a_cycle_without_a_probe(schedule):
     assert cycle % every == 0 and cycle >= max(8, 2 * every) and cycle - every < max(8, 2 * every)
     assert (
         len(schedule.burst) == 3 == len(set(schedule.burst))
-        and 0 <= min(schedule.burst)
+        and min(schedule.burst) >= 0
         and max(schedule.burst) < cycle
     )
     if every > 1:  # probes come at the steps whose number is a multiple of `measure_every`, counted from 0
