@@ -18,6 +18,11 @@ from catode.prune.probes import Probe, curvature_corrected, straight_through
 LEAST_PROBE = 12  # examples, where the batch has as many
 
 
+def usual_probe(batch: int) -> int:
+    """Examples in a probe of a batch where nothing else is asked for: a tenth, at least `LEAST_PROBE` if there are as many."""
+    return min(batch, max(LEAST_PROBE, batch // 10))
+
+
 @dataclass(frozen=True)
 class Probed:
     """A probe whose numbers are still on the device.
@@ -38,7 +43,7 @@ class Measuring:
         capture: Hooks of the model.
         is_layer: Which structures are layers, shape (n,).
         estimators: Estimators of the layers' and of the units' benefits, of `catode.prune.probes.ESTIMATORS`.
-        probe_size: Examples in a probe; None for a tenth of the batch, at least `LEAST_PROBE`.
+        probe_size: Examples in a probe; None for `usual_probe` of the batch.
         per_probe: Structures whose paired difference one probe takes.
         measure_every: Steps between probes.
         shared: Whether batch norms take their statistics over all processes.
@@ -181,7 +186,7 @@ class Measuring:
         group = self.capture.group
         processes = group.size if self.shared else 1
         batch *= processes
-        size = min(batch, self.probe_size or max(LEAST_PROBE, batch // 10))
+        size = min(batch, self.probe_size or usual_probe(batch))
         size += -size % processes
         begin = (done // self.measure_every * size) % max(batch - size + 1, 1)
         if not self.shared:

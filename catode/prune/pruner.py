@@ -251,7 +251,7 @@ class Pruner:
             self.state.products.gain,
             self.state.products.gain_below,
             self.state.products.weight_gradient,
-            keep_prob=self.keep_prob,
+            keep_prob=self.keep_prob.copy(),
             price=np.maximum(self.prices(), LEAST_PRICE),
             rate_ratio=self.state.rate_ratio,
             weight_decay=min(group["weight_decay"] for group in self.optimizer.param_groups),

@@ -24,7 +24,11 @@ def schedules(draw):
 def test_law_a_burst_is_three_steps_of_a_cycle_without_a_probe(schedule):
     cycle, every = schedule.burst_every, schedule.measure_every
     assert cycle % every == 0 and cycle >= max(8, 2 * every) and cycle - every < max(8, 2 * every)
-    assert len(schedule.burst) == 3 == len(set(schedule.burst)) and 0 <= min(schedule.burst) and max(schedule.burst) < cycle
+    assert (
+        len(schedule.burst) == 3 == len(set(schedule.burst))
+        and min(schedule.burst) >= 0
+        and max(schedule.burst) < cycle
+    )
     if every > 1:  # probes come at the steps whose number is a multiple of `measure_every`, counted from 0
         assert not any(place % every == 0 for place in schedule.burst)
     else:
@@ -74,7 +78,13 @@ def test_law_progress_goes_from_the_warm_up_to_the_end(schedule):
     ("warmup", "memory", "layers", "per_probe", "begin"),
     [
         (1000, 100, 0, 1, 600),  # four memories before
-        (1000, 100, 9, 1, 424),  # a round of nine layers takes 2 * 2 * 9 steps, and eight of them are needed: 4 * 36 * 8 / 2
+        (
+            1000,
+            100,
+            9,
+            1,
+            424,
+        ),  # a round of nine layers takes 2 * 2 * 9 steps, and eight of them are needed: 4 * 36 * 8 / 2
         (1000, 100, 9, 3, 600),  # three layers at a time: 4 * 12 * 4 steps are less than four memories
         (300, 100, 9, 3, 0),
     ],

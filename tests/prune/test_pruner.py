@@ -476,6 +476,16 @@ def test_with_a_target_the_rows_tell_the_speeds_that_were_used():
     assert all(rows <= set(before[pruner.is_layer].tolist()) for before, rows in seen)
 
 
+def test_limits_are_of_their_moment():
+    model, optimizer, pruner = make(warmup=0, rate_ratio=1.0, target_macs=0.5)
+    loop(model, optimizer, pruner, 60)
+    limits = pruner.limits()
+    before = {name: values.copy() for name, values in limits.columns().items()}
+    loop(model, optimizer, pruner, 60, seed=1)
+    assert all(np.array_equal(values, before[name], equal_nan=True) for name, values in limits.columns().items())
+    assert not np.array_equal(pruner.keep_prob, before["keep_prob"])
+
+
 def test_a_model_without_structures_is_refused():
     with pytest.raises(ValueError, match=r"`model` must have a method structures\(\); got Linear"):
         make(nn.Linear(3, 3))

@@ -329,6 +329,17 @@ def test_resolving_leaves_the_name_and_the_identity_of_a_run():
     assert changed.derived == () and changed.identity()["rate_ratio"] == 0.3
 
 
+def test_settings_of_a_run_changed_for_another_are_derived_anew():
+    """What followed from the length of the run that was read must not be carried into one of another length."""
+    config = Config.from_presets(dataset="cifar10", data_dir="d")
+    done = config.resolved(7800)
+    shorter = Config.from_json(done.to_json(), epochs=10)
+    assert shorter.derived == () and shorter.memory is shorter.rate_ratio is None
+    assert shorter.resolved(3900) == dataclasses.replace(config, epochs=10, out=done.out).resolved(3900)
+    moved = Config.from_json(done.to_json(), data_dir="elsewhere", threads=2)  # the same run
+    assert moved == dataclasses.replace(done, data_dir="elsewhere", threads=2)
+
+
 def test_nothing_is_null_that_a_run_fills_in():
     """What stays null is not used, or this machine's own choice."""
     unused = {"data_dir", "image_size", "init", "tol", "target_macs", "target_params", "resume"}

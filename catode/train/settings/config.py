@@ -79,7 +79,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         Raises:
             ConfigError: if a value that follows is not admitted.
         """
-        from catode.prune.measuring import LEAST_PROBE
+        from catode.prune.measuring import usual_probe
         from catode.theory.tolerance.measured import pool_memory
 
         decide_steps = round(self.decide_until * steps)
@@ -91,7 +91,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
             "memory": memory,
             "check_every": memory // 4,
             "rate_ratio": max(1.0 / (self.sink_share * time), LEAST),
-            "probe_size": min(batch, max(LEAST_PROBE, batch // 10)),
+            "probe_size": usual_probe(batch),
         }
         values = {name: value for name, value in values.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **values, derived=(*self.derived, *values))
@@ -169,7 +169,11 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
             )
         derived = values.pop("derived", ())
         if isinstance(derived, list):
-            derived = tuple(name for name in derived if name not in changes)
+            derived = tuple(derived)
+        if any(name in settings() and settings()[name].identity for name in changes):
+            # another run: what followed from the settings of that one is derived anew
+            values |= {name: None for name in derived if name in DERIVED}
+            derived = ()
         values = {**values, **changes}
         _check_names(values)
         return cls(**values, derived=derived)
