@@ -76,7 +76,7 @@ class Pruner:
 
     Raises:
         ValueError: for settings out of range or a model without ``structures()``.
-        TypeError: for a setting that does not exist.
+        TypeError: for a setting that does not exist, or one without default that is missing.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Pruner:
                 f"`model` must have a method structures(); got {type(model).__name__}. See catode.prune.describe.protocol."
             )
         check_optimizer(optimizer)
-        own = self.settings = PrunerSettings(**settings)
+        own = self.settings = PrunerSettings.of(settings)
         self.model, self.optimizer, self.group = model, optimizer, group or Group()
         self.blocks = model.structures()
         self.complexity = describe(model, self.blocks, example_input)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from catode._validate import check_bool, check_choice, check_int, check_interval, check_positive
@@ -89,6 +90,28 @@ class PrunerSettings:
     round_to: int = 1
     shadow: int | None = None
     seed: int = 0
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> PrunerSettings:
+        """Settings from keyword arguments.
+
+        Args:
+            given: Values by name.
+
+        Raises:
+            TypeError: for a name that is no setting, or a missing one that has no default.
+            ValueError: for values out of range or that do not go together.
+        """
+        known = [field.name for field in fields(cls)]
+        for name, value in given.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean `{near[0]}`?" if near else "Leave it out."
+                raise TypeError(f"`{name}` must be a setting of the pruner; got {name}={value!r}. {hint}")
+        for name in ("nu", "steps"):
+            if name not in given:
+                raise TypeError(f"`{name}` must be given; got none. See catode.prune.settings.PrunerSettings.")
+        return cls(**given)
 
     def __post_init__(self) -> None:
         self._take(check_positive, "nu", hint="Leave the pruner out for the ungated network.")

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -456,11 +457,6 @@ def test_settings_are_plain_numbers_whatever_was_given():
     assert own.tolerance is None and own.images is None
 
 
-def test_a_setting_that_does_not_exist_is_refused():
-    with pytest.raises(TypeError, match="'rate_ratios'"):
-        make(rate_ratios=0.1)
-
-
 def test_with_a_target_the_rows_tell_the_speeds_that_were_used():
     """The price set at a check holds from then on; its rows tell the speed, like the price, that its tolerances were of."""
     model, optimizer, pruner = make(target_macs=0.5, steps=200, check_every=10)
@@ -679,3 +675,27 @@ def test_long_runs_of_many_units_record_undecided_units_at_some_checks_only(monk
     assert part.items() < whole.items() and len(part) < len(whole) / 2
     left_out = [key for key in whole.keys() - part.keys()]
     assert all(key[1] == "unit" and whole[key] == "undecided" for key in left_out)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            dict(tolerence=0.1),
+            "`tolerence` must be a setting of the pruner; got tolerence=0.1. Did you mean `tolerance`?",
+        ),
+        (dict(qqqq=None), "`qqqq` must be a setting of the pruner; got qqqq=None. Leave it out."),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest_name(given, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make(**given)
+
+
+@pytest.mark.parametrize("name", ["nu", "steps"])
+def test_what_has_no_default_must_be_given(name):
+    model = dense()
+    given = dict(nu=0.5, steps=10)
+    del given[name]
+    with pytest.raises(TypeError, match=f"`{name}` must be given"):
+        Pruner(model, EXAMPLE, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **given)
