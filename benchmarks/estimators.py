@@ -35,6 +35,7 @@ from benchmarks._common import QUICK_IMAGES, add_quick, guarded, hardware, markd
 from benchmarks.cifar import read
 from catode.prune.gates import Gates
 from catode.prune.probes import Probe, batch_statistics_only, curvature_corrected, straight_through
+from catode.structures.inventory import Inventory
 from catode.train import data, load
 from catode.train.loop import learning_rates, make_optimizer
 from catode.train.models import DenseResNet, build
@@ -64,7 +65,7 @@ class Bench:
         self.model = DenseResNet(images.shape[1], int(labels.max()) + 1, BLOCKS, WIDTH, HIDDEN)
         blocks = self.model.structures()
         self.size, self.layers = BLOCKS * (1 + HIDDEN), BLOCKS
-        self.gates = Gates(self.model, blocks, self.size)
+        self.gates = Gates(self.model, Inventory(blocks))
         units = torch.arange(BLOCKS, self.size).split(HIDDEN)
         self.gates.install([True] * BLOCKS, list(units))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -352,10 +353,10 @@ def probes(
         units: Number of units in the sample, chosen at random; every layer is measured.
     """
     blocks = model.structures()
-    ends = np.cumsum([len(blocks)] + [site.width for block in blocks for site in block.sites])
-    ones = torch.ones(int(ends[-1]))
-    gates = Gates(model, blocks, len(ones))
-    gates.install([True] * len(blocks), [torch.arange(a, b) for a, b in itertools.pairwise(ends)])
+    inventory = Inventory(blocks)
+    ones = torch.ones(inventory.size)
+    gates = Gates(model, inventory)
+    gates.install([True] * inventory.layers, [torch.from_numpy(units) for units in inventory.units])
     sample = np.random.default_rng(seed).choice(np.arange(len(blocks), len(ones)), units, replace=False)
     kinds = {"layers": np.arange(len(blocks)), "units": np.sort(sample)}
     generator, found = torch.Generator().manual_seed(seed), {}

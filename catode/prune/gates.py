@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
-from catode.structures.description import Block
+from catode.structures.inventory import Inventory
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,12 @@ class Tap:
 class Gates:
     """Values of all gates and their installation in a model.
 
-    Structures are numbered as in `catode.structures.complexity`: all layers, then the units site by site, always in the original
-    network's numbering.
+    Structures keep the numbers of the original network, also when units have been cut.
+
+    Args:
+        model: The model.
+        inventory: What can be removed from it, and its numbering.
+        group: Processes over whose batches the model's norms take their statistics; None for this one alone.
 
     Attributes:
         draw: Current gate values, shape (n,), float32, a leaf that collects dL/dxi in ``draw.grad``. Always the same
@@ -68,14 +72,13 @@ class Gates:
         keep_prob: theta, shape (n,), float32; it stands in place of the draw in eval mode. Always the same tensor.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
-        group: Processes over whose batches the model's norms take their statistics.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], size: int, group: Group | None = None):
-        self.model, self.blocks, self.size, self.group = model, tuple(blocks), size, group or Group()
-        device = next(model.parameters()).device
-        self.draw = torch.ones(size, device=device, requires_grad=True)
-        self.keep_prob = torch.ones(size, device=device)
+    def __init__(self, model: nn.Module, inventory: Inventory, group: Group | None = None):
+        self.model, self.inventory, self.group = model, inventory, group or Group()
+        self.blocks, device = inventory.blocks, next(model.parameters()).device
+        self.draw = torch.ones(inventory.size, device=device, requires_grad=True)
+        self.keep_prob = torch.ones(inventory.size, device=device)
         self.rows: torch.Tensor | None = None
         self._taps: list[Tap] | None = None
         self._tap_layers = False
@@ -102,19 +105,15 @@ class Gates:
             sites: For each site of each block in order, the numbers of the units that are now present in it, or None
                 where no unit of the site is gated.
         """
-        device = self.draw.device
-        site = 0
+        for place in self.inventory.places:
+            if sites[place.number] is None:
+                continue
+            units = upload(sites[place.number], self.draw.device)
+            for name in place.site.consumers:
+                module = self.model.get_submodule(name)
+                self._parametrize(module, "weight", _UnitGate(self, units))
+                self._hooks.append(module.register_forward_pre_hook(self._scale_input(units, place.site.normalised)))
         for number, block in enumerate(self.blocks):
-            for spec in block.sites:
-                units = sites[site]
-                site += 1
-                if units is None:
-                    continue
-                units = upload(units, device)
-                for name in spec.consumers:
-                    module = self.model.get_submodule(name)
-                    self._parametrize(module, "weight", _UnitGate(self, units))
-                    self._hooks.append(module.register_forward_pre_hook(self._scale_input(units, spec.normalised)))
             if layers[number]:
                 module = self.model.get_submodule(block.output)
                 for name in ("weight", "bias"):

@@ -102,7 +102,7 @@ class Pruner:
         if step_times is not None:
             self.complexity = MeasuredComplexity(self.complexity, step_times)
         self.inventory = inventory = self.complexity.inventory
-        self.is_layer, n = inventory.is_layer, inventory.size
+        self.is_layer = inventory.is_layer
         self.gated = np.where(self.is_layer, own.alpha > 0, own.alpha < 1)
         self.theta_speed = theta_speed(own.rate_ratio, own.steps, optimizer)
         self.schedule = Schedule(
@@ -111,7 +111,7 @@ class Pruner:
         self._checking = Checking(own, self.schedule, self.complexity, self.target, self.theta_speed)
         self._device = next(model.parameters()).device
         shared = norms_are_shared(model)
-        self.gates = Gates(model, self.blocks, n, self.group if shared else None)
+        self.gates = Gates(model, inventory, self.group if shared else None)
         self._reads = DeferredReads()
         keep_prob = np.where(self.gated, own.initial_keep_prob, 1.0)
         draws = GateDraws(own.seed, self._device, keep_prob)

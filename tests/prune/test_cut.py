@@ -15,6 +15,7 @@ from torch import nn
 from catode.prune.cut import Change, drop_block, keep_units, keep_units_of_state, restrict, silence_units
 from catode.prune.describe.costs import count, describe
 from catode.prune.gates import Gates
+from catode.structures.inventory import Inventory
 from catode.train.models import Architecture, DenseResNet, ResNet, build
 
 SHAPE = (1, 8, 8)
@@ -74,7 +75,7 @@ def gated(model, kept):
     """A copy of the whole network with every gate installed at 0 or 1."""
     model = copy.deepcopy(model)
     blocks = model.structures()
-    gates = Gates(model, blocks, len(kept))
+    gates = Gates(model, Inventory(blocks))
     start, sites = len(blocks), []
     for block in blocks:
         for site in block.sites:
@@ -222,7 +223,7 @@ def test_law_optimizer_follows_and_the_next_step_is_the_gated_networks_restricte
         torch.testing.assert_close(other.state[p]["momentum_buffer"], cut(n, old[n][1]), rtol=0, atol=0)
 
     big, big_optimizer = copy.deepcopy((model, optimizer))
-    gates = Gates(big, blocks, len(kept))
+    gates = Gates(big, Inventory(blocks))
     start, sites = len(blocks), []
     for site in (s for b in blocks for s in b.sites):
         sites.append(torch.arange(start, start + site.width))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from catode.prune.gates import Gates
+from catode.structures.inventory import Inventory
 from catode.train.models import Architecture, DenseResNet, ResNet, build
 
 NAMES = ["resnet14", "dense", "bottleneck", "bottlenecks"]
@@ -50,8 +51,8 @@ def install(model, normalised=None):
     blocks = model.structures()
     if normalised is not None:
         blocks = [replace(b, sites=tuple(replace(s, normalised=s.name in normalised) for s in b.sites)) for b in blocks]
-    sites, size = numbers(blocks)
-    gates = Gates(model, blocks, size)
+    sites, _ = numbers(blocks)
+    gates = Gates(model, Inventory(blocks))
     gates.install([True] * len(blocks), sites)
     return gates
 
@@ -77,9 +78,11 @@ def double(gates, values):
 def test_law_gradient_of_the_draw_is_the_finite_difference(name, kind, training, bottleneck_net):
     model = network(name, bottleneck_net).double()
     gates = install(model)
-    values = {"ones": torch.ones(gates.size), "zeros": torch.zeros(gates.size), "mixed": bernoulli(gates.size, 1, 0.7)}[
-        kind
-    ]
+    values = {
+        "ones": torch.ones(gates.inventory.size),
+        "zeros": torch.zeros(gates.inventory.size),
+        "mixed": bernoulli(gates.inventory.size, 1, 0.7),
+    }[kind]
     values[: len(gates.blocks)] = 1.0  # closed layers: see the next test
     x, y = data(dtype=torch.float64)
     model.train(training)
@@ -92,11 +95,11 @@ def test_law_gradient_of_the_draw_is_the_finite_difference(name, kind, training,
 
     total, leaf = loss(values)
     (gradient,) = torch.autograd.grad(total, leaf)
-    chosen = torch.randperm(gates.size, generator=torch.Generator().manual_seed(2))[:12].tolist()
+    chosen = torch.randperm(gates.inventory.size, generator=torch.Generator().manual_seed(2))[:12].tolist()
     chosen += list(range(len(gates.blocks)))
     with torch.no_grad():
         for k in chosen:
-            step = torch.zeros(gates.size)
+            step = torch.zeros(gates.inventory.size)
             step[k] = 1e-5
             slope = (loss(values.double() + step)[0] - loss(values.double() - step)[0]) / 2e-5
             assert gradient[k].item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-6)
@@ -109,7 +112,7 @@ def test_law_gradient_of_a_closed_layer_is_the_difference_towards_open(name, bot
     gates = install(model)
     x, y = data(dtype=torch.float64)
     for k in range(len(gates.blocks)):
-        values, step = torch.ones(gates.size).double(), torch.zeros(gates.size).double()
+        values, step = torch.ones(gates.inventory.size).double(), torch.zeros(gates.inventory.size).double()
         values[k], step[k] = 0.0, 1e-6
         leaf = double(gates, values)
         (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y), leaf)
@@ -131,7 +134,7 @@ def test_law_weights_scaled_equal_activations_scaled(name, seed, theta, bottlene
     model = network(name, bottleneck_net).double()
     gates = install(model, normalised=())
     x, y = data(dtype=torch.float64, seed=seed)
-    values = bernoulli(gates.size, seed, theta)
+    values = bernoulli(gates.inventory.size, seed, theta)
     leaf = double(gates, values)
     state = copy.deepcopy(model.state_dict())
     one = F.cross_entropy(model(x), y)
@@ -153,14 +156,14 @@ def test_law_taps_give_every_examples_derivative(name, layers, seed, theta, bott
     model = network(name, bottleneck_net).double()
     gates = install(model, normalised=())
     x, y = data(dtype=torch.float64, seed=seed)
-    values = bernoulli(gates.size, seed, theta)
+    values = bernoulli(gates.inventory.size, seed, theta)
     double(gates, values)
     state = copy.deepcopy(model.state_dict())
     expected = F.cross_entropy(model(x), y)
     model.load_state_dict(state)
     with gates.tapped(layers) as taps:
         loss = F.cross_entropy(model(x), y)
-    found = torch.zeros(len(x), gates.size, dtype=torch.float64)
+    found = torch.zeros(len(x), gates.inventory.size, dtype=torch.float64)
     for tap, gradient in zip(taps, torch.autograd.grad(loss, [tap.after for tap in taps]), strict=True):
         found.index_add_(1, tap.structures, tap.derivative(gradient))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
@@ -179,7 +182,7 @@ def test_law_closing_towards_the_mean_equals_scaling_where_a_batch_norm_follows(
     model = network("bottleneck", bottleneck_net).double().train()
     gates = install(model, normalised={"blocks.0.conv2", "blocks.1.conv2"})
     x, y = data(dtype=torch.float64, seed=seed)
-    values = bernoulli(gates.size, seed, theta)
+    values = bernoulli(gates.inventory.size, seed, theta)
     double(gates, values)
     one = F.cross_entropy(model(x), y)
     gates.rows = values.double().expand(len(x), -1)
@@ -196,7 +199,7 @@ def test_a_useless_constant_unit_has_no_curvature_where_a_batch_norm_follows(bot
     for normalised in (True, False):
         gates = install(model, normalised={"blocks.0.conv2"} if normalised else ())
         unit = len(gates.blocks) + 4 + 1
-        gates.rows = torch.ones(len(x), gates.size, dtype=torch.float64, requires_grad=True)
+        gates.rows = torch.ones(len(x), gates.inventory.size, dtype=torch.float64, requires_grad=True)
         (rows,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), gates.rows)
         with gates.tapped() as taps:
             gates.rows = None
@@ -213,7 +216,7 @@ def test_gates_of_examples_work_in_mixed_precision(bottleneck_net):
     model = network("bottleneck", bottleneck_net)
     x, y = data()
     gates = install(model, normalised={"blocks.0.conv1"})
-    gates.rows = torch.ones(len(x), gates.size, requires_grad=True)
+    gates.rows = torch.ones(len(x), gates.inventory.size, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(x)
     (rows,) = torch.autograd.grad(F.cross_entropy(logits.float(), y), gates.rows)
@@ -227,13 +230,13 @@ def test_rows_gate_each_example_by_its_own_values(name, bottleneck_net):
     model = network(name, bottleneck_net).eval()
     gates = install(model)
     x, _ = data(4)
-    rows = torch.stack([bernoulli(gates.size, seed) for seed in range(4)])
+    rows = torch.stack([bernoulli(gates.inventory.size, seed) for seed in range(4)])
     with torch.no_grad():
         gates.rows = rows
         together = model(x)
         gates.rows = None
         for i in range(4):
-            gates.set(rows[i], torch.ones(gates.size))
+            gates.set(rows[i], torch.ones(gates.inventory.size))
             torch.testing.assert_close(model(x[i : i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
 
 
@@ -255,7 +258,7 @@ def test_law_remove_gives_back_the_same_plain_network(name, bottleneck_net):
     x, _ = data()
     expected = model.eval()(x)
     gates = install(model)
-    gates.set(bernoulli(gates.size, 0), bernoulli(gates.size, 1))
+    gates.set(bernoulli(gates.inventory.size, 0), bernoulli(gates.inventory.size, 1))
     assert not torch.equal(model(x), expected)
     gates.remove()
     assert torch.equal(model(x), expected)
@@ -271,7 +274,7 @@ def test_gates_can_be_installed_again(name, bottleneck_net):
     model = network(name, bottleneck_net).eval()
     x, _ = data()
     gates = install(model)
-    theta = bernoulli(gates.size, 3, 0.8)
+    theta = bernoulli(gates.inventory.size, 3, 0.8)
     gates.set(theta, theta)
     first = model(x)
     gates.remove()
@@ -301,11 +304,11 @@ def test_law_eval_mode_uses_theta_and_is_deterministic(name, seed, bottleneck_ne
     model = network(name, bottleneck_net).eval()
     gates = install(model)
     x, _ = data(seed=seed)
-    theta = torch.rand(gates.size, generator=torch.Generator().manual_seed(seed))
+    theta = torch.rand(gates.inventory.size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        gates.set(theta, bernoulli(gates.size, seed))
+        gates.set(theta, bernoulli(gates.inventory.size, seed))
         first = model(x)
-        gates.set(theta, 1 - bernoulli(gates.size, seed))  # another draw must not matter
+        gates.set(theta, 1 - bernoulli(gates.inventory.size, seed))  # another draw must not matter
         assert torch.equal(model(x), first)
         gates.rows = theta.expand(len(x), -1)  # theta on the activations, explicitly
         torch.testing.assert_close(model(x), first, rtol=1e-4, atol=1e-5)
@@ -317,8 +320,8 @@ def test_law_eval_mode_uses_theta_and_is_deterministic(name, seed, bottleneck_ne
 def test_law_folded_state_is_the_eval_mode_network(name, seed, bottleneck_net):
     model = network(name, bottleneck_net).train()
     gates = install(model)
-    theta = torch.rand(gates.size, generator=torch.Generator().manual_seed(seed))
-    gates.set(theta, bernoulli(gates.size, seed))
+    theta = torch.rand(gates.inventory.size, generator=torch.Generator().manual_seed(seed))
+    gates.set(theta, bernoulli(gates.inventory.size, seed))
     state = gates.folded_state()
     assert model.training and all(m.training for m in model.modules()), "taking a snapshot must not change the mode"
     fresh = network(name, bottleneck_net)
@@ -337,18 +340,18 @@ def test_a_closed_gate_still_feels_the_loss(name, bottleneck_net):
     model = network(name, bottleneck_net)
     gates = install(model)
     x, y = data(16)
-    for k in range(gates.size):
-        draw = torch.ones(gates.size)
+    for k in range(gates.inventory.size):
+        draw = torch.ones(gates.inventory.size)
         draw[k] = 0.0
-        gates.set(torch.ones(gates.size), draw)
+        gates.set(torch.ones(gates.inventory.size), draw)
         F.cross_entropy(model(x), y).backward()
         assert gates.draw.grad[k] != 0.0
         if k > 40:
             break
     last = gates.blocks[-1].sites[-1].width
-    draw = torch.ones(gates.size)
+    draw = torch.ones(gates.inventory.size)
     draw[-last:] = 0.0
-    gates.set(torch.ones(gates.size), draw)
+    gates.set(torch.ones(gates.inventory.size), draw)
     F.cross_entropy(model(x), y).backward()
     assert (gates.draw.grad[-last:] != 0.0).all()
 
@@ -357,7 +360,7 @@ def test_only_what_is_asked_for_is_gated(bottleneck_net):
     model = network("resnet14", bottleneck_net)
     blocks = model.structures()
     sites, size = numbers(blocks)
-    gates = Gates(model, blocks, size)
+    gates = Gates(model, Inventory(blocks))
     gates.install([False, True] + [False] * 4, [sites[0], None, None, None, None, None])
     x, y = data()
     F.cross_entropy(model(x), y).backward()
@@ -372,9 +375,9 @@ def test_a_site_that_was_compacted_keeps_its_units_numbers(bottleneck_net):
 
     model = network("resnet14", bottleneck_net)
     blocks = model.structures()
-    sites, size = numbers(blocks)
+    sites, _ = numbers(blocks)
     keep_units(model, blocks[0].sites[0], [2, 5])
-    gates = Gates(model, blocks, size)
+    gates = Gates(model, Inventory(blocks))
     gates.install([False] * 6, [sites[0][[2, 5]], *[None] * 5])
     x, y = data()
     F.cross_entropy(model(x), y).backward()

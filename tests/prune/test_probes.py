@@ -16,6 +16,7 @@ from catode.prune.gates import Gates
 from catode.prune.losses import recovered_targets
 from catode.prune.probes import Probe, _sampled, batch_statistics_only, curvature_corrected, straight_through
 from catode.structures.description import Block, Site
+from catode.structures.inventory import Inventory
 from catode.train.models import build
 
 CLASSES, LAYERS, WIDTHS = 3, 2, (2, 3)
@@ -64,7 +65,7 @@ def tiny(seed=0, examples=6):
     model = Tiny().double()
     x = 1.5 * torch.randn(examples, 4, dtype=torch.float64)
     y = torch.randint(CLASSES, (examples,))
-    gates = Gates(model, model.structures(), SIZE)
+    gates = Gates(model, Inventory(model.structures()))
     gates.install([True] * LAYERS, [torch.tensor([2, 3]), torch.tensor([4, 5, 6])])
     return model, gates, x, y
 
@@ -216,7 +217,7 @@ def test_law_a_probe_touches_neither_statistics_nor_gradients_nor_gates():
     for site in (s for b in blocks for s in b.sites):
         sites.append(torch.arange(start, start + site.width))
         start += site.width
-    gates = Gates(model, blocks, start)
+    gates = Gates(model, Inventory(blocks))
     gates.install([True] * 6, sites)
     x, y = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
     F.cross_entropy(model(x), y).backward()

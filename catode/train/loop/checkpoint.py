@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import nn
 
 from catode.prune import cut
+from catode.structures.inventory import Inventory
 from catode.train.models import resnets
 
 PART = ".part"  # ending of a file that is being written
@@ -154,10 +156,8 @@ def drop_states(folder: Path) -> None:
 
 def whole(model: nn.Module) -> dict:
     """Record of a structure from which nothing was removed."""
-    return {
-        block.name: {"kept": True, "sites": {site.name: list(range(site.width)) for site in block.sites}}
-        for block in model.structures()
-    }
+    inventory = Inventory(model.structures())
+    return inventory.record(np.ones(inventory.size, dtype=bool))
 
 
 def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:

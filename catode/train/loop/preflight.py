@@ -21,7 +21,7 @@ def table(setup: Setup) -> str:
     cost = describe(setup.model, blocks, setup.example)
     if setup.step_times is not None:
         cost = MeasuredComplexity(cost, setup.step_times)
-    ones, layers = np.ones(cost.size), len(blocks)
+    ones = np.ones(cost.size)
     prices = cost.prices(ones, nu=config.nu, alpha=config.alpha, beta=config.beta)
     macs, params = cost.macs(ones), cost.params(ones)
     lines = [
@@ -45,7 +45,7 @@ def table(setup: Setup) -> str:
         without[number] = 0.0
         sites = np.flatnonzero(cost.inventory.site_layer == number)
         widths = "+".join(str(cost.inventory.widths[site]) for site in sites)
-        units = " ".join(f"{prices[layers + np.argmax(cost.inventory.unit_site == site)]:.3g}" for site in sites)
+        units = " ".join(f"{prices[cost.inventory.units[site][0]]:.3g}" for site in sites)
         lines.append(
             f"{block.name:<12} {widths:>9} {macs - cost.macs(without):>13,.0f} {params - cost.params(without):>11,.0f} "
             f"{prices[number]:>12.3g} {units:>18}"

@@ -28,6 +28,7 @@ from catode.prune.devices import transfer
 from catode.prune.devices.timing import latency_ms
 from catode.prune.gates import plain_name
 from catode.structures import fates
+from catode.structures.inventory import Inventory
 from catode.train import data
 from catode.train.loop import board, checkpoint, lock
 from catode.train.loop.optimization import AMP, autocast, evaluate, make_optimizer, make_pruner
@@ -127,8 +128,8 @@ class Trainer:
         self.setup, self.config, self.folder, self.group, self.stop = setup, config, folder, setup.group, Stop()
         self.model, self.amp = setup.model, AMP[config.amp]
         self.dense = count(self.model, setup.example)
-        blocks = self.model.structures()
-        self.total = len(blocks), sum(site.width for b in blocks for site in b.sites)
+        inventory = Inventory(self.model.structures())
+        self.total = inventory.layers, inventory.size - inventory.layers
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp == "fp16")
         if self.scaler.is_enabled():  # the scaler tells its optimizer on the device, and takes it back after the step
