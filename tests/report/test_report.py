@@ -251,7 +251,7 @@ def test_headline_numbers_are_those_of_the_result(run):
     assert table_row(text, "Parameters").startswith(f"{result['params_dense']:,} → {result['params']:,} (")
     assert table_row(text, "Expected complexity") == f"{result['expected_complexity']:.4f}"
     assert table_row(text, "Decided by the rule") == f"{100 * result['decided_by_rule']:.1f} %"
-    assert table_row(text, "MACs that removals").startswith(f"{result['macs_removed_by_tolerance']:,} (")
+    assert table_row(text, "MACs removed by tolerance").startswith(f"{result['macs_removed_by_tolerance']:,} (")
     assert table_row(text, "Layers kept") == f"{result['layers_kept']} of {result['layers_total']}"
     assert table_row(text, "Units kept") == f"{result['units_kept']} of {result['units_total']}"
     assert table_row(text, "Of these kept only to round widths") == str(result["units_kept_for_rounding"])

@@ -369,7 +369,7 @@ def half_config(folder):
 
 REFUSED = [
     (nothing_left, "which has epochs but none"),
-    (all_damaged, "must name a run with a good checkpoint"),
+    (all_damaged, "must name a run with a valid checkpoint"),
     (other_seed, "it is of a run with another seed"),
     (short_table, "metrics.csv is shorter than it was then"),
     (lost_table, "structures.csv is shorter than it was then"),
@@ -532,8 +532,8 @@ def going_on(folder):
 
 KILLS = [  # where, at which call and how; and the newest checkpoint that is there then, where that is certain
     ("catode.prune.pruner:Pruner.step", 2, "before", ""),
-    ("catode.train.loop.checkpoint:_beside", 4, "half", "checkpoint-2.pt"),
-    ("catode.train.loop.checkpoint:_beside", 3, "after", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_write_part", 4, "half", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_write_part", 3, "after", "checkpoint-2.pt"),
     ("catode.train.loop.checkpoint:_flush_folder", 1, "before", "checkpoint-4.pt"),
     ("catode.train.loop:CsvTable.add", 1, "after", "checkpoint-4.pt"),
     ("os:fsync", 7, "pause", "checkpoint-4.pt"),
