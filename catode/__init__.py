@@ -1,6 +1,6 @@
 """catode: train a neural network once and get back a smaller one, with a mathematical reason for every piece removed.
 
-Importing the package loads neither PyTorch nor matplotlib; `Pruner`, `describe` and `load` are loaded when they are asked for.
+Importing the package loads neither PyTorch nor matplotlib; `Pruner`, `describe` and `load` are imported on first use.
 """
 
 from catode import _moved

@@ -1,4 +1,4 @@
-"""Names that a package offers without importing what they need until they are asked for."""
+"""Lazy attributes of a package: each is imported on first use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a package.
+    """``__getattr__`` and ``__dir__`` of a package with lazy attributes.
 
     Args:
         package: Name of the package.
-        homes: Module of each name.
+        homes: Module that defines each name.
     """
 
     def getattribute(name: str) -> Any:

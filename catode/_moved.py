@@ -1,4 +1,4 @@
-"""Import paths of version 0.1: each is answered by one line that says where the module is now."""
+"""Import paths of version 0.1: importing one raises an error that names the new path."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ MOVED = {
     "catode.train.pictures": "catode.report.pictures",
     "catode.train.compare": "catode.report.compare",
 }
-"""New module of each old one. What was one module and is a package of the same name (`catode.theory.systems`, `flow`,
-`tolerance`, `basins`, `certificates`, `networks`, `plotting`, `catode.train.data`, `models`, `loop`) is imported as ever."""
+"""New path of each old module. Modules that became packages of the same name (`catode.theory.systems`, `flow`, `tolerance`,
+`basins`, `certificates`, `networks`, `plotting`, `catode.train.data`, `models`, `loop`) are imported as before."""
 
 ALSO = {
     "catode.train.structure": {
@@ -76,18 +76,18 @@ ALSO = {
     "catode.train.measure": {"GradientProducts": "catode.prune.growth"},
     "catode.train.shadow": {"unit_norms": "catode.prune.cut"},
 }
-"""Names of an old module that went elsewhere than the rest of it."""
+"""Names that moved to another module than the rest of their old module."""
 
 
 class MovedFinder:
-    """Last entry of `sys.meta_path`: refuses the imports that no other finder knows and that `MOVED` does."""
+    """Last entry of `sys.meta_path`: raises an error for the modules in `MOVED`, which no other finder finds."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
         """Find nothing.
 
         Raises:
-            ModuleNotFoundError: if the module is elsewhere now; the message names the place.
+            ModuleNotFoundError: if the module has moved; the message names its new path.
         """
         if name in MOVED:
             _refuse(name)

@@ -1,4 +1,4 @@
-"""What of an object a checkpoint holds: the fields of its dataclass, but those marked `UNSAVED`."""
+"""Which fields of a dataclass a checkpoint stores: all that are not marked `UNSAVED`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 UNSAVED = MappingProxyType({"saved": False})
-"""Metadata of a field that follows from the settings: ``field(metadata=UNSAVED)``."""
+"""Metadata of a field that is recomputed from the settings: ``field(metadata=UNSAVED)``."""
 
 
 def saved_fields(thing: Any) -> list[str]:
-    """Names of the fields of a dataclass instance that a checkpoint holds."""
+    """Names of the fields of a dataclass instance that a checkpoint stores."""
     return [field.name for field in dataclasses.fields(thing) if field.metadata.get("saved", True)]

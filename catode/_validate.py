@@ -1,10 +1,10 @@
 """Argument checks with one message form.
 
 Every failure is a `ValueError` that reads "`risk` must lie in (0, 0.5); got risk=1.5" followed, where the caller
-passes `hint`, by a sentence that says what to do instead: "... got risk=1.5. Choose e.g. 0.05.". Array arguments
-report the first offending entry: "got price[3]=-1.0". Each helper returns the converted value, so that a frozen
-dataclass or a function can check and convert in one line. Scalars become Python numbers; only `array=True` admits
-arrays, and then always returns a numpy array of floats.
+passes `hint`, by a sentence that says how to fix it: "... got risk=1.5. Choose e.g. 0.05.". Array arguments
+report the first invalid entry: "got price[3]=-1.0". Each function returns the converted value, so that a caller can check
+and convert in one line. Scalars become Python numbers; only `array=True` accepts arrays, and then always returns a
+numpy array of floats.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ __all__ = [
 def fail(
     name: str, requirement: str, value: Any, *, index: tuple[int, ...] | None = None, hint: str | None = None
 ) -> NoReturn:
-    """Raise the package's one form of argument error.
+    """Raise a ValueError in the package's message form.
 
     Args:
         name: Name of the argument, as the caller spells it.
         requirement: What must hold, continuing "`name` must ...".
-        value: The offending value (the offending entry where `index` is given).
-        index: Position of the offending entry in an array argument.
-        hint: A full sentence that says what to do instead.
+        value: The invalid value (the invalid entry where `index` is given).
+        index: Position of the invalid entry in an array argument.
+        hint: A full sentence that says how to fix it.
 
     Raises:
         ValueError: always.
@@ -96,8 +96,8 @@ def check_real(name: str, value: Any, *, array: bool = False, hint: str | None =
     Args:
         name: Name of the argument, for the message.
         value: What the caller passed.
-        array: Also admit arrays; the result is then always an array, of shape () for a scalar.
-        hint: A sentence that says what to do instead.
+        array: Also accept arrays; the result is then always an array, of shape () for a scalar.
+        hint: A sentence that says how to fix it.
 
     Returns:
         The converted value.
@@ -144,8 +144,8 @@ def check_interval(
         high: Upper end; `inf` for none.
         low_open: Exclude the lower end.
         high_open: Exclude the upper end.
-        array: Also admit arrays, each entry checked; the result is then always an array.
-        hint: A sentence that says what to do instead.
+        array: Also accept arrays, each entry checked; the result is then always an array.
+        hint: A sentence that says how to fix it.
 
     Returns:
         The converted value.
@@ -167,7 +167,7 @@ def check_int(
 ) -> int:
     """Return `value` as an int between `low` and `high`, both ends included.
 
-    A float is refused even where it is whole: a step count of 1e3 is more often a slip than a wish.
+    A float is refused even where it is whole: a step count of 1e3 is more often a mistake than intended.
 
     Raises:
         ValueError: if `value` is not an integer (booleans are not) or lies outside the limits.
@@ -201,7 +201,7 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], *, hint: str | N
     """Return the member of `choices` that equals `value`.
 
     Raises:
-        ValueError: if `value` is none of `choices` (a boolean never equals a number here).
+        ValueError: if `value` is not in `choices` (a boolean never equals a number here).
     """
     choices = tuple(choices)
     for choice in choices:
@@ -223,7 +223,7 @@ def check_state(name: str, value: Any, *, hint: str | None = None) -> np.ndarray
 
 
 def check_shape(name: str, value: np.ndarray, expected: str, good: bool, *, hint: str | None = None) -> None:
-    """Fail, naming the shape, unless `good`.
+    """Raise an error that names the shape, unless `good`.
 
     Raises:
         ValueError: if not `good`.

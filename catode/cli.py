@@ -1,4 +1,4 @@
-"""The command ``catode``: one word chooses a program, what follows is that program's own command line."""
+"""The command ``catode``: its first argument names a program, the others are passed to it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from catode import __version__
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
-    "train": ("catode.train.__main__", "train a network once, pruning on the way, and keep the compact network"),
+    "train": ("catode.train.__main__", "train a network once, prune it while training, and save the compact network"),
     "theory": ("catode.theory.__main__", "derive a tolerance, say why, and draw it"),
-    "export": ("catode.export", "the compact network of a run as a program for elsewhere, or its latency here"),
-    "compare": ("catode.report.compare", "what became of every decision, over one or many runs"),
+    "export": ("catode.export", "export the compact network of a run, or measure its latency on this machine"),
+    "compare": ("catode.report.compare", "compare the pruning decisions of one or many runs with their outcomes"),
 }
-"""Module, whose ``main(argv)`` returns the exit status, and summary of each command; ``python -m`` runs the same."""
+"""Module and summary of each command; the module's ``main(argv)`` returns the exit status."""
 
 
 def _help() -> str:
@@ -29,16 +29,16 @@ def _help() -> str:
             "commands:",
             *lines,
             "",
-            "catode COMMAND --help says more.",
+            "See catode COMMAND --help for the options of a command.",
         ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; only its own imports are loaded.
+    """Run a command; only that command's modules are imported.
 
     Args:
-        argv: Arguments without the program's name; None for those of the process.
+        argv: Arguments without the program's name; None for `sys.argv`.
 
     Returns:
         The exit status; 2 for bad input.

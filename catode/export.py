@@ -1,8 +1,8 @@
-"""The compact network of a run as a program for elsewhere: ``python -m catode.export FOLDER --format torch-export|onnx``.
+"""Export the compact network of a run: ``python -m catode.export FOLDER --format torch-export|onnx``.
 
-The program computes exactly what `catode.train.load` gives: logits from *normalised* images, ``(pixel / 255 - mean) /
-std`` channel by channel. Normalisation stays outside, so that one check compares like with like and whoever decodes
-images elsewhere folds it in; `mean`, `std`, `classes` and `image_shape` are in the program's metadata.
+The exported program computes what the network of `catode.train.load` computes: logits from *normalised* images,
+``(pixel / 255 - mean) / std`` channel by channel. Normalisation is not part of the program; `mean`, `std`, `classes` and
+`image_shape` are in its metadata.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from catode._validate import check_int, fail
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.run import check_device
 
-if TYPE_CHECKING:  # PyTorch is loaded where it is used: help and a wrong flag do without
+if TYPE_CHECKING:  # PyTorch is imported where it is used, so that --help is fast
     import torch
     from torch import nn
 
@@ -35,12 +35,12 @@ SUFFIX = {"torch-export": ".pt2", "onnx": ".onnx"}
 NEEDS = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 TOLERANCE = 1e-4  # largest difference between program and network, relative to the largest logit where that is above 1
 OPSET = 18
-METADATA = ("arch", "classes", "mean", "std", "image_shape")  # of structure.json
-EXTRA_FILE = "catode.json"  # that holds it in a torch.export program
+METADATA = ("arch", "classes", "mean", "std", "image_shape")  # keys of structure.json
+EXTRA_FILE = "catode.json"  # file of the metadata in a torch.export program
 
 
 class Mismatch(RuntimeError):
-    """The written program did not compute what the network computes; it was deleted."""
+    """The outputs of the exported program differ from the network's; the file was deleted."""
 
 
 def write(
@@ -53,23 +53,23 @@ def write(
     opset: int = OPSET,
     metadata: dict | None = None,
 ) -> float:
-    """Write a network as a program and compare the two on random images.
+    """Export a network and compare the program with it on random images.
 
     Args:
         model: A plain network on the CPU.
-        example: One input batch; only its shape behind the first dimension matters.
-        path: The file; it is there only if the program is right.
+        example: Input batch, shape (n, C, H, W); only C, H and W are used.
+        path: The file to write; not left behind if the comparison fails.
         format: `torch-export` or `onnx`.
         batch: Batch size of the program; None for any.
         opset: ONNX operator set.
-        metadata: What to store beside the program, as JSON.
+        metadata: Values to store in the file, as JSON.
 
     Returns:
-        The largest difference of an output.
+        The largest absolute difference of a logit.
 
     Raises:
         Mismatch: if it is above `TOLERANCE`.
-        ValueError: if the packages for the format are missing.
+        ValueError: if a package for the format is missing.
     """
     import torch
 
@@ -86,14 +86,14 @@ def write(
                 _save_onnx(program, images, part, opset, metadata)
                 run = _onnx_runner(part)
             else:
-                with part.open("wb") as file:  # torch.export opens a path itself, and hides why it cannot
+                with part.open("wb") as file:  # given a path, torch.export hides the OSError
                     torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(metadata)})
                 run = torch.export.load(part).module()
             difference, scale = _compare(model, run, images, (batch,) if batch else (1, 2, 7))
         if not difference <= TOLERANCE * max(1.0, scale):
             raise Mismatch(
-                f"the exported program must compute what the network does to {TOLERANCE:g}; got a difference of "
-                f"{difference:.3g} in outputs up to {scale:.3g}. No file was left; try another --format or --opset."
+                f"the exported program must equal the network within {TOLERANCE:g}; got a difference of "
+                f"{difference:.3g} in outputs up to {scale:.3g}. The file was deleted; try another --format or --opset."
             )
         os.replace(part, path)
     finally:
@@ -102,7 +102,7 @@ def write(
 
 
 def _compare(model: nn.Module, run: Callable, images: torch.Tensor, sizes: Sequence[int]) -> tuple[float, float]:
-    """Largest difference and largest output over random images of some batch sizes."""
+    """Largest absolute difference and largest absolute logit on random images, over the batch sizes `sizes`."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -120,7 +120,7 @@ def _save_onnx(program, images: torch.Tensor, path: Path, opset: int, metadata: 
 
     names = dict(input_names=["images"], output_names=["logits"])
     written = torch.onnx.export(program, (images,), dynamo=True, verbose=False, opset_version=opset, **names)
-    if written.model.opset_imports[""] != opset:  # the converter gives up silently
+    if written.model.opset_imports[""] != opset:  # the converter fails silently
         fail("opset", "be one that PyTorch can convert to", opset, hint=f"Leave it out for {OPSET}.")
     written.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     written.save(path)
@@ -136,7 +136,7 @@ def _onnx_runner(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @contextmanager
 def _quiet():
-    """Keep the exporters' remarks about packages that nobody needs from the screen."""
+    """Silence the exporters' warnings about optional packages."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -157,15 +157,15 @@ def _check_packages(format: str) -> None:
 
 
 def measure(folder: Path, device: str = "cpu", seconds: float = 0.5) -> tuple[list[Counts], list[list[float]]]:
-    """Counts and latencies of a run's whole and compact network on a device.
+    """Counts and latencies of a run's dense and compact network on a device.
 
     Args:
-        folder: The run.
+        folder: The run's folder.
         device: Where to measure.
-        seconds: Time for each of the two sizes of batches; see `latency_ms`.
+        seconds: Measuring time for each batch size; see `latency_ms`.
 
     Returns:
-        MACs and parameters of the two; milliseconds of the two for one image, and for 128.
+        MACs and parameters of [dense, compact]; milliseconds of [dense, compact] at batch size 1, and at 128.
     """
     import torch
 
@@ -180,7 +180,7 @@ def measure(folder: Path, device: str = "cpu", seconds: float = 0.5) -> tuple[li
 
 
 def latency_table(folder: Path, device: str = "cpu") -> str:
-    """MACs beside measured latencies of a run's whole and compact network on a device, as text."""
+    """MACs and measured latencies of a run's dense and compact network on a device, as text."""
     counts, (small, large) = measure(folder, device)
     lines = [f"{device:<12} {'MACs':>14} {'parameters':>12} {'ms, batch 1':>12} {'ms, batch 128':>14}"]
     for name, counted, one, many in zip(("dense", "compact"), counts, small, large, strict=True):
@@ -196,32 +196,32 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of ``python -m catode.export``."""
     parser = CommandLine(
         prog="python -m catode.export",
-        description="Export the compact network of a run and check the program against it, or measure its latency here. "
+        description="Export the compact network of a run and compare the program with it, or measure its latency on this machine. "
         "The program takes normalised float images, (pixel / 255 - mean) / std, and returns logits; mean, std, classes and "
         "image_shape are in its metadata.",
         allow_abbrev=False,
     )
-    parser.add_argument("folder", nargs="?", help="folder of a run, finished or cut off")
-    parser.add_argument("--format", metavar="{torch-export,onnx}", help="kind of program; onnx needs catode[export]")
+    parser.add_argument("folder", nargs="?", help="folder of a run, finished or interrupted")
+    parser.add_argument("--format", metavar="{torch-export,onnx}", help="file format; onnx needs catode[export]")
     parser.add_argument(
-        "--out", metavar="FILE", help="the file, replaced if it is there [default: FOLDER/model.pt2, .onnx]"
+        "--out", metavar="FILE", help="output file, overwritten if it exists [default: FOLDER/model.pt2, .onnx]"
     )
-    parser.add_argument("--batch", default="dynamic", help="dynamic, or the one batch size [default: dynamic]")
+    parser.add_argument("--batch", default="dynamic", help="dynamic, or a fixed batch size [default: dynamic]")
     parser.add_argument("--opset", help=f"ONNX operator set, {OPSET} or newer [default: {OPSET}]")
     parser.add_argument(
         "--latency",
         action="store_true",
-        help="measure dense and compact network in turns, batch 1 and 128, on this device",
+        help="measure dense and compact network alternately, batch 1 and 128, on --device",
     )
     parser.add_argument("--device", default="cpu", help="where to measure: cpu, cuda, cuda:N or mps [default: cpu]")
     return parser
 
 
 def _checked(given: argparse.Namespace) -> tuple[Path, int | None, int]:
-    """File, batch size and opset of the arguments.
+    """File, batch size and opset from the arguments.
 
     Raises:
-        ValueError: if they are wrong or do not go together.
+        ValueError: if one is invalid, or two cannot be combined.
     """
     if given.folder is None:
         fail("folder", "be given", None, hint="Name the folder of a run, its --out.")
@@ -244,9 +244,9 @@ def _checked(given: argparse.Namespace) -> tuple[Path, int | None, int]:
         return Path(), None, OPSET
     path = Path(given.out or Path(given.folder) / f"model{SUFFIX[given.format]}")
     if path.suffix != SUFFIX[given.format]:
-        fail("out", f"end in {SUFFIX[given.format]}", given.out, hint="Other tools go by it; rename it.")
+        fail("out", f"end in {SUFFIX[given.format]}", given.out, hint="Other tools rely on the suffix; rename it.")
     if not path.parent.is_dir() or path.is_dir():
-        fail("out", "be a file in a folder that is there", str(path), hint="Make the folder first.")
+        fail("out", "be a file in an existing folder", str(path), hint="Create the folder first.")
     batch = None if given.batch == "dynamic" else _integer("batch", given.batch, 1, "Use dynamic, or a size such as 1.")
     opset = OPSET if given.opset is None else _integer("opset", given.opset, OPSET, f"Leave it out for {OPSET}.")
     _check_packages(given.format)
@@ -258,7 +258,7 @@ def _integer(name: str, text: str, low: int, hint: str) -> int:
 
 
 def _run(given: argparse.Namespace, path: Path, batch: int | None, opset: int) -> None:
-    """Do what checked arguments ask for, and print what came of it."""
+    """Export and measure as the checked arguments say, and print the results."""
     import torch
 
     from catode.train.loop import checkpoint
@@ -276,7 +276,7 @@ def _run(given: argparse.Namespace, path: Path, batch: int | None, opset: int) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (2 for bad input, 1 for a program that is not right)."""
+    """Run the command line; returns the exit status (2 for bad input, 1 if the exported program differs from the network)."""
     try:
         given = build_parser().parse_args(argv)
         _run(given, *_checked(given))

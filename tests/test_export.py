@@ -220,7 +220,7 @@ def test_damaged_files_are_one_line(damage, tmp_path, capsys):
     (tmp_path / "model.pt").write_bytes(state)
     (tmp_path / "structure.json").write_text(json.dumps(structure))
     assert export.main([str(tmp_path), "--format", "torch-export"]) == 2
-    assert re.fullmatch(r"error: `folder` must hold a whole [^\n]+; got [^\n]+\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: `folder` must hold a complete [^\n]+; got [^\n]+\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"arch": "resnet14"}'])
@@ -228,7 +228,7 @@ def test_a_damaged_structure_is_one_line(text, tmp_path, capsys):
     save(tmp_path, "resnet14", *compacted("resnet14"))
     (tmp_path / "structure.json").write_text(text)
     assert export.main([str(tmp_path), "--format", "torch-export"]) == 2
-    assert re.fullmatch(r"error: `folder` must hold a whole structure.json; got [^\n]+\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: `folder` must hold a complete structure.json; got [^\n]+\n", capsys.readouterr().err)
 
 
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):

@@ -55,7 +55,7 @@ def test_no_module_of_the_ground_floors_loads_pytorch():
     [
         (["train", "--help"], ""),
         (["train", "--bogus"], "error: `--bogus` must be a known flag; got --bogus. See --help for all flags.\n"),
-        (["train", "--nu", "-1", "--dry-run"], "error: `nu` must be >= 0; got nu=-1. Use 0 for the ungated network.\n"),
+        (["train", "--nu", "-1", "--dry-run"], "error: `nu` must be >= 0; got nu=-1. Use 0 to train without gates.\n"),
         (
             ["train", "--device", "gpu"],
             "error: `device` must be cpu, cuda, cuda:N or mps; got device='gpu'. Use --device cpu.\n",

@@ -1,6 +1,6 @@
-"""Finished runs read back: reports, pictures, comparisons.
+"""Reports, pictures and comparisons of finished runs.
 
-`write` makes the report of a run's folder; `compare` holds runs against each other.
+`write` writes the report of a run; `compare` compares runs.
 """
 
 from catode._lazy import lazy

@@ -1,6 +1,6 @@
-"""A run read back from its folder: its metrics, the course of every structure, the final widths.
+"""Reading of a run's folder: metrics, the history of every structure, the final widths.
 
-Only the files of the run's folder are read (docs/conventions.md, "A run's folder"), not the model or the data.
+Reads only the files in docs/conventions.md, "A run's folder", not the model or the data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SYSTEM_COLUMNS = ("price", "gain", "decay", "rate_ratio", "drift")
 
 @dataclass(frozen=True)
 class Trace:
-    """The rows of structures.csv about one structure, in order of the steps."""
+    """The rows of structures.csv of one structure, ordered by step."""
 
     kind: str
     block: str
@@ -47,39 +47,39 @@ class Trace:
     fates: list[str]
     columns: dict[str, np.ndarray]
     kept: bool | None = None
-    """Whether the structure is in the final network, where structure.json tells."""
+    """Whether the structure is in the final network; None if structure.json does not say."""
 
     def __getitem__(self, column: str) -> np.ndarray:
         return self.columns[column]
 
     @property
     def fate(self) -> str:
-        """What became of it in the end, one of `catode.structures.fates.FATES`.
+        """Its final fate, one of `catode.structures.fates.FATES`.
 
-        A structure is recorded only as long as it is undecided. One that was kept and went later with its block is known
-        to be gone from the final network alone.
+        structures.csv has rows only while a structure is undecided. That one was kept and later removed with its block is
+        known only from the final network.
         """
         last = self.fates[-1]
         return REMOVED_WITH_BLOCK if self.kept is False and last not in REMOVED else last
 
     @property
     def removed(self) -> bool:
-        """Whether the structure is gone from the final network."""
+        """Whether the structure is not in the final network."""
         return self.fate in REMOVED
 
     @cached_property
     def removed_at(self) -> int | None:
-        """Position of the row in which the structure was removed; None where it stayed or went unrecorded."""
+        """Index of the row of the removal; None if it was kept or the removal is not recorded."""
         return self.fates.index(self.fate) if self.removed and self.fates[-1] in REMOVED else None
 
     def gone_at(self, layers: Mapping[str, Trace]) -> float | None:
-        """Step from which on the structure was not there; None where it stayed.
+        """Step of the removal; None if the structure was kept.
 
-        What had been committed and went with its block is recorded with the block alone; what is recorded nowhere counts as
-        gone from when it was last seen.
+        For a committed structure removed with its block it is the block's; if no removal is recorded, the step of the last
+        row.
 
         Args:
-            layers: The layers of the run by their block.
+            layers: Traces of the run's layers by block.
         """
         if not self.removed:
             return None
@@ -88,13 +88,13 @@ class Trace:
 
     @property
     def rows(self) -> slice:
-        """The rows up to the removal, that one included."""
+        """The rows up to and including the removal."""
         return slice(None) if self.removed_at is None else slice(self.removed_at + 1)
 
 
 @dataclass(frozen=True)
 class SiteWidth:
-    """Final width of one site, or of a block without gated units (site is empty then)."""
+    """Final width of one site, or of a block without gated units (then `site` is empty)."""
 
     block: str
     site: str
@@ -121,7 +121,7 @@ class Run:
         return [trace for trace in self.traces if trace.kind == kind]
 
     def epochs(self, step: np.ndarray) -> np.ndarray:
-        """Convert steps to epochs (fractions of the passes over the training images)."""
+        """Convert steps, shape (n,), to epochs (fractional), by metrics.csv."""
         steps, epochs = self.metrics["step"], self.metrics["epoch"]
         if not steps.size or not steps[-1] > 0:
             return step
@@ -131,7 +131,7 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """A run's files, those that `catode.report.report.write` names; tables may be compressed (`.csv.gz`), as in records."""
+    """Read a run's files, as listed at `catode.report.report.write`; tables may be compressed (`.csv.gz`)."""
     structure = read_json(folder / "structure.json") if (folder / "structure.json").exists() else None
     run = Run(
         folder=folder,
@@ -158,9 +158,9 @@ def read(folder: Path) -> Run:
         run.notes.append(f"{undecided} of {len(run.traces)} structures were still undecided when the record ended.")
     found = [trace.fate for trace in run.traces]
     if open_ := {fate: found.count(fate) for fate in NOT_BY_RULE if fate in found}:
-        told = ", ".join(f"{fate} {count}" for fate, count in open_.items())
+        listed = ", ".join(f"{fate} {count}" for fate, count in open_.items())
         run.notes.append(
-            f"{sum(open_.values())} of {len(run.traces)} structures were not decided by a measurement of their own: {told}."
+            f"{sum(open_.values())} of {len(run.traces)} structures were not decided by a measurement of their own: {listed}."
         )
     return run
 
@@ -196,7 +196,7 @@ def _read_traces(folder: Path, structure: dict[str, Any] | None) -> list[Trace]:
 
 
 def _kept(structure: dict[str, Any] | None, kind: str, block: str, site: str, index: str) -> bool | None:
-    """Say whether structure.json holds a structure; None where it does not tell."""
+    """Whether structure.json lists a structure as kept; None if it does not say."""
     described = (structure or {}).get("blocks", {}).get(block)
     if described is None:
         return None
@@ -239,7 +239,7 @@ def final_sites(run: Run) -> list[SiteWidth]:
 
 
 def comparison_system(values: Mapping[str, float]) -> BenefitSystem | None:
-    """Comparison system of a structure with benefits in units of its price; None where its constants admit none.
+    """Comparison system of a structure with benefits in units of its price; None if its constants are invalid.
 
     With b = price * x the system of docs/mathematics.md section 4.3 keeps its form: price 1, gain and drift divided by the
     price, rate ratio times the price.

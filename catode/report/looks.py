@@ -1,4 +1,4 @@
-"""How a picture of a report is made up, and how fates look in all of them; names and colours are `catode.structures.fates`'."""
+"""The `Picture` of a report, and the markers of fates; names and colours are in `catode.structures.fates`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["EDGE", "KIND_TITLES", "LOOKS", "Look", "Picture", "fate_handle", "fa
 
 @dataclass(frozen=True)
 class Look:
-    """How a fate is named and drawn; the marker at the removal spares colour being the only sign."""
+    """Name, colour and marker of a fate; the marker at the removal makes fates distinct without colour."""
 
     text: str
     color: str
@@ -40,7 +40,7 @@ _MARKERS = {
     fates.KEPT_AS_LAST: "*",
 }
 EDGE = "#444444"
-"""Colour of the thin edge of all markers, so that those that overlap can be told apart."""
+"""Colour of the thin edge of all markers, so that overlapping ones are distinct."""
 
 LOOKS = {
     fate: Look(text.replace("theta", "θ"), PALETTE[fates.COLORS[fate]], _MARKERS[fate])
@@ -51,7 +51,7 @@ KIND_TITLES = {"layer": "Layers (whole residual blocks)", "unit": "Units (channe
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with what the report says around it."""
+    """A figure with its file name, title and caption in the report."""
 
     name: str
     title: str
@@ -60,7 +60,7 @@ class Picture:
 
 
 def fate_handle(fate: str, label: str) -> Line2D:
-    """The legend's line of one fate, with its marker where the lines of such structures end in one."""
+    """Legend entry of one fate, with its marker if it is a removal."""
     look = LOOKS[fate]
     marker = look.marker if fate in fates.REMOVED else None
     return Line2D(
@@ -69,12 +69,12 @@ def fate_handle(fate: str, label: str) -> Line2D:
 
 
 def fate_legend(figure: Figure, traces: Sequence[Trace], extra: Sequence[Any] = ()) -> None:
-    """Put one legend below the panels: the fates that occur, with their numbers by kind.
+    """Add one legend below the panels: the fates that occur, with their counts by kind.
 
     Args:
-        figure: With its panels.
+        figure: Figure with its panels.
         traces: The structures that are drawn.
-        extra: Further handles.
+        extra: Further legend handles.
     """
     handles = []
     for fate, look in LOOKS.items():

@@ -1,4 +1,4 @@
-"""Measured paths in the plane of benefit and keep probability: where they went, and the domain that the theory certifies."""
+"""Picture of the measured paths in the plane of benefit and keep probability, with the domain D of the theory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OWN = (PRUNED_TOLERANCE, PRUNED_ZERO)
 
 
 def phase_picture(run: Run) -> Picture | None:
-    """Paths of structures over the phase portrait of one of them."""
+    """Paths of structures over the phase portrait of one of them; None if there is nothing to draw."""
     if not run.traces:
         return None
     kinds = [kind for kind in KIND_TITLES if any(_measured(trace).any() for trace in run.of(kind))]
@@ -38,12 +38,12 @@ def phase_picture(run: Run) -> Picture | None:
         return None
     figure = new_figure(5.2 * len(kinds) + (0.0 if len(kinds) > 1 else 2.0), 6.0)
     chosen: list[Trace] = []
-    told = []
+    backgrounds = []
     extra: dict[str, Any] = {}
     for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
         shown = _choose(run.of(kind))
         chosen += shown
-        told.append(_phase_panel(ax, run, kind, shown))
+        backgrounds.append(_phase_panel(ax, run, kind, shown))
         for handle, text in zip(*ax.get_legend_handles_labels(), strict=True):
             extra.setdefault(text, handle)
     for ax in figure.axes[1:]:
@@ -52,19 +52,18 @@ def phase_picture(run: Run) -> Picture | None:
         handle.set_label(text)
     fate_legend(figure, chosen, [*extra.values(), *field_handles()])
     caption = (
-        "Every coloured line is the measured path of one structure during training: to the right, what it is "
-        "worth (the loss it saves, divided by the price of its complexity; at the dashed line it just pays), "
-        "upwards the probability of keeping it. Black arrows say what happened: the mean direction in which all measured "
-        "structures of the kind moved there. Grey arrows are the worst case and not a prediction: the flow of the "
-        "comparison system, in which the benefit grows as fast as the measured bounds of the structure named below admit; "
-        "real paths cross them. They bind in the shaded region D alone: what is in there must end at θ = 0 as long as the "
-        "bounds hold; its upper edge is the separatrix. A large marker shows where a "
+        "Every coloured line is the measured path of one structure during training. Horizontal: its benefit (the loss it "
+        "saves) divided by its price; at the dashed line they are equal. Vertical: its keep probability. Black arrows are "
+        "measured: the mean direction of all measured structures of the kind. Grey arrows are the worst case and not a "
+        "prediction: the flow of the comparison system, in which the benefit grows as fast as the measured bounds of the "
+        "structure named below allow; real paths cross them. Only the shaded region D has a guarantee: a structure in it "
+        "must end at θ = 0 as long as the bounds hold; its upper edge is the separatrix. A large marker shows where a "
         "structure was removed, a dot where its record ends. Each structure has its own D, and the derived "
-        "tolerance keeps an extra distance from it to allow for noise, so other paths may end a little above or "
-        "well below the edge that is drawn. What lies beyond the left or right edge is cut off. "
+        "tolerance keeps a margin from it to allow for noise, so other paths may end a little above or "
+        "well below the edge that is drawn. Paths are clipped at the left and right edge. "
         "The legend counts the paths shown."
     )
-    caption = " ".join([caption, *filter(None, told)])
+    caption = " ".join([caption, *filter(None, backgrounds)])
     return Picture("phase", "Measured paths, and the domain D of the worst case", caption, figure)
 
 
@@ -76,18 +75,18 @@ def measured_field(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean velocity of measured paths in the bins of a window.
 
-    A stretch between two checks counts in the bin of its middle, so that noise of the benefit does not draw the arrows
+    A segment between two checks counts in the bin of its midpoint, so that noise of the benefit does not bias the arrows
     towards the most frequent values.
 
     Args:
         paths: Step, benefit over price and keep probability of each path, arrays of shape (n,).
         window: Lower and upper end of benefit over price, and of the keep probability.
-        bins: Their numbers of bins.
-        least: Stretches below which a bin is left empty.
+        bins: Numbers of bins along the two axes.
+        least: Smallest number of segments of a bin that is not left empty.
 
     Returns:
-        Centres of the bins that have enough stretches, and mean velocities there in shares of the window a step, both of
-        shape (m, 2).
+        Centres of the bins with enough segments, and mean velocities there, in shares of the window per step, both of shape
+        (m, 2).
     """
     size = np.array([high - low for low, high in window])
     middles, speeds = [np.empty((0, 2))], [np.empty((0, 2))]
@@ -108,13 +107,13 @@ def measured_field(
 
 
 def draw_field(ax: Axes, centres: np.ndarray, velocities: np.ndarray, window: Sequence[tuple[float, float]]) -> None:
-    """Draw the directions of a `measured_field` as arrows of one length; where the mean is at rest, a dot.
+    """Draw the directions of a `measured_field` as arrows of equal length; a dot where the mean velocity is 0.
 
     Args:
         ax: Where to draw.
-        centres: Of shape (m, 2).
-        velocities: Of shape (m, 2), in shares of the window.
-        window: As of `measured_field`.
+        centres: Centres of the bins, shape (m, 2).
+        velocities: Mean velocities, in shares of the window per step, shape (m, 2).
+        window: As for `measured_field`.
     """
     norm = np.linalg.norm(velocities, axis=1)
     moving = norm > 0
@@ -129,7 +128,7 @@ def draw_field(ax: Axes, centres: np.ndarray, velocities: np.ndarray, window: Se
 
 
 def field_handles() -> list[Line2D]:
-    """The legend's two kinds of arrows."""
+    """Legend entries of the two kinds of arrows."""
     return [
         Line2D(
             [], [], color=PALETTE["black"], marker=r"$\rightarrow$", markersize=13, linestyle="none", label=MEASURED
@@ -139,23 +138,23 @@ def field_handles() -> list[Line2D]:
 
 
 def _measured(trace: Trace) -> np.ndarray:
-    """Say in which rows up to the removal the benefit and a positive price are known; shape as the rows."""
+    """Whether benefit, keep probability and a positive price are known, for each row up to the removal, shape (n,)."""
     rows = trace.rows
     with np.errstate(invalid="ignore"):
         return np.isfinite(trace["benefit"][rows]) & (trace["price"][rows] > 0) & np.isfinite(trace["keep_prob"][rows])
 
 
-def _stretches(trace: Trace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Step, benefit over price and keep probability in the rows where all are known."""
+def _path(trace: Trace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Step, benefit over price and keep probability in the rows where all are known, each of shape (m,)."""
     rows, good = trace.rows, _measured(trace)
     step, benefit, price, theta = (trace[name][rows][good] for name in ("step", "benefit", "price", "keep_prob"))
     return step, benefit / price, theta
 
 
 def _choose(traces: list[Trace]) -> list[Trace]:
-    """Choose at most MAX_PATHS structures, each group spread evenly over the order of the file.
+    """Choose at most MAX_PATHS structures, each group spaced evenly in the order of the file.
 
-    Those removed on their own account get what those that went with their block and those that stayed leave over.
+    At most a sixth are structures removed with their block and a third kept ones; the others were removed by themselves.
     """
     usable = [trace for trace in traces if _measured(trace).any()]
     own = [trace for trace in usable if trace.fate in OWN]
@@ -173,7 +172,7 @@ def _spread(items: list[Trace], count: int) -> list[Trace]:
 
 
 def _system(trace: Trace) -> BenefitSystem | None:
-    """Build the comparison system of a structure, with benefits in units of its price.
+    """Comparison system of a structure, with benefits in units of its price; None if a constant was never measured.
 
     The constants are the medians over the rows that have a tolerance, or over all if none has.
     """
@@ -191,7 +190,7 @@ def _system(trace: Trace) -> BenefitSystem | None:
 
 
 def _representative(traces: list[Trace]) -> tuple[Trace, BenefitSystem] | None:
-    """Return the structure with the median D, of those removed by tolerance if there are any, with its system."""
+    """The structure with the median D and its system; of those removed by tolerance if there are any."""
     found = [(trace, system) for trace in traces if (system := _system(trace)) is not None]
     for wanted in ((PRUNED_TOLERANCE,), (PRUNED_ZERO,), FATES):
         for empty in (False, True):
@@ -203,15 +202,15 @@ def _representative(traces: list[Trace]) -> tuple[Trace, BenefitSystem] | None:
 
 
 def _phase_panel(ax: Axes, run: Run, kind: str, traces: list[Trace]) -> str:
-    """Draw one kind of structure; return the sentence that says whose flow is in the background."""
+    """Draw one kind of structure; returns the caption's sentence that names the structure of the phase portrait."""
     paths, ends = [], []
     for trace in traces:
-        _, x, theta = _stretches(trace)
+        _, x, theta = _path(trace)
         paths.append((x, theta))
     colors = [LOOKS[trace.fate].color for trace in traces]
     low, high = _window(traces, paths)
     window = (low, high), (0.0, 1.0)
-    draw_field(ax, *measured_field([_stretches(trace) for trace in run.of(kind)], window), window)
+    draw_field(ax, *measured_field([_path(trace) for trace in run.of(kind)], window), window)
     ax.set_title(KIND_TITLES[kind])
     representative = _representative(run.of(kind))
     if representative is None:
@@ -255,7 +254,7 @@ def _phase_panel(ax: Axes, run: Run, kind: str, traces: list[Trace]) -> str:
 
 
 def _window(traces: list[Trace], paths: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """Choose the range of benefit / price that shows the removed paths and some of what lies right of the price."""
+    """Range of benefit / price that shows the removed paths and some of the region above the price."""
     removed = [x for trace, (x, _) in zip(traces, paths, strict=True) if trace.fate in OWN]
     x = np.concatenate(removed or [x for x, _ in paths])
     low, high = np.quantile(x, [0.02, 0.98])

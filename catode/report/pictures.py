@@ -1,6 +1,6 @@
-"""The pictures of a run's report over training and of what is left, each with its title and the caption that explains it.
+"""The pictures of a run's report: accuracy, keep probabilities, final structure, complexity.
 
-A maker of a picture returns None for a run that has nothing to draw for it. The phase portrait is in `catode.report.phase`.
+Each function returns None if the run has nothing to draw. The phase portrait is in `catode.report.phase`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def accuracy_picture(run: Run) -> Picture | None:
     for ax in (left, right):
         _epoch_axis(ax, run)
     caption = (
-        "Share of the images that are classified correctly, and the loss that training lowers, after every pass "
-        "over the training images (epoch). Training figures are measured while the network still changes and, in "
-        "a run with gates, while structures are switched on and off at random, so they may lie below the test "
-        "figures. The number that counts is the last test accuracy, not the best."
+        "Share of the images that are classified correctly, and training loss, after every pass "
+        "over the training images (epoch). Training values are measured while the network still changes and, in "
+        "a run with gates, while structures are switched on and off at random, so training accuracy may be below "
+        "test accuracy. The result of the run is the last test accuracy, not the best."
     )
     return Picture("accuracy", "Accuracy and loss", caption, figure)
 
@@ -72,17 +72,16 @@ def theta_picture(run: Run) -> Picture | None:
     figure.axes[0].set_ylabel("keep probability θ")
     fate_legend(figure, run.traces)
     meaning = (
-        "Removal above θ = 0 is the point of the method: below its tolerance a structure is on its way out, up to the "
-        "stated risk, and need not be waited for."
+        "The method removes structures before θ reaches 0: below its tolerance θ will reach 0, up to the stated risk."
     )
     if run.config.get("tol") is not None:
-        meaning = f"The tolerance was fixed by hand at {run.config['tol']} in this run; no risk is guaranteed for it."
+        meaning = f"The tolerance was fixed at {run.config['tol']} in this run; no risk is guaranteed for it."
     caption = (
         "Each line is one structure that training may remove: a whole residual block (left) or a single channel "
-        "inside one (right). Its height is the probability θ with which the structure is switched on. θ = 1 means "
-        "certainly in the network, θ = 0 certainly out; training moves θ up where the structure lowers the loss "
-        "by more than it costs, and down otherwise. Colour tells what became of the structure, and a marker shows "
-        f"where a line stops because the structure was physically removed. {meaning}"
+        "inside one (right). Its height is the probability θ with which the structure is switched on: 1 is always, "
+        "0 is never. Training increases θ where the structure lowers the loss by more than its price, and "
+        "decreases it otherwise. The colour shows the structure's fate, and a marker shows "
+        f"where a line ends because the structure was removed. {meaning}"
     )
     if len(kinds) == 1:
         caption = caption.replace(" (left)", "").replace(" (right)", "")
@@ -91,7 +90,7 @@ def theta_picture(run: Run) -> Picture | None:
 
 
 def theta_panel(ax: Axes, run: Run, kind: str) -> None:
-    """Draw the keep probabilities of one kind of structure against the epoch, coloured by what became of them."""
+    """Draw the keep probabilities of one kind of structure by epoch, coloured by fate."""
     traces = run.of(kind)
     alpha = float(np.clip(5.0 / math.sqrt(len(traces)), 0.2, 0.9))
     end = run.epochs(np.array([np.inf]))
@@ -107,11 +106,11 @@ def theta_panel(ax: Axes, run: Run, kind: str) -> None:
             if trace.fate != fate:
                 continue
             x, y = run.epochs(trace["step"][trace.rows]), trace["keep_prob"][trace.rows]
-            if fate != UNDECIDED and not trace.removed:  # its gate is fixed at 1 from then on, and no more recorded
+            if fate != UNDECIDED and not trace.removed:  # from then on its gate is fixed at 1 and not recorded
                 x, y = np.r_[x, x[-1], end], np.r_[y, 1.0, 1.0]
             elif trace.removed_at is not None:
                 ends.append((x[-1], y[-1]))
-            elif trace.removed and trace.block in gone:  # kept once, then gone with its block
+            elif trace.removed and trace.block in gone:  # kept, later removed with its block
                 x, y = np.r_[x, x[-1], gone[trace.block]], np.r_[y, 1.0, 1.0]
                 ends.append((x[-1], y[-1]))
             lines.append(np.column_stack([x, y]))
@@ -137,7 +136,7 @@ def theta_panel(ax: Axes, run: Run, kind: str) -> None:
 
 
 def structure_picture(run: Run) -> Picture | None:
-    """What is left of every site and block."""
+    """Final width of every site and block."""
     if not run.traces:
         return None
     sites = final_sites(run)
@@ -205,15 +204,15 @@ def structure_picture(run: Run) -> Picture | None:
     ax.set_title(f"Blocks left: {sum(blocks.values())} of {len(blocks)}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     caption = (
-        "What is left of the network, from its input (left) to its output (right). Grey is the hidden width of a "
+        "The final network, from its input (left) to its output (right). Grey is the hidden width of a "
         "residual block before training, blue the channels that remain. A hatched bar is a block that was removed "
-        "as a whole: the signal passes it by on the shortcut."
+        "as a whole: only its shortcut remains."
     )
     return Picture("structure", "Final widths and layers", caption, figure)
 
 
 def complexity_picture(run: Run) -> Picture | None:
-    """Expected complexity against the counted MACs and parameters."""
+    """Expected complexity, and counted MACs and parameters, by epoch."""
     metrics, result = run.metrics, run.result
     if not run.traces or not metrics["step"].size:
         return None
@@ -233,7 +232,7 @@ def complexity_picture(run: Run) -> Picture | None:
             last = values[np.isfinite(values)][-1]
             every = max(1, epoch.size // 15)
             x = epoch
-            if marker is None and epoch[0] > 0:  # the counts of the start are those of the dense network
+            if marker is None and epoch[0] > 0:  # at the start the counts are those of the dense network
                 x, values = np.r_[0.0, epoch], np.r_[1.0, values]
             ax.plot(
                 x,
@@ -257,10 +256,10 @@ def complexity_picture(run: Run) -> Picture | None:
     )
     caption = (
         "The index J that training minimises is computed from the keep probabilities and covers only what can be "
-        f"removed{mixture}. The counts are those of the whole network as it physically stands at that moment: "
+        f"removed{mixture}. The counts are those of the whole network at that step: "
         "multiply-accumulate operations (MACs) for one image, and parameters. They fall in steps, each time "
-        "structures are removed. Once all is decided, J and the counts describe the same network; what then "
-        "remains between them are the parts that can never go (first layer, shortcuts, classifier), which are in "
-        f"the counts and not in J, and the weighting of {counted} against parameters."
+        "structures are removed. Once all structures are decided, J and the counts describe the same network; they then "
+        "differ by the parts that cannot be removed (first layer, shortcuts, classifier), which are in "
+        f"the counts and not in J, and by the weighting of {counted} against parameters."
     )
     return Picture("complexity", "Expected against actual complexity", caption, figure)

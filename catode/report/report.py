@@ -1,7 +1,7 @@
-"""What a person reads and looks at after a run: report.md and its pictures.
+"""The report of a run: report.md and its pictures.
 
-The report is made from the files of the run's folder alone (docs/conventions.md, "A run's folder"), so it can be made again
-at any time, on any machine, without the model or the data.
+It is made only from the files of the run's folder (docs/conventions.md, "A run's folder"), so it can be made again on any
+machine, without the model or the data.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _MAKERS: tuple[Callable[[Run], Picture | None], ...] = (
 def write(folder: Path) -> Path:
     """Write report.md and its pictures into a run's folder.
 
-    All files are read and checked before the first is written.
+    All files are read and checked before anything is written.
 
     Args:
         folder: A run's folder with config.json, env.json, metrics.csv, structures.csv and result.json. structure.json
             is used where it exists.
 
     Returns:
-        Path of report.md. The pictures lie beside it: accuracy.png always, and theta.png, structure.png,
-        complexity.png and phase.png when the run had gates.
+        Path of report.md. The pictures are in the same folder: accuracy.png always, and theta.png, structure.png,
+        complexity.png and phase.png if the run had gates.
 
     Raises:
         FileNotFoundError: if one of the files is missing.
@@ -68,7 +68,7 @@ def write(folder: Path) -> Path:
 def _markdown(run: Run, pictures: list[Picture]) -> str:
     parts = [f"# {_title(run)}", _headline(run), _meanings(run)]
     if run.notes:
-        parts.append("**To bear in mind**\n\n" + "\n".join(f"- {note}" for note in run.notes))
+        parts.append("**Notes**\n\n" + "\n".join(f"- {note}" for note in run.notes))
     if run.traces:
         parts.append(_structure_table(run))
     for picture in pictures:
@@ -79,10 +79,10 @@ def _markdown(run: Run, pictures: list[Picture]) -> str:
 
 
 def _meanings(run: Run) -> str:
-    """What the fates that occur mean."""
+    """Meanings of the fates that occur, as text."""
     seen = {trace.fate for trace in run.traces} | set(run.result.get("decisions") or {})
-    told = "; ".join(f"`{fate}`: {meaning}" for fate, meaning in MEANINGS.items() if fate in seen)
-    return f"Fates. {told}." if told else ""
+    listed = "; ".join(f"`{fate}`: {meaning}" for fate, meaning in MEANINGS.items() if fate in seen)
+    return f"Fates. {listed}." if listed else ""
 
 
 def _title(run: Run) -> str:
@@ -109,20 +109,20 @@ def _headline(run: Run) -> str:
         ("Expected complexity J of the removable part", _format(result, "expected_complexity", "{:.4f}".format)),
         ("Layers kept", _of(result, "layers_kept", "layers_total")),
         ("Units kept", _of(result, "units_kept", "units_total")),
-        ("Of these for round widths alone (`round_to`)", _format(result, "units_kept_for_rounding", str)),
+        ("Of these kept only to round widths (`round_to`)", _format(result, "units_kept_for_rounding", str)),
         ("Structures by fate", _decisions(result)),
         (
             f"Decided by the rule (structures whose fate is none of {', '.join(NOT_BY_RULE)})",
             _format(result, "decided_by_rule", lambda value: f"{100 * value:.1f} %"),
         ),
         (
-            "MACs that removals by tolerance alone take",
+            "MACs removed by tolerance alone",
             _format(result, "macs_removed_by_tolerance", lambda value: _part(value, result.get("macs_dense"))),
         ),
         ("Latency, batch 1, dense → compact", _latency(result, "latency_dense_ms", "latency_ms")),
         ("Latency, batch 128, dense → compact", _latency(result, "latency_dense_ms_128", "latency_ms_128")),
         ("Training time", _format(result, "seconds", _duration)),
-        ("Share of the steps' time spent waiting for images", _waiting(run.metrics)),
+        ("Share of the step time spent waiting for images", _waiting(run.metrics)),
         ("Seed", _format(result, "seed", str)),
     ]
     return markdown_table(("", "this run"), rows)
@@ -132,7 +132,7 @@ _ABSENT = "not recorded"
 
 
 def waiting(folder: Path) -> str:
-    """Share of the steps' time that a run spent waiting for images, mean over its epochs, as text."""
+    """Share of the step time that a run spent waiting for images, mean over its epochs, as text."""
     return _waiting(read_metrics(folder))
 
 
@@ -155,7 +155,7 @@ def _shrunk(result: dict[str, Any], dense: str, compact: str) -> str:
     if not result.get(dense) or result.get(compact) is None:
         return f"{_format(result, dense, '{:,}'.format)} → {_format(result, compact, '{:,}'.format)}"
     share = 100 * result[compact] / result[dense]
-    return f"{result[dense]:,} → {result[compact]:,} ({share:.1f} % left, {100 - share:.1f} % gone)"
+    return f"{result[dense]:,} → {result[compact]:,} ({share:.1f} % left, {100 - share:.1f} % removed)"
 
 
 def _part(value: float, whole: float | None) -> str:

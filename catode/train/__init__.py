@@ -1,4 +1,4 @@
-"""Train a network once and get a smaller one back: settings, data, architectures, the loop.
+"""Train a network and prune it while training: settings, data, architectures, training loop.
 
 from catode.train import Config, run
 """

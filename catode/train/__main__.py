@@ -1,4 +1,4 @@
-"""Command line of the trainer: ``python -m catode.train``. Help and a wrong flag are answered before PyTorch is loaded."""
+"""Command line of the trainer: ``python -m catode.train``. ``--help`` and flag errors do not load PyTorch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 128 and its number after a signal.
+        The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 128 + its number after a signal.
     """
     config, problem = None, ""
     try:
         config = parse(argv)
     except ValueError as error:
         problem = str(error)
-        if _alone():
+        if _single_process():
             print(f"error: {problem}", file=sys.stderr)
             return 2
     from catode.prune.devices import distributed
@@ -49,44 +49,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             if setup.config.dry_run:
                 return _end(group, 0, preflight.table(setup), sys.stdout)
             folder = loop.train(setup, at_end=report.write)
-        except ConfigError as error:  # another process is at work in the folder
+        except ConfigError as error:  # another process uses the folder
             return _end(group, 2, f"error: {error}")
         except (loop.NotFinite, distributed.Disagreement) as error:
             return _end(group, 1, f"error: {error}")
-        except data.DataError as error:  # of the one process whose image it is
-            print(f"error: {error} Then go on with --resume {setup.config.out}", file=sys.stderr)
+        except data.DataError as error:  # raised only in the process that reads the image
+            print(f"error: {error} Then continue with --resume {setup.config.out}", file=sys.stderr)
             return 2
-        except distributed.Lost as error:  # each says so: the first may be the one that died
-            hint = f" Go on with --resume {setup.config.out}" if setup else ""
+        except distributed.Lost as error:  # every process prints it: rank 0 may be the one that died
+            hint = f" Continue with --resume {setup.config.out}" if setup else ""
             print(f"error: process {group.rank} of {group.size}: {error}.{hint}", file=sys.stderr)
             return 1
-        except OSError as error:  # of the one process that writes, or of all of them before the first step
-            hint = f". Fix that, then go on with --resume {setup.config.out}" if setup else ""
+        except OSError as error:  # in the process that writes, or in all of them before the first step
+            hint = f". Fix that, then continue with --resume {setup.config.out}" if setup else ""
             print(f"error: {error}{hint}", file=sys.stderr)
             return 1
         except Stopped as stop:
-            return _end(group, 128 + stop.number, f"{stop}; go on with --resume {setup.config.out}")
+            return _end(group, 128 + stop.number, f"{stop}; continue with --resume {setup.config.out}")
         except KeyboardInterrupt:
             if setup is None:
                 raise
-            return _end(group, 130, f"interrupted; go on with --resume {setup.config.out}")
+            return _end(group, 130, f"interrupted; continue with --resume {setup.config.out}")
         return _end(group, 0, summary(folder) if group.leads else "", sys.stdout)
 
 
-def _alone() -> bool:
-    """Whether no other process can be waiting to hear what is wrong; without PyTorch there is only torchrun to ask for it."""
+def _single_process() -> bool:
+    """Whether this run has no other processes; tells it without PyTorch, from torchrun's environment variable."""
     return "torch" not in sys.modules and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _end(group: Group, status: int, text: str, file: TextIO | None = None) -> int:
-    """Let one of the processes say why they end."""
+    """Print `text` in rank 0 only; returns `status`."""
     if group.leads:
         print(text, file=file or sys.stderr)
     return status
 
 
 def summary(folder: Path) -> str:
-    """What a finished run has to say, in a few lines."""
+    """Results of a finished run, as text."""
     from catode.report.report import waiting
 
     result = json.loads((folder / "result.json").read_text())
@@ -97,13 +97,13 @@ def summary(folder: Path) -> str:
         f"layers   {result['layers_total']} -> {result['layers_kept']}, units {result['units_total']} -> {result['units_kept']}",
     ]
     if result["units_kept_for_rounding"]:
-        lines.append(f"rounding {result['units_kept_for_rounding']} of the units kept for round widths alone")
+        lines.append(f"rounding {result['units_kept_for_rounding']} of the units kept only to round widths")
     if result["decisions"]:
         lines.append("decided  " + ", ".join(f"{n} {state}" for state, n in result["decisions"].items()))
     for batch, key in ((1, "ms"), (128, "ms_128")):
         before, after = result[f"latency_dense_{key}"], result[f"latency_{key}"]
         lines.append(f"latency  {before:.2f} -> {after:.2f} ms ({after / before:.1%}, batch {batch})")
-    lines.append(f"waiting  {waiting(folder)} of the steps' time, for images")
+    lines.append(f"waiting  {waiting(folder)} of the step time, for images")
     lines.append(f"report   {folder / 'report.md'}")
     return "\n".join(lines)
 

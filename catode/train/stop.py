@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it does so between two steps, when everything is kept."""
+"""Signals that stop a run: it stops between two steps, after writing a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MASKS = hasattr(signal, "pthread_sigmask")  # not on Windows
 
 
 def outlive(worker: int) -> None:
-    """Leave the first signal of each kind to the run that this process works for; Ctrl-C reaches all of them at once.
+    """Ignore the first signal of each kind in a worker process; Ctrl-C reaches it and the run at the same time.
 
     Args:
-        worker: Number of the worker, of no use here.
+        worker: Number of the worker, not used.
     """
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
@@ -26,7 +26,7 @@ def outlive(worker: int) -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Let signals wait while processes are forked, which take them only once they `outlive` the first."""
+    """Block signals while worker processes are forked; each unblocks them in `outlive`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if MASKS else ()
     try:
         yield
@@ -36,10 +36,10 @@ def held_back() -> Iterator[None]:
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop.
+    """A signal stopped the run.
 
     Attributes:
-        number: The signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int, message: str):
@@ -48,10 +48,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether somebody asked to stop.
+    """Whether a signal to stop was received.
 
     Attributes:
-        number: The signal that asked; None while nobody did.
+        number: Number of the signal; None before one.
     """
 
     def __init__(self) -> None:
@@ -62,18 +62,18 @@ class Stop:
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """Take note of the first signal; a second one, of either kind, does not wait. In the main thread alone."""
+        """Record the first signal; a second one, of either kind, raises `Stopped`. Works in the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if self:
             raise Stopped(number, "stopped at once")
         self.number = number

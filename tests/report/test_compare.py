@@ -271,7 +271,7 @@ def test_no_folder_is_one_line(capsys):
 def test_runs_that_are_no_shadow_runs_are_listed(tmp_path, capsys):
     write(tmp_path / "a", DECISIONS, shadow=False)
     assert compare.main([str(tmp_path / "a"), "--out", str(tmp_path / "told")]) == 0
-    assert "nothing to say about regrets" in capsys.readouterr().out
+    assert "so regrets are not known" in capsys.readouterr().out
     assert not (tmp_path / "told" / "compare.png").exists()
 
 

@@ -251,13 +251,13 @@ def test_headline_numbers_are_those_of_the_result(run):
     assert table_row(text, "Parameters").startswith(f"{result['params_dense']:,} → {result['params']:,} (")
     assert table_row(text, "Expected complexity") == f"{result['expected_complexity']:.4f}"
     assert table_row(text, "Decided by the rule") == f"{100 * result['decided_by_rule']:.1f} %"
-    assert table_row(text, "MACs that removals").startswith(f"{result['macs_removed_by_tolerance']:,} (")
+    assert table_row(text, "MACs removed by tolerance").startswith(f"{result['macs_removed_by_tolerance']:,} (")
     assert table_row(text, "Layers kept") == f"{result['layers_kept']} of {result['layers_total']}"
     assert table_row(text, "Units kept") == f"{result['units_kept']} of {result['units_total']}"
-    assert table_row(text, "Of these for round widths alone") == str(result["units_kept_for_rounding"])
+    assert table_row(text, "Of these kept only to round widths") == str(result["units_kept_for_rounding"])
     assert table_row(text, "Latency, batch 1,") == "3.024 ms → 1.871 ms (0.62 of the time)"
     assert table_row(text, "Latency, batch 128") == "96.250 ms → 41.500 ms (0.43 of the time)"
-    assert table_row(text, "Share of the steps' time spent waiting for images") == "1.0 %"
+    assert table_row(text, "Share of the step time spent waiting for images") == "1.0 %"
     assert table_row(text, "Training time") == "83.4 s (1 min 23 s)"
     assert table_row(text, "Seed") == str(result["seed"])
     assert "none of kept_out_of_time, removed_out_of_time" in table_label(text, "Decided by the rule")

@@ -98,14 +98,14 @@ def test_shares_of_mixtures_vary_and_follow_alpha():
 @pytest.mark.parametrize(("mixup", "classes"), [(-0.1, 20), (0.2, None), (0.2, 19)])
 def test_wrong_mixtures_are_refused(mixup, classes):
     images, labels, mean, std = some()
-    with pytest.raises(DataError, match=r"^`mixup` must be >= 0, and `classes` beyond every label"):
+    with pytest.raises(DataError, match=r"^`mixup` must be >= 0, and `classes` above every label"):
         Batches(images, labels, 4, mean, std, mixup=mixup, classes=classes)
 
 
 def test_images_without_room_on_the_device_stay_with_the_host(monkeypatch):
     """The meta device stands for any that is not the host."""
     for room, place in ((10**9, "meta"), (0, "cpu")):
-        monkeypatch.setattr("catode.train.data.batches._room", lambda device, room=room: room)
+        monkeypatch.setattr("catode.train.data.batches._image_budget", lambda device, room=room: room)
         batches = make(device="meta")
         assert batches._images.device.type == place
         for x, y in batches.epoch(0, 0):

@@ -407,7 +407,7 @@ def test_load_refuses_what_is_not_a_run(tmp_path, finished):
     units[:] = list(range(len(units) - 1)) or [0, 1]
     (tmp_path / "structure.json").write_text(json.dumps(structure))
     with pytest.raises(
-        ValueError, match=r"^`folder` must hold a whole model.pt and the structure.json that it fits; got [^\n]+$"
+        ValueError, match=r"^`folder` must hold a complete model.pt and a matching structure.json; got [^\n]+$"
     ):
         load(Path(tmp_path))
 

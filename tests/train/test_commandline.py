@@ -12,16 +12,16 @@ from catode.train.settings.config import Config, ConfigError, settings
 MESSAGE = re.compile(r"^`[-\w.]+` must [^\n]+; got [^\n]+\. [^\n]+[.?]$|^`[-\w.]+` must [^\n]+; got [^\n]+[.?]$")
 
 WRONG_LINES = [
-    ("--nu -1", "`nu` must be >= 0; got nu=-1. Use 0 for the ungated network."),
-    ("--nu abc", "`nu` must be a number >= 0; got nu='abc'. Use 0 for the ungated network."),
+    ("--nu -1", "`nu` must be >= 0; got nu=-1. Use 0 to train without gates."),
+    ("--nu abc", "`nu` must be a number >= 0; got nu='abc'. Use 0 to train without gates."),
     ("--nu", "`nu` must have a value; got --nu without one. Write --nu=VALUE."),
     ("--risk 0.5", "`risk` must lie in (0, 0.5); got risk=0.5. Use 0.05 if in doubt."),
     ("--epochs 1.5", "`epochs` must be an integer >= 1; got epochs='1.5'. Use at least one epoch."),
     ("--epoch 5", "`--epoch` must be a known flag; got --epoch. Did you mean --epochs?"),
     ("--zzz", "`--zzz` must be a known flag; got --zzz. See --help for all flags."),
     ("--bogus", "`--bogus` must be a known flag; got --bogus. See --help for all flags."),
-    ("stray", "`stray` must follow a flag; got the stray argument 'stray'. Remove it, or see --help."),
-    ("--dry-run=1", "`dry_run` must stand without a value; got --dry-run='1'. Write --dry-run alone."),
+    ("stray", "`stray` must follow a flag; got the argument 'stray'. Remove it, or see --help."),
+    ("--dry-run=1", "`dry_run` must be given without a value; got --dry-run='1'. Write --dry-run alone."),
     ("--dataset cifar-10 --data-dir x", "Did you mean 'cifar10'?"),
     ("--arch resnet21", "Did you mean 'resnet20'?"),
     ("--dataset cifar10", "`data_dir` must be given for dataset='cifar10'; got data_dir=None."),
@@ -33,12 +33,15 @@ WRONG_LINES = [
     ("--augment flip", "got augment='flip'. Did you mean 'crop-flip'?"),
     ("--image-size 3 --dataset folder --data-dir x", "`image_size` must be >= 4; got image_size=3."),
     ("--tol 0.1 --derive-tol", "`tol` must be left out with derive_tol; got tol=0.1 and derive_tol=True."),
-    ("--amp fp16", "`amp` must be off or bf16 on device='cpu', where fp16 has no use; got amp='fp16'. Use --amp bf16."),
+    (
+        "--amp fp16",
+        "`amp` must be off or bf16 on device='cpu', where fp16 is not supported; got amp='fp16'. Use --amp bf16.",
+    ),
     ("--nu 1 --epochs 10 --decide-until 0.8 --warmup-epochs 8", "`warmup_epochs` must be < decide_until x epochs = 8"),
     ("--resume x --nu 1", "`nu` must be left out with resume; got nu=1.0 and resume='x'."),
     (
         "--resume nowhere",
-        "`resume` must be the folder of a run that was cut off; got resume='nowhere', which holds no run.",
+        "`resume` must be the folder of an interrupted run; got resume='nowhere', which holds no run.",
     ),
     ("--prior bernoulli", "`prior` must be flattening without --tol"),
     ("--prior concrete --tol 0.1 --shadow", "`prior` must be flattening without --tol, with a target or with shadow"),

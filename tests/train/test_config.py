@@ -158,7 +158,7 @@ def test_every_field_has_a_wrong_value_in_the_table():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_missing_device_is_refused(device):
-    with pytest.raises(ConfigError, match=r"`device` must be there; got device='cuda.* Use --device cpu"):
+    with pytest.raises(ConfigError, match=r"`device` must be available; got device='cuda.* Use --device cpu"):
         parse(["--device", device])
 
 

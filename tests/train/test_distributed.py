@@ -343,7 +343,7 @@ def test_another_number_of_processes_goes_on_only_with_common_norms(one, two, tm
     config = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(json.dumps({**config, "sync_bn": False}))
     status, _, err = precisely(["--resume", str(own), "--threads=1"])
-    assert status == 2 and "as many processes as the run began with, 2; got 1" in err
+    assert status == 2 and "as many processes as the run started with, 2; got 1" in err
 
 
 def workers(launcher):
@@ -370,7 +370,7 @@ def test_a_killed_process_takes_the_job_down_and_the_run_goes_on_to_the_same_end
         os.kill(workers(job.pid)[1], signal.SIGKILL)
         _, err = job.communicate(timeout=120)
     assert job.returncode != 0
-    assert f"Go on with --resume {folder}" in err and "SIGKILL" in err
+    assert f"Continue with --resume {folder}" in err and "SIGKILL" in err
     resumed = together(tmp_path, command, ["--resume", str(folder), "--threads=1"])
     assert [status for status, _, _ in resumed] == [0, 0]
     (result, rows, weights), (known, known_rows, known_weights) = end(folder), end(whole)

@@ -302,7 +302,7 @@ def test_a_run_ends_the_same_from_an_array_and_from_files(pictures, tmp_path, qu
     flags = ["--mixup=0.3", "--label-smoothing=0.1"]
     for name, more in (("array", []), ("files", ["--array-gib=0", "--workers=1"])):
         assert run(pictures, tmp_path / name, *flags, *more) == 0
-        assert re.search(r"waiting  \d+\.\d % of the steps' time, for images", capsys.readouterr().out)
+        assert re.search(r"waiting  \d+\.\d % of the step time, for images", capsys.readouterr().out)
     assert_same_weights(tmp_path / "array", tmp_path / "files")
 
 
@@ -322,7 +322,7 @@ def test_a_run_that_met_an_unreadable_picture_goes_on_when_it_is_mended(tmp_path
     assert run(root, tmp_path / "run", *flags) == 2
     lines = [x for x in capsys.readouterr().err.replace("\r", "\n").splitlines() if x.startswith("error: ")]
     assert len(lines) == 1 and "2.png', which cannot be decoded" in lines[0]
-    assert lines[0].endswith(f"Then go on with --resume {tmp_path / 'run'}")
+    assert lines[0].endswith(f"Then continue with --resume {tmp_path / 'run'}")
     monkeypatch.setattr(loop.Trainer, "save_state", save)
     path.write_bytes(good)
     assert main(["--resume", str(tmp_path / "run"), "--threads=1", "--workers=1"]) == 0
@@ -349,5 +349,5 @@ def test_a_signal_to_all_processes_lets_the_workers_finish_the_step(tmp_path, nu
         os.killpg(process.pid, number)
         told = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
-    found = re.search(r"stopped after step (\d+); go on with --resume ", told.splitlines()[-1])
+    found = re.search(r"stopped after step (\d+); continue with --resume ", told.splitlines()[-1])
     assert found and (tmp_path / "run" / f"checkpoint-{found[1]}.pt").exists() and "Traceback" not in told, told

@@ -1,4 +1,4 @@
-"""A run that was cut off goes on to the same end, bit by bit."""
+"""A resumed run gives the same results, bit for bit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FLAGS += ["--width-multiple=8", "--checkpoint-every=2"]
 
 
 def end(folder: Path) -> tuple:
-    """Everything of a finished run that must not depend on its having been cut off."""
+    """Everything of a finished run that must not depend on an interruption."""
     result = json.loads((folder / "result.json").read_text())
     result = {k: v for k, v in result.items() if "seconds" not in k and "latency" not in k}
     metrics = list(csv.DictReader((folder / "metrics.csv").open()))
@@ -71,7 +71,7 @@ def run_whole(flags, folder):
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
-    """Flags and folder of a run that was not cut off; units went, dead channels stayed."""
+    """Flags and folder of a run without interruption; units were removed, dead channels kept."""
     flags, folder = run_whole(FLAGS, tmp_path_factory.mktemp("whole") / "pruned")
     result = json.loads((folder / "result.json").read_text())
     assert result["macs_executed"] > result["macs"] and result["units_kept"] < result["units_total"]
@@ -145,7 +145,7 @@ def test_a_signal_stops_the_run_after_its_step(pruned, number, step, tmp_path, m
         patch.setattr(loop.Trainer, "prune", ask)
         assert main([*flags, "--out", str(tmp_path / "run")]) == 128 + number
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-    found = re.search(r"stopped after step (\d+); go on with --resume ", capsys.readouterr().err)
+    found = re.search(r"stopped after step (\d+); continue with --resume ", capsys.readouterr().err)
     assert checkpoint.states(tmp_path / "run")[0].name == f"checkpoint-{found[1]}.pt"
     assert int(found[1]) in (step, step + 1)
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
@@ -254,12 +254,12 @@ def other_run(path):
 
 
 DAMAGES = [
-    (truncate, "it is cut short, or no checkpoint"),
+    (truncate, "it is truncated, or not a checkpoint"),
     (zero, "checksum of"),
-    (rewrite, "it is cut short, or no checkpoint"),
-    (empty, "it is cut short, or no checkpoint"),
+    (rewrite, "it is truncated, or not a checkpoint"),
+    (empty, "it is truncated, or not a checkpoint"),
     (other_zip, "it cannot be read (RuntimeError: "),
-    (legacy, "it is cut short, or no checkpoint"),
+    (legacy, "it is truncated, or not a checkpoint"),
     (lambda path: change(path, format=0), "it is in format 0, this version of catode reads format"),
     (other_tool, "it is not a checkpoint of catode"),
     (tensor, "it is not a checkpoint of catode"),
@@ -279,7 +279,7 @@ def test_a_bad_checkpoint_gives_way_to_the_one_before_it(damage, reason, interru
     setup = loop.prepare(parse(["--resume", str(interrupted)]))
     assert before.name == f"checkpoint-{setup.state['step']}.pt"
     warning = capsys.readouterr().err
-    assert warning.startswith(f"warning: {newest.name} is passed over: ") and reason in warning
+    assert warning.startswith(f"warning: {newest.name} is skipped: ") and reason in warning
     assert len(warning.splitlines()) == 1 and newest.read_bytes() == bytes_then
 
 
@@ -369,11 +369,11 @@ def half_config(folder):
 
 REFUSED = [
     (nothing_left, "which has epochs but none"),
-    (all_damaged, "must name a run with a good checkpoint"),
+    (all_damaged, "must name a run with a valid checkpoint"),
     (other_seed, "it is of a run with another seed"),
     (short_table, "metrics.csv is shorter than it was then"),
     (lost_table, "structures.csv is shorter than it was then"),
-    (other_images, "`data_dir` must hold the images that the run began with; got other files or other labels"),
+    (other_images, "`data_dir` must hold the images that the run started with; got other files or other labels"),
     (half_config, "`config.json` must be valid JSON"),
 ]
 
@@ -437,7 +437,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on(pruned, limit, file, 
         patch.setattr(loop, "train", emptied)
         assert main([*flags, "--out", str(folder)]) == 1
     told = capfd.readouterr().err
-    assert f"File too large: '{folder / file}'. Fix that, then go on with --resume {folder}" in told
+    assert f"File too large: '{folder / file}'. Fix that, then continue with --resume {folder}" in told
     assert "Traceback" not in told and not list(folder.glob("*.part"))
     assert main(["--resume", str(folder), "--threads", "1"]) == 0
     assert_same_end(folder, expected)
@@ -522,7 +522,7 @@ def status(server):
 
 
 def going_on(folder):
-    """Arguments that begin a run or go on with it."""
+    """Arguments that start a run or resume it."""
     return (
         ["--resume", str(folder), "--threads=1"]
         if (folder / "config.json").exists()
@@ -532,8 +532,8 @@ def going_on(folder):
 
 KILLS = [  # where, at which call and how; and the newest checkpoint that is there then, where that is certain
     ("catode.prune.pruner:Pruner.step", 2, "before", ""),
-    ("catode.train.loop.checkpoint:_beside", 4, "half", "checkpoint-2.pt"),
-    ("catode.train.loop.checkpoint:_beside", 3, "after", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_write_part", 4, "half", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_write_part", 3, "after", "checkpoint-2.pt"),
     ("catode.train.loop.checkpoint:_flush_folder", 1, "before", "checkpoint-4.pt"),
     ("catode.train.loop:CsvTable.add", 1, "after", "checkpoint-4.pt"),
     ("os:fsync", 7, "pause", "checkpoint-4.pt"),
@@ -554,7 +554,7 @@ def test_kills_wherever_it_hurts_and_resumes(server, pruned, tmp_path, capsys):
             while not (folder / "checkpoint-5.pt.part").exists():
                 time.sleep(0.001)
             assert main(["--resume", str(folder)]) == 2
-            held = f"no other process is at work; got resume={str(folder)!r}, held by process {process} "
+            held = f"no other process uses; got resume={str(folder)!r}, locked by process {process} "
             assert held in capsys.readouterr().err
             os.kill(process, signal.SIGKILL)
         assert status(server) == -signal.SIGKILL, place
@@ -627,7 +627,7 @@ def test_a_file_system_without_locks_costs_a_note(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(lock.fcntl, "lockf", refuse)
     lock.hold(tmp_path).close()
     assert capsys.readouterr().err.splitlines() == [
-        f"note: {tmp_path} is on a file system without locks; nothing keeps a second run out of it."
+        f"note: {tmp_path} is on a file system without locks; do not start a second run there."
     ]
 
 

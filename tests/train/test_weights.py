@@ -170,7 +170,7 @@ def test_a_run_starts_from_the_weights(tmp_path, capsys):
     assert setup.notes == () and setup.config.init == path
     assert_same(setup.model, source.state_dict())
     with pytest.raises(
-        ValueError, match=r"^`init` must hold the weights of the very network; .* also has layer2.0.downsample"
+        ValueError, match=r"^`init` must hold the weights of this network; .* also has layer2.0.downsample"
     ):
         prepared("--init", path)
     saved(Path(path), build("resnet14", in_channels=1, classes=3).state_dict())

@@ -1,10 +1,10 @@
-"""Theory against practice: what became of every decision, over one or many runs.
+"""Comparison of the pruning decisions of one or many runs with their outcomes.
 
     python -m catode.report.compare FOLDER [FOLDER ...] [--out FOLDER]
 
-Of shadow runs (``--shadow``) it tells, rule by rule, how many decisions were regretted and how early they came, how often
-the predicted probability of an escape came true, and which assumptions held after the decisions. Of all runs it
-lists accuracy and size. Shadow runs of different data sets, networks, numbers of epochs or stated risks are told apart.
+For shadow runs (``--shadow``) it reports, for each rule, the number of regrets and how early the decisions were, the
+predicted and observed probability of an escape, and which assumptions held after the decisions. For all runs it lists
+accuracy and size. Shadow runs of different data sets, networks, numbers of epochs or stated risks are reported separately.
 
 Source: docs/conventions.md, "A run's folder" (regret); docs/mathematics.md sections 5 and 6.
 """

@@ -1,4 +1,4 @@
-"""What a comparison shows: regret rates, a reliability diagram and leads."""
+"""The picture of a comparison: regret rates, a reliability diagram and leads."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def picture(runs: Sequence[Run], path: Path) -> None:
-    """Draw regret rates, the reliability diagram and the leads into a file, a row for each of the `groups`.
+    """Save a picture of regret rates, reliability and leads, one row for each of the `groups`.
 
     Args:
-        runs: Shadow runs, and others that are passed over.
-        path: A file that matplotlib can write.
+        runs: Runs; those that are not shadow runs are ignored.
+        path: File name, with a suffix that matplotlib can write.
 
     Raises:
         ValueError: if none of the runs is a shadow run.
@@ -40,7 +40,7 @@ def picture(runs: Sequence[Run], path: Path) -> None:
 
 
 def draw(figure: FigureBase, runs: Sequence[Run]) -> None:
-    """The same for a single group, into an empty figure or part of one, three times as wide as high.
+    """Draw one row of `picture` into an empty figure or subfigure, three times as wide as high.
 
     Raises:
         ValueError: if none of the runs is a shadow run, or they are of several groups.

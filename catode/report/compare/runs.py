@@ -1,4 +1,4 @@
-"""Finished runs read back for a comparison: configuration, result, and what became of every decision."""
+"""Reading of finished runs for a comparison: configuration, result, decisions and their outcomes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from catode.records import (
 from catode.train.settings.config import settings
 
 ASSUMED = ("gain", "drift", "noise")
-"""Upper limits taken at a decision, to hold from then on."""
+"""Upper limits assumed at a decision to hold from then on."""
 
 MEASURED = (*ASSUMED, "benefit_upper", "price")
 _CONFIG = dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, alpha=float, beta=float, risk=float)
@@ -34,16 +34,16 @@ _RESULT = dict(
 
 @dataclass(frozen=True)
 class Decision:
-    """One line of shadow.csv: a structure that met a rule's condition, and what became of it.
+    """One row of shadow.csv: a structure that met a rule's condition, and the outcome.
 
     Attributes:
-        run: Number of its run.
+        run: Index of its run.
         rule: One of `catode.decisions.shadow.RULES`.
         structure: kind, block, site and index.
         step: Training step of the decision.
-        numbers: keep_prob, benefit, escape and so on at the decision, by name.
+        numbers: Values at the decision by name, `catode.decisions.shadow.NUMBERS`.
         outcome: One of `catode.decisions.shadow.OUTCOMES`.
-        outcome_step: Step at which the observation ended; None if it did not.
+        outcome_step: Step of the outcome; None if it is open.
     """
 
     run: int
@@ -60,11 +60,11 @@ class Run:
     """A finished run.
 
     Attributes:
-        folder: Where it is.
-        config: config.json.
-        result: result.json.
-        decisions: Lines of shadow.csv; empty for a run that removed what it decided.
-        rows: Lines of structures.csv, as texts.
+        folder: Its folder.
+        config: Content of config.json.
+        result: Content of result.json.
+        decisions: Rows of shadow.csv; empty for a run that is not a shadow run.
+        rows: Rows of structures.csv, as text.
     """
 
     folder: Path
@@ -75,18 +75,18 @@ class Run:
 
     @property
     def shadow(self) -> bool:
-        """Whether it decided without removing."""
+        """Whether it is a shadow run (--shadow)."""
         return bool(self.config.get("shadow", False))
 
     @property
     def group(self) -> tuple[str, str, int, float]:
-        """What shadow runs must share to be counted together: data set, network, epochs, stated risk."""
+        """Shadow runs are counted together if these agree: data set, network, epochs, stated risk."""
         c = self.config
         return c["dataset"], c["arch"], c["epochs"], c["risk"]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All of the configuration that decides the course of the run."""
+        """The settings that affect the run's results."""
         known = settings()
         return {
             name: value
@@ -96,15 +96,15 @@ class Run:
 
 
 def read(folder: Path, place: int = 0) -> Run:
-    """A run's files, compressed or not.
+    """Read a run's files, compressed or not.
 
     Args:
-        folder: A finished run, or the condensed record of one.
-        place: The run's number among those compared.
+        folder: Folder of a finished run, or its record.
+        place: Index of the run among those compared.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if one cannot be read, or holds what no run writes; the message names the file.
+        ValueError: if a file is malformed; the message names it.
     """
     config = read_config(folder, _CONFIG, dict(tol=float, shadow=bool))
     result = read_result(folder, _RESULT, dict(decided_by_rule=float))
@@ -141,11 +141,11 @@ def _decision(path: Path, row: dict[str, str], place: int) -> Decision:
 
 
 def read_all(folders: Sequence[Path]) -> list[Run]:
-    """Several runs, numbered in their order.
+    """Read several runs, indexed in their order.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if one cannot be read, or a run is given twice: the same folder, or the same configuration.
+        ValueError: if a file is malformed, or a run is given twice: the same folder, or the same configuration.
     """
     places: dict[Path, Path] = {}
     for folder in folders:
@@ -163,7 +163,7 @@ def read_all(folders: Sequence[Path]) -> list[Run]:
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Shadow runs that may be counted together, by a heading that says what they share."""
+    """Shadow runs that may be counted together, by a heading that names what they have in common."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         if run.shadow:

@@ -1,4 +1,4 @@
-"""How the rules of shadow runs did: regrets and leads, calibration, and which assumed limits held.
+"""Scores of the rules in shadow runs: regrets, leads, calibration, and which assumed limits held.
 
 Source: docs/conventions.md, "A run's folder" (regret); docs/mathematics.md sections 5 and 6.
 """
@@ -22,27 +22,27 @@ BINS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
 """Edges of the bins of the predicted probability of an escape."""
 
 BY_SIZE = (shadow.FILTER, shadow.SCALE)
-"""Rules that decide without looking at theta, so that a return to 1 says nothing about them."""
+"""Rules that do not use theta, so a return of theta to 1 is not a regret of theirs."""
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a rule did.
+    """Score of a rule.
 
     Attributes:
         decisions: Number of structures that met its condition with theta above 0.
-        confirmed: Of these, theta reached 0 before it came back to 1.
-        regrets: It came back to 1 first.
-        open: Neither until the end, or until the site or block went.
-        low: Lower end of the interval of the regret rate, of the regrets alone.
-        high: Its upper end, where all that is open counts as a regret.
-        precision: Share of the decisions whose theta reached 0 in the end, those that went with site or block left out.
+        confirmed: Of these, theta reached 0 before it returned to 1.
+        regrets: Of these, theta returned to 1 first.
+        open: Neither by the end of the run or the removal of the site or block.
+        low: Lower end of the interval of the regret rate, counting regrets only.
+        high: Upper end, counting every open decision as a regret.
+        precision: Share of the decisions whose theta reached 0 in the end, without those removed with site or block.
         recall: Share of all structures whose theta reached 0 that were decided before.
-        leads: Steps from each confirmed decision to theta = 0. By a rule by size, which does not look at theta, every
-            decision whose theta reached 0 in the end counts.
-        checks: Number of different checks, of a run each, at which the decisions were taken.
+        leads: Steps from each confirmed decision to theta = 0, shape (n,). For rules in `BY_SIZE`, from every decision
+            whose theta reached 0 in the end.
+        checks: Number of different checks (pairs of run and step) of the decisions.
         regretted: Number of runs with at least one regret.
     """
 
@@ -60,11 +60,11 @@ class Score:
 
 
 def interval(events: int, trials: int) -> tuple[float, float]:
-    """Clopper-Pearson interval of a probability, two-sided, at `CONFIDENCE`; (0, 1) without trials.
+    """Two-sided Clopper-Pearson interval of a probability at `CONFIDENCE`; (0, 1) without trials.
 
     Args:
-        events: How often it happened.
-        trials: Of how many, independent of each other.
+        events: Number of events.
+        trials: Number of independent trials.
     """
     from scipy.stats import binomtest
 
@@ -75,11 +75,11 @@ def interval(events: int, trials: int) -> tuple[float, float]:
 
 
 def rules(runs: Sequence[Run], kind: str | None = None) -> dict[str, Score]:
-    """How every rule did over all runs, in the order of `catode.decisions.shadow.RULES`.
+    """Score of every rule over all runs, in the order of `catode.decisions.shadow.RULES`.
 
     Args:
         runs: Shadow runs.
-        kind: Count "layer" or "unit" alone; None for both together.
+        kind: "layer" or "unit" to count only these; None for both.
     """
     counted = [d for run in runs for d in run.decisions if kind in (None, d.structure[0])]
     zero = {(d.run, d.structure): d.step for d in counted if d.rule == shadow.ZERO}
@@ -108,13 +108,13 @@ def rules(runs: Sequence[Run], kind: str | None = None) -> dict[str, Score]:
 
 
 def calibration(runs: Sequence[Run]) -> list[tuple[float, float, float, int, int, int]]:
-    """Predicted against observed escapes in bins of the prediction.
+    """Predicted and observed escapes in bins of the prediction.
 
-    Of the decisions of all rules that look at theta, a bin takes each structure's first whose prediction lies in it, so that
-    within a bin every structure of a run counts once. A structure may be in several bins.
+    A bin counts, for each structure of a run, its first decision in that bin by any rule that uses theta. A structure may be
+    in several bins.
 
     Returns:
-        Lower and upper end of each bin that has decisions, its mean prediction, structures, regrets and those left open.
+        Lower and upper end of each bin that has decisions, its mean prediction, numbers of structures, regrets and open decisions.
     """
     looks = set(shadow.RULES) - {shadow.ZERO, *BY_SIZE}
     own = [d for run in runs for d in run.decisions if d.rule in looks and np.isfinite(d.numbers["escape"])]
@@ -134,12 +134,12 @@ def calibration(runs: Sequence[Run]) -> list[tuple[float, float, float, int, int
 
 
 def assumptions(runs: Sequence[Run]) -> dict[str, tuple[int, int, int, float]]:
-    """Which bounds taken at the derived decisions were exceeded before the observation ended.
+    """Which bounds assumed at the decisions of the derived rule were exceeded before the outcome.
 
     Returns:
-        By bound: decisions that were seen at a later check, those that exceeded it, regrets among these, and the median
-        of the largest excess (measured over bound) of those that did. `benefit` is whether its upper limit
-        came to the price.
+        By bound: decisions with a later check, those of them that exceeded the bound, regrets among these, and the median
+        over these of the largest ratio of measured value to bound. For `benefit` the ratio is its upper limit to the
+        price.
     """
     found: dict[str, list[tuple[float, bool]]] = {name: [] for name in (*ASSUMED, "benefit")}
     for run in runs:

@@ -1,4 +1,4 @@
-"""What a comparison says, as Markdown."""
+"""The tables of a comparison, as Markdown."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ def text(runs: Sequence[Run]) -> str:
     parts = ["# Runs", _runs_table(runs)]
     watched = groups(runs)
     if not watched:
-        parts.append("None of them is a shadow run (--shadow): there is nothing to say about regrets.")
+        parts.append("None of them is a shadow run (--shadow), so regrets are not known.")
         return "\n\n".join(parts) + "\n"
     count = sum(len(own) for own in watched.values())
     stated = ", ".join(f"{risk:g}" for risk in sorted({run.config["risk"] for own in watched.values() for run in own}))
     parts += [
-        f"# Decisions and what became of them ({count} shadow run{'s' if count > 1 else ''}, stated risk {stated})",
-        "A regret: theta came back to 1 before it first reached 0. The interval is Clopper-Pearson's at 95 %; its upper end "
-        "counts everything left open (undecided, or gone with its site or block) as a regret. It takes decisions as "
-        "independent; those of one run, and more so those of one check, are not. Precision: theta reached 0 in the end. "
-        "Recall: of all thetas that reached 0, decided before. Lead: steps from a confirmed decision to theta = 0. Rules by "
-        "size take as many units as `derived` at the same check, whatever their theta; a return to 1 says nothing about "
-        "them, and their lead is that of all whose theta reached 0.",
+        f"# Decisions and their outcomes ({count} shadow run{'s' if count > 1 else ''}, stated risk {stated})",
+        "A regret: theta returned to 1 before it first reached 0. The interval is Clopper-Pearson's at 95 %; its upper end "
+        "counts every open decision (undecided, or removed with its site or block) as a regret. It assumes independent "
+        "decisions; those of one run, and more so those of one check, are not. Precision: share whose theta reached 0 in the "
+        "end. Recall: share of all thetas that reached 0 that were decided before. Lead: steps from a confirmed decision to "
+        "theta = 0. Rules by size select as many units as `derived` at the same check, whatever their theta; regrets are not "
+        "defined for them, and their lead is that of all whose theta reached 0.",
         *_by_group(watched, lambda own: f"{rules_table(own)}\n\n{_derived(own)}"),
         "# Predicted and observed escapes",
-        "Decisions of all rules that look at theta, by the bound on the probability of an escape that the theory gave at that "
-        "moment. Within a bin every structure of a run counts once, by its first decision there; it may be in several "
-        "bins, so the rows are not independent of each other.",
+        "Decisions of all rules that use theta, by the theory's bound on the probability of an escape at the decision. Within a "
+        "bin every structure of a run counts once, by its first decision there; it may be in several bins, so the rows are "
+        "not independent.",
         *_by_group(watched, _calibration_table),
-        "# What was assumed at the decision, and what was measured afterwards",
-        "Upper limits at the decision against the largest value at a later check, up to the end of the observation. "
-        "Later values are measured with noise and have their own margin, so an excess does not prove a violation. Nor does a "
-        "regret: the claim is about its probability.",
+        "# Upper limits assumed at the decision, and later measurements",
+        "Upper limits at the decision, compared with the largest value at a later check up to the outcome. Later values are "
+        "noisy and have their own margin, so an excess does not prove a violation. Neither does a regret: the claim is about "
+        "its probability.",
         *_by_group(watched, _assumptions_table),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _by_group(watched: dict[str, list[Run]], tell: Callable[[Sequence[Run]], str]) -> list[str]:
-    """What is told of each group, under a heading where there are several."""
-    return [f"## {name}\n\n{tell(own)}" if len(watched) > 1 else tell(own) for name, own in watched.items()]
+def _by_group(watched: dict[str, list[Run]], section: Callable[[Sequence[Run]], str]) -> list[str]:
+    """The section of each group, under a heading if there are several."""
+    return [f"## {name}\n\n{section(own)}" if len(watched) > 1 else section(own) for name, own in watched.items()]
 
 
 def _derived(runs: Sequence[Run]) -> str:
-    """How the decisions of the derived rule are spread over kinds, checks and runs."""
+    """Numbers of decisions and regrets of the derived rule by kind, check and run."""
     score = rules(runs)[shadow.DERIVED]
     kinds = []
     for kind in ("unit", "layer"):
@@ -67,7 +67,7 @@ def _derived(runs: Sequence[Run]) -> str:
 
 
 def rules_by_run(runs: Sequence[Run]) -> list[str]:
-    """Regrets, open ones and decisions of the derived rule in each run, as text."""
+    """Regrets, open decisions and decisions of the derived rule in each run, as text."""
     found = []
     for run in runs:
         score = rules([run])[shadow.DERIVED]
@@ -103,7 +103,7 @@ def _runs_table(runs: Sequence[Run]) -> str:
 
 
 def rules_table(runs: Sequence[Run]) -> str:
-    """How every rule did over all runs, as Markdown."""
+    """Score of every rule over all runs, as Markdown."""
     rows = []
     for rule, s in rules(runs).items():
         lead = [f"{v:.0f}" for v in np.quantile(s.leads, (0.25, 0.5, 0.75))] if len(s.leads) else []

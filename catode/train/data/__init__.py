@@ -1,4 +1,4 @@
-"""Images into batches: the data sets by name, what they are read from, and how batches are made of them."""
+"""Data sets by name, their readers, and batches."""
 
 from catode.train.data.augment import AUGMENTATIONS
 from catode.train.data.batches import Batches

@@ -1,7 +1,7 @@
-"""What happens at random to the images of an epoch, drawn at once, and the operations on whole batches.
+"""Random augmentation: the random numbers of an epoch, and the operations on whole batches.
 
-The draws of an epoch follow from (seed, epoch) alone and are indexed by place in the epoch, so any batch can be made
-without those before it, by any process.
+The random numbers depend only on (seed, epoch) and are indexed by position in the epoch, so any process can make any batch
+without those before it.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import torch
 import torch.nn.functional as F
 
 AUGMENTATIONS = {"none": 0, "shift": 1, "crop-flip": 4, "resized-crop": 0}
-"""Name of each augmentation and the pixels it pads on every side."""
+"""Name of each augmentation, and its padding in pixels on every side."""
 
 MIRRORED = ("crop-flip", "resized-crop")
-"""Those that mirror half of the images."""
+"""Augmentations that flip half of the images horizontally."""
 CROP_AREA = (0.08, 1.0)
-"""Range of the share of the picture that a resized crop covers."""
+"""Range of the area of a resized crop, as a share of the image."""
 CROP_RATIO = 4 / 3
-"""Largest ratio of the sides of a resized crop, either way."""
+"""Largest aspect ratio of a resized crop; the smallest is its inverse."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What an epoch draws for each of its N places.
+    """Random numbers of an epoch, for each of its N positions.
 
     Args:
-        order: Which image stands there, int64, shape (N,).
-        rows: First row of the window in the padded image, shape (N,).
-        columns: Its first column, shape (N,).
-        flip: Whether the image is mirrored, by an augmentation that mirrors, shape (N,).
-        crop: Four uniform numbers from which `crop_boxes` makes a box, float64, shape (N, 4).
+        order: Index of the image (the shuffle), int64, shape (N,).
+        rows: First row of the crop in the padded image, shape (N,).
+        columns: First column of the crop, shape (N,).
+        flip: Whether the image is flipped, used by the augmentations in `MIRRORED`, shape (N,).
+        crop: Four uniform numbers for `crop_boxes`, float64, shape (N, 4); (0, 4) without resized crops.
     """
 
     order: torch.Tensor
@@ -44,7 +44,7 @@ class Draws:
 
 
 def draw(augment: str, count: int, epoch: int, seed: int) -> Draws:
-    """The draws of one epoch over `count` images."""
+    """The random numbers of one epoch over `count` images."""
     generator = torch.Generator().manual_seed(
         int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     )
@@ -57,15 +57,15 @@ def draw(augment: str, count: int, epoch: int, seed: int) -> Draws:
 
 
 def crop_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Boxes of random area and ratio of sides, at random places, within images of one size.
+    """Boxes of random area, aspect ratio and position in images of one size.
 
-    Area uniform in `CROP_AREA` of the image, logarithm of the ratio uniform in ±log `CROP_RATIO`; a side that would be
-    longer than the image's is cut to it.
+    The share of the area is uniform in `CROP_AREA`, the logarithm of the ratio uniform in ±log `CROP_RATIO`; a side longer
+    than the image's is clipped to it.
 
     Args:
         draws: Uniform numbers in [0, 1), shape (n, 4).
-        height: Height of the images.
-        width: Their width.
+        height: Height of the images, pixels.
+        width: Width of the images, pixels.
 
     Returns:
         Left, top, width and height in pixels, shape (n, 4).
@@ -78,15 +78,18 @@ def crop_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_crops(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Cut a box from each image and stretch it to the image's size, bilinearly.
+    """Crop a box from each image and resize it to the image's size, bilinearly.
 
     Args:
         images: Floating point, shape (n, C, H, W).
         boxes: Left, top, width and height in pixels, shape (n, 4).
+
+    Returns:
+        The resized crops, shape (n, C, H, W).
     """
     height, width = images.shape[2:]
     left, top, wide, high = boxes.T[:, :, None]
-    # grid_sample counts from -1 at the first pixel's outer edge to 1 at the last one's
+    # grid_sample coordinates run from -1 at the first pixel's outer edge to 1 at the last pixel's
     x = (left + wide * _centres(width, images.device)) * (2 / width) - 1
     y = (top + high * _centres(height, images.device)) * (2 / height) - 1
     size = (len(images), height, width)
@@ -99,5 +102,5 @@ def _centres(count: int, device: torch.device) -> torch.Tensor:
 
 
 def mixing_share(alpha: float, epoch: int, seed: int, batch: int) -> float:
-    """Share of an image in its mixture with another, for a whole batch: Beta(alpha, alpha)."""
+    """Weight of the first image of each mixup pair, the same for a whole batch: Beta(alpha, alpha)."""
     return float(np.random.default_rng([seed, epoch, batch]).beta(alpha, alpha))

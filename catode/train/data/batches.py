@@ -1,7 +1,7 @@
 """Batches of images, augmented a whole batch at a time.
 
-Images stay `uint8` until a batch is made: gather, flip, pad and crop touch one byte a pixel; conversion to floating point
-and normalisation come last. `python -m benchmarks.loading` measures it.
+Gather, flip, pad and crop work on `uint8`; conversion to floating point and normalisation come last, for speed.
+`python -m benchmarks.loading` measures it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from catode.train.data.folder import ImageFiles, default_workers, stream
 from catode.train.data.images import DataError
 
 HOME_SHARE = 0.25
-"""Share of an accelerator's free memory that an array of images may take; a larger one stays in the host's memory."""
+"""Share of a GPU's free memory that an array of images may take; a larger array stays in host memory."""
 
 
 class Batches:
     """Shuffled, augmented, normalised batches of one training set.
 
-    Order and augmentation of an epoch depend on (seed, epoch) alone: not on the batch size, the device, the number of
-    workers or any global random state. How much of another image `mixup` mixes in depends on the number of the batch too.
+    Order and augmentation of an epoch depend only on (seed, epoch), not on the batch size, the device, the number of worker
+    processes or any global random state. The weight of `mixup` also depends on the index of the batch.
 
     Example:
         >>> data = load("digits")
@@ -34,27 +34,27 @@ class Batches:
         ...     pass
 
     Args:
-        images: Images, uint8, shape (N, C, H, W), copied once to the device if it has room for them; or `ImageFiles`.
+        images: Images, uint8, shape (N, C, H, W), copied once to the device if they fit (`HOME_SHARE`); or `ImageFiles`.
         labels: Class indices, int64, shape (N,).
         batch_size: Images in a batch; the incomplete last batch of an epoch is dropped.
         mean: Mean of each channel in [0, 1], shape (C,).
         std: Standard deviation of each channel in [0, 1], positive, shape (C,).
-        augment: `none`; `crop-flip` mirrors half of the images, pads 4 pixels of the mean colour and crops at random;
-            `shift` moves by at most one pixel along each axis, black coming in at the edge; `resized-crop` mirrors half of
-            the images and stretches a random box of each (see `crop_boxes`) to full size. The box of `ImageFiles` with an
-            image size is cut from the whole picture when it is decoded.
-        mixup: Each batch is mixed with itself, half of its length on, by a share drawn from Beta(mixup, mixup); 0 for none.
-            Labels are then distributions.
+        augment: `none`; `crop-flip` flips half of the images, pads 4 pixels of the mean colour and crops at random;
+            `shift` moves by at most one pixel along each axis, with black padding; `resized-crop` flips half of the images
+            and resizes a random box of each (see `crop_boxes`) to full size. For `ImageFiles` with an image size the box is
+            cropped from the original image when it is decoded.
+        mixup: Parameter of mixup: image i is mixed with image i + batch_size/2 (cyclic), with a weight drawn from
+            Beta(mixup, mixup); 0 for none. Labels are then distributions.
         classes: Number of classes, needed for `mixup`.
-        workers: Processes that decode `ImageFiles` ahead; 0 decodes in this one, None takes one for each core.
-        device: Where batches are made and delivered.
+        workers: Worker processes that decode `ImageFiles` ahead; 0 decodes in this process, None is one for each core.
+        device: Device of the batches.
         dtype: Floating-point type of the images in a batch.
-        channels_last: Deliver images in the channels-last memory format.
-        shard: This process' number and the number of processes (rank, world): rows rank::world of each batch are
-            delivered, those that one process would deliver there.
+        channels_last: Return images in the channels-last memory format.
+        shard: (rank, world), number of this process and number of processes: this process gets rows rank::world of each
+            batch.
 
     Raises:
-        DataError: if the arguments do not fit together.
+        DataError: if the arguments are inconsistent.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Batches:
             )
         if mixup < 0 or (mixup and (classes is None or classes <= int(labels.max()))):
             raise DataError(
-                f"`mixup` must be >= 0, and `classes` beyond every label with it; got mixup={mixup}, classes={classes}. "
+                f"`mixup` must be >= 0, and `classes` above every label with it; got mixup={mixup}, classes={classes}. "
                 "Use mixup=0 for none."
             )
         rank, world = shard
@@ -110,17 +110,17 @@ class Batches:
         self.device = torch.device(device)
         self.dtype = dtype
         self.channels_last = channels_last
-        # Stored as (N, H, W, C) for channels-last: each row of a window is then one run of memory.
+        # Stored as (N, H, W, C) for channels-last: each row of a window is then contiguous.
         self._rows, self._columns = (1, 2) if channels_last else (2, 3)
         self._files = images if isinstance(images, ImageFiles) else None
         if self._files is None:
-            self._home = self.device if images.nbytes <= _room(self.device) else torch.device("cpu")
+            self._home = self.device if images.nbytes <= _image_budget(self.device) else torch.device("cpu")
             self._images = self._lay_out(images.to(self._home))
         self._labels = labels.to(self.device)
         shape = (1, 1, 1, channels) if channels_last else (1, channels, 1, 1)
         std_tensor = torch.tensor(std, dtype=torch.float64).view(shape)
         mean_tensor = torch.tensor(mean, dtype=torch.float64).view(shape)
-        # Of the full size of an image, not broadcast over pixels: three times as fast for channels-last.
+        # Expanded to the size of an image, not broadcast: three times as fast for channels-last.
         height, width = images.shape[2:]
         like = torch.empty((1, height, width, channels) if channels_last else (1, channels, height, width))
         self._scale = (1 / (255 * std_tensor)).float().expand_as(like).contiguous().to(self.device)
@@ -129,16 +129,16 @@ class Batches:
         self._fill = fill.to(self.device, torch.uint8)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         return len(self._labels) // self.batch_size
 
     def epoch(self, epoch: int, seed: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch.
 
         Args:
-            epoch: Number of the epoch, from 0.
+            epoch: Index of the epoch, from 0.
             seed: Seed of the run.
-            start: Number of the first batch; those before it are not made.
+            start: Index of the first batch; earlier ones are skipped.
 
         Returns:
             Iterator over `len(self) - start` pairs of images (n, C, H, W) and labels (n,), or with `mixup` distributions
@@ -152,7 +152,7 @@ class Batches:
         own = torch.arange(rank, self.batch_size, world)
         places, partner = own, None
         if self.mixup:
-            # none but the process' own places where they come in whole pairs
+            # only this process' rows if both images of every pair are among them
             partner = (own + self.batch_size // 2) % self.batch_size
             places = torch.cat([own, partner]).unique()
             own, partner = (torch.searchsorted(places, p).to(self.device) for p in (own, partner))
@@ -181,7 +181,7 @@ class Batches:
     def evaluation(
         self, images: torch.Tensor | ImageFiles, labels: torch.Tensor, batch_size: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches in order, without augmentation, normalised like the training images; the last one may be smaller.
+        """Batches in order, without augmentation, normalised like the training images; the last may be smaller.
 
         Args:
             images: Images, uint8, shape (M, C, H, W), or `ImageFiles`.
@@ -189,10 +189,10 @@ class Batches:
             batch_size: Images in a batch.
 
         Returns:
-            Iterator over pairs of images and labels that covers every image once, all shards together.
+            Iterator over pairs of images (n, C, H, W) and labels (n,); all shards together cover every image once.
 
         Raises:
-            DataError: if the arguments do not fit together; from the iterator, if an image file cannot be decoded.
+            DataError: if the arguments are inconsistent; from the iterator, if an image file cannot be decoded.
         """
         _check_images(images, labels, batch_size)
         if tuple(images.shape[1:]) != (self._channels, *self._size):
@@ -222,11 +222,11 @@ class Batches:
 
     @property
     def _cut_when_decoded(self) -> bool:
-        """Whether random boxes are cut by the decoder, from pictures of all sizes."""
+        """Whether the decoder crops the random boxes, from the original images."""
         return self._files is not None and self._files.image_size is not None and self.augment == "resized-crop"
 
     def _raw(self, draws: Draws, places: torch.Tensor, start: int) -> Iterator[torch.Tensor]:
-        """The images at some places of each batch from `start` on, uint8, laid out on the device."""
+        """The images at positions `places` of each batch from `start` on, uint8, on the device, in the memory layout."""
         steps = range(start, len(self))
         if self._files is None:
             order, here = draws.order.to(self._home), places.to(self._home)
@@ -243,13 +243,13 @@ class Batches:
 
     def _stream(self, files: ImageFiles, requests: list) -> Iterator[torch.Tensor]:
         for images in stream(files, requests, self.workers, pin=self.device.type == "cuda"):
-            yield images.to(self.device, non_blocking=self.device.type != "mps")  # for CUDA the loader pinned them
+            yield images.to(self.device, non_blocking=self.device.type != "mps")  # for CUDA they are in pinned memory
 
     def _lay_out(self, images: torch.Tensor) -> torch.Tensor:
         return (images.permute(0, 2, 3, 1) if self.channels_last else images).contiguous()
 
     def _canvas(self, count: int, margin: int) -> torch.Tensor:
-        """Blank images, `margin` pixels larger on every side; its border never changes, so one serves an epoch."""
+        """Padding-coloured images, `margin` pixels larger on every side; the border never changes, so an epoch needs one."""
         shape = [count, *self._scale.shape[1:]]
         shape[self._rows] += 2 * margin
         shape[self._columns] += 2 * margin
@@ -258,13 +258,13 @@ class Batches:
     def _window(
         self, images: torch.Tensor, canvas: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
     ) -> torch.Tensor:
-        """Windows of the padded images that begin at (rows, columns), one gather for the whole batch."""
+        """Crops of the padded images that begin at (rows, columns), by one gather for the whole batch."""
         margin = (canvas.shape[self._rows] - images.shape[self._rows]) // 2
         inner = canvas
         for axis in (self._rows, self._columns):
             inner = inner.narrow(axis, margin, images.shape[axis])
         inner.copy_(images)
-        # A view (B, shifts, shifts, *image) onto the canvas; indexing its first three axes copies one window an image.
+        # A view of shape (B, shifts, shifts, *image); indexing its first three axes copies one crop for each image.
         stride, steps = canvas.stride(), 2 * margin + 1
         windows = canvas.as_strided(
             (len(canvas), steps, steps, *images.shape[1:]),
@@ -273,7 +273,7 @@ class Batches:
         return windows[torch.arange(len(canvas), device=canvas.device), rows, columns]
 
     def _resize(self, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Boxes of the images at full size, floating point."""
+        """Boxes of the images, resized to full size, floating point."""
         if self.channels_last:
             images = images.permute(0, 3, 1, 2)
         images = resize_crops(images.float().contiguous(), boxes)
@@ -287,8 +287,8 @@ class Batches:
         return images.permute(0, 3, 1, 2) if self.channels_last else images
 
 
-def _room(device: torch.device) -> float:
-    """Bytes of images that may be kept on a device."""
+def _image_budget(device: torch.device) -> float:
+    """Bytes of images that may be stored on a device."""
     return HOME_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
 
 

@@ -1,4 +1,4 @@
-"""The official python files of CIFAR-10 and CIFAR-100, read without running anything that they name."""
+"""Reader of the official pickle files of CIFAR-10 and CIFAR-100 that runs no code from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from catode.train.data.images import DataError, ImageData, assemble
 
 @dataclass(frozen=True)
 class _Cifar:
-    """Where the official files of one CIFAR data set keep what, and where their archive is to be had."""
+    """File names, dictionary keys and download address of one CIFAR data set."""
 
     name: str
     folder: str
@@ -34,7 +34,7 @@ class _Cifar:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the files that are read."""
+        """Names of the files to read."""
         return (*self.train, *self.test, self.meta)
 
 
@@ -65,35 +65,35 @@ CIFAR = {
 
 
 def _find(root: Path, spec: _Cifar) -> Path | None:
-    """The folder of the official files, `root` or below it."""
+    """The folder of the official files, `root` or a folder in it; None if not found."""
     if (root / spec.folder).is_dir():
         return root / spec.folder
     return root if any((root / f).is_file() for f in spec.files) else None
 
 
 def download(root: Path, spec: _Cifar) -> None:
-    """Fetch the official archive and unpack it, unless all its files are there; an archive that lies there is used.
+    """Download and unpack the official archive, unless its files exist; an archive that exists is used.
 
     Args:
-        root: The official folder or its parent; made if it does not exist.
+        root: The official folder or its parent; created if it does not exist.
         spec: The data set.
 
     Raises:
-        DataError: if the archive cannot be had, is not the official one, or cannot be unpacked there.
+        DataError: if the archive cannot be downloaded, has a wrong checksum, or cannot be unpacked.
     """
     if root.name == spec.folder:
         root = root.parent
     archive, folder, part = root / spec.url.rpartition("/")[2], root / spec.folder, root / (spec.folder + ".part")
 
-    def there() -> bool:
+    def complete() -> bool:
         return any(all((place / file).is_file() for file in spec.files) for place in (folder, root))
 
-    if there():  # asked first, as the place may be read-only
+    if complete():  # before locking, as the folder may be read-only
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
         with alone(root / f".{archive.name}.lock"):
-            if there():
+            if complete():
                 return
             fetch(spec.url, archive, spec.md5)
             shutil.rmtree(part, ignore_errors=True)
@@ -146,7 +146,7 @@ def read(root: Path, spec: _Cifar) -> ImageData:
 
 
 def _batch(path: Path, key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 3, 32, 32) and labels (n,) of one official pickle."""
+    """Images, uint8 (n, 3, 32, 32), and labels, int64 (n,), of one official pickle."""
     content = _unpickle(path)
     images, labels = _entry(content, "data", path), _entry(content, key, path)
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
@@ -175,7 +175,7 @@ def _malformed(path: Path, what: str) -> DataError:
 
 
 def _entry(content: object, key: str, path: Path) -> object:
-    """The value under `key`, which Python 2 wrote as bytes."""
+    """The value under `key`, a text or, as written by Python 2, bytes."""
     if not isinstance(content, dict):
         raise _malformed(path, f"must be a dictionary, got {type(content).__name__}")
     for k in (key.encode(), key):
@@ -186,10 +186,10 @@ def _entry(content: object, key: str, path: Path) -> object:
 
 
 def _unpickle(path: Path) -> object:
-    """Read one pickle without running anything that it names."""
+    """Read one pickle without running code from it."""
     try:
         return _RestrictedUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle can fail in any way; nothing but the decoding runs here
+    except Exception as error:  # a damaged pickle can raise anything
         raise _malformed(
             path, f"not a readable pickle ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
@@ -234,21 +234,21 @@ def _scalar(dtype: _Dtype, data: bytes) -> int:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in the pickle protocols of Python 2."""
+    """Stand-in for `_codecs.encode`, with which Python 3 writes bytes in the pickle protocols of Python 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes may only be written in latin1, not {encoding!r}")
     return text.encode("latin-1")
 
 
 def _empty() -> bytes:
-    """How they write bytes of length zero."""
+    """Stand-in for `bytes`, which these protocols call for an empty value."""
     return b""
 
 
 class _RestrictedUnpickler(pickle._Unpickler):
-    """Reads built-in containers, text, numbers and integer arrays; every global in the file names a stand-in above.
+    """Reads built-in containers, text, numbers and integer arrays; every global in the file maps to a stand-in above.
 
-    The pure Python unpickler: the one in C reserves memory for whatever memo index a damaged file names, up to 64 GiB.
+    Pure Python: the C unpickler allocates memory for any memo index in a damaged file, up to 64 GiB.
     """
 
     ALLOWED: ClassVar[dict[str, Callable]] = {
@@ -274,6 +274,6 @@ class _RestrictedUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Callable:
         if module not in self.MODULES or name not in self.ALLOWED:
             raise pickle.UnpicklingError(
-                f"it names {module}.{name}, which image data do not need, so nothing of it was run"
+                f"it names {module}.{name}, which image data do not need; none of its code was run"
             )
         return self.ALLOWED[name]

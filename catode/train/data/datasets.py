@@ -29,25 +29,24 @@ def load(
     array_bytes: int | None = None,
     download: bool = False,
 ) -> ImageData:
-    """Read a data set: into memory, but for a large `folder`.
+    """Read a data set, into memory unless it is a large `folder`.
 
     Args:
         dataset: `digits`, `cifar10`, `cifar100` or `folder`.
         data_dir: Folder with the data; for CIFAR the official folder or its parent. Not used for `digits`.
-        seed: Accepted so that a run can pass its own, and without effect: no split depends on the run, so that accuracies
-            stay comparable.
+        seed: Not used: the splits are the same for every seed, so that accuracies are comparable.
         image_size: For `folder`: the shorter side is resized to this many pixels and the centre cropped to a square.
             Without it all images must share one size.
-        augment: What `Batches` will do; `resized-crop` needs the pictures of a `folder` at their own size.
-        array_bytes: For `folder`: images that take more than this when decoded are left on the disk; None for a quarter
+        augment: Augmentation of `Batches`; `resized-crop` needs the images of a `folder` at their original size.
+        array_bytes: For `folder`: images that take more bytes than this when decoded stay on the disk; None for a quarter
             of the memory.
-        download: For CIFAR: fetch the official archive first if the data are not there.
+        download: For CIFAR: download the official archive if the data are missing.
 
     Returns:
         The images and labels of both splits with the training statistics.
 
     Raises:
-        DataError: if the data are missing, malformed or do not fit together, or cannot be fetched.
+        DataError: if the data are missing, malformed or inconsistent, or cannot be downloaded.
     """
     del seed
     if dataset not in DATASETS:
@@ -86,7 +85,7 @@ def load(
 
 
 def _digits() -> ImageData:
-    """The 1,797 scans that scikit-learn ships, 8x8, with one fixed stratified split."""
+    """scikit-learn's 1,797 digits, 8x8, with a fixed stratified split."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()

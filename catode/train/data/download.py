@@ -1,4 +1,4 @@
-"""Files from the network: resumes a partial download, and checks the whole file's md5."""
+"""Download of a file: resumes a partial download and verifies the md5."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from catode.train.data.images import DataError
 
 CHUNK = 1 << 18
 PATIENCE = 30
-"""Seconds without a byte after which a connection counts as cut."""
+"""Socket timeout in seconds."""
 
 
 def fetch(url: str, path: Path, md5: str) -> None:
-    """Download a file, or do nothing if it is there with the right checksum.
+    """Download a file, or do nothing if it exists with the right checksum.
 
-    It grows under the name ``path.part`` and gets its own name when it is whole and right. A connection that is cut is
-    resumed where it ended, as long as each try receives something.
+    The partial download is ``path.part``; it is renamed when it is complete and its checksum is right. An interrupted
+    connection is resumed, as long as each attempt receives something.
 
     Args:
         url: Address of the file.
-        path: Where it goes; its folder exists.
+        path: Where to save it; its folder exists.
         md5: Checksum of its content, hexadecimal.
 
     Raises:
-        DataError: if it cannot be had, or has another checksum; what came of a file that was cut is kept.
+        DataError: if it cannot be downloaded (a partial download is kept), or has another checksum.
     """
     if path.exists() and checksum(path) == md5:
         return
@@ -43,13 +43,13 @@ def fetch(url: str, path: Path, md5: str) -> None:
         try:
             if _receive(url, part):
                 break
-            reason = "the connection was cut"
+            reason = "the connection was closed"
         except (OSError, http.client.HTTPException) as error:
             reason = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
         if _size(part) <= before:
             raise DataError(
-                f"`download` must be able to fetch {url}; got: {reason}. Try again with a network (what came so far is kept "
-                f"and resumed), or put the official archive into {str(path.parent)!r} by hand."
+                f"`download` must be able to fetch {url}; got: {reason}. Try again with a network (a partial download is "
+                f"resumed), or put the official archive into {str(path.parent)!r} by hand."
             )
     found = checksum(part)
     if found != md5:
@@ -62,7 +62,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
 
 def _receive(url: str, part: Path) -> bool:
-    """Append what is missing of a file; whether it is whole now."""
+    """Append the missing part of a file; returns whether it is complete."""
     have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -100,9 +100,9 @@ def checksum(path: Path) -> str:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is inside `alone` with the same file, such as other ranks of a distributed run.
+    """Hold a lock file, waiting for other processes that hold it, such as other ranks of a distributed run.
 
-    The system lets go of the file when the process ends, however it ends. Does not wait where there is no `fcntl`.
+    The system releases the lock when the process ends, even if killed. Without `fcntl` there is no lock.
     """
     try:
         import fcntl

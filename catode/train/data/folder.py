@@ -1,4 +1,4 @@
-"""Images in class folders: an array in memory where they fit, decoded in worker processes at every use where not."""
+"""Images in class folders: an array in memory if they fit, else decoded in worker processes at every use."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from catode.train.stop import held_back, outlive
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ANNOTATIONS = "val_annotations.txt"
-"""Where Tiny-ImageNet keeps the classes of the files in val/images/."""
+"""Tiny-ImageNet's list of the classes of the files in val/images/."""
 ARRAY_SHARE = 0.25
-"""Share of the memory that decoded images may take before they are left on the disk."""
+"""Largest share of the memory for decoded images; more stay on the disk."""
 STATISTICS_IMAGES = 4096
-"""Training images, evenly spread over the classes, from which mean and standard deviation are taken."""
+"""Largest number of training images, evenly spread over the classes, for mean and standard deviation."""
 PAUSES = 0.5, 3.0
-"""Seconds before a file that could not be read is tried again."""
+"""Seconds before each retry of a failed read."""
 BATCHES_AHEAD = 3
-"""Batches that each worker decodes ahead of the step."""
+"""Batches that each worker process decodes ahead."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Images on the disk, decoded whenever they are asked for; stands where a uint8 tensor (N, 3, H, W) would.
+    """Images on the disk, decoded at every use; replaces a uint8 tensor (N, 3, H, W).
 
     Args:
         root: Folder that the names are relative to.
-        names: Path of each image as the file system's bytes, shape (N,): one array, as a million `Path`s would take
-            half a gigabyte, copied into every worker.
-        height: Height of a decoded image.
-        width: Its width.
-        image_size: Side to which images are resized and cropped; None for images that share one size.
+        names: Path of each image, bytes (`os.fsencode`), shape (N,): one array, as a million `Path`s would take half a
+            gigabyte in every worker process.
+        height: Height of a decoded image, pixels.
+        width: Width of a decoded image, pixels.
+        image_size: Side to which images are resized and cropped, pixels; None if all images have the same size.
     """
 
     root: str
@@ -56,20 +56,21 @@ class ImageFiles:
 
     @property
     def shape(self) -> torch.Size:
-        """That of the tensor it stands for."""
+        """Shape of the decoded images as a tensor, (N, 3, H, W)."""
         return torch.Size((len(self), 3, self.height, self.width))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor it stands for."""
+        """Bytes of the decoded images as a tensor."""
         return math.prod(self.shape)
 
     def decode(self, i: int, crop: np.ndarray | None = None) -> np.ndarray:
         """One image, uint8, shape (3, H, W).
 
         Args:
-            i: Which one.
-            crop: Four uniform numbers for `crop_boxes`, to cut a random box from the whole picture; None for the centre.
+            i: Index of the image.
+            crop: Uniform numbers for `crop_boxes`, shape (4,), to crop a random box of the original image; None for the
+                centre.
 
         Raises:
             DataError: if the file cannot be decoded, or has another size and `image_size` is None.
@@ -85,7 +86,7 @@ class ImageFiles:
         return image
 
     def array(self, rows: np.ndarray | None = None) -> torch.Tensor:
-        """Those images, or all, decoded by threads: decoding releases the GIL."""
+        """The images `rows`, or all, uint8 (n, 3, H, W), decoded by threads: decoding releases the GIL."""
         rows = np.arange(len(self)) if rows is None else rows
         out = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)
 
@@ -99,11 +100,11 @@ class ImageFiles:
 
 
 Request = tuple[np.ndarray, np.ndarray | None]
-"""Numbers of the images of one batch, and the draws of their crops, shape (n, 4), or None."""
+"""Indices of the images of one batch, shape (n,), and the uniform numbers of their crops, shape (n, 4), or None."""
 
 
 class _Decoding(Dataset):
-    """Answers a request with a batch, uint8, shape (n, 3, H, W), or with the error that it met."""
+    """Returns the batch of a request, uint8, shape (n, 3, H, W), or the error of a file."""
 
     def __init__(self, files: ImageFiles) -> None:
         self.files = files
@@ -122,16 +123,16 @@ class _Decoding(Dataset):
 def stream(
     files: ImageFiles, requests: Sequence[Request], workers: int, *, pin: bool = False
 ) -> Iterator[torch.Tensor]:
-    """Decoded batches in the order of the requests, which alone say what is in them.
+    """Decoded batches, uint8 (n, 3, H, W), in the order of the requests.
 
     Args:
         files: The images.
         requests: One for each batch.
-        workers: Processes that decode ahead; 0 decodes here, when a batch is asked for.
-        pin: Deliver in page-locked memory, from where a copy to a GPU need not be waited for.
+        workers: Worker processes that decode ahead; 0 decodes in this process.
+        pin: Return batches in pinned memory, for asynchronous copies to a GPU.
 
     Raises:
-        DataError: if a file cannot be decoded, or a worker is killed.
+        DataError: if a file cannot be decoded, or a worker process is killed.
     """
     loader = DataLoader(
         _Decoding(files),
@@ -141,7 +142,7 @@ def stream(
         prefetch_factor=BATCHES_AHEAD if workers else None,
         pin_memory=pin,
         worker_init_fn=outlive,
-        generator=torch.Generator(),  # its own, or it would draw from the global one
+        generator=torch.Generator(),  # otherwise it would use the global one
     )
     with held_back():
         batches = iter(loader)
@@ -150,7 +151,7 @@ def stream(
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:  # the loader's word for a worker that died
+        except RuntimeError as error:  # DataLoader raises it when a worker process dies
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise DataError(
                 f"`workers` must be processes that stay alive; got workers={workers} and: {reason}. Use fewer workers or "
@@ -166,19 +167,18 @@ def read(
 ) -> ImageData:
     """Read train/<class>/... and test/ or val/, RGB.
 
-    Decoded images of both splits stay in memory as an array if they take at most `array_bytes`; both are `ImageFiles` if
-    not. Mean and standard deviation are those of up to `STATISTICS_IMAGES` training images, so that nothing but the
-    place of the pixels depends on this.
+    If the decoded images of both splits take at most `array_bytes` they are arrays in memory, else `ImageFiles`. Mean and
+    standard deviation are those of up to `STATISTICS_IMAGES` training images in both cases, so results do not depend on it.
 
     Args:
         root: The folder.
-        image_size: Side to which images are resized and cropped; None for images that share one size.
-        whole_pictures: The training images are needed at their own size, and so are left on the disk if `image_size` is
-            given.
-        array_bytes: The limit; None for `ARRAY_SHARE` of the machine's memory.
+        image_size: Side to which images are resized and cropped, pixels; None if all images have the same size.
+        whole_pictures: The training images are needed at their original size, so they stay on the disk if `image_size`
+            is given.
+        array_bytes: The limit in bytes; None for `ARRAY_SHARE` of the machine's memory.
 
     Raises:
-        DataError: if the layout or an image that is decoded now cannot be used.
+        DataError: if the layout is wrong or an image cannot be decoded.
     """
     if not (root / "train").is_dir():
         raise DataError(
@@ -236,25 +236,25 @@ def read(
 
 
 def _array_bytes() -> int:
-    """Default limit of an array: a share of the memory of the machine or the control group, for each local process."""
+    """Default `array_bytes`: a share of the memory of the machine or its cgroup, divided by the local processes."""
     found = []
     if hasattr(os, "sysconf"):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             found.append(int(Path(file).read_text()))
-        except (OSError, ValueError):  # no such group, or no limit
+        except (OSError, ValueError):  # no cgroup, or no limit
             continue
     return int(min(found, default=2**34) * ARRAY_SHARE / local_processes())
 
 
 def local_processes() -> int:
-    """Processes of this run on this machine, as torchrun counts them."""
+    """Number of processes of this run on this machine, set by torchrun."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def default_workers() -> int:
-    """One worker for each core that this process may use."""
+    """One worker process for each core that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_processes())
 
@@ -272,7 +272,7 @@ def _class_files(root: Path, split: str) -> dict[str, list[str]]:
         found[folder.name] = sorted(
             os.path.join(within, f)
             for place, _, names in os.walk(folder)
-            for within in [os.path.relpath(place, root)]  # once a folder: it is slow
+            for within in [os.path.relpath(place, root)]  # once for each folder: relpath is slow
             for f in names
             if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")
         )
@@ -285,7 +285,7 @@ def _class_files(root: Path, split: str) -> dict[str, list[str]]:
 
 
 def _annotated_files(root: Path, annotations: Path) -> dict[str, list[str]]:
-    """Image files of each class as Tiny-ImageNet lists them: lines that begin with file name, tab, class."""
+    """Image files of each class from Tiny-ImageNet's list: lines that begin with file name, tab, class."""
     found: dict[str, list[str]] = {}
     there = (
         {entry.name for entry in os.scandir(root / "val" / "images")} if (root / "val" / "images").is_dir() else set()
@@ -306,7 +306,7 @@ def _annotated_files(root: Path, annotations: Path) -> dict[str, list[str]]:
 
 
 def _decode(path: str, image_size: int | None, crop: np.ndarray | None = None) -> np.ndarray:
-    """One image as uint8 (3, H, W): whole, or resized and its centre cut out, or a random box of it resized."""
+    """One image as uint8 (3, H, W): original, or resized and centre-cropped, or a random box of it resized."""
     from PIL import Image
 
     try:
@@ -319,14 +319,14 @@ def _decode(path: str, image_size: int | None, crop: np.ndarray | None = None) -
                 box = crop_boxes(crop[None], *reversed(image.size))[0]
                 enough = math.ceil(image_size * max(*image.size) / min(box[2:]))
             before = image.size
-            image.draft("RGB", (enough, enough))  # JPEG decodes large images at a fraction of their size, faster
+            image.draft("RGB", (enough, enough))  # JPEG can decode at a fraction of the size, which is faster
             if box is not None:
                 box *= image.size[0] / before[0]
             image = _rgb(image)
             return np.asarray(_centre(image, image_size) if box is None else _cut(image, box, image_size)).transpose(
                 2, 0, 1
             )
-    except Exception as error:  # damaged files make PIL raise many types; all of them mean the same to the user
+    except Exception as error:  # damaged files make PIL raise many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"`data_dir` must hold readable images; got {str(path)!r}, which cannot be decoded ({reason}). "
@@ -335,7 +335,7 @@ def _decode(path: str, image_size: int | None, crop: np.ndarray | None = None) -
 
 
 def _read(path: str) -> bytes:
-    """A file's bytes; a disk or a network that fails for a moment is given two more chances."""
+    """A file's bytes; two retries, for a disk or network that fails temporarily."""
     for pause in PAUSES:
         try:
             return Path(path).read_bytes()
@@ -347,7 +347,7 @@ def _read(path: str) -> bytes:
 
 
 def _rgb(image):
-    """An image in 8-bit RGB; transparency is left out, 16-bit grey is scaled down."""
+    """An image in 8-bit RGB; transparency is dropped, 16-bit grey is scaled to 8 bits."""
     from PIL import Image
 
     if image.mode.startswith("I"):
@@ -363,7 +363,7 @@ def _rgb(image):
 
 
 def _centre(image, side: int):
-    """The shorter side resized to `side` pixels, the centre cut to a square."""
+    """The image resized so that its shorter side has `side` pixels, cropped to the central square."""
     from PIL import Image
 
     scale = side / min(image.size)

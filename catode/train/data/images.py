@@ -1,4 +1,4 @@
-"""A labelled set of images, its statistics, and the one kind of error that data raise."""
+"""A labelled set of images, its statistics, and `DataError`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class DataError(ValueError):
-    """Data that is missing, malformed or unusable; one line: argument, constraint, value, hint."""
+    """Data that are missing, malformed or unusable; one line: argument, constraint, value, hint."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
     """A data set for classification.
 
-    Its images are arrays in memory, or `catode.train.data.folder.ImageFiles` where they are decoded at every use.
+    Its images are tensors in memory, or `catode.train.data.folder.ImageFiles`, decoded at every use.
 
     Args:
         name: Name of the data set.
@@ -46,7 +46,7 @@ class ImageData:
 
     @property
     def fingerprint(self) -> int:
-        """A number that images in other files, in another order or under other labels would not have."""
+        """CRC-32 of the labels and, for images on the disk, the file names, in order."""
         number = 0
         for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
             number = zlib.crc32(labels.numpy().tobytes(), number)
@@ -56,7 +56,14 @@ class ImageData:
 
 
 def assemble(name: str, train: tuple, test: tuple, classes: tuple[str, ...]) -> ImageData:
-    """Join two (images, labels) pairs of numpy arrays and add the training statistics."""
+    """Make an `ImageData` from arrays; computes the training statistics.
+
+    Args:
+        name: Name of the data set.
+        train: Images, uint8, shape (N, C, H, W), and class indices, shape (N,).
+        test: The same for the test images.
+        classes: Class names in the order of the labels.
+    """
     (train_images, train_labels), (test_images, test_labels) = (
         (torch.from_numpy(x), torch.from_numpy(np.asarray(y, dtype=np.int64))) for x, y in (train, test)
     )
@@ -65,7 +72,7 @@ def assemble(name: str, train: tuple, test: tuple, classes: tuple[str, ...]) -> 
 
 
 def statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Exact mean and standard deviation of each channel, in [0, 1] units, of uint8 images (N, C, H, W)."""
+    """Mean and standard deviation of each channel, pixel values scaled to [0, 1], of uint8 images (N, C, H, W)."""
     total = torch.zeros(images.shape[1], dtype=torch.int64)
     squares = torch.zeros_like(total)
     for part in images.split(1024):
@@ -79,12 +86,11 @@ def statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ..
 
 
 def pixel_fingerprint(data: ImageData) -> str:
-    """SHA-256 of all pixels and labels, whatever files they lie in and in whatever order.
+    """SHA-256 of all pixels and labels, independent of file names and of the order of the images.
 
-    Each image gives the SHA-256 of its class index (int64, little-endian) and its uint8 pixels in the order channel, row,
-    column. Of each split, first training then test, the shape as text and these digests in sorted order are hashed. Reads
-    every pixel, 105,000 small images in seconds. It ignores the order of the images, which a resumed run depends on: that is
-    what `ImageData.fingerprint` is for.
+    For each image, the SHA-256 of its class index (int64, little-endian) and its uint8 pixels in the order channel, row,
+    column. For each split, training then test, the shape as text and the sorted digests of its images are hashed. A resumed
+    run depends on the order of the images: use `ImageData.fingerprint` there.
 
     Args:
         data: A data set in memory or on the disk; images on the disk are decoded at the data set's image size.

@@ -1,4 +1,4 @@
-"""TensorBoard: the columns of metrics.csv as scalars, keep probabilities as histograms, in a folder of the run."""
+"""TensorBoard: the columns of metrics.csv as scalars, keep probabilities as histograms, in the run's folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FOLDER = "tensorboard"
 
 
 def check_package() -> None:
-    """Make sure that the package is there.
+    """Check that the package tensorboard is installed.
 
     Raises:
         ValueError: if it is not.
@@ -24,11 +24,11 @@ def check_package() -> None:
 
 
 class Board:
-    """Writer of one run's events.
+    """Event writer of one run.
 
     Args:
         folder: The run's folder.
-        step: Steps done already; events of later ones, from before a run was cut off, are dropped.
+        step: Steps done already; events of later steps, written before an interruption, are dropped.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -41,7 +41,7 @@ class Board:
 
         Args:
             row: Its row of metrics.csv.
-            keep_prob: Keep probabilities by kind of structure.
+            keep_prob: Keep probabilities by kind of structure, each of shape (n,).
         """
         for name, value in row.items():
             if name not in ("step", "time"):

@@ -1,4 +1,4 @@
-"""Writing a network with its structure, and a run's whole state, and getting them back."""
+"""Saving and loading of networks (model.pt, structure.json) and of checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from catode.prune import cut
 from catode.structures.inventory import Inventory
 from catode.train.models import resnets
 
-PART = ".part"  # ending of a file that is being written
+PART = ".part"  # suffix of a file that is being written
 STRUCTURE = dict(
     arch=str,
     in_channels=int,
@@ -30,20 +30,20 @@ STRUCTURE = dict(
     std=list,
     blocks=dict,
 )
-_NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a state and the step after which it was written
-FORMAT = 6  # of a state; raise it when what is in one changes
+_NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a checkpoint and the step after which it was written
+FORMAT = 6  # of a checkpoint; increase it when its content changes
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file in one move."""
-    os.replace(_beside(path, lambda file: file.write(text.encode())), path)
+    """Write a small file by an atomic rename."""
+    os.replace(_write_part(path, lambda file: file.write(text.encode())), path)
 
 
-def _beside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Write a file under another name and flush it to the disk; it need only be moved into place.
+def _write_part(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file under a temporary name and flush it to disk; returns the path, to be renamed by the caller.
 
     Raises:
-        OSError: if it cannot be written, as on a full disk; what was written of it is gone.
+        OSError: if it cannot be written, as on a full disk; the partial file is deleted.
     """
     part = path.with_name(path.name + PART)
     try:
@@ -52,7 +52,7 @@ def _beside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises a RuntimeError instead
         if not isinstance(cause, OSError):
             raise
         part.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ def _beside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush to the disk what was moved or deleted in a folder."""
+    """Flush renames and deletions in a folder to disk."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
@@ -69,17 +69,17 @@ def _flush_folder(folder: Path) -> None:
 
 
 def save_state(folder: Path, state: dict, keep: int = 2) -> None:
-    """Write a run's whole state for `load_state`, as checkpoint-STEP.pt.
+    """Write a checkpoint, checkpoint-STEP.pt.
 
-    Written beside, flushed to the disk and moved into place: whatever kills the process, one whole state is there.
+    It is flushed to disk and atomically renamed, so a killed process always leaves a complete checkpoint.
 
     Args:
         folder: The run's folder.
-        state: What to write, of types that `torch.load` reads with weights_only; "step" is its number.
-        keep: States kept, this one included; those of later steps, left over from before a resume, go too.
+        state: What to write, of types that `torch.load` reads with weights_only; "step" is the STEP.
+        keep: Checkpoints to keep, including this one; those of later steps, from before a resume, are deleted.
     """
     path = folder / f"checkpoint-{state['step']}.pt"
-    os.replace(_beside(path, lambda file: torch.save({**state, "format": FORMAT}, file)), path)
+    os.replace(_write_part(path, lambda file: torch.save({**state, "format": FORMAT}, file)), path)
     _flush_folder(folder)
     found = states(folder)
     kept = found[found.index(path) :][:keep]
@@ -88,22 +88,22 @@ def save_state(folder: Path, state: dict, keep: int = 2) -> None:
 
 
 def load_state(folder: Path, check: Callable[[dict], None] = lambda state: None) -> tuple[dict | None, dict[str, str]]:
-    """The newest good state in a run's folder; deletes nothing.
+    """The newest valid checkpoint in a run's folder; deletes nothing.
 
     Args:
         folder: The run's folder.
-        check: Raises a ValueError that says why a whole state cannot be used.
+        check: Raises a ValueError that says why a complete checkpoint cannot be used.
 
     Returns:
-        The state, None if there is none yet; and why each newer file was passed over.
+        The checkpoint, None if there is none yet; and the reason why each newer file was skipped, by file name.
 
     Raises:
-        ValueError: if there are only bad ones.
+        ValueError: if there are only invalid ones.
     """
     bad = {}
     for path in states(folder):
         try:
-            state = _whole_state(path)
+            state = _read_state(path)
             check(state)
         except Exception as error:  # unpickling damaged bytes can raise anything
             bad[path.name] = _reason(error)
@@ -111,25 +111,25 @@ def load_state(folder: Path, check: Callable[[dict], None] = lambda state: None)
             return state, bad
     if bad:
         raise ValueError(
-            f"`resume` must name a run with a good checkpoint; got {str(folder)!r}, where of "
-            f"{'; of '.join(f'{name}: {reason}' for name, reason in bad.items())}. Restore the files of one run, or start anew "
-            "in another folder."
+            f"`resume` must name a run with a valid checkpoint; got {str(folder)!r}, where "
+            f"{'; '.join(f'{name}: {reason}' for name, reason in bad.items())}. Restore the files of one run, or start "
+            "a new run in another folder."
         )
     return None, {}
 
 
 def _reason(error: Exception) -> str:
-    """Why a state cannot be used, in one line."""
+    """Why a file cannot be used, in one line."""
     if isinstance(error, zipfile.BadZipFile):
-        return "it is cut short, or no checkpoint"
-    if isinstance(error, pickle.UnpicklingError):  # whose message tells how to load it unsafely
+        return "it is truncated, or not a checkpoint"
+    if isinstance(error, pickle.UnpicklingError):  # its own message recommends an unsafe load
         return "it holds more than tensors, numbers and text"
     if type(error) is ValueError:
         return str(error)
     return f"it cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 
-def _whole_state(path: Path) -> dict:
+def _read_state(path: Path) -> dict:
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:
@@ -143,44 +143,44 @@ def _whole_state(path: Path) -> dict:
 
 
 def states(folder: Path) -> list[Path]:
-    """The files of a folder that are named like a state, the newest first."""
+    """The files of a folder with a checkpoint's name, the newest first."""
     steps = {path: _NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_file()}
     return sorted((p for p, found in steps.items() if found), key=lambda path: int(steps[path][1]), reverse=True)
 
 
 def drop_states(folder: Path) -> None:
-    """Delete the states of a run that is finished, the newest last: until then the run can go on."""
+    """Delete the checkpoints of a finished run, the newest last, so that it can be resumed until then."""
     for path in (*folder.glob("checkpoint-*" + PART), *reversed(states(folder))):
         path.unlink()
 
 
 def whole(model: nn.Module) -> dict:
-    """Record of a structure from which nothing was removed."""
+    """Entry "blocks" of structure.json for a network from which nothing was removed."""
     inventory = Inventory(model.structures())
     return inventory.record(np.ones(inventory.size, dtype=bool))
 
 
 def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:
-    """Write model.pt and structure.json, each replaced in one move.
+    """Write model.pt and structure.json, each by an atomic rename.
 
     Args:
         folder: The run's folder.
-        state: State dict of the compact, plain network.
-        structure: What structure.json holds: architecture, its arguments, and the kept blocks and units.
+        state: State dict of the compact network without gates.
+        structure: Content of structure.json: architecture, its arguments, and the kept blocks and units.
     """
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     files = {
         folder / "model.pt": lambda file: torch.save(state, file),
         folder / "structure.json": lambda file: file.write((json.dumps(structure, indent=1) + "\n").encode()),
     }
-    # both are moved into place only after both are written, so that they always fit each other closely in time
-    parts = {_beside(path, write): path for path, write in files.items()}
+    # both are renamed only after both are written, so that they match except between the two renames
+    parts = {_write_part(path, write): path for path, write in files.items()}
     for part, path in parts.items():
         os.replace(part, path)
 
 
 def read_structure(folder: Path) -> dict:
-    """What structure.json in a run's folder says.
+    """The content of structure.json in a run's folder.
 
     Raises:
         FileNotFoundError: if the folder holds no network.
@@ -198,14 +198,14 @@ def read_structure(folder: Path) -> dict:
         missing = [str(error)]
     if missing:
         raise ValueError(
-            f"`folder` must hold a whole structure.json; got {str(folder)!r}, where it lacks or breaks at {missing[0]}. "
+            f"`folder` must hold a complete structure.json; got {str(folder)!r}, where it is missing or invalid at {missing[0]}. "
             "Restore the file from the run."
         )
     return structure
 
 
 def fresh(structure: dict) -> nn.Module:
-    """A fresh, whole network of the architecture that structure.json names."""
+    """A newly initialised, unpruned network of the architecture in structure.json."""
     return resnets.build(
         structure["arch"],
         in_channels=structure["in_channels"],
@@ -222,7 +222,7 @@ def load(folder: str | os.PathLike) -> nn.Module:
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
-        ValueError: if its files do not fit each other.
+        ValueError: if its files are damaged or do not match.
     """
     folder = Path(folder)
     structure = read_structure(folder)
@@ -230,9 +230,9 @@ def load(folder: str | os.PathLike) -> nn.Module:
         model = fresh(structure)
         cut.restrict(model, model.structures(), structure["blocks"])
         model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
-    except Exception as error:  # whatever a damaged file makes torch stumble over
+    except Exception as error:  # damaged files can raise anything
         raise ValueError(
-            f"`folder` must hold a whole model.pt and the structure.json that it fits; got {str(folder)!r}, which cannot "
+            f"`folder` must hold a complete model.pt and a matching structure.json; got {str(folder)!r}, which cannot "
             f"be read ({_reason(error)}). Restore the files from the run."
         ) from error
     return model.eval()

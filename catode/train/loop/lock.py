@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""Lock file of a run's folder: one process at a time uses it."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from catode.train.settings.setting import ConfigError
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: there nothing keeps two processes apart
+except ImportError:  # not on Windows, where a run's folder is not locked
     fcntl = None
 
 FILE = "lock"
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems without locks answer
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of file systems without locks
 
 
 def hold(folder: Path, name: str = "out") -> TextIO:
-    """Keep other processes out of a run's folder.
+    """Lock a run's folder.
 
-    The system takes the lock back when this process ends, however it ends: a killed one never blocks its run. Processes
-    that this one forks do not hold it.
+    The system releases the lock when this process ends, even if it is killed. Forked processes do not hold it.
 
     Args:
         folder: The folder.
-        name: The setting that names it.
+        name: The setting that names the folder, for messages.
 
     Returns:
-        A file; closing it gives the folder free.
+        The lock file; closing it releases the lock.
 
     Raises:
-        ConfigError: if another process holds the folder, or nothing can be written there.
+        ConfigError: if another process holds the lock, or the folder cannot be written.
     """
     try:
         file = (folder / FILE).open("a+")
@@ -48,17 +47,17 @@ def hold(folder: Path, name: str = "out") -> TextIO:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            holder = file.read().strip() or "one that has just begun"
+            holder = file.read().strip() or "a process that has just started"
             file.close()
             raise ConfigError(
-                f"`{name}` must be a folder in which no other process is at work; got {name}={str(folder)!r}, held by {holder}. "
-                "Wait for its end, or choose another."
+                f"`{name}` must be a folder that no other process uses; got {name}={str(folder)!r}, locked by {holder}. "
+                "Wait until it ends, or choose another."
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             print(
-                f"note: {folder} is on a file system without locks; nothing keeps a second run out of it.",
+                f"note: {folder} is on a file system without locks; do not start a second run there.",
                 file=sys.stderr,
             )
     file.truncate(0)
@@ -68,5 +67,5 @@ def hold(folder: Path, name: str = "out") -> TextIO:
 
 
 def drop(folder: Path) -> None:
-    """Delete the lock's file of a run that is finished."""
+    """Delete the lock file of a finished run."""
     (folder / FILE).unlink()

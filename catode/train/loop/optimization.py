@@ -1,4 +1,4 @@
-"""Optimizer, precision and learning rates of a run, and its pruner."""
+"""Optimizer, mixed precision, pruner and evaluation of a run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD whose weight decay reaches every parameter, the norm layers' affine too (the theory needs it).
+    """SGD with weight decay on every parameter, including the norm layers' (the theory needs it).
 
-    With fp16 it is the fused one, which skips a step whose gradient overflowed without asking the host.
+    With fp16 it is fused: it skips a step whose gradient overflowed without synchronising with the host.
     """
     fp16 = config.amp == "fp16"
     optimizer = torch.optim.SGD(
@@ -32,18 +32,18 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         fused=True if fp16 else None,
     )
     if fp16 and config.momentum > 0:
-        for parameter in model.parameters():  # a first step that is skipped would leave them without a value
+        for parameter in model.parameters():  # a skipped first step would leave the fused buffers uninitialised
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
-    """Automatic mixed precision in `dtype`; none with None."""
+    """Automatic mixed precision in `dtype`; off with None."""
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None:
-    """The pruner of a run; None for the ungated network (nu = 0)."""
+    """The pruner of a run; None without gates (nu = 0)."""
     config = setup.config
     if config.nu == 0:
         return None
@@ -87,13 +87,13 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
 def evaluate(
     model: nn.Module, batches, amp: torch.dtype | None = None, group: distributed.Group | None = None
 ) -> float:
-    """Share of correct predictions in eval mode, where theta stands in place of the gates; NaN if a logit is not finite.
+    """Accuracy in eval mode, with gates replaced by theta; NaN if a logit is not finite.
 
     Args:
         model: The network.
-        batches: Images and labels; with several processes, those of this one's share.
-        amp: Type of automatic mixed precision; None for none.
-        group: Processes that evaluate together.
+        batches: Pairs of images (n, C, H, W) and labels (n,); with several processes, this process' part.
+        amp: Type of automatic mixed precision; None for off.
+        group: Processes that evaluate together; None for this process only.
     """
     training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""What a run will cost, before it runs."""
+"""The cost table of a run, printed by --dry-run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from catode.train.loop.setup import Setup
 
 
 def table(setup: Setup) -> str:
-    """The resolved settings that matter and the price of every block, as text.
+    """The main resolved settings and the price of every block, as text.
 
     Args:
         setup: A prepared run.
@@ -38,7 +38,7 @@ def table(setup: Setup) -> str:
         f"{'block':<12} {'width':>9} {'MACs':>13} {'params':>11} {'layer price':>12} {'unit price':>18}",
     ]
     if setup.step_times is not None:
-        time = f"{cost.removable_ms:.4g} ms a step of {config.batch_size} images in the blocks, measured now"
+        time = f"{cost.removable_ms:.4g} ms a step of {config.batch_size} images in the blocks, just measured"
         lines.insert(-2, f"prices by time: {time}")
     for number, block in enumerate(blocks):
         without = ones.copy()
@@ -53,12 +53,12 @@ def table(setup: Setup) -> str:
     floor = np.zeros(cost.size)
     lines += [
         "",
-        f"least possible: {cost.macs(floor):,.0f} MACs ({cost.macs(floor) / macs:.1%}), {cost.params(floor):,.0f} parameters",
+        f"minimum: {cost.macs(floor):,.0f} MACs ({cost.macs(floor) / macs:.1%}), {cost.params(floor):,.0f} parameters",
     ]
     target = Target.choose(cost, config.target_macs, config.target_params)
     if target is not None:
         lines.append(
-            f"target: {target.share:.1%} of the {target.quantity}, above the least possible; nu starts as above and is set "
-            "while training, and prices with it"
+            f"target: {target.share:.1%} of the {target.quantity}, above the minimum; nu starts as above and is adjusted "
+            "while training, and the prices with it"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a run records of where it runs: env.json, and the state of PyTorch's generators for its checkpoints."""
+"""The environment of a run (env.json), and the state of PyTorch's random generators for checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from catode.train.settings.config import Config
 
 
 def random_state(device: str) -> dict[str, torch.Tensor]:
-    """State of PyTorch's own generators."""
+    """State of PyTorch's global random generators."""
     state = {"cpu": torch.get_rng_state()}
     if torch.device(device).type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -22,6 +22,7 @@ def random_state(device: str) -> dict[str, torch.Tensor]:
 
 
 def environment(config: Config) -> dict:
+    """Content of env.json: versions, processor, threads, device."""
     return {
         "catode": __version__,
         "python": platform.python_version(),

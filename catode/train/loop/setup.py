@@ -1,4 +1,4 @@
-"""What a run needs before its first step: settings resolved, images loaded, the network built; nothing is written."""
+"""Preparation of a run: resolve the settings, load the images, build the network; nothing is written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
 from catode.train.settings.training import learning_rates, ode_time
 
-PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history")  # of a trainer
+PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history")  # attributes of `Trainer`
 STATE_FIELDS = (
     *PROGRESS,
     "config",
@@ -46,10 +46,20 @@ STATE_FIELDS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs before its first step, in each of its processes; no setting of `config` is left to be derived.
+    """Everything a run needs before its first step, in each of its processes.
 
-    Of a run that goes on, `state` is what it had reached, if it got so far, and `lock` keeps other runs out of it.
-    `step_times` are what it prices by, if not by MACs; `notes` are what its user should know, one line each.
+    Attributes:
+        config: The configuration, with all derived settings.
+        images: The data set.
+        model: The unpruned network, on its device.
+        example: Input of one image, zeros, shape (1, C, H, W).
+        steps_per_epoch: Training steps in an epoch.
+        schedule: Learning rate of every step, shape (steps,).
+        state: Checkpoint of a resumed run, if it has one.
+        notes: Messages for the user, one line each.
+        lock: Lock file of a resumed run's folder, in rank 0.
+        step_times: Measured step times, if they are what the prices count.
+        group: The processes of the run.
     """
 
     config: Config
@@ -71,25 +81,25 @@ class Setup:
 
     @property
     def ode_time(self) -> float:
-        """Length of the whole run in ODE time, sum of lr/(1 - momentum)."""
+        """Length of the run in ODE time, sum of lr/(1 - momentum)."""
         return ode_time(self.schedule, self.config.momentum)
 
     @property
     def warmup_steps(self) -> int:
-        """Steps before any theta moves."""
+        """Steps before any theta changes."""
         return round(self.config.warmup_epochs * self.steps_per_epoch)
 
     @property
     def decide_steps(self) -> int:
-        """Steps after which the deciding phase ends."""
+        """Step at which the deciding phase ends."""
         return round(self.config.decide_until * len(self.schedule))
 
 
 def prepare(config: Config) -> Setup:
-    """Load the data and build the network; writes nothing, but locks the folder of a run that goes on.
+    """Load the data and build the network; writes nothing, but locks the folder of a resumed run.
 
     Raises:
-        ValueError: for data or settings that do not fit, one line each.
+        ValueError: for invalid data or settings, in one line.
     """
     state, held, group = None, None, distributed.current()
     group.place(config.device)
@@ -100,13 +110,13 @@ def prepare(config: Config) -> Setup:
         )
     if config.cost == "latency" and group.size > 1:
         raise ValueError(
-            f"`cost` must be macs for several processes; got cost='latency' with {group.size}. Step times are measured by one."
+            f"`cost` must be macs for several processes; got cost='latency' with {group.size}. Use one process."
         )
     if config.resume is None:
         check_out(config)
     else:
         held = lock.hold(Path(config.resume), "resume") if group.leads else None
-        state = _state_of(config)
+        state = _load_state(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
@@ -144,23 +154,23 @@ def prepare(config: Config) -> Setup:
     schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
     if state is not None and (state["steps_per_epoch"], state["classes"]) != (steps, list(images.classes)):
         raise ValueError(
-            f"`data_dir` must hold the images that the run began with; got {steps} steps an epoch and {len(images.classes)} "
-            f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start anew."
+            f"`data_dir` must hold the images that the run started with; got {steps} steps an epoch and {len(images.classes)} "
+            f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start a new run."
         )
     if state is not None and state["images"] != images.fingerprint:
         raise ValueError(
-            "`data_dir` must hold the images that the run began with; got other files or other labels. Restore them, or start "
-            "anew."
+            "`data_dir` must hold the images that the run started with; got other files or other labels. Restore them, or start "
+            "a new run."
         )
     if state is not None and state["processes"] != group.size and not config.sync_bn:
         raise ValueError(
-            f"`resume` must go on with as many processes as the run began with, {state['processes']}; got {group.size}. Without "
-            "sync_bn each normalises its own share of a batch, so that another number would be another training."
+            f"`resume` must use as many processes as the run started with, {state['processes']}; got {group.size}. Without "
+            "sync_bn the batch norms' statistics, and so the results, depend on that number."
         )
     config = config.resolved(steps * config.epochs, group.size)
     step_times = _step_times(config, model, example, state)
     setup = Setup(config, images, model, example, steps, schedule, state, tuple(notes), held, step_times, group)
-    if config.nu > 0:  # what the pruner would refuse is told before anything is written
+    if config.nu > 0:  # raise the pruner's errors before anything is written
         complexity = describe(model, model.structures(), example)
         Target.choose(complexity, config.target_macs, config.target_params)
         if step_times is not None:
@@ -172,7 +182,7 @@ def prepare(config: Config) -> Setup:
 def _step_times(
     config: Config, model: nn.Module, example: torch.Tensor, state: dict | None
 ) -> list[steptime.Table] | None:
-    """Measured step times of a run priced by them: those that it began with, or new ones."""
+    """Measured step times for cost = latency: read from a resumed run's folder, or measured now; else None."""
     if config.cost != "latency" or config.nu == 0:
         return None
     complexity = describe(model, model.structures(), example)
@@ -183,7 +193,7 @@ def _step_times(
 
 
 def build_model(config: Config, images: data.ImageData) -> nn.Module:
-    """A fresh, whole network for the images, on its device."""
+    """A newly initialised, unpruned network for the images, on its device."""
     model = resnets.build(
         config.arch,
         in_channels=images.train_images.shape[1],
@@ -196,32 +206,32 @@ def build_model(config: Config, images: data.ImageData) -> nn.Module:
     return model.to(config.device, memory_format=memory_format)
 
 
-def _state_of(config: Config) -> dict | None:
-    """State of the run to go on with; None if it had none yet.
+def _load_state(config: Config) -> dict | None:
+    """Checkpoint of the run to resume; None if it has none yet.
 
     Raises:
-        ValueError: if the run is finished, or its files do not fit each other.
+        ValueError: if the run is finished, or its files do not match.
     """
     folder = Path(config.resume)
     if (folder / "result.json").exists() and not checkpoint.states(folder):
         raise ValueError(
-            f"`resume` must be the folder of a run that was cut off; got {config.resume!r}, which is finished."
+            f"`resume` must be the folder of an interrupted run; got {config.resume!r}, which is finished."
         )
-    state, passed_over = checkpoint.load_state(folder, lambda state: _check_state(config, folder, state))
-    for name, reason in passed_over.items() if distributed.current().leads else ():
-        print(f"warning: {name} is passed over: {reason}", file=sys.stderr)
+    state, skipped = checkpoint.load_state(folder, lambda state: _check_state(config, folder, state))
+    for name, reason in skipped.items() if distributed.current().leads else ():
+        print(f"warning: {name} is skipped: {reason}", file=sys.stderr)
     metrics = folder / "metrics.csv"
-    # one epoch's row may have been written before its state was
+    # the first epoch's row may have been written before its checkpoint
     if state is None and metrics.exists() and metrics.read_text().count("\n") > 2:
         raise ValueError(
             f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs but none. "
-            "Start the run anew in another folder."
+            "Start a new run in another folder."
         )
     return state
 
 
 def _check_state(config: Config, folder: Path, state: dict) -> None:
-    """Make sure that a state is complete, of this run, and that the run's tables reach as far as it.
+    """Check that a checkpoint is complete and of this run, and that the run's tables are as long as they were then.
 
     Raises:
         ValueError: if not.

@@ -1,4 +1,4 @@
-"""The tables of a run: CSV files written row by row, which a killed run goes on from to the byte."""
+"""The tables of a run: CSV files written row by row; a resumed run truncates them to the checkpoint's length."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class CsvTable:
     """A CSV file written row by row.
 
     Args:
-        folder: Where it is; None for a process that writes none.
-        name: Its name.
-        fields: Its columns.
-        length: Bytes of an earlier file to go on from; the rest of it is cut off.
+        folder: Its folder; None for a process that writes no files.
+        name: File name.
+        fields: Names of the columns.
+        length: Bytes of the existing file to keep and append to; None for a new file.
     """
 
     def __init__(self, folder: Path | None, name: str, fields, length: int | None = None):
@@ -51,7 +51,7 @@ class CsvTable:
             self._file.seek(length)
 
     def length(self) -> int:
-        """Bytes on the disk."""
+        """Length of the file in bytes, after flushing it to disk."""
         with self._named():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -70,7 +70,7 @@ class CsvTable:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """What goes wrong with a file that is open does not say with which."""
+        """Add the file's name to an OSError: errors of open files lack it."""
         try:
             yield
         except OSError as error:

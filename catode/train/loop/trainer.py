@@ -1,7 +1,7 @@
 """One training run, from configuration to folder.
 
-The loop owns data, optimizer, schedule and files; everything about gates, measuring and removing is in
-`catode.prune.pruner.Pruner`, whose ``step()`` follows the optimizer's.
+The training loop handles data, optimizer, schedule and files; gates, measurements and removals are in
+`catode.prune.pruner.Pruner`, whose ``step()`` is called after the optimizer's.
 """
 
 from __future__ import annotations
@@ -41,37 +41,37 @@ from catode.train.stop import Stop, Stopped
 
 
 class NotFinite(RuntimeError):
-    """The loss stopped being finite; the last good state was kept."""
+    """The loss is not finite; the last good network was kept."""
 
 
 def run(config: Config, *, progress: bool = True, at_end: Callable[[Path], object] | None = None) -> Path:
-    """Train, prune while training, and leave a folder as documented in the README.
+    """Train, prune while training, and write the run's folder (docs/conventions.md, "A run's folder").
 
     Args:
         config: The resolved configuration.
         progress: Show a progress bar on standard error.
-        at_end: Called with the folder of the finished run while it can still be resumed, such as `catode.report.write`.
+        at_end: Called with the folder of the finished run before its checkpoints are deleted, such as `catode.report.write`.
 
     Returns:
         The run's folder.
 
     Raises:
-        ValueError: for bad input, a folder that is in use or a checkpoint that cannot be read, before anything is written.
+        ValueError: for bad input, a locked folder or a checkpoint that cannot be read, before anything is written.
         NotFinite: if the loss stops being finite; the folder then holds the last good network.
-        Stopped: a KeyboardInterrupt, if a signal asked for it; the run can go on where it stopped.
+        Stopped: a KeyboardInterrupt, after a signal; the run can be resumed.
     """
     return train(prepare(config), progress=progress, at_end=at_end)
 
 
 def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], object] | None = None) -> Path:
-    """The same for a prepared run; see `run`."""
+    """Like `run`, for a prepared run."""
     folder = Path(setup.config.out)
     group = setup.group
     if group.leads:
         folder.mkdir(parents=True, exist_ok=True)
     with (setup.lock or lock.hold(folder)) if group.leads else nullcontext():
         if group.leads and setup.config.resume is None:
-            check_out(setup.config)  # another process may have begun and ended here meanwhile
+            check_out(setup.config)  # another process may have started and ended a run here meanwhile
         trainer = Trainer(setup, folder, progress)
         try:
             with trainer.stop.heeded() if group.size == 1 else nullcontext():
@@ -88,13 +88,13 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
 
 @dataclass
 class _Sums:
-    """What an epoch has added up so far: its row in metrics.csv is made of it.
+    """Sums over the steps of an epoch so far, for its row in metrics.csv.
 
     Attributes:
         right: Correct predictions, a count on the device.
         losses: Loss of each step, on the device.
         waited: Seconds spent waiting for batches.
-        seconds: Seconds spent on steps, the waiting included.
+        seconds: Seconds spent on steps, including waiting.
     """
 
     right: torch.Tensor
@@ -103,24 +103,24 @@ class _Sums:
     seconds: float = 0.0
 
     def state(self) -> dict:
-        """The same for a checkpoint."""
+        """The sums for a checkpoint."""
         losses = torch.stack(self.losses) if self.losses else torch.empty(0)
         return {"right": self.right.cpu(), "losses": losses.cpu(), "waited": self.waited, "seconds": self.seconds}
 
     @classmethod
     def of(cls, state: dict, device: str) -> _Sums:
-        """The sums of a `state`."""
+        """The sums from a checkpoint's `state`."""
         tensors = {"right": state["right"].to(device, copy=True), "losses": list(state["losses"].to(device).unbind())}
         return cls(**{**state, **tensors})
 
 
 class Trainer:
-    """A run in progress: `train` takes it to its end, `advance` one epoch further; a benchmark takes two of them in turn.
+    """A run in progress: `train` finishes it, `advance` trains one epoch (benchmarks alternate between two runs).
 
     Args:
-        setup: What to train.
-        folder: Where the run's files go.
-        progress: Whether to show a bar.
+        setup: The prepared run.
+        folder: The run's folder.
+        progress: Whether to show a progress bar.
     """
 
     def __init__(self, setup: Setup, folder: Path, progress: bool):
@@ -132,7 +132,7 @@ class Trainer:
         self.total = inventory.layers, inventory.size - inventory.layers
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp == "fp16")
-        if self.scaler.is_enabled():  # the scaler tells its optimizer on the device, and takes it back after the step
+        if self.scaler.is_enabled():  # found_inf is set on the device, and only during the step
             self.optimizer.register_step_pre_hook(lambda sgd, *_: setattr(self, "skipped", sgd.found_inf.clone()))
         self.pruner = make_pruner(setup, self.optimizer)
         self.compiled = torch.compile(self.model) if config.compile else self.model
@@ -177,7 +177,7 @@ class Trainer:
             unit="step",
             disable=not (progress and self.group.leads),
             file=sys.stderr,
-            mininterval=0.5 if sys.stderr.isatty() else 60.0,  # a line in a log file only grows
+            mininterval=0.5 if sys.stderr.isatty() else 60.0,  # in a log file every update is a new line
         )
         for note in setup.notes if self.group.leads else ():
             self.bar.write(f"note: {note}", file=sys.stderr)
@@ -191,7 +191,7 @@ class Trainer:
             self.board.close()
 
     def train(self) -> None:
-        """Train the epochs that are left and write the result."""
+        """Train the remaining epochs and write the result."""
         self.mark = time.perf_counter(), time.process_time()
         while self.epochs_done < self.config.epochs:
             self.advance()
@@ -204,7 +204,7 @@ class Trainer:
             self.result(executed)
 
     def advance(self) -> dict:
-        """Train one epoch, or what is left of it, and save; returns its row of metrics.csv."""
+        """Train one epoch, or the rest of it, and write a checkpoint; returns its row of metrics.csv."""
         row = self.epoch(self.epochs_done)
         self.epochs_done += 1
         self.sums = self.no_sums()
@@ -260,7 +260,7 @@ class Trainer:
         sums.seconds += time.perf_counter() - mark
         self.group.settle(self.model, step=self.step)
         accuracy = evaluate(self.model, self.test_batches(), self.amp, self.group)
-        if math.isnan(accuracy):  # the last loss was finite, the step after it ruinous
+        if math.isnan(accuracy):  # the last loss was finite, but not the network after the last step
             self.not_finite(self.step)
         self.history.append(accuracy)
         self.save()
@@ -286,14 +286,14 @@ class Trainer:
         }
 
     def leave(self) -> NoReturn:
-        """End as a signal asked for, now that everything is kept."""
+        """Stop after a signal; a checkpoint has been written."""
         raise Stopped(self.stop.number, f"stopped after step {self.step}")
 
     def no_sums(self) -> _Sums:
         return _Sums(torch.zeros((), dtype=torch.long, device=self.config.device))
 
     def tick(self) -> None:
-        """Add the time since the last tick to that of the run."""
+        """Add the time since the last call to the run's."""
         mark, self.mark = self.mark, (time.perf_counter(), time.process_time())
         self.seconds += self.mark[0] - mark[0]
         self.cpu_seconds += self.mark[1] - mark[1]
@@ -305,7 +305,7 @@ class Trainer:
         return self.batches.evaluation(images.test_images, images.test_labels, max(self.config.batch_size, 256))
 
     def update(self) -> tuple[float | torch.Tensor, bool | torch.Tensor]:
-        """One step of the optimizer; the loss scale of its gradients, and whether they overflowed so that it was skipped."""
+        """One optimizer step; returns the loss scale of the gradients, and whether they overflowed and the step was skipped."""
         if not self.scaler.is_enabled():
             self.optimizer.step()
             return 1.0, False
@@ -316,7 +316,7 @@ class Trainer:
         return scale, self.skipped
 
     def read(self) -> None:
-        """Read the losses of the steps since the last time; the host waits for the device."""
+        """Read the losses since the last call; synchronises with the device."""
         values = [float(loss) for loss in transfer.read(self.unread)]
         first = self.step - len(values) + 1
         self.unread = []
@@ -326,13 +326,13 @@ class Trainer:
                 self.not_finite(step)
 
     def catch_up(self) -> None:
-        """Read all that is unread, in every process alike; the thetas then stand where they do at this step."""
+        """Read everything pending, in every process; the thetas are then up to date at this step."""
         self.read()
         if self.pruner is not None:
             self.pruner.read()
 
     def prune(self, scale: float | torch.Tensor, skipped: bool | torch.Tensor) -> None:
-        """One step of the pruner, its checks logged; ends the deciding phase when its time has come."""
+        """One pruner step; writes the rows of its check and prints its warnings."""
         check = self.pruner.step(scale, skipped)
         if check is not None:
             self.structures.add(check.rows)
@@ -343,15 +343,15 @@ class Trainer:
         raise NotFinite(
             f"`loss` must stay finite; got a non-finite loss or logit at step {step} "
             f"(lr {self.optimizer.param_groups[0]['lr']:.3g}). "
-            f"The state after step {self.good_step} is kept in {self.folder}; lower --lr or turn --amp off."
+            f"The network after step {self.good_step} is kept in {self.folder}; lower --lr or turn --amp off."
         )
 
     def counts(self) -> Counts:
-        """Counted MACs and parameters of the network as it physically stands."""
+        """Counted MACs and parameters of the network at this step."""
         return self.pruner.counts() if self.pruner else self.dense
 
     def left(self) -> tuple[int, int, int]:
-        """Layers and units left, and how many structures are undecided."""
+        """Numbers of layers kept, units kept and undecided structures."""
         if self.pruner is not None:
             return self.pruner.layers_kept, self.pruner.units_kept, self.pruner.undecided
         return *self.total, 0
@@ -366,7 +366,7 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Keep the network as it stands as the last good one."""
+        """Save the current network as the last good one."""
         self.good_step = self.step
         if not self.group.leads:
             return
@@ -392,7 +392,7 @@ class Trainer:
         )
 
     def save_state(self) -> None:
-        """Keep everything that `restore` needs to go on as if nothing had happened, between any two steps."""
+        """Write a checkpoint from which `restore` resumes bit-for-bit, between any two steps."""
         self.tick()
         right = self.group.sum(self.sums.right)
         if not self.group.leads:
@@ -424,7 +424,7 @@ class Trainer:
         )
 
     def restore(self, state: dict) -> None:
-        """Take up a state of `save_state`."""
+        """Restore a checkpoint of `save_state`."""
         if self.pruner is not None:
             self.pruner.load_state_dict(state["pruner"])
         else:
@@ -437,7 +437,7 @@ class Trainer:
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.sums = _Sums.of(state["sums"], self.config.device)
-        if not self.group.leads:  # those of all processes are with the first one
+        if not self.group.leads:  # rank 0 has the sum over all processes
             self.sums.right.zero_()
         torch.set_rng_state(state["rng"]["cpu"])
         if "cuda" in state["rng"] and torch.device(self.config.device).type == "cuda":

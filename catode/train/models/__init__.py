@@ -1,4 +1,4 @@
-"""Architectures by name, and weights to start from."""
+"""Named architectures, and loading of initial weights."""
 
 from catode._lazy import lazy
 

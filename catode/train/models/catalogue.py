@@ -1,4 +1,4 @@
-"""The named architectures, without PyTorch: for the command line, which offers them before it loads anything heavy."""
+"""The named architectures, without PyTorch, so that the command line can list them quickly."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Architecture:
 
     Args:
         block: Kind of its residual blocks, `basic` or `bottleneck`.
-        blocks: Their number in each stage.
-        width: Width of the first stage's branches, doubled at each further one.
-        shortcut: Option that it has if no other is asked for, of `SHORTCUTS`.
-        stem: The same of `STEMS`: `cifar` is a 3x3 convolution at full resolution, `imagenet` a 7x7 one of stride 2 and a
-            3x3 maximum of stride 2.
+        blocks: Number of blocks in each stage.
+        width: Hidden width in the first stage, doubled at each further stage.
+        shortcut: Default shortcut, one of `SHORTCUTS`.
+        stem: Default stem, one of `STEMS`: `cifar` is a 3x3 convolution at full resolution, `imagenet` a 7x7 convolution
+            of stride 2 and a 3x3 max-pooling of stride 2.
     """
 
     block: str

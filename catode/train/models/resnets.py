@@ -1,7 +1,7 @@
-"""Architectures and how they describe their structures.
+"""Residual networks and descriptions of their prunable structures.
 
-The residual networks of He et al. (2016) for CIFAR and for ImageNet, the latter's parameters named and shaped as
-torchvision's, and a fully-connected residual network.
+The networks of He et al. (2016) for CIFAR and for ImageNet, the latter with torchvision's parameter names and shapes, and
+a fully-connected residual network.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from catode.train.models.catalogue import ARCHITECTURES, SHORTCUTS, STEMS, Archi
 
 
 class PadShortcut(nn.Module):
-    """Option A shortcut: one pixel in `stride` each way, new channels zero; no weights."""
+    """Option A shortcut: every `stride`-th pixel along each axis, new channels zero; no weights."""
 
     def __init__(self, stride: int, channels: int):
         super().__init__()
@@ -32,7 +32,7 @@ class PadShortcut(nn.Module):
 
 
 class Projection(nn.Module):
-    """What is left of a block with a projecting shortcut when its branch is gone; the shortcut keeps its name."""
+    """A block with a projection shortcut after its branch was removed; the shortcut keeps its name."""
 
     def __init__(self, downsample: nn.Module):
         super().__init__()
@@ -43,20 +43,20 @@ class Projection(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """What the residual blocks share. Each is ``relu(branch(x) + downsample(x))`` of an ``x >= 0``.
+    """Base class of the residual blocks, ``relu(branch(x) + downsample(x))`` with ``x >= 0``.
 
-    The branch is conv1, bn1, relu, conv2, bn2 and so on; every width inside it is a site.
+    The branch is conv1, bn1, relu, conv2, bn2 and so on; every hidden width is a site.
     """
 
     convolutions: int
 
     def shortcut_only(self) -> nn.Module:
-        """What is left without the branch; a shortcut without weights maps ``x >= 0`` to its like, and needs no ReLU."""
+        """The block without its branch; a shortcut without weights maps ``x >= 0`` to values >= 0, so it needs no ReLU."""
         projects = isinstance(self.downsample, nn.Sequential)
         return Projection(self.downsample) if projects else self.downsample
 
     def structure(self, name: str) -> Block:
-        """The block's description under its path `name` in the model."""
+        """The block's description; `name` is its path in the model."""
         sites = tuple(
             Site(
                 name=f"{name}.conv{i}",
@@ -78,7 +78,7 @@ class BasicBlock(ResidualBlock):
         hidden: Channels between the two convolutions.
         width_out: Output channels.
         stride: Stride of the first convolution.
-        shortcut: Where the shape changes: option `A`, padding and striding, or `B`, a 1x1 convolution with batch norm.
+        shortcut: Where the shape changes: option `A`, subsampling and zero padding, or `B`, a 1x1 convolution with batch norm.
     """
 
     convolutions, expansion = 2, 1
@@ -97,14 +97,14 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """1x1, 3x3 and 1x1 convolution with two sites between them; the 3x3 one strides, as torchvision's does.
+    """1x1, 3x3 and 1x1 convolution with two sites between them; the 3x3 one has the stride, as in torchvision.
 
     Args:
         width_in: Input channels.
-        hidden: Channels before and behind the 3x3 convolution.
+        hidden: Input and output channels of the 3x3 convolution.
         width_out: Output channels.
         stride: Stride of the 3x3 convolution.
-        shortcut: As of `BasicBlock`.
+        shortcut: As for `BasicBlock`.
     """
 
     convolutions, expansion = 3, 4
@@ -140,10 +140,10 @@ class ResNet(nn.Module):
     """Residual network: a stem, stages that halve the resolution from the second on, average pooling, a classifier.
 
     Args:
-        architecture: Its blocks, widths, shortcuts and stem.
+        architecture: Blocks, widths, shortcuts and stem.
         in_channels: Image channels.
         classes: Number of classes.
-        hidden_scale: Factor on every hidden width, for networks narrowed from the start.
+        hidden_scale: Factor on every hidden width, for narrow baselines.
     """
 
     def __init__(self, architecture: Architecture, in_channels: int, classes: int, hidden_scale: float = 1.0):
@@ -192,7 +192,7 @@ class DenseBlock(nn.Module):
         return x + self.out(F.relu(self.norm(self.hidden(x))))
 
     def shortcut_only(self) -> nn.Module:
-        """What is left without the branch."""
+        """The block without its branch."""
         return nn.Identity()
 
 
@@ -203,7 +203,7 @@ class DenseResNet(nn.Module):
         features: Inputs per example after flattening.
         classes: Number of classes.
         blocks: Residual blocks.
-        width: Width of the residual stream.
+        width: Width between the blocks.
         hidden: Hidden width of every block.
     """
 
@@ -248,8 +248,8 @@ def build(
         in_channels: Image channels.
         classes: Number of classes.
         hidden_scale: Factor on every hidden width.
-        shortcut: One of `SHORTCUTS`; None for the architecture's own.
-        stem: One of `STEMS`; None for the architecture's own.
+        shortcut: One of `SHORTCUTS`; None for the architecture's default.
+        stem: One of `STEMS`; None for the architecture's default.
 
     Raises:
         ValueError: if a name is unknown.

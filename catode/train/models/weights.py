@@ -1,4 +1,4 @@
-"""Starting from weights that were trained before."""
+"""Initial weights from a file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import torch
 
 from catode.train.models.resnets import ResNet
 
-WRAPPERS = ("state_dict", "model")  # under which training scripts save a state dict beside other things
-LISTED = 3  # names that a message lists
+WRAPPERS = ("state_dict", "model")  # keys of the state dict in files that hold more
+LISTED = 3  # names listed in a message
 
 
 def read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The state dict in a file of `torch.save`, on the CPU; loads tensors only (weights_only=True).
 
-    A state dict under the key ``state_dict`` or ``model`` is found too, and the prefix ``module.`` of a distributed run
-    is taken off.
+    The state dict may be under the key ``state_dict`` or ``model``; the prefix ``module.`` of a distributed run is removed.
 
     Raises:
         ValueError: if there is no such file or no state dict in it.
@@ -28,12 +27,12 @@ def read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ValueError(
-            f"`init` must be a file that can be read; got init={path!r}: {reason}. Give a file of weights."
+            f"`init` must be a file that can be read; got init={path!r}: {reason}. Pass a file of weights."
         ) from None
     except Exception as error:  # unpickling damaged bytes can raise anything
         raise ValueError(
             f"`init` must be a file of tensors that torch.load reads with weights_only=True; got init={path!r}, where it "
-            f"fails ({type(error).__name__}). Save the state dict anew with torch.save(model.state_dict(), FILE)."
+            f"fails ({type(error).__name__}). Save the state dict again with torch.save(model.state_dict(), FILE)."
         ) from None
     if isinstance(content, Mapping):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
@@ -50,20 +49,20 @@ def _is_entry(name: object, tensor: object) -> bool:
 
 
 def fill(model: ResNet, state: Mapping[str, torch.Tensor], source: str) -> list[str]:
-    """Load a state dict into a fresh, whole network; a classifier for another number of classes is left as it is.
+    """Load a state dict into an unpruned network, except a classifier for another number of classes.
 
-    The batch norms' counters of batches, which old files lack, may be missing.
+    The batch norms' ``num_batches_tracked``, which old files lack, may be missing.
 
     Args:
         model: The network, changed in place.
-        state: Its new weights.
-        source: Where they are from, for messages.
+        state: The weights, tensors by name.
+        source: Name of the file, for messages.
 
     Returns:
-        What was left as it is, one line each.
+        Notes for the user about what was not loaded, one line each.
 
     Raises:
-        ValueError: if the weights are another network's or not finite; the model is then unchanged.
+        ValueError: if the weights do not match the network or are not finite; the model is then unchanged.
     """
     own, notes = model.state_dict(), []
     _refuse(source, "lacks", [n for n in own if n not in state and not n.endswith("num_batches_tracked")])
@@ -96,7 +95,7 @@ def _refuse(source: str, verb: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
         raise ValueError(
-            f"`init` must hold the weights of the very network; got init={source!r}, which {verb} "
+            f"`init` must hold the weights of this network; got init={source!r}, which {verb} "
             f"{', '.join(names[:LISTED])}{more}. Choose the --arch, --shortcut, --stem and --hidden-scale of the file, or "
             "leave --init out."
         )

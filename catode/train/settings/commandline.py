@@ -1,6 +1,6 @@
-"""The command line of a run: one flag for each setting, whose ranges, choices and presets `--help` tells.
+"""The command line of a run: one flag for each setting; `--help` lists ranges, choices and presets.
 
-`CommandLine` is the parser of the project's other programs too.
+The project's other programs use `CommandLine` too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["CommandLine", "build_parser", "parse"]
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An argument parser whose every complaint is a `ConfigError` in the one message form."""
+    """An argument parser that raises every error as a `ConfigError` in the package's message form."""
 
     def error(self, message: str) -> None:
         raise ConfigError(self._one_line(message))
@@ -30,7 +30,7 @@ class CommandLine(argparse.ArgumentParser):
             first = message.removeprefix("unrecognized arguments: ").split()[0]
             name = first.split("=")[0]
             if not name.startswith("-"):
-                return f"`{name}` must follow a flag; got the stray argument {first!r}. Remove it, or see --help."
+                return f"`{name}` must follow a flag; got the argument {first!r}. Remove it, or see --help."
             near = nearest(name.lstrip("-"), flags)
             hint = f"Did you mean --{near}?" if near else "See --help for all flags."
             return f"`{name}` must be a known flag; got {first}. {hint}"
@@ -48,7 +48,7 @@ class CommandLine(argparse.ArgumentParser):
                 return f"`{name}` must have a value; got {flag} without one. Write {flag}=VALUE."
             if what.startswith("ignored explicit argument"):
                 value = what.removeprefix("ignored explicit argument").strip()
-                return f"`{name}` must stand without a value; got {flag}={value}. Write {flag} alone."
+                return f"`{name}` must be given without a value; got {flag}={value}. Write {flag} alone."
             if found := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", what):
                 return f"`{name}` must be one of {found[2]}; got {name}={found[1]}. See --help."
             if found := re.fullmatch(r"invalid (int|float) value: (.*)", what):
@@ -58,7 +58,7 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def _convert(name: str, setting: Setting) -> Any:
-    """The argparse type of a number."""
+    """The argparse type of a numeric setting."""
 
     def convert(text: str) -> float | int:
         try:
@@ -73,7 +73,7 @@ def _convert(name: str, setting: Setting) -> Any:
 
 
 def _default_text(name: str, default: Any) -> str:
-    """The default and the presets of a field, for `--help`."""
+    """The default and the presets of a setting, for `--help`."""
     groups: dict[tuple[str, Any], list[str]] = {}
     for (dataset, arch), preset in presets.PRESETS.items():
         if name in preset and (dataset, preset[name]) != ("*", default):
@@ -95,12 +95,12 @@ def _shown(value: Any) -> str:
 
 _METAVARS = {"data_dir": "DIR", "init": "FILE", "device": "DEVICE", "out": "FOLDER", "resume": "FOLDER"}
 _EPILOG = """\
-words:
+terms:
   unit, layer     a channel inside a residual block; a whole residual block
-  theta           keep probability of a structure, a unit or layer; 1 for good: committed, 0 for good: removed
-  benefit, price  training loss (nats) that a structure saves; that it must save to stay, its share of nu
-  tolerance       theta below which a structure goes for good, if its benefit surely lies below its price
-  ODE time        sum of lr / (1 - momentum) over the steps: the time in which weights and thetas move
+  theta           keep probability of a structure (unit or layer); fixed at 1: committed, fixed at 0: removed
+  benefit, price  training loss (nats) that a structure saves; what it must save to be kept, its share of nu
+  tolerance       theta below which a structure is removed, if the upper limit of its benefit is below its price
+  ODE time        sum of lr / (1 - momentum) over the steps: the time variable of the theory
 
 examples:
   python -m catode.train
@@ -111,14 +111,14 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A parser with one flag for each setting; what is not given is left out of the namespace.
+    """A parser with one flag for each setting; the namespace holds only the flags that are given.
 
     Returns:
         The parser; its `error` raises `ConfigError`.
     """
     parser = CommandLine(
         prog="python -m catode.train",
-        description="Train a residual network once, pruning units and layers on the way, and keep the compact network.",
+        description="Train a residual network once, prune units and layers while training, and save the compact network.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -144,19 +144,19 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     """Read a command line.
 
     Args:
-        argv: Arguments without the program's name; None for those of the process.
+        argv: Arguments without the program's name; None for `sys.argv`.
 
     Returns:
-        The configuration: flags over presets over field defaults.
+        The configuration: flags override presets, presets override defaults.
 
     Raises:
-        ConfigError: for any wrong argument; print it and exit with status 2.
+        ConfigError: for any invalid argument; print it and exit with status 2.
     """
     given = vars(build_parser().parse_args(argv))
     return Config.from_presets(**given) if given.get("resume") is None else _resumed(**given)
 
 
-_OWN_ON_RESUME = (
+_ALLOWED_WITH_RESUME = (
     "threads",
     "device",
     "compile",
@@ -170,17 +170,17 @@ _OWN_ON_RESUME = (
 
 
 def _resumed(resume: str, **given: Any) -> Config:
-    """The configuration of a run that goes on."""
+    """The configuration of a run that is resumed."""
     for name, value in given.items():
-        if name not in _OWN_ON_RESUME:
+        if name not in _ALLOWED_WITH_RESUME:
             raise ConfigError(
                 f"`{name}` must be left out with resume; got {name}={value!r} and resume={resume!r}. "
-                "The run goes on with its own settings."
+                "A resumed run keeps its own settings."
             )
     file = Path(resume) / "config.json"
     if not file.is_file():
         raise ConfigError(
-            f"`resume` must be the folder of a run that was cut off; got resume={resume!r}, which holds no run. "
+            f"`resume` must be the folder of an interrupted run; got resume={resume!r}, which holds no run. "
             "Pass the --out of such a run."
         )
     return Config.from_json(file.read_text(), **given, out=resume, resume=resume)

@@ -1,7 +1,7 @@
-"""The one configuration of a run: the settings of all topics, resolved, from which flags, run identity and config.json derive.
+"""The configuration of a run: the settings of all topics. Flags, run identity and config.json are made from it.
 
-To add a setting, add a field to the class of its topic in `data`, `pruning`, `gates`, `training` or `run`; to tune one, edit
-`catode.train.settings.presets`.
+To add a setting, add a field to the class of its topic in `data`, `pruning`, `gates`, `training` or `run`; to change a
+preset, edit `catode.train.settings.presets`.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from catode.train.settings.training import TrainingSettings, learning_rates, ode
 
 __all__ = ["DERIVED", "Config", "ConfigError", "check_device", "check_out", "settings"]
 
-READ_EVERY = 10  # steps on an accelerator
+READ_EVERY = 10  # default of read_every on an accelerator
 DERIVED = ("memory", "check_every", "rate_ratio", "probe_size")
-"""Settings that follow from the others and the run's length where they are not given; see `Config.resolved`."""
+"""Settings that, if not given, are computed from the others and the run's length; see `Config.resolved`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataSettings):
     """Every setting of a run, checked.
 
-    Built directly, a field that is not given takes its own default; `Config.from_presets` and `parse` put the preset of
-    the data set and architecture over it. `derive_tol`, `read_every` and `out` are resolved on construction, the settings of
-    `DERIVED` by `resolved`, once the number of steps is known. Give `out=None` to `dataclasses.replace` for a folder named anew.
+    The constructor uses the fields' defaults; `Config.from_presets` and `parse` use the preset of the data set and
+    architecture. `derive_tol`, `read_every` and `out` are resolved on construction, the settings of `DERIVED` by `resolved`,
+    once the number of steps is known. Pass `out=None` to `dataclasses.replace` to recompute the folder's name.
 
     Args:
-        derived: Names of the settings that `resolved` filled in; no flag.
+        derived: Names of the settings that `resolved` computed; not a flag.
 
     Raises:
-        ConfigError: if a value is not admitted, or two values do not go together.
+        ConfigError: if a value is invalid, or two values cannot be combined.
     """
 
     derived: tuple[str, ...] = ()
@@ -55,12 +55,12 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
     def check(self) -> None:
         if self.amp == "fp16" and not self.device.startswith("cuda"):
             raise ConfigError(
-                f"`amp` must be off or bf16 on device={self.device!r}, where fp16 has no use; got amp='fp16'. Use --amp bf16."
+                f"`amp` must be off or bf16 on device={self.device!r}, where fp16 is not supported; got amp='fp16'. Use --amp bf16."
             )
         deciding = self.decide_until * self.epochs
         if self.nu > 0 and self.warmup_epochs >= deciding:
             raise ConfigError(
-                f"`warmup_epochs` must be < decide_until x epochs = {deciding:g}, or nothing is ever decided; "
+                f"`warmup_epochs` must be < decide_until x epochs = {deciding:g}, or nothing is decided; "
                 f"got warmup_epochs={self.warmup_epochs:g}. Shorten the warm-up or train longer."
             )
         if not isinstance(self.derived, tuple) or not set(self.derived) <= set(DERIVED):
@@ -70,14 +70,14 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
             )
 
     def resolved(self, steps: int, processes: int = 1) -> Config:
-        """The same with a value in place of every null of `DERIVED`.
+        """A copy with a value for every setting of `DERIVED` that is None.
 
         Args:
             steps: Training steps of the whole run.
             processes: Processes that share each batch.
 
         Raises:
-            ConfigError: if a value that follows is not admitted.
+            ConfigError: if a computed value is invalid.
         """
         from catode.prune.measuring import usual_probe
         from catode.theory.tolerance.measured import pool_memory
@@ -85,7 +85,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         decide_steps = round(self.decide_until * steps)
         memory = pool_memory(decide_steps) if self.memory is None else self.memory
         time = ode_time(learning_rates(self.schedule, self.lr, steps), self.momentum)
-        # each process probes its own share of the batch, unless they normalise it together
+        # each process probes its own part of the batch, unless batch norms are synchronised
         batch = self.batch_size if self.sync_bn else self.batch_size // processes
         values = {
             "memory": memory,
@@ -97,9 +97,9 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         return dataclasses.replace(self, **values, derived=(*self.derived, *values))
 
     def identity(self) -> dict[str, Any]:
-        """What decides the course of a run: data set, architecture, seed, and every setting that the tag stands for.
+        """The settings that affect a run's results: data set, architecture, seed, and every setting in the tag.
 
-        A setting of `derived` is None here, as it follows from the others.
+        A setting of `derived` is None here, as it is computed from the others.
         """
         own = ("dataset", "arch", "seed")
         values = {name: getattr(self, name) for name, setting in settings().items() if setting.identity or name in own}
@@ -107,10 +107,10 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
 
     @property
     def tag(self) -> str:
-        """What sets this run apart from the preset: a short hash of the settings that differ, or `default`."""
+        """A short hash of the settings that differ from the preset, or `default` if none does."""
         base = presets.resolve({"dataset": self.dataset, "arch": self.arch}, _defaults())
         values = {name: value for name, value in self.identity().items() if settings()[name].identity}
-        values.pop("derive_tol")  # follows from tol
+        values.pop("derive_tol")  # determined by tol
         differing = {name: value for name, value in values.items() if value != base[name]}
         if not differing:
             return "default"
@@ -118,16 +118,16 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
 
     @classmethod
     def from_presets(cls, **given: Any) -> Config:
-        """Build from some values; the preset of their data set and architecture fills in the others.
+        """Build from given values and, for the others, the preset of the data set and architecture.
 
         Args:
-            **given: Values of fields.
+            **given: Values of settings.
 
         Returns:
             The configuration.
 
         Raises:
-            ConfigError: if a name or value is not admitted.
+            ConfigError: if a name or value is invalid.
         """
         _check_names(given)
         known = settings()
@@ -139,22 +139,22 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         return cls(**presets.resolve(given, _defaults()))
 
     def to_json(self) -> str:
-        """Every setting as the text of `config.json`."""
+        """All settings as JSON, the content of `config.json`."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str, **changes: Any) -> Config:
-        """Read `config.json` back.
+        """Read `config.json`.
 
         Args:
             text: Content of the file.
-            **changes: Values to put over those read, such as `device="cpu"` where the run's device is not at hand.
+            **changes: Values that replace those read, such as `device="cpu"` if the run's device is missing here.
 
         Returns:
             The configuration.
 
         Raises:
-            ConfigError: if the text is not a JSON object, or names or holds something that is not admitted.
+            ConfigError: if the text is not a JSON object, or a name or value is invalid.
         """
         try:
             values = json.loads(text)
@@ -171,7 +171,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         if isinstance(derived, list):
             derived = tuple(derived)
         if any(name in settings() and settings()[name].identity for name in changes):
-            # another run: what followed from the settings of that one is derived anew
+            # a change of results: derived settings are computed again
             values |= {name: None for name in derived if name in DERIVED}
             derived = ()
         values = {**values, **changes}

@@ -1,4 +1,4 @@
-"""The data and the network of a run."""
+"""Settings of the data and the network of a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ number, text, switch = helpers("data")
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(SettingsGroup):
-    """Images to learn, and the network that learns them."""
+    """Data set and network."""
 
     dataset: str = text(
         "digits",
-        "images to learn: digits ships with scikit-learn; cifar10 and cifar100 are the official python files; "
-        "folder is train/<class>/... with test/ or val/ beside it",
+        "data set: digits ships with scikit-learn; cifar10 and cifar100 are the official python files; "
+        "folder is train/<class>/... and test/ or val/ next to it",
         choices=("digits", "cifar10", "cifar100", "folder"),
         identity=False,
     )
@@ -31,22 +31,22 @@ class DataSettings(SettingsGroup):
     image_size: int | None = number(
         None,
         int,
-        "for folder: resize the shorter side to this many pixels and crop the centre; needed where images differ in size",
+        "for folder: resize the shorter side to this many pixels and crop the centre; needed if images differ in size",
         low=4,
         optional=True,
         hint="Use the side in pixels, such as 64.",
     )
     download: bool = switch(
         False,
-        "for cifar10 and cifar100: fetch the official archive into --data-dir if the data are not there, resuming a "
-        "partial download; its checksum is compared",
+        "for cifar10 and cifar100: download the official archive into --data-dir if the data are missing, resuming a "
+        "partial download; its checksum is verified",
         identity=False,
     )
     array_gib: float | None = number(
         None,
         float,
-        "for folder: images that take more GiB than this when decoded are not kept in memory but decoded by worker processes "
-        "at every use, as training images for resized-crop to --image-size always are; without it a quarter of the memory",
+        "for folder: if the decoded images take more GiB than this, worker processes decode them at every use instead of keeping "
+        "them in memory; training images for resized-crop to --image-size always are; default: a quarter of the memory",
         low=0,
         optional=True,
         identity=False,
@@ -55,8 +55,8 @@ class DataSettings(SettingsGroup):
     workers: int | None = number(
         None,
         int,
-        "for folder: processes that decode images ahead of the step, 0 to decode in between; no result depends on it; "
-        "without it one for each core",
+        "for folder: worker processes that decode images ahead, 0 to decode in the main process; results do not depend on "
+        "it; default: one for each core",
         low=0,
         optional=True,
         identity=False,
@@ -64,7 +64,7 @@ class DataSettings(SettingsGroup):
     )
     arch: str = text(
         "resnet20",
-        "residual network, of those for CIFAR (resnet14, a shortened rival, to resnet110) or for ImageNet (resnet18, 34, 50 "
+        "residual network, of those for CIFAR (resnet14, a shallow baseline, to resnet110) or for ImageNet (resnet18, 34, 50 "
         "and 101)",
         choices=tuple(ARCHITECTURES),
         identity=False,
@@ -76,21 +76,21 @@ class DataSettings(SettingsGroup):
     )
     stem: str = text(
         "cifar",
-        "how the network begins: cifar with a 3x3 convolution at full resolution; imagenet with a 7x7 one of stride 2 and a "
-        "maximum of stride 2, a sixteenth of the pixels",
+        "first layers: cifar is a 3x3 convolution at full resolution; imagenet is a 7x7 convolution of stride 2 and a "
+        "max-pooling of stride 2, which leave a sixteenth of the pixels",
         choices=STEMS,
     )
     init: str | None = text(
         None,
-        "file of weights to start from, saved by torch.save: a state dict of this network, such as torchvision's; a "
-        "classifier for another number of classes is left fresh",
+        "file of initial weights, saved by torch.save: a state dict of this network, such as torchvision's; a classifier for "
+        "another number of classes is not loaded",
         optional=True,
         hint="Give a file of weights, or leave it out for random ones.",
     )
     hidden_scale: float = number(
         1.0,
         float,
-        "scale of the hidden width of every block, for a narrowed rival",
+        "scale of the hidden width of every block, for a narrow baseline",
         low=0,
         high=1,
         low_open=True,

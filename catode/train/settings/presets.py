@@ -1,4 +1,4 @@
-"""Values that go over the fields' defaults, by data set and architecture; to tune a setting, edit `PRESETS`."""
+"""Presets: values that replace the defaults, by data set and architecture; to change one, edit `PRESETS`."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         for name in _IMAGENET_NETS
     },
 }
-"""Values by (data set, architecture) in place of the field defaults.
+"""Values by (data set, architecture) that replace the defaults.
 
-`*` holds for every data set or architecture; what holds for the data set goes over what holds for the architecture, and
-an exact entry over both.
+`*` stands for every data set or architecture. An entry for the data set overrides one for the architecture, and an exact
+entry overrides both.
 """
 
 
 def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of every field: what is given, over the presets, over the defaults.
+    """The value of every setting: given values override presets, presets override defaults.
 
-    A preset's warm-up shrinks with the epochs where fewer are given than the preset has.
+    A preset's warm-up is scaled down with the epochs if fewer are given than the preset has.
 
     Args:
-        given: Values by name of the field; data set and architecture choose the presets.
-        defaults: Default of every field.
+        given: Values by name of the setting; data set and architecture select the presets.
+        defaults: Default of every setting.
     """
     dataset, arch = (given.get(name, defaults[name]) for name in ("dataset", "arch"))
     values = dict(defaults)

@@ -1,4 +1,4 @@
-"""What of a network is pruned, and when."""
+"""Settings of the prices, tolerances and decisions."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ number, text, switch = helpers("pruning")
 
 @dataclass(frozen=True, kw_only=True)
 class PruningSettings(SettingsGroup):
-    """What is priced, what tolerances are kept, when structures are decided."""
+    """Prices, tolerances, and when structures are decided."""
 
     nu: float = number(
         0.1,
         float,
-        "price of the network's whole expected complexity, nats; larger prunes more, 0 is the ungated network",
+        "price of the network's whole expected complexity, nats; larger prunes more, 0 trains without gates",
         low=0,
-        hint="Use 0 for the ungated network.",
+        hint="Use 0 to train without gates.",
     )
     alpha: float = number(
         0.5,
         float,
-        "share of the price that layers carry, the rest is on units; 0 leaves layers ungated, 1 units",
+        "share of the price on layers, the rest is on units; with 0 layers have no gates, with 1 units have none",
         low=0,
         high=1,
         hint="Use 0.5 to price units and layers alike.",
@@ -31,21 +31,21 @@ class PruningSettings(SettingsGroup):
     beta: float = number(
         0.0,
         float,
-        "weight of parameters against MACs in the complexity",
+        "weight of parameters in the complexity; MACs have weight 1 - beta",
         low=0,
         high=1,
         hint="Use 0 to price MACs alone.",
     )
     cost: str = text(
         "macs",
-        "what the complexity counts beside parameters: macs, or latency, the time of a training step in each layer measured "
-        "on this device before the run and kept in latency_table.csv",
+        "what the complexity counts besides parameters: macs, or latency, the training-step time of each layer, measured on "
+        "this device before the run and saved in latency_table.csv",
         choices=("macs", "latency"),
     )
     risk: float = number(
         0.05,
         float,
-        "aimed-at share of removals that would have recovered by themselves; several limits use it, each as if alone",
+        "target share of removals that would have recovered; several limits each use the whole of it",
         low=0,
         high=0.5,
         low_open=True,
@@ -68,7 +68,7 @@ class PruningSettings(SettingsGroup):
     target_macs: float | None = number(
         None,
         float,
-        "share of the MACs to end at; sets nu while training",
+        "share of the MACs to keep at the end; adjusts nu while training",
         low=0,
         high=1,
         low_open=True,
@@ -79,7 +79,7 @@ class PruningSettings(SettingsGroup):
     target_params: float | None = number(
         None,
         float,
-        "share of the parameters to end at; sets nu while training",
+        "share of the parameters to keep at the end; adjusts nu while training",
         low=0,
         high=1,
         low_open=True,
@@ -99,15 +99,15 @@ class PruningSettings(SettingsGroup):
     warmup_epochs: float = number(
         0.0,
         float,
-        "epochs before any keep probability moves; a preset's value shrinks with --epochs",
+        "epochs before any keep probability changes; a preset's value is scaled down with --epochs",
         low=0,
         hint="Use 0 for no warm-up.",
     )
     decide_until: float = number(
         0.8,
         float,
-        "share of the run in which structures are decided by rule; of what is undecided then, a theta of at least 1/2 "
-        "stays and the rest goes, counted apart",
+        "share of the run in which structures are decided by rule; of those undecided then, a theta of at least 1/2 is "
+        "kept and the others are removed, counted separately",
         low=0,
         high=1,
         low_open=True,
@@ -116,8 +116,8 @@ class PruningSettings(SettingsGroup):
     rate_ratio: float | None = number(
         None,
         float,
-        "speed of every theta, 1/time: a useless structure sinks from 1 to 0 within 1/rate_ratio of ODE time; the effective "
-        "rate ratio of a structure is rate_ratio/price at the start; without it 1/(sink_share x ODE time of the run)",
+        "speed of every theta, 1/time: theta of a useless structure falls from 1 to 0 within 1/rate_ratio of ODE time; the rate "
+        "ratio of a structure is rate_ratio/price at the start; default: 1/(sink_share x ODE time of the run)",
         low=0,
         low_open=True,
         optional=True,
@@ -126,7 +126,7 @@ class PruningSettings(SettingsGroup):
     sink_share: float = number(
         0.1,
         float,
-        "share of the run's ODE time in which a useless structure sinks from 1 to 0; not used with --rate-ratio",
+        "share of the run's ODE time in which theta of a useless structure falls from 1 to 0; not used with --rate-ratio",
         low=0,
         high=1,
         low_open=True,
@@ -135,20 +135,20 @@ class PruningSettings(SettingsGroup):
 
     prior: str = text(
         "flattening",
-        "prior of the gates: the flattening hyper-prior, or a rival of it to compare with, which needs --tol: a fixed "
-        "Bernoulli prior, or thetas that are sigmoids as in hard-concrete L0 gates",
+        "prior of the gates: the flattening hyper-prior, or a baseline, which needs --tol: a fixed Bernoulli prior, or "
+        "thetas that are sigmoids as in hard-concrete L0 gates",
         choices=("flattening", "bernoulli", "concrete"),
     )
     shadow: bool = switch(
         False,
-        "decide, but remove nothing before its theta is 0: shadow.csv then tells what the tolerances and other rules would "
-        "have removed and what became of it (python -m catode.report.compare)",
+        "decide, but remove nothing before its theta is 0: shadow.csv then lists what the tolerances and other rules would "
+        "have removed and the outcome (python -m catode.report.compare)",
     )
     round_to: int = number(
         1,
         int,
-        "make the final width of every pruned site a multiple of this: units leave in whole groups, and what is left over "
-        "in the end is kept",
+        "make the final width of every pruned site a multiple of this: units are removed in whole groups, and an incomplete "
+        "group is kept at the end",
         low=1,
         hint="Use 1 for any width.",
     )
@@ -162,11 +162,11 @@ class PruningSettings(SettingsGroup):
         if self.prior != "flattening" and (self.tol is None or self.shadow or targets != (None, None)):
             raise ConfigError(
                 f"`prior` must be flattening without --tol, with a target or with shadow; got prior={self.prior!r}. "
-                "The derived tolerances hold for it alone: add --tol 0.01."
+                "Derived tolerances hold for the flattening prior only: add --tol 0.01."
             )
         if self.prior == "concrete" and self.initial_keep_prob == 1.0:
             raise ConfigError(
-                "`initial_keep_prob` must be below 1 with prior=concrete, which never leaves 1; got initial_keep_prob=1. Use 0.9."
+                "`initial_keep_prob` must be below 1 with prior=concrete, whose theta stays at 1; got initial_keep_prob=1. Use 0.9."
             )
         if self.shadow and (self.nu == 0 or self.round_to > 1 or targets != (None, None)):
             raise ConfigError(
@@ -181,6 +181,6 @@ class PruningSettings(SettingsGroup):
         for name in ("target_macs", "target_params"):
             if getattr(self, name) is not None and self.nu == 0:
                 raise ConfigError(
-                    f"`{name}` must be left out for the ungated network, nu=0; got {name}={getattr(self, name):g}. "
+                    f"`{name}` must be left out with nu=0, which trains without gates; got {name}={getattr(self, name):g}. "
                     "Leave out --nu."
                 )

@@ -1,4 +1,4 @@
-"""Where a run computes, and what it writes."""
+"""Settings of the device, the run's folder and the checkpoints."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class RunSettings(SettingsGroup):
     """Seed, device, folder, checkpoints."""
 
     seed: int = number(
-        0, int, "seed of everything random", low=0, high=2**32 - 1, identity=False, hint="Use 0 if in doubt."
+        0, int, "seed of all random numbers", low=0, high=2**32 - 1, identity=False, hint="Use 0 if in doubt."
     )
     device: str = text("cpu", "where to compute: cpu, cuda, cuda:N or mps", identity=False, hint="Use --device cpu.")
     read_every: int | None = number(
         None,
         int,
-        "steps after which the host waits for the device, takes in what was measured and moves the keep probabilities; "
-        "without it 1 on a CPU, 10 elsewhere",
+        "steps between synchronisations with the device, at which measurements are read and keep probabilities updated; "
+        "default: 1 on a CPU, 10 on other devices",
         low=1,
         optional=True,
         identity=False,
@@ -32,39 +32,39 @@ class RunSettings(SettingsGroup):
     width_multiple: int = number(
         8,
         int,
-        "while training, round a pruned width up to a multiple of this by dead channels, which is faster than an odd one; "
-        "they count nowhere and are gone in the end",
+        "while training, round a pruned width up to a multiple of this with dead channels, which is faster than an odd width; "
+        "they are not counted and are removed at the end",
         low=1,
         identity=False,
         hint="Use 1 for none.",
     )
     compile: bool = switch(
         False,
-        "torch.compile the training step while there are no gates: with nu = 0, early in a long warm-up, and when all is "
-        "decided; a gated network changes its shapes too often",
+        "torch.compile the training step while there are no gates: with nu = 0, early in a long warm-up, and when all structures "
+        "are decided; a gated network changes its shapes too often",
         negatable=True,
         identity=False,
     )
     tensorboard: bool = switch(
         False,
-        "also write the metrics and histograms of the keep probabilities for TensorBoard, into the run's tensorboard/",
+        "also write metrics and histograms of the keep probabilities for TensorBoard, to the run's tensorboard/",
         negatable=True,
         identity=False,
     )
-    # null for this machine's own choice, as `workers` and `array_gib` are: a run resumed elsewhere makes its own; env.json tells
+    # None, as for `workers` and `array_gib`, means this machine's default, also after a resume elsewhere; env.json records it
     threads: int | None = number(
         None,
         int,
-        "CPU threads; without it PyTorch's own choice",
+        "CPU threads; default: PyTorch's",
         low=1,
         optional=True,
         identity=False,
-        hint="Leave it out for PyTorch's own choice.",
+        hint="Leave it out for PyTorch's default.",
     )
     out: str | None = text(
         None,
-        "folder of the run; without it runs/<dataset>-<arch>-<tag>-s<seed>, where the tag stands for every setting that "
-        "differs from the preset",
+        "folder of the run; default: runs/<dataset>-<arch>-<tag>-s<seed>, where the tag is a hash of the settings that differ "
+        "from the preset",
         optional=True,
         identity=False,
         hint="Leave it out for a folder under runs/.",
@@ -72,23 +72,23 @@ class RunSettings(SettingsGroup):
     checkpoint_every: int = number(
         500,
         int,
-        "steps of an epoch from one checkpoint to the next; there is one at the end of every epoch too",
+        "steps between checkpoints within an epoch; one is also written at the end of every epoch",
         low=1,
         identity=False,
-        hint="Use as many steps as may be lost.",
+        hint="Use the number of steps that may be lost.",
     )
     keep_checkpoints: int = number(
         2,
         int,
-        "checkpoints kept while the run goes on; the newest good one is gone on from",
+        "checkpoints kept during the run; --resume uses the newest valid one",
         low=1,
         identity=False,
         hint="Use 2 to survive the loss of one.",
     )
     resume: str | None = text(
         None,
-        "folder of a run that was cut off, to go on from its newest good checkpoint; every other setting is the run's own, "
-        "only what does not change its course may be given: --threads, --device, --compile, --tensorboard, --data-dir, "
+        "folder of an interrupted run, to resume from its newest valid checkpoint; the other settings are the run's own, only "
+        "those that do not affect its results may be given: --threads, --device, --compile, --tensorboard, --data-dir, "
         "--array-gib, --workers, --checkpoint-every, --keep-checkpoints",
         optional=True,
         identity=False,
@@ -105,7 +105,11 @@ class RunSettings(SettingsGroup):
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that PyTorch does not know or that is not there, by a `ConfigError`."""
+    """Check that PyTorch supports a device and that it is available.
+
+    Raises:
+        ConfigError: if not.
+    """
     kind, _, index = device.partition(":")
     numbered = kind != "cpu" and index.isdecimal()
     if kind not in ("cpu", "cuda", "mps") or (":" in device and not numbered):
@@ -116,25 +120,25 @@ def check_device(device: str) -> None:
 
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"`device` must be there; got device={device!r}, but PyTorch finds no CUDA device. Use --device cpu."
+            f"`device` must be available; got device={device!r}, but PyTorch finds no CUDA device. Use --device cpu."
         )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(
-            f"`device` must be there; got device={device!r}, but PyTorch finds no MPS device. Use --device cpu."
+            f"`device` must be available; got device={device!r}, but PyTorch finds no MPS device. Use --device cpu."
         )
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if index and int(index) >= count:
         raise ConfigError(
-            f"`device` must be there; got device={device!r}, but there is no {kind} device beyond {kind}:{count - 1}. "
+            f"`device` must be available; got device={device!r}, but there is no {kind} device beyond {kind}:{count - 1}. "
             f"Use --device {kind}:0."
         )
 
 
 def check_out(config: RunSettings) -> None:
-    """Refuse an output folder that already holds a run; writes nothing.
+    """Check that the output folder holds no run and can be written; writes nothing.
 
     Raises:
-        ConfigError: if there is a run, or if the place cannot be a folder.
+        ConfigError: if not.
     """
     folder = Path(config.out)
     if (folder / "config.json").exists():

@@ -1,4 +1,4 @@
-"""What one setting is: its kind, range, help; and the classes that hold a topic's settings, each with its own checks."""
+"""One setting (type, range, help), and the base class of the settings of a topic."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from catode import _validate
 
 __all__ = ["GROUPS", "LEAST", "ConfigError", "Setting", "SettingsGroup", "helpers", "nearest"]
 
-LEAST = 1e-20  # size of a number that is not 0
+LEAST = 1e-20  # smallest magnitude of a non-zero number
 
-GROUPS = {  # of `--help`, in this order
+GROUPS = {  # headings of `--help`, in this order
     "data": "data and network",
     "pruning": "what is pruned, and when",
     "gates": "gates and measuring",
@@ -27,26 +27,26 @@ GROUPS = {  # of `--help`, in this order
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; one line: argument, constraint, value, hint."""
+    """An invalid setting; one line: argument, constraint, value, hint."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one field of `Config` beside its default.
+    """Description of one field of `Config`, without its default.
 
     Args:
         kind: `float`, `int`, `bool` or `str`.
         help: Text for `--help`.
         group: Heading in `--help`, a key of `GROUPS`.
-        choices: Admitted values; empty for no such list.
+        choices: Allowed values; empty if they are not a list.
         low: Lower end of the range.
         high: Upper end of the range.
-        low_open: The lower end is not in the range.
-        high_open: The upper end is not in the range.
-        optional: None is admitted.
-        identity: The setting changes what is computed and so enters the name of the run.
+        low_open: The lower end is excluded.
+        high_open: The upper end is excluded.
+        optional: None is allowed.
+        identity: The setting affects the results, so it is part of the run's identity.
         negatable: A boolean also gets a flag `--no-...`.
-        hint: What to do instead of a wrong value.
+        hint: How to fix an invalid value.
     """
 
     kind: type
@@ -64,7 +64,7 @@ class Setting:
 
     @property
     def range(self) -> str:
-        """The admitted numbers in words; empty for anything but a number."""
+        """The range as text; empty for a setting without one."""
         if self.kind not in (int, float) or (self.low == -math.inf and self.high == math.inf):
             return ""
         if self.high == math.inf:
@@ -77,7 +77,7 @@ class Setting:
         """Return the converted value.
 
         Raises:
-            ValueError: if it is not admitted.
+            ValueError: if it is invalid.
         """
         if value is None and self.optional:
             return None
@@ -102,12 +102,14 @@ class Setting:
             shown = int(value) if value == int(value) else value
             _validate.fail(name, f"{verb} {self.range}", shown, hint=self.hint)
         if 0 < abs(value) < LEAST:
-            _validate.fail(name, f"be 0 or at least {LEAST:g} in size, or quotients overflow", value, hint=self.hint)
+            _validate.fail(
+                name, f"be 0 or at least {LEAST:g} in magnitude, or quotients overflow", value, hint=self.hint
+            )
         return value
 
 
 def nearest(value: Any, names: Iterable[str]) -> str | None:
-    """The one of `names` most like `value`, if any is; of several, that which begins like it."""
+    """The name most similar to `value`, None if no name is; ties go to the longest common prefix."""
     value = str(value).lower()
     near = difflib.get_close_matches(value, names, n=5, cutoff=0.6)
     return max(
@@ -121,20 +123,20 @@ def nearest(value: Any, names: Iterable[str]) -> str | None:
 
 
 def _suggest(value: Any, choices: Iterable[str]) -> str:
-    """The sentence that points to the nearest of `choices`."""
+    """A hint that names the most similar of `choices`."""
     near = nearest(value, choices)
     return f"Did you mean {near!r}?" if near else "Use one of these names."
 
 
 def helpers(group: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Makers of the fields of one group: of a number, a text and a switch.
+    """Functions that make the dataclass fields of one group.
 
     Args:
         group: A key of `GROUPS`.
 
     Returns:
-        ``number(default, kind, help, ...)``, ``text(default, help, ...)`` and ``switch(default, help, ...)``; what follows are
-        attributes of `Setting`.
+        ``number(default, kind, help, ...)``, ``text(default, help, ...)`` and ``switch(default, help, ...)``; further
+        arguments are attributes of `Setting`.
     """
     return partial(_field, group), partial(_of_kind, group, str), partial(_of_kind, group, bool)
 
@@ -149,10 +151,10 @@ def _of_kind(group: str, kind: type, default: Any, help: str, **more: Any) -> An
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsGroup:
-    """Settings of one topic, checked on construction: each by itself, then together by the `check` of every class.
+    """Settings of one topic. Construction checks each setting, then calls the `check` of every class.
 
     Raises:
-        ConfigError: if a value is not admitted, or two values do not go together.
+        ConfigError: if a value is invalid, or two values cannot be combined.
     """
 
     def __post_init__(self) -> None:
@@ -169,4 +171,4 @@ class SettingsGroup:
                 owner.check(self)
 
     def check(self) -> None:
-        """Refuse values that do not go together, by a `ConfigError`; a subclass checks its own fields alone."""
+        """Raise a `ConfigError` for values that cannot be combined; each subclass checks only its own fields."""

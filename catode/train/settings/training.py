@@ -1,4 +1,4 @@
-"""How a network is trained."""
+"""Settings of the optimizer, the learning rates and the augmentation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ number, text, switch = helpers("training")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(SettingsGroup):
-    """Epochs, optimizer, learning rates, images changed at random."""
+    """Epochs, optimizer, learning rates, augmentation."""
 
     epochs: int = number(60, int, "passes over the training images", low=1, hint="Use at least one epoch.")
     batch_size: int = number(64, int, "images in a step", low=2, hint="Use at least two images.")
@@ -22,21 +22,21 @@ class TrainingSettings(SettingsGroup):
     weight_decay: float = number(
         5e-4,
         float,
-        "weight decay of every parameter, norm layers included",
+        "weight decay of every parameter, including norm layers",
         low=0,
         hint="Use 0 for none.",
     )
-    schedule: str = text("one-cycle", "course of the learning rate", choices=("one-cycle", "cosine", "constant"))
+    schedule: str = text("one-cycle", "learning-rate schedule", choices=("one-cycle", "cosine", "constant"))
     augment: str = text(
         "crop-flip",
-        "random changes to training images: shift by a pixel, crop-flip mirrors, pads 4 pixels and crops, resized-crop mirrors "
-        "and stretches a box of 8 to 100 % of the picture",
+        "augmentation: shift moves by a pixel; crop-flip flips, pads 4 pixels and crops; resized-crop flips and resizes a box of "
+        "8 to 100 % of the image",
         choices=("none", "shift", "crop-flip", "resized-crop"),
     )
     mixup: float = number(
         0.0,
         float,
-        "mix each training batch with itself, labels too, by a share drawn from Beta(mixup, mixup); 0 is off",
+        "mixup: mix images and labels within each training batch, with a share drawn from Beta(mixup, mixup); 0 is off",
         low=0,
         high=100,
         hint="Use 0.2 if in doubt, 0 for none.",
@@ -46,13 +46,13 @@ class TrainingSettings(SettingsGroup):
     )
     amp: str = text(
         "off",
-        "automatic mixed precision; fp16 scales the loss and is for CUDA devices",
+        "automatic mixed precision; fp16 uses loss scaling and needs a CUDA device",
         choices=("off", "bf16", "fp16"),
     )
     sync_bn: bool = switch(
         False,
-        "with several processes (torchrun), let batch norms normalise the whole batch as one process would, instead of each "
-        "process's share",
+        "with several processes (torchrun), synchronise batch norms: statistics of the whole batch instead of each process's "
+        "part",
         negatable=True,
     )
     channels_last: bool = switch(True, "keep images in the channels-last memory format", negatable=True, identity=False)
@@ -62,8 +62,8 @@ def learning_rates(schedule: str, peak: float, steps: int) -> np.ndarray:
     """Learning rate of every step, shape (steps,).
 
     Args:
-        schedule: `one-cycle` (linear rise over 15 % of the steps, linear fall to 0), `cosine` or `constant`.
-        peak: Largest learning rate.
+        schedule: `one-cycle` (linear increase over 15 % of the steps, linear decrease to 0), `cosine` or `constant`.
+        peak: Peak learning rate.
         steps: Number of steps.
     """
     position = (np.arange(steps) + 0.5) / steps
@@ -75,7 +75,7 @@ def learning_rates(schedule: str, peak: float, steps: int) -> np.ndarray:
 
 
 def ode_time(schedule: np.ndarray, momentum: float) -> float:
-    """Length of a training in ODE time: the sum of lr/(1 - momentum) over its steps.
+    """Length of a run in ODE time: the sum of lr/(1 - momentum) over its steps.
 
     Args:
         schedule: Learning rate of every step, shape (steps,).
