@@ -169,14 +169,14 @@ def read_config(
         required: As of `read_json`.
         optional: As of `read_json`.
     """
+    from catode.theory.tolerance.measured import check_steps, pool_memory
+
     config = read_json(folder / "config.json", required, optional)
     if config.get("memory", 0) is None:
         read_json(folder / "config.json", {"decide_until": float, "epochs": float})
-        from catode.theory.tolerance.measured import pool_memory
-
         config["memory"] = pool_memory(round(config["decide_until"] * _steps(folder, config)))
     if config.get("check_every", 0) is None and "memory" in config:
-        config["check_every"] = config["memory"] // 4
+        config["check_every"] = check_steps(config["memory"])
     return config
 
 

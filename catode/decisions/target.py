@@ -73,7 +73,13 @@ class Target:
         return 1.0 - (1.0 - self.share) * min(max(progress / RAMP, 0.0), 1.0)
 
     def lags(self, keep_prob: NDArray, kept: NDArray[np.bool_], progress: float) -> bool:
-        """Whether the expected share or the one that is physically there is above what is due."""
+        """Whether the expected share or the physical one is above the share due.
+
+        Args:
+            keep_prob: theta, shape (n,).
+            kept: Structures in the network, shape (n,).
+            progress: Share of the deciding phase that is over.
+        """
         return self.of(keep_prob) > self.due(progress) or self.of(kept) > self.due(progress - LAG)
 
     def parts(self, kept: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -139,7 +139,14 @@ def silence_units(model: nn.Module, site: Site, index: Iterable[int], change: Ch
 
 
 def fold_units(model: nn.Module, site: Site, factors: NDArray, change: Change) -> None:
-    """Multiply the weights that read a site's units by `factors`, shape (units present,): gates made part of the weights."""
+    """Multiply the weights that read a site's units by `factors`: gates folded into the weights.
+
+    Args:
+        model: The plain network; changed in place.
+        site: The site's description.
+        factors: Shape (units present,).
+        change: Record to extend.
+    """
     for part in _of(slices(model, site), CONSUMER):
         module, name = _home(model, part)
         change.scale(module, name, part.dim, torch.from_numpy(np.repeat(factors, part.each)))
@@ -148,8 +155,13 @@ def fold_units(model: nn.Module, site: Site, factors: NDArray, change: Change) -
 def check_dead(model: nn.Module, site: Site, index: NDArray[np.int64]) -> None:
     """Make sure that silenced units are still dead.
 
+    Args:
+        model: The plain network.
+        site: The site's description.
+        index: Silenced units, as positions among those now present, shape (k,).
+
     Raises:
-        RuntimeError: if training revived one, which an activation with f(0) != 0 can do.
+        RuntimeError: if training changed one, which an activation with f(0) != 0 allows.
     """
     if not len(index):
         return
@@ -163,7 +175,14 @@ def check_dead(model: nn.Module, site: Site, index: NDArray[np.int64]) -> None:
 
 
 def keep_units_of_state(model: nn.Module, state: dict[str, torch.Tensor], site: Site, index: NDArray[np.int64]) -> None:
-    """What `keep_units` does to a network, done to its state dict, in place."""
+    """Keep only some units of one site in a state dict, as `keep_units` does in the network.
+
+    Args:
+        model: The plain network; its modules name the tensors.
+        state: Its state dict; changed in place.
+        site: The site's description.
+        index: Units to keep, as positions among those now present, shape (k,).
+    """
     for part in slices(model, site):
         tensor = state[part.tensor]
         state[part.tensor] = _take(tensor, part.dim, _entries(part, index, tensor))

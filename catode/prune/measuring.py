@@ -118,7 +118,18 @@ class Measuring:
         fit: NDArray,
         *found: NDArray,
     ) -> dict[int, float]:
-        """Take in the numbers of a probe; returns the paired benefits that it found.
+        """Pool the curvature of a probe, or return its paired benefits.
+
+        Args:
+            probed: The probe.
+            evidence: Where the curvature is pooled.
+            open_: Undecided structures, shape (n,).
+            finite: Whether all logits were finite, shape ().
+            fit: Whether the loss fits, shape ().
+            found: The curvature, shape (n,), or the paired benefits of `probed.structures`, nats; nothing if it took neither.
+
+        Returns:
+            Finite paired benefits by structure, nats.
 
         Raises:
             RuntimeError: if the loss is not a mean softmax cross-entropy.

@@ -100,7 +100,12 @@ class Network:
         return after
 
     def snapshot(self, kept: NDArray[np.bool_], present: Sequence[NDArray[np.int64]]) -> dict[str, torch.Tensor]:
-        """State dict of the compact network in mean field: theta folded into the weights, dead channels left out."""
+        """State dict of the compact network in mean field: theta folded into the weights, no dead channels.
+
+        Args:
+            kept: Structures in the network, shape (n,).
+            present: Numbers of the units physically present at each site.
+        """
         state = self.gates.folded_state()
         for place in self.inventory.standing(kept):
             live = kept[present[place.number]]
