@@ -10,7 +10,7 @@ which is what training minimises; a row shows what the whole set as one batch wo
 
 With --resnet, a second part trains the ResNet-20 of the main job and compares probes of several sizes there (the
 reference: paired differences over the whole batch, unbiased): a probe is normalised by its own examples, and few
-examples normalise badly. With --run, that comparison alone, on the network of a finished run.
+examples give noisy statistics. With --run, that comparison alone, on the network of a finished run.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def resnet_probes(epochs: int, length: int, seed: int, **sample: int) -> str:
 
 
 def run_probes(folder: Path, seed: int, **sample: int) -> str:
-    """The same for the network that a finished run handed back, on its own training images."""
+    """The same for the network of a finished run, on its own training images."""
     model, record = load(folder), read(folder)
     names = ("dataset", "arch", "batch_size", "augment", "data_dir", "image_size")
     config = Config.from_presets(**{name: record.config[name] for name in names})

@@ -64,7 +64,7 @@ def section(name: str, made: Made) -> str:
 
 
 def write_index(folder: Path, sections: dict[str, str], vector: str) -> None:
-    """Write the index; sections of other figures that were there stay."""
+    """Write the index; existing sections of other figures are kept."""
     path = folder / INDEX
     there = re.split(r"^<!-- (\w+) -->\n", path.read_text(encoding="utf-8"), flags=re.M)[1:] if path.exists() else []
     old = {name: text.strip() for name, text in zip(there[::2], there[1::2], strict=True)}
@@ -82,7 +82,7 @@ def build_parser() -> CommandLine:
         "--runs",
         type=Path,
         default=Path("runs/figures"),
-        help="folder of the runs on the digits; what is not there is trained (runs/figures)",
+        help="folder of the runs on the digits; missing ones are trained (runs/figures)",
     )
     parser.add_argument("--records", type=Path, default=runs.RECORDS, help="folder of records (benchmarks/records)")
     parser.add_argument(

@@ -28,8 +28,8 @@ def tolerances(
 
     Args:
         limits: What was measured.
-        where: Structures with evidence enough, shape (n,).
-        risk: Accepted probability of removing what would not have gone by itself.
+        where: Structures with enough evidence, shape (n,).
+        risk: Accepted probability that a removed structure would have recovered.
         fixed: A tolerance to use in place of the derived ones.
 
     Returns:
@@ -90,8 +90,8 @@ def hold_back(
 ) -> NDArray[np.bool_]:
     """Units that must wait so that each site is left with a multiple of some number of units, with none, or with all.
 
-    Only whole groups go: of the units that may leave, those of the largest keep probability (then of the largest benefit
-    for their price) wait for others. Fewer than `multiple` wait at a site, and nothing goes that might not have.
+    Only whole groups are removed: of the units that may leave, those of the largest keep probability (then of the largest benefit
+    for their price) wait for others. Fewer than `multiple` wait at a site; no other structure is removed.
 
     Args:
         leaving: Structures that may go, shape (n,).
@@ -118,7 +118,7 @@ def certain(
     step_time: float,
     risk: float,
 ) -> NDArray[np.bool_]:
-    """Structures to commit: certain to stay until the deciding phase ends, or not worth telling.
+    """Structures to commit: certain to stay until the deciding phase ends, or indifferent.
 
     The gain's lower limit is 0 in practice, so the mirror domain is empty and the finite-horizon test decides: theta
     is near 1; the benefit's lower limit, carried to the horizon at the rate at which benefits are seen to fall,
@@ -130,7 +130,7 @@ def certain(
 
     Args:
         limits: What was measured.
-        known: Structures with evidence enough, shape (n,).
+        known: Structures with enough evidence, shape (n,).
         slope: Growth of the benefits and its standard error, nats/time, shape (n,) each.
         progress: Share of the deciding phase that is over.
         steps_left: Steps until it ends.

@@ -20,7 +20,7 @@ from catode.structures.inventory import Inventory
 
 
 class Change:
-    """What a compaction did to the parameters: what became of each changed one, step by step, and the removed ones."""
+    """Record of a compaction: the operations on each changed parameter, in order, and the removed parameters."""
 
     def __init__(self) -> None:
         self.changed: dict[nn.Parameter, tuple[nn.Parameter, list[tuple[Callable, int, torch.Tensor]]]] = {}
@@ -55,7 +55,7 @@ class Change:
         self.changed[first] = (new, [*steps, step])
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Carry every piece of per-parameter optimizer state along; drop the removed parameters."""
+        """Apply the same operations to the per-parameter optimizer state; drop the removed parameters."""
         for group in optimizer.param_groups:
             group["params"] = [
                 self.changed[p][0] if p in self.changed else p for p in group["params"] if p not in self.removed
@@ -99,7 +99,7 @@ def keep_units(model: nn.Module, site: Site, index: Iterable[int], change: Chang
         change: Record to extend.
 
     Raises:
-        ValueError: if no unit would be left: an emptied site must take its block along.
+        ValueError: if no unit would be left: an emptied site must be removed with its block.
     """
     change = Change() if change is None else change
     index = list(index)
@@ -169,8 +169,8 @@ def check_dead(model: nn.Module, site: Site, index: NDArray[np.int64]) -> None:
         weight = getattr(*_home(model, part))
         if weight.index_select(part.dim, _entries(part, index, weight)).any():
             raise RuntimeError(
-                f"`width_multiple` must be 1 where an activation does not map 0 to 0; dead channels of `{site.name}` came "
-                "back to life. Pass width_multiple=1."
+                f"`width_multiple` must be 1 where an activation does not map 0 to 0; dead channels of `{site.name}` "
+                "are no longer 0. Pass width_multiple=1."
             )
 
 
