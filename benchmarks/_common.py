@@ -209,7 +209,7 @@ def check_name(name: str, own: str) -> str:
     """The name of a result file that overwrites no other benchmark's.
 
     Args:
-        name: What was asked for.
+        name: The name requested.
         own: The benchmark that asks.
 
     Raises:

@@ -70,7 +70,7 @@ def task(config: dict[str, Any], env: dict[str, Any] | None = None) -> tuple[str
 
     Args:
         config: config.json.
-        env: env.json, which tells the copy of the data set; without it the data set has the name of its setting or folder.
+        env: env.json, which identifies the copy of the data set; without it the setting or folder names the data set.
     """
     arch = config["arch"]
     name = copies.plain_name(config["dataset"], config["data_dir"]) if env is None else copies.name_of(config, env)
@@ -237,7 +237,7 @@ def _fingerprint(record: Record) -> dict[str, str | None]:
 
 
 def _condensed(rows: list[dict[str, str]], decisions: list[dict[str, str]], limit: int) -> bytes:
-    """What is kept of structures.csv, compressed."""
+    """The rows of structures.csv to keep, compressed."""
     observed = _observed(rows, decisions)
     whole = {i for span in observed for i in span}
     least = {i for span in observed for i in _decisive(rows, span)}
@@ -393,7 +393,7 @@ def _comparable(group: list[Record], rivals: list[Record]) -> bool:
 
 
 def _decisions(record: Record) -> list[Any]:
-    """When a pruned run's structures were decided, and what its layers were worth then."""
+    """When a pruned run's structures were decided, and the benefit over price of its layers then."""
     steps = sorted(int(row["step"]) for row in record.last)
     layers = [row for row in record.last if row["kind"] == "layer"]
     worth = {True: [], False: []}

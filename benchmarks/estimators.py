@@ -193,7 +193,7 @@ def _part(batch: Batch, share: float) -> Batch:
 
 
 def estimators(gates: int) -> list[Estimator]:
-    """What is compared; the probes of a tenth of the batch are the pruner's default."""
+    """The estimators compared; the probes of a tenth of the batch are the pruner's default."""
     return [
         Estimator("straight-through", 0.0, _straight),
         Estimator("curvature, sampled labels", 3.0, _corrected(1.0)),
@@ -342,7 +342,7 @@ def probes(
     """Benefits by probes of several sizes, all gates open, against those of whole batches.
 
     Args:
-        title: What network this is.
+        title: Name of the network.
         model: The network, in training mode.
         stream: Batches of images and labels.
         config: Gives the size of a batch and of the preset's probe.

@@ -1,4 +1,4 @@
-"""What gates, measuring and checking cost, and what compaction gives back: CIFAR ResNets, random images of 32 x 32.
+"""What gates, measuring and checking cost, and what compaction saves: CIFAR ResNets, random images of 32 x 32.
 
     python -m benchmarks.gate_cost [--arch resnet20] [--quick] [--threads N] [--clock wall|cpu] [--write]
 

@@ -3,7 +3,7 @@
     python -m benchmarks.networks [--quick] [--write] [--networks N] [--points N]
 
 Networks are drawn by `catode.theory.networks.draw`, seeds 0, 1, ..: the block of one half, one unit of the other. The box
-is 0 <= theta <= 1 and norms of the structure's weights up to twice those of Glorot's initialisation; it knows nothing of
+is 0 <= theta <= 1 and norms of the structure's weights up to twice those of Glorot's initialisation; it does not depend on
 the data, the price or the bounds. From a grid of starts in it, with directions at random, the real flow of all weights of
 the structure is followed to its end, and the domains of docs/mathematics.md sections 4.1 (layer), 4.2 (unit) and
 4.3 (benefit), with constants that are proven bounds of that network, are compared with it: *certified* is the share of the

@@ -96,7 +96,7 @@ def shown(name: str, value: Any) -> str:
 
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
-    """What is shown of a run, shares in percent, keys `SHOWN`."""
+    """Numbers shown of a run, shares in percent, keys `SHOWN`."""
     found = {name: 100 * result[name] / result[f"{name}_dense"] for name in ("macs", "params")}
     found |= {name: result[f"{name}_kept"] for name in ("layers", "units")}
     return found | {"accuracy": 100 * result["accuracy"]}

@@ -57,7 +57,7 @@ def read_json(
 
     Args:
         path: The file.
-        required: Keys that must be there, each with the type of its value: str, int, float (finite) or bool.
+        required: Required keys, each with the type of its value: str, int, float (finite) or bool.
         optional: Keys that may be missing or null, with their types.
 
     Raises:
@@ -92,7 +92,7 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def packed(path: Path) -> Path:
-    """The compressed form of a table if that is there, else the table itself."""
+    """Path of the compressed table if it exists, else of the plain one."""
     other = path.with_name(path.name + ".gz")
     return other if other.exists() else path
 
@@ -102,7 +102,7 @@ def read_table(path: Path, required: Sequence[str] = ()) -> tuple[list[str], lis
 
     Args:
         path: The file, without ``.gz``.
-        required: Columns that must be there.
+        required: Required columns.
 
     Returns:
         Header and rows; `required` and no rows for an empty file.
@@ -195,7 +195,7 @@ def read_structures(folder: Path, required: Sequence[str] = ()) -> tuple[list[st
 
     Args:
         folder: The run's folder.
-        required: Columns that must be there beside ``fate`` and `PLACE`.
+        required: Required columns beside ``fate`` and `PLACE`.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -257,9 +257,7 @@ def _earlier_fates(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]
     file = folder / "structure.json"
     blocks = read_json(file).get("blocks") if file.exists() else {}
     if not isinstance(blocks, dict) or not all(_describes(block) for block in blocks.values()):
-        raise ValueError(
-            f"{file} must list what was kept of each block; it does not. Restore the file from the run."
-        )
+        raise ValueError(f"{file} must list what was kept of each block; it does not. Restore the file from the run.")
     targeted = any(config.get(name) is not None for name in ("target_macs", "target_params"))
     grouped = config.get("round_to", 1) != 1
 
@@ -282,7 +280,9 @@ def _earlier_fates(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]
         if row["fate"] != "forced":
             return row["fate"]
         there = kept(row)
-        if targeted:  # only the first versions called a kept structure with theta near 1 `forced`; later it was committed
+        if (
+            targeted
+        ):  # only the first versions called a kept structure with theta near 1 `forced`; later it was committed
             near_one = number(folder / "structures.csv", "keep_prob", row["keep_prob"]) >= 0.9
             if there:
                 return COMMITTED if near_one else KEPT_AT_TARGET

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name).exists() and not getattr(args, name).is_dir():
                 _validate.fail(name, "be a folder", str(getattr(args, name)), hint="Choose another.")
         if not args.records.is_dir():
-            _validate.fail("records", "be a folder that is there", str(args.records), hint="Leave it out.")
+            _validate.fail("records", "be an existing folder", str(args.records), hint="Leave it out.")
         groups = dict.fromkeys(group for name in args.only for group in FIGURES[name].NEEDS)
         if args.animate:
             groups["pruned"] = None

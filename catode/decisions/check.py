@@ -89,7 +89,7 @@ class Checks:
         """Decide what can be decided.
 
         Args:
-            limits: What was measured.
+            limits: Measured quantities.
             moment: State of the run.
             shadow: Record of a shadow run, which is extended; None where decisions are carried out.
             sizes: Norms of the units for the shadow's rules by size, by rule.

@@ -73,7 +73,7 @@ class Outcomes:
         Args:
             fate: Fate of every structure before it, shape (n,), as all arrays here.
             kept: Those that are in the network.
-            limits: What was measured.
+            limits: Measured quantities.
             zero: Undecided structures whose keep probability was absorbed at 0.
             safe: Other undecided ones that may be removed by their tolerance.
             certain: Those that are certain to stay by `rules.certain`; a target replaces this rule.
@@ -135,7 +135,7 @@ class Outcomes:
         return self.target.remove(kept, going, kept & open_, worth, groups), waits
 
     def _more_may_go(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_]) -> bool:
-        """Whether any of the undecided may still go on the way to the target, with as many as must go with it."""
+        """Whether any undecided structure, with its group, may still be removed before the target is met."""
         inventory = self.complexity.inventory
         sizes = np.where(inventory.is_layer, 1.0, np.inf)
         for left in inventory.left(kept):

@@ -27,7 +27,7 @@ def tolerances(
     """Separatrix and tolerance of the structures in `where`.
 
     Args:
-        limits: What was measured.
+        limits: Measured quantities.
         where: Structures with enough evidence, shape (n,).
         risk: Accepted probability that a removed structure would have recovered.
         fixed: A tolerance to use in place of the derived ones.
@@ -49,7 +49,7 @@ def safe(limits: Limits, tolerance_values: NDArray) -> NDArray[np.bool_]:
     """Structures that may be removed: the upper limit of the benefit below the price, theta at or below the tolerance.
 
     Args:
-        limits: What was measured.
+        limits: Measured quantities.
         tolerance_values: Tolerances, NaN where nothing is known, shape (n,).
     """
     return (limits.benefit_upper < limits.price) & (limits.keep_prob <= tolerance_values)
@@ -64,11 +64,11 @@ def ration(
 ) -> NDArray[np.bool_]:
     """Let one check remove at most one layer and a quarter of a site, or one group, the least useful first.
 
-    Benefits are measured with all the others in place; spreading the removals over checks lets the pools follow.
+    Benefits are measured with all the others in place; spreading the removals over checks gives the pools time to follow.
 
     Args:
         safe: Structures that may be removed, shape (n,).
-        limits: What was measured.
+        limits: Measured quantities.
         is_layer: Which structures are layers, shape (n,).
         sites: Numbers of the units left at each site.
         multiple: Size of a group; fewer units cannot leave, see `hold_back`.
@@ -95,9 +95,9 @@ def hold_back(
 
     Args:
         leaving: Structures that may go, shape (n,).
-        limits: What was measured.
+        limits: Measured quantities.
         sites: Numbers of the units left at each site.
-        multiple: What widths are rounded up to.
+        multiple: Widths are rounded up to multiples of this.
     """
     held = np.zeros_like(leaving)
     worth = np.where(np.isfinite(limits.benefit), limits.benefit, 0.0) / limits.price
@@ -129,7 +129,7 @@ def certain(
     Source: docs/mathematics.md sections 3 and 4.4.
 
     Args:
-        limits: What was measured.
+        limits: Measured quantities.
         known: Structures with enough evidence, shape (n,).
         slope: Growth of the benefits and its standard error, nats/time, shape (n,) each.
         progress: Share of the deciding phase that is over.

@@ -71,7 +71,7 @@ class Shadow:
         Args:
             step: Training step of this check.
             time: ODE time.
-            limits: What was measured.
+            limits: Measured quantities.
             known: Structures with enough evidence and theta above 0, shape (n,).
             safe: Those of them that meet the run's own condition.
             tolerance_values: The run's own tolerances.

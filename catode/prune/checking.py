@@ -81,7 +81,7 @@ class Checking:
 
         Args:
             state: The pruner's state.
-            limits: What was measured.
+            limits: Measured quantities.
             step_time: ODE time of a step.
             final: Whether everything must be decided, but for what a shadow run watches.
             last: Whether watching ends here too.
@@ -108,7 +108,7 @@ class Checking:
 
         Args:
             state: The pruner's state, changed in place.
-            limits: What was measured at the prices so far.
+            limits: Measured quantities, at the prices so far.
             step_time: ODE time of a step.
         """
         passed = (state.done - self.schedule.checked_before(state.done)) * step_time
@@ -137,8 +137,8 @@ class Checking:
 
         Args:
             state: The pruner's state after it.
-            limits: What was measured.
-            verdict: What was decided.
+            limits: Measured quantities.
+            verdict: Its decisions.
             before: Fates before it.
             removed: Number of structures removed.
             final: Whether the deciding phase ended.
@@ -155,8 +155,8 @@ class Checking:
         warnings = []
         if verdict.outcome.everything:
             warnings.append(
-                f"everything would go at step {state.done}: `nu`={state.nu:g} is too large. Pruning stops here and the network "
-                "as it stands is kept; choose a smaller nu."
+                f"everything would go at step {state.done}: `nu`={state.nu:g} is too large. Pruning stops here and keeps "
+                "the present network; choose a smaller nu."
             )
         return Check(rows, warnings, removed)
 

@@ -106,7 +106,7 @@ def keep_units(model: nn.Module, site: Site, index: Iterable[int], change: Chang
     if not index:
         raise ValueError(f"site `{site.name}` must keep at least one unit; got none. Remove its block instead.")
     for part in slices(model, site):
-        module, name = _home(model, part)
+        module, name = _owner(model, part)
         change.slice(module, name, part.dim, _entries(part, index, getattr(module, name)))
     for names, attributes in (
         (site.producers, ("out_channels", "out_features", "num_features")),
@@ -133,7 +133,7 @@ def silence_units(model: nn.Module, site: Site, index: Iterable[int], change: Ch
     """
     index = list(index)
     for part in slices(model, site):
-        module, name = _home(model, part)
+        module, name = _owner(model, part)
         if isinstance(getattr(module, name), nn.Parameter):
             change.silence(module, name, part.dim, _entries(part, index, getattr(module, name)))
 
@@ -147,8 +147,8 @@ def fold_units(model: nn.Module, site: Site, factors: NDArray, change: Change) -
         factors: Shape (units present,).
         change: Record to extend.
     """
-    for part in _of(slices(model, site), CONSUMER):
-        module, name = _home(model, part)
+    for part in _with_role(slices(model, site), CONSUMER):
+        module, name = _owner(model, part)
         change.scale(module, name, part.dim, torch.from_numpy(np.repeat(factors, part.each)))
 
 
@@ -165,8 +165,8 @@ def check_dead(model: nn.Module, site: Site, index: NDArray[np.int64]) -> None:
     """
     if not len(index):
         return
-    for part in _of(slices(model, site), CONSUMER):
-        weight = getattr(*_home(model, part))
+    for part in _with_role(slices(model, site), CONSUMER):
+        weight = getattr(*_owner(model, part))
         if weight.index_select(part.dim, _entries(part, index, weight)).any():
             raise RuntimeError(
                 f"`width_multiple` must be 1 where an activation does not map 0 to 0; dead channels of `{site.name}` "
@@ -191,11 +191,11 @@ def keep_units_of_state(model: nn.Module, state: dict[str, torch.Tensor], site: 
 def unit_norms(model: nn.Module, site: Site) -> NDArray:
     """Norm of the filter that makes each unit of a site, and scale of its norm layer, shape (2, width); gates left out.
 
-    Where a site has no norm layer the filter's norm stands for both.
+    Where a site has no norm layer the filter's norm is used for both.
     """
     filters, scale = 0.0, None
-    for part in _of(slices(model, site), PRODUCER):
-        module, name = _home(model, part)
+    for part in _with_role(slices(model, site), PRODUCER):
+        module, name = _owner(model, part)
         if name != "weight":
             continue
         gated = parametrize.is_parametrized(module, name)
@@ -242,11 +242,11 @@ def restrict(model: nn.Module, blocks: list[Block], structure: dict) -> nn.Modul
     return model
 
 
-def _of(parts: Iterable[Slice], role: str) -> list[Slice]:
+def _with_role(parts: Iterable[Slice], role: str) -> list[Slice]:
     return [part for part in parts if part.role == role]
 
 
-def _home(model: nn.Module, part: Slice) -> tuple[nn.Module, str]:
+def _owner(model: nn.Module, part: Slice) -> tuple[nn.Module, str]:
     """The module that holds a tensor, and the tensor's name there."""
     path, _, name = part.tensor.rpartition(".")
     return model.get_submodule(path), name

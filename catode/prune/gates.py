@@ -65,7 +65,7 @@ class Gates:
     Attributes:
         draw: Current gate values, shape (n,), float32, a leaf that collects dL/dxi in ``draw.grad``. Always the same
             tensor, as captured graphs need it.
-        keep_prob: theta, shape (n,), float32; it stands in place of the draw in eval mode. Always the same tensor.
+        keep_prob: theta, shape (n,), float32; used instead of the draw in eval mode. Always the same tensor.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
         group: Processes over whose batches the model's norms take their statistics.

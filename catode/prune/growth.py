@@ -69,7 +69,7 @@ class GradientProducts:
 
         Args:
             model: The network.
-            inventory: What can be removed from it.
+            inventory: Numbering of its structures.
             kept: Structures in the network, shape (n,).
             present: Numbers of the units physically present at each site.
         """
@@ -122,7 +122,7 @@ class GradientProducts:
         gradient = torch.cat([p.grad.reshape(-1) for p in self._parameters])
         wide = exact(gradient.device)
         if self.weights is not None:
-            take = partial(self._take_weights, on, scale)
+            take = partial(self._pool_weights, on, scale)
             self.put(take, self._sum(self.weights.to(wide) * gradient.to(wide)))
             self.weights = None
         self.burst.append((gradient, on, scale))
@@ -148,10 +148,10 @@ class GradientProducts:
                 else [(g1 * g1, s1 * s1), (g2 * g2, s2 * s2), (g3 * g3, s3 * s3)]
             )
         parts = pairs + squares
-        take = partial(self._take_products, on, [scale for _, scale in parts], len(pairs))
+        take = partial(self._pool_products, on, [scale for _, scale in parts], len(pairs))
         self.put(take, *(self._sum(product) for product, _ in parts))
 
-    def _take_products(
+    def _pool_products(
         self, on: NDArray[np.bool_], scales: Sequence[NDArray | float], pairs: int, *sums: NDArray
     ) -> None:
         """Pool the mean product, and the mean product corrected for batches of one epoch."""
@@ -160,14 +160,14 @@ class GradientProducts:
         if self.epoch_steps is not None:
             corrected = product + (sum(parts[pairs:]) / BURST - product) / max(self.epoch_steps, 1.0)
         for pool, values in ((self.gain_below, product), (self.gain, corrected)):
-            self._take(pool, on, values)
+            self._pool(pool, on, values)
 
-    def _take_weights(self, on: NDArray[np.bool_], scale: NDArray, sums: NDArray) -> None:
+    def _pool_weights(self, on: NDArray[np.bool_], scale: NDArray, sums: NDArray) -> None:
         """Pool the product of weights and gradient."""
-        self._take(self.weight_gradient, on, sums / scale)
+        self._pool(self.weight_gradient, on, sums / scale)
 
     @staticmethod
-    def _take(pool: Pool, seen: NDArray[np.bool_], values: NDArray) -> None:
+    def _pool(pool: Pool, seen: NDArray[np.bool_], values: NDArray) -> None:
         """Pool the finite values; a gradient that overflowed is skipped."""
         pool.add(values, seen & np.isfinite(values))
 

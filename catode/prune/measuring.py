@@ -82,7 +82,7 @@ class Measuring:
             grad_scale: Factor that the loss was multiplied with before ``backward()``.
 
         Returns:
-            What was probed; None if no gradient came back to the logits.
+            The probe; None if no gradient came back to the logits.
         """
         batch = self.capture.batch
         if not batch or "gradient" not in batch:

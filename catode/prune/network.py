@@ -21,7 +21,7 @@ class Network:
     Args:
         model: The model; changed in place.
         optimizer: Its optimizer.
-        inventory: What can be removed.
+        inventory: Numbering of the structures.
         gates: Its gates.
         products: Gradient products, attached again whenever the weights change.
     """

@@ -333,7 +333,7 @@ class Pruner:
             skipped = torch.full((), float(skipped), device=self._device)
         if not own.started:
             own.done += 1
-            self._reads.put(partial(self._pass, step_time), skipped)
+            self._reads.put(partial(self._advance_time, step_time), skipped)
             if own.done % self.settings.read_every == 0:
                 self.read()
             if own.done >= self._begin:
@@ -414,7 +414,7 @@ class Pruner:
         if place == burst[1] - 1:
             products.note_weights()
 
-    def _pass(self, step_time: float, skipped: NDArray) -> None:
+    def _advance_time(self, step_time: float, skipped: NDArray) -> None:
         """Advance the ODE time by one step, unless the optimizer skipped it."""
         if not skipped:
             self.state.time += step_time
@@ -423,7 +423,7 @@ class Pruner:
         self, done: int, step_time: float, draw: NDArray, probed: Probed | None, skipped: NDArray, *numbers: NDArray
     ) -> None:
         """Record one step: its number, ODE time, draw and probe, and the values read from the device."""
-        self._pass(step_time, skipped)
+        self._advance_time(step_time, skipped)
         if skipped:
             return
         own, open_ = self.state, self._open

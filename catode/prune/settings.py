@@ -114,23 +114,23 @@ class PrunerSettings:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        self._take(check_positive, "nu", hint="Leave the pruner out for the ungated network.")
+        self._set_checked(check_positive, "nu", hint="Leave the pruner out for the ungated network.")
         for name in ("alpha", "beta"):
-            self._take(check_interval, name, low=0.0, high=1.0)
-        self._take(check_interval, "risk", low=0.0, high=0.5, low_open=True, high_open=True)
-        self._take(check_interval, "initial_keep_prob", low=0.0, high=1.0, low_open=True)
-        self._take(check_interval, "tolerance", low=0.0, high=1.0)
+            self._set_checked(check_interval, name, low=0.0, high=1.0)
+        self._set_checked(check_interval, "risk", low=0.0, high=0.5, low_open=True, high_open=True)
+        self._set_checked(check_interval, "initial_keep_prob", low=0.0, high=1.0, low_open=True)
+        self._set_checked(check_interval, "tolerance", low=0.0, high=1.0)
         for name in ("rate_ratio", "epoch_steps"):
-            self._take(check_positive, name)
-        self._take(check_choice, "prior", choices=PRIORS)
+            self._set_checked(check_positive, name)
+        self._set_checked(check_choice, "prior", choices=PRIORS)
         for name in ("layer_estimator", "estimator"):
-            self._take(check_choice, name, choices=ESTIMATORS)
-        self._take(check_bool, "per_example")
-        self._take(check_int, "seed")
+            self._set_checked(check_choice, name, choices=ESTIMATORS)
+        self._set_checked(check_bool, "per_example")
+        self._set_checked(check_int, "seed")
         counts = dict(steps=1, warmup=0, layers_per_probe=1, measure_every=1, check_every=1, read_every=1, memory=10)
         for name, low in (counts | dict(width_multiple=1, round_to=1, images=1, probe_size=2)).items():
-            self._take(check_int, name, low=low)
-        self._take(check_int, "shadow", low=self.steps)
+            self._set_checked(check_int, name, low=low)
+        self._set_checked(check_int, "shadow", low=self.steps)
         self._check_together()
 
     @property
@@ -143,7 +143,7 @@ class PrunerSettings:
         """Steps after which a shadow run ends; `steps` for others."""
         return self.steps if self.shadow is None else self.shadow
 
-    def _take(self, check: Callable[..., Any], name: str, **limits: Any) -> None:
+    def _set_checked(self, check: Callable[..., Any], name: str, **limits: Any) -> None:
         """Replace a setting by its checked, plain Python value; None stays where it is the default."""
         value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
         if value is not None or default is not None:

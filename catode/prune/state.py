@@ -94,7 +94,7 @@ class PrunerState:
 
         Args:
             settings: The pruner's settings.
-            inventory: What can be removed.
+            inventory: Numbering of the structures.
             keep_prob: theta at the start, shape (n,).
             gated: Which structures have gates, shape (n,).
             rate_ratio: Speeds of theta, shape (n,).

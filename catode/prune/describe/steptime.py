@@ -240,7 +240,7 @@ def _widths(module: nn.Module, term: Term, plain: Complexity) -> tuple[tuple[int
 
 
 def _kind(module: nn.Module) -> tuple:
-    """What the time of a layer depends on beside its widths and its input."""
+    """Key of everything that a layer's time depends on beside its widths and its input."""
     names = ("kernel_size", "stride", "padding", "dilation", "groups")
     return (type(module), module.bias is not None, *(getattr(module, name, None) for name in names))
 

@@ -68,7 +68,7 @@ class Group:
             )
         if self.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"`device` must be there for every process; got device='cuda' with {torch.cuda.device_count()} CUDA devices and "
+                f"`device` must exist for every process; got device='cuda' with {torch.cuda.device_count()} CUDA devices and "
                 f"process {self.local_rank} of this machine. Start as many processes as there are devices."
             )
         torch.cuda.set_device(self.local_rank)
@@ -100,7 +100,7 @@ class Group:
         return tensor if self.size == 1 else self.sum(tensor) / self.size
 
     def gather(self, thing: Any) -> list:
-        """What each of all processes passes, by rank."""
+        """Values of all processes, by rank."""
         things: list = [None] * self.size
         if self.size == 1:
             return [thing]
@@ -120,7 +120,7 @@ class Group:
         if not first and any(own != found[0][1] for _, own in found):
             return (
                 f"the {self.size} processes must begin with the same settings, data and checkpoint; got different ones. Start "
-                "them with one command line, and let all of them see the same files."
+                "them with one command line, and give all of them the same files."
             )
         return first
 
