@@ -161,7 +161,7 @@ def read_config(
 ) -> dict[str, Any]:
     """config.json of a run, with `memory` and `check_every` always set.
 
-    Earlier versions left these two null where they followed from the run's length; they are then computed from metrics.csv.
+    Earlier versions left both null where they followed from the run's length; they are then computed from metrics.csv.
     `rate_ratio` and `probe_size`, which no reader needs, stay null.
 
     Args:

@@ -1,7 +1,7 @@
 """Evidence about the benefit of every structure: pooled mean with confidence limits, noise, trend, diffusion.
 
-Arrays have shape (n,) in the numbering of `catode.structures.inventory`. All pools are exponentially
-weighted, because the network changes while it is measured.
+Arrays have shape (n,) in the numbering of `catode.structures.inventory`. All pools are exponentially weighted,
+because the network changes while it is measured.
 
 Source: docs/theory.md section 1; docs/mathematics.md section 5.
 """

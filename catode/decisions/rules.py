@@ -64,7 +64,7 @@ def ration(
 ) -> NDArray[np.bool_]:
     """Let one check remove at most one layer and a quarter of a site, or one group, the least useful first.
 
-    Benefits are measured with all the others in place; spreading the removals over checks gives the pools time to follow.
+    Benefits are measured with all the others in place; spreading removals over checks lets the pools follow.
 
     Args:
         safe: Structures that may be removed, shape (n,).
@@ -90,8 +90,8 @@ def hold_back(
 ) -> NDArray[np.bool_]:
     """Units that must wait so that each site is left with a multiple of some number of units, with none, or with all.
 
-    Only whole groups are removed: of the units that may leave, those of the largest keep probability (then of the largest benefit
-    for their price) wait for others. Fewer than `multiple` wait at a site; no other structure is removed.
+    Only whole groups are removed: of the units that may leave, those of the largest keep probability (then of the largest
+    benefit for their price) wait for others. Fewer than `multiple` wait at a site.
 
     Args:
         leaving: Structures that may go, shape (n,).
