@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine in one line, Markdown tables, intervals, settings, and short trainings."""
+"""Shared by all benchmarks: the machine in one line, Markdown tables, intervals, settings, and short trainings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def machine(env: dict[str, Any]) -> str:
 
 
 def load() -> str:
-    """Load of the machine over the last minute; a timing on a busy machine is to be taken with care."""
+    """Load of the machine over the last minute; timings on a busy machine are unreliable."""
     return f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else "load unknown"
 
 
@@ -88,7 +88,7 @@ def spread(values: Sequence[float], form: str = "{:.2f}", factor: float = 1.0) -
 
 
 def each(values: Sequence[float], form: str = "{:.2f}") -> str:
-    """Mean and, in brackets, every value, of what is told of single runs; one value alone."""
+    """Mean and, in brackets, every value; a single value alone."""
     mean = form.format(float(np.mean(values)))
     return f"{mean} ({', '.join(map(form.format, values))})" if len(values) > 1 else mean
 
@@ -100,16 +100,16 @@ def quartiles(values: Sequence[float], form: str = "{:.2f}") -> str:
 
 
 def overrides(pairs: Iterable[str], *, flags: Iterable[str] = (), fixed: Iterable[str] = ()) -> dict[str, Any]:
-    """Settings of `Config` from texts ``name=value``.
+    """Settings of `Config` from strings ``name=value``.
 
     Args:
-        pairs: The texts.
+        pairs: The strings.
         flags: Settings that have a flag of their own in the command.
-        fixed: Settings that the command makes itself, apart from `NEVER`.
+        fixed: Settings that the command sets itself, apart from `NEVER`.
 
     Raises:
-        ConfigError: if a text has another form, names what it may not, or a number does not parse; `Config` checks the
-            rest.
+        ConfigError: if a string has another form, names a setting not allowed, or has no valid number; `Config` checks
+            the rest.
     """
     values, known = {}, settings()
     for pair in pairs:
@@ -140,13 +140,13 @@ def overrides(pairs: Iterable[str], *, flags: Iterable[str] = (), fixed: Iterabl
 QUICK: dict[str, Any] = {"arch": "resnet14", "epochs": 1, "warmup_epochs": 0.0, "batch_size": 16, "threads": 1}
 QUICK |= {"memory": 10, "check_every": 2}
 QUICK_IMAGES = 64
-"""What `--quick` makes of any training, so that a command takes seconds: it shows that it runs, and measures nothing."""
+"""Settings of any training under `--quick`: a command takes seconds, shows that it runs, and measures nothing."""
 
 
 def add_quick(parser: argparse.ArgumentParser) -> None:
     """Give a command the flag `--quick`."""
     parser.add_argument(
-        "--quick", action="store_true", help="the least of everything: shows that it runs, no measurement"
+        "--quick", action="store_true", help="smallest sizes: shows in seconds that it runs, measures nothing"
     )
 
 
@@ -168,7 +168,7 @@ def subset(setup: loop.Setup, number: int | None) -> loop.Setup:
         test_labels=images.test_labels[: number // 5],
     )
     steps = number // config.batch_size
-    # what followed from the length of the whole run follows from that of this one
+    # settings derived from the run's length are derived again
     config = dataclasses.replace(config, **dict.fromkeys(config.derived), derived=())
     config = config.resolved(steps * config.epochs, setup.group.size)
     schedule = loop.learning_rates(config.schedule, config.lr, steps * config.epochs)
@@ -176,7 +176,7 @@ def subset(setup: loop.Setup, number: int | None) -> loop.Setup:
 
 
 def run_quick(config: Config, *, progress: bool = False) -> Path:
-    """Train on the first `QUICK_IMAGES` images; takes the place of `catode.train.run` with `--quick`."""
+    """Train on the first `QUICK_IMAGES` images; replaces `catode.train.run` under `--quick`."""
     return loop.train(subset(loop.prepare(config), QUICK_IMAGES), progress=progress)
 
 
@@ -209,11 +209,11 @@ def check_name(name: str, own: str) -> str:
     """The name of a result file that overwrites no other benchmark's.
 
     Args:
-        name: What was asked for.
+        name: The name requested.
         own: The benchmark that asks.
 
     Raises:
-        ConfigError: if it is no plain name, or another benchmark's, or begins like one.
+        ConfigError: if it is not a plain name, is another benchmark's, or begins like one.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ConfigError(

@@ -1,6 +1,6 @@
 """Real images: the pruned network, the dense one, and rivals of the same epochs and seeds.
 
-Rivals are narrowed or shortened from the start, or trained, pruned and trained on by `benchmarks.rival`.
+Rivals are narrowed or shortened from the start, or trained, pruned and fine-tuned by `benchmarks.rival`.
 
 python -m benchmarks.cifar run pruned --seed 0 --data-dir DIR --out FOLDER
 python -m benchmarks.cifar condense FOLDER [FOLDER ...] --to benchmarks/records
@@ -70,7 +70,7 @@ def task(config: dict[str, Any], env: dict[str, Any] | None = None) -> tuple[str
 
     Args:
         config: config.json.
-        env: env.json, which tells the copy of the data set; without it the data set has the name of its setting or folder.
+        env: env.json, which identifies the copy of the data set; without it the setting or folder names the data set.
     """
     arch = config["arch"]
     name = copies.plain_name(config["dataset"], config["data_dir"]) if env is None else copies.name_of(config, env)
@@ -79,7 +79,7 @@ def task(config: dict[str, Any], env: dict[str, Any] | None = None) -> tuple[str
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished run left.
+    """Files of a finished run.
 
     Args:
         config: config.json.
@@ -106,7 +106,7 @@ class Record:
 
     @property
     def variant(self) -> str:
-        """The kind with the settings that set it apart from the preset; the rival in full is in its config."""
+        """The kind with the settings that set it apart from the preset; the rival's full name is in its config."""
         notes = differences(self.config)
         kind = "Torch-Pruning" if self.kind == "rival" else self.kind
         return f"{kind} {self.config['arch']}" + (f" ({notes})" if notes else "")
@@ -126,7 +126,7 @@ def plan(args: argparse.Namespace) -> Config:
     """The configuration of one network.
 
     Raises:
-        ConfigError: if a setting is given that the kind or a flag stands for.
+        ConfigError: if a setting is given that the kind or a flag sets.
     """
     flags = ("seed", "dataset", "data_dir", "out", "epochs")
     given = {**KINDS[args.kind], **overrides(args.set, flags=flags, fixed=KINDS[args.kind])}
@@ -183,7 +183,7 @@ def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = Fal
             Of a shadow run all rows between a derived decision and its outcome stay as they are; where these are too
             many, those that hold the decision or a largest value after it, which is all that `catode.report.compare`
             looks at.
-        latency: Measure latencies anew, here and now, in place of those from the end of the run.
+        latency: Measure latencies again, on this machine, instead of copying those of the run.
 
     Returns:
         Bytes written.
@@ -210,7 +210,7 @@ def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = Fal
     files = {f"{name}.gz": content for name, content in tables.items()}
     for name, content in (("config", config), ("result", result), ("env", env)):
         files[f"{name}.json"] = (json.dumps(content, indent=2) + "\n").encode()
-    if (folder / "structure.json").is_file():  # it alone tells of units without a gate
+    if (folder / "structure.json").is_file():  # the only file that lists units without a gate
         structure = json.loads((folder / "structure.json").read_text())
         files["structure.json"] = (json.dumps(structure, separators=(",", ":")) + "\n").encode()
     left = limit - sum(map(len, files.values()))
@@ -222,7 +222,7 @@ def condense(folder: Path, target: Path, limit: int = LIMIT, latency: bool = Fal
 
 
 def _fingerprint(record: Record) -> dict[str, str | None]:
-    """The fingerprint of a run's images for its env.json, if it is not there and they still are."""
+    """The fingerprint of a run's images for its env.json, if it is missing and the images are available."""
     config = record.config
     if "pixels" in record.env:
         return {}
@@ -237,7 +237,7 @@ def _fingerprint(record: Record) -> dict[str, str | None]:
 
 
 def _condensed(rows: list[dict[str, str]], decisions: list[dict[str, str]], limit: int) -> bytes:
-    """What is kept of structures.csv, compressed."""
+    """The rows of structures.csv to keep, compressed."""
     observed = _observed(rows, decisions)
     whole = {i for span in observed for i in span}
     least = {i for span in observed for i in _decisive(rows, span)}
@@ -386,14 +386,14 @@ def table(records: list[Record]) -> str:
 
 
 def _comparable(group: list[Record], rivals: list[Record]) -> bool:
-    """Whether a difference says something: to the dense network, or at about equal MACs (a pair of pruned ones once)."""
+    """Whether a difference is meaningful: to the dense network, or at about equal MACs (a pair of pruned ones once)."""
     a, b = (sum(r.result["macs"] for r in g) / len(g) for g in (group, rivals))
     once = rivals[0].kind != "pruned" or group[0].variant < rivals[0].variant
     return rivals[0].kind == "dense" or (abs(a - b) <= ALIKE * b and once)
 
 
 def _decisions(record: Record) -> list[Any]:
-    """When a pruned run's structures were decided, and what its layers were worth then."""
+    """When a pruned run's structures were decided, and the benefit over price of its layers then."""
     steps = sorted(int(row["step"]) for row in record.last)
     layers = [row for row in record.last if row["kind"] == "layer"]
     worth = {True: [], False: []}
@@ -450,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     small = commands.add_parser("condense", help="write runs' records as small files")
     small.add_argument("folders", type=Path, nargs="+")
     small.add_argument("--to", type=Path, required=True)
-    small.add_argument("--latency", action="store_true", help="measure latencies anew; let nothing else run meanwhile")
+    small.add_argument("--latency", action="store_true", help="measure latencies again; run nothing else meanwhile")
     small.set_defaults(do=_condense_all)
     show = commands.add_parser("table", help="print records, or finished runs, as Markdown")
     show.add_argument("records", type=Path, nargs="+", help="folders of runs, or folders of such folders")

@@ -1,8 +1,8 @@
-"""Which copy of a data set a record was made with, told by the pixels.
+"""Which copy of a data set a record was made with, identified by its pixels.
 
     python -m benchmarks.copies --dataset cifar10 --data-dir DIR [--records FOLDER ...]
 
-Prints the fingerprint of the images there and the name of that copy; with `--records` it is also put into the env.json of
+Prints the fingerprint of the images there and the name of that copy; with `--records` it is also written to the env.json of
 these records. Copies of one data set that went through a lossy format give other accuracies than the original. The pixels of a
 JPEG depend on its decoder, too: the fingerprints here are those of Pillow with libjpeg-turbo.
 """
@@ -23,7 +23,7 @@ from catode.train.data.images import pixel_fingerprint
 from catode.train.settings.commandline import CommandLine
 
 MOST_IMAGES = 200_000
-"""Of larger data sets the fingerprint is not taken: all images would have to be decoded."""
+"""Larger data sets get no fingerprint: all images would have to be decoded."""
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 OWN = ("digits",)
 """Data sets that a dependency ships, of which there are no copies."""
@@ -34,8 +34,8 @@ class Copy:
     """A known copy of a data set.
 
     Attributes:
-        name: What tables call it.
-        note: One sentence that stands beside every table with it.
+        name: Name in tables.
+        note: One sentence printed beside every table with it.
     """
 
     name: str
@@ -69,7 +69,7 @@ def plain_name(dataset: str, data_dir: str | None) -> str:
 
 
 def name(dataset: str, data_dir: str | None, pixels: str | None) -> str:
-    """What tables call the data.
+    """Name of the data in tables.
 
     Args:
         dataset: Name of the data set as a setting.
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", default="digits", help="digits, cifar10, cifar100 or folder")
     parser.add_argument("--data-dir", help="folder that holds the data")
     parser.add_argument("--image-size", type=int, help="for folder: side to which images are resized and cropped")
-    parser.add_argument("--records", type=Path, nargs="+", default=[], help="records made with these very images")
+    parser.add_argument("--records", type=Path, nargs="+", default=[], help="records made with these images")
     args = parser.parse_args(argv)
     envs = {}
     for folder in args.records:

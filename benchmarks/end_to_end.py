@@ -1,10 +1,10 @@
-"""What pruning while training saves of the training: the ungated and the pruned network side by side, epoch by epoch.
+"""What pruning saves during training: the ungated and the pruned network side by side, epoch by epoch.
 
     python -m benchmarks.end_to_end [--dataset NAME] [--data-dir DIR] [--images N] [--set NAME=VALUE ...] [--quick] [--write NAME]
 
-One process trains both in turn, an epoch each, so that a drift of the machine falls on both alike; everything that an
+One process trains both in turn, an epoch each, so that a drift of the machine affects both alike; everything that an
 epoch does is counted: measuring, checks, compaction, evaluation, the checkpoint. CPU time counts the work of all threads and is the
-steadier clock where a machine is shared; on an accelerator only wall time tells anything.
+steadier clock where a machine is shared; on an accelerator only wall time is meaningful.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TIME_LIMIT, MACS_TARGET = 0.8, 0.5
 
 @dataclass(frozen=True)
 class Epochs:
-    """What the epochs of one training took.
+    """Times of the epochs of one training.
 
     Attributes:
         cpu: CPU seconds of each epoch.
@@ -55,7 +55,7 @@ class Epochs:
 
 
 def train(configs: Sequence[Config], images: int | None) -> tuple[list[Epochs], str]:
-    """Train networks in turn, an epoch each; returns also what the data are called."""
+    """Train networks in turn, an epoch each; returns also the name of the data."""
     for config in configs:
         Path(config.out).mkdir(parents=True)
     setups = [loop.prepare(config) for config in configs]
@@ -75,7 +75,7 @@ def train(configs: Sequence[Config], images: int | None) -> tuple[list[Epochs], 
 
 
 def report(plain: Epochs, pruned: Epochs) -> tuple[str, dict[str, float]]:
-    """A table of the epochs, and what they come to."""
+    """A table of the epochs, and their totals."""
     rows = []
     for number, (a, b) in enumerate(zip(plain.rows, pruned.rows, strict=True)):
         cpu, wall = pruned.cpu[number] / plain.cpu[number], pruned.wall[number] / plain.wall[number]

@@ -10,7 +10,7 @@ which is what training minimises; a row shows what the whole set as one batch wo
 
 With --resnet, a second part trains the ResNet-20 of the main job and compares probes of several sizes there (the
 reference: paired differences over the whole batch, unbiased): a probe is normalised by its own examples, and few
-examples normalise badly. With --run, that comparison alone, on the network of a finished run.
+examples give noisy statistics. With --run, that comparison alone, on the network of a finished run.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _part(batch: Batch, share: float) -> Batch:
 
 
 def estimators(gates: int) -> list[Estimator]:
-    """What is compared; the probes of a tenth of the batch are the pruner's default."""
+    """The estimators compared; the probes of a tenth of the batch are the pruner's default."""
     return [
         Estimator("straight-through", 0.0, _straight),
         Estimator("curvature, sampled labels", 3.0, _corrected(1.0)),
@@ -302,7 +302,7 @@ def resnet_probes(epochs: int, length: int, seed: int, **sample: int) -> str:
 
 
 def run_probes(folder: Path, seed: int, **sample: int) -> str:
-    """The same for the network that a finished run handed back, on its own training images."""
+    """The same for the network of a finished run, on its own training images."""
     model, record = load(folder), read(folder)
     names = ("dataset", "arch", "batch_size", "augment", "data_dir", "image_size")
     config = Config.from_presets(**{name: record.config[name] for name in names})
@@ -343,7 +343,7 @@ def probes(
     """Benefits by probes of several sizes, all gates open, against those of whole batches.
 
     Args:
-        title: What network this is.
+        title: Name of the network.
         model: The network, in training mode.
         stream: Batches of images and labels.
         config: Gives the size of a batch and of the preset's probe.

@@ -1,9 +1,9 @@
-"""What gates, measuring and checking cost, and what compaction gives back: CIFAR ResNets, random images of 32 x 32.
+"""What gates, measuring and checking cost, and what compaction saves: CIFAR ResNets, random images of 32 x 32.
 
     python -m benchmarks.gate_cost [--arch resnet20] [--quick] [--threads N] [--clock wall|cpu] [--write]
 
 One process; what is compared takes turns step by step, and ratios are taken within a round, so that a drift of the
-machine falls on all alike. Medians with quartiles. Probes run in fp32 also where the training step is bf16.
+machine affects all alike. Medians with quartiles. Probes run in fp32 also where the training step is bf16.
 CPU time counts the work of all threads: the steadier clock on a machine that others use too.
 """
 
@@ -49,7 +49,7 @@ class Lane:
         memory_format: Of weights and images.
         device: Where it trains.
         batch: Images in a step.
-        clock: Seconds that go by.
+        clock: Returns the time in seconds.
     """
 
     name: str
@@ -222,8 +222,8 @@ def narrowed(arch: str, share: float, multiple: int = 1, halvings: int = 20) -> 
     Args:
         arch: Its architecture.
         share: MACs left, dead channels not counted.
-        multiple: Widths are of any size and odd, as pruning leaves them; dead channels fill them up to this multiple.
-        halvings: Of the interval in which the factor on the widths is sought.
+        multiple: Widths are odd, as pruning leaves them; dead channels fill them up to this multiple.
+        halvings: Bisection steps for the factor on the widths.
     """
     widths_of = np.random.default_rng(0)
     noise = widths_of.uniform(0.6, 1.4, len(network(arch).structures()))

@@ -4,11 +4,11 @@
     python -m benchmarks.growth --decisions benchmarks/records/growth [--write]
 
 The ungated ResNet-20 of the main job is trained on the digits by the preset's schedule. After some of its epochs the weights
-stand still, and batches of many more epochs are drawn as training draws them. The truth of each structure is the product of
+are frozen, and batches of many more epochs are drawn as training draws them. The truth of each structure is the product of
 the mean gradients of *different* epochs, which are independent. Beside it: products of batches of one epoch, as they are and
 corrected (`catode.prune.growth`).
 
-With --decisions it compares shadow runs of before the correction with runs of after it, from the same seeds: nothing is removed
+With --decisions it compares shadow runs before the correction with runs after it, from the same seeds: nothing is removed
 in either before its theta is 0, so that thetas move alike and the decisions alone differ.
 """
 

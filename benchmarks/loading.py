@@ -4,8 +4,8 @@
 
 DIR holds images in class folders, such as Tiny-ImageNet. Every row takes the first batches of an epoch twice: with nothing
 else to do, and with a training step after each batch, as the trainer does. The wait is the time from the end of a step to
-the next batch. The first batch of a pass, for which workers have to start, is apart. The first row is what there is to gain:
-as many images, already in memory.
+the next batch. The first batch of a pass, for which workers have to start, is timed separately. The first row is the
+upper limit: as many images, already in memory.
 """
 
 from __future__ import annotations

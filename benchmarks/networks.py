@@ -1,13 +1,13 @@
-"""How cautious the closed forms are: what they certify, against what the real projected flow prunes.
+"""How conservative the closed forms are: what they certify, against what the real projected flow prunes.
 
     python -m benchmarks.networks [--quick] [--write] [--networks N] [--points N]
 
 Networks are drawn by `catode.theory.networks.draw`, seeds 0, 1, ..: the block of one half, one unit of the other. The box
-is 0 <= theta <= 1 and norms of the structure's weights up to twice those of Glorot's initialisation; it knows nothing of
+is 0 <= theta <= 1 and norms of the structure's weights up to twice those of Glorot's initialisation; it does not depend on
 the data, the price or the bounds. From a grid of starts in it, with directions at random, the real flow of all weights of
 the structure is followed to its end, and the domains of docs/mathematics.md sections 4.1 (layer), 4.2 (unit) and
-4.3 (benefit), with constants that are proven bounds of that network, are held against it: *certified* is the share of the
-box inside a domain (of a finer grid, for nothing need be followed to know it), *converging* the share that really goes to
+4.3 (benefit), with constants that are proven bounds of that network, are compared with it: *certified* is the share of the
+box inside a domain (on a finer grid, since it needs no integration), *converging* the share that really converges to
 the removed state, *ratio* the first over the second. A start that is certified and does not converge is a violation; one
 that is undecided at the horizon counts as not converging.
 
@@ -38,7 +38,7 @@ SHARE_GOAL, AREA_GOAL = 0.01, 0.99
 
 @dataclass(frozen=True)
 class Trial:
-    """One domain of one network against its real flow."""
+    """One domain of one network, compared with its real flow."""
 
     coverage: Coverage
     share: float
@@ -50,7 +50,7 @@ class Trial:
 
 
 def measure(structure: Structure, kind: str, points: int) -> dict[str, Trial]:
-    """Follow the real flow once and put the domains of all coordinates on trial.
+    """Integrate the real flow once and compare the domains of all coordinates with it.
 
     Args:
         structure: A structure of a drawn network.
@@ -149,7 +149,7 @@ def picture(results: dict[str, list[dict[str, Trial]]]) -> None:
     with plotting.house_style():
         panels = figure.subplots(1, len(results), sharey=True)
     looks = {"layer": ("o", "blue"), "unit": ("^", "vermillion"), "benefit": ("s", "green")}
-    floor = 0.1  # percent; what is certified of less of the box is drawn there
+    floor = 0.1  # percent; smaller certified shares are drawn there
     for ax, (kind, found) in zip(panels, results.items(), strict=True):
         for name, (marker, color) in looks.items():
             x = [100.0 * network[name].coverage.pruned_share for network in found]

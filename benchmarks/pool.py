@@ -1,4 +1,4 @@
-"""Many runs on the processor, a few at a time with one thread each; what is finished is not made again."""
+"""Many runs on the CPU, a few at a time with one thread each; finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ THREADS = "OMP_NUM_THREADS"
 
 
 def finished(config: Config, flag: str = "runs") -> bool:
-    """Whether the run is there, whole, in its folder.
+    """Whether the run's folder holds it, finished.
 
     Args:
         config: The run.
-        flag: What names the folder on the command line, for the message.
+        flag: Command-line flag of the folder, for the message.
 
     Raises:
         ValueError: if the folder holds another run than the planned one.
@@ -42,11 +42,11 @@ def finished(config: Config, flag: str = "runs") -> bool:
 
 
 def complete(config: Config, *, flag: str = "runs", progress: bool = False, quick: bool = False) -> Path:
-    """Train one run, go on with it if it was cut off, or leave it as it is.
+    """Train one run, resume it if it was interrupted, or do nothing if it is finished.
 
     Args:
         config: The run; `resume` is set here.
-        flag: What names the folder on the command line, for the message.
+        flag: Command-line flag of the folder, for the message.
         progress: Show a progress bar.
         quick: Train on the first images alone.
 
@@ -64,7 +64,7 @@ def complete(config: Config, *, flag: str = "runs", progress: bool = False, quic
 
 
 def train(configs: Iterable[Config], *, processes: int = 2, quick: bool = False) -> None:
-    """Train what is planned and not there yet, and go on with what was cut off.
+    """Train missing runs and resume interrupted ones.
 
     Args:
         configs: The runs.
@@ -78,7 +78,7 @@ def train(configs: Iterable[Config], *, processes: int = 2, quick: bool = False)
     if not todo:
         return
     print(f"{len(todo)} runs are to be trained, {processes} at a time", file=sys.stderr)
-    todo.sort(key=lambda config: (not config.shadow, config.nu == 0))  # what takes longest first
+    todo.sort(key=lambda config: (not config.shadow, config.nu == 0))  # longest first
     if processes == 1:
         for config in todo:
             complete(config, quick=quick)
@@ -93,7 +93,7 @@ def train(configs: Iterable[Config], *, processes: int = 2, quick: bool = False)
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
-    """Let processes that start meanwhile compute with one thread each."""
+    """Limit worker processes started inside this context to one thread each."""
     before = os.environ.get(THREADS)
     os.environ[THREADS] = "1"
     try:

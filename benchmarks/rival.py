@@ -1,4 +1,4 @@
-"""The usual way: train the whole network, prune it once with Torch-Pruning, train on; as many epochs in all as ours.
+"""The usual pipeline: train the whole network, prune it once with Torch-Pruning, fine-tune; the same epochs in total.
 
     pip install torch-pruning
     python -m benchmarks.rival --macs 0.45 --seed 0 --data-dir DIR --out FOLDER
@@ -6,7 +6,7 @@
 The same data, batches, augmentation and optimizer as every other row of `benchmarks.cifar`; both halves have a whole
 one-cycle schedule. Channels go by group norms over the whole network (`GroupNormPruner` with
 `GroupMagnitudeImportance`), a little at a time until the MACs are met, all between two steps of training: without the sparse
-training that Torch-Pruning's authors put before it. A run that was cut off goes on from its trained network.
+training that Torch-Pruning's authors put before it. An interrupted run resumes from its trained network.
 """
 
 from __future__ import annotations
@@ -87,15 +87,15 @@ def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
 
 
 def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: Path, quick: bool = False) -> None:
-    """Train, prune, train on, and leave a record like that of any run.
+    """Train, prune, fine-tune, and write a record like that of any run.
 
     Args:
         common: Settings of the run.
         share: MACs to keep, in (0, 1).
-        tune_epochs: Epochs after pruning, of all.
+        tune_epochs: Epochs after pruning, out of all.
         tune_lr: Largest learning rate of these.
-        out: Its folder, with the two halves in `trained` and `tuned`. A trained half that is there is used, or resumed;
-            what a cut-off run left of the other one is deleted.
+        out: Its folder, with the two halves in `trained` and `tuned`. An existing trained half is used, or resumed;
+            an incomplete tuned half is deleted.
         quick: Train on the first images alone.
 
     Raises:
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--macs", type=float, required=True, help="share of the MACs to keep")
-    parser.add_argument("--tune-epochs", type=int, default=10, help="epochs after pruning (10), of all")
+    parser.add_argument("--tune-epochs", type=int, default=10, help="epochs after pruning, out of all (10)")
     parser.add_argument("--tune-lr", type=float, default=0.05, help="largest learning rate after pruning (0.05)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
     add_quick(parser)

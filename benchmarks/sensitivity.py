@@ -3,7 +3,7 @@
     python -m benchmarks.sensitivity [--grid NAME=VALUE,VALUE ...] [--seeds N] [--runs FOLDER] [--quick] [--write NAME]
 
 Without `--grid`: nu x alpha x beta. For premature pruning: ``--grid tol=none,0.05,0.5,0.9 --seeds 5``. Finished
-runs in the folder are read, not made again, and runs that were cut off go on; two train at a time, with one thread each.
+runs in the folder are reused, and interrupted runs are resumed; two train at a time, with one thread each.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Values by the name of the setting.
 
     Raises:
-        ConfigError: if a text has another form, names no setting or one that the command sets itself, or a value is not
+        ConfigError: if a string has another form, names no setting or one that the command sets itself, or a value is not
             admitted or given twice.
     """
     grid: dict[str, list[Any]] = {}
@@ -96,7 +96,7 @@ def shown(name: str, value: Any) -> str:
 
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
-    """What is shown of a run, shares in percent, keys `SHOWN`."""
+    """Numbers shown of a run, shares in percent, keys `SHOWN`."""
     found = {name: 100 * result[name] / result[f"{name}_dense"] for name in ("macs", "params")}
     found |= {name: result[f"{name}_kept"] for name in ("layers", "units")}
     return found | {"accuracy": 100 * result["accuracy"]}

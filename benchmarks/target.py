@@ -1,8 +1,8 @@
-"""Digits, default settings with a target: how near the network's MACs or parameters end to the share asked for.
+"""Digits, default settings with a target: how near the network's MACs or parameters end to the requested share.
 
     python -m benchmarks.target [--shares 0.3 0.5 0.7] [--seeds 0 1] [--set NAME=VALUE ...] [--quick] [--write]
 
-Each share is asked for twice, of the MACs and of the parameters, from each seed.
+Each share is requested twice, of the MACs and of the parameters, from each seed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.theory [--quick] [--write] [--peers FOLDER]
 
-Starts a second on one core: the grid over the CPU time of the process, the best of several rounds (median and spread
-beside it), the compiling of the first call apart. A busy machine also slows CPU time, so read the load with the numbers.
+Starts a second on one core: the grid's size over the CPU time of the process, best of several rounds (with median and
+spread), without the compilation in the first call. A busy machine also slows CPU time, so the load is printed.
 Labels count as wrong where they are missing or differ from the closed form of docs/mathematics.md section 4.2, and no
 wrong one may lie further than a band from the separatrix.
 Peers solve the same problem with the same tolerances: theta leaving [0, 1] ends a start, by an event where the library
@@ -34,13 +34,13 @@ from catode.train.settings.commandline import CommandLine
 
 UNIT = UnitSystem(price=0.1, weight_decay=0.1, rate_ratio=1.0, benefit_slope=0.5)
 BAND, HORIZON = 1e-3, 200.0
-LABELLING = 1e-4  # tolerance of the labelling that is held against the goals
+LABELLING = 1e-4  # tolerance of the labelling that is compared with the goals
 GRID_GOAL, SEPARATRIX_GOAL, CUBE_GOAL, PEER_GOAL = 1e6, 5e7, 3e5, 10.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of CPU time of one job, round by round, the first call's extra apart."""
+    """Seconds of CPU time of one job, round by round, the first call's overhead separately."""
 
     seconds: np.ndarray
     first: float
@@ -52,7 +52,7 @@ class Timing:
 
 
 def timed(job: Callable[[], object], rounds: int) -> Timing:
-    """Run a job once for what it must compile, then `rounds` times."""
+    """Run a job once to compile, then `rounds` times."""
     mark = time.process_time()
     job()
     first = time.process_time() - mark

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-__all__ = ["ALSO", "MOVED", "MovedFinder", "install"]
+__all__ = ["ALSO", "MOVED", "RENAMED", "MovedFinder", "install"]
 
 MOVED = {
     "catode.complexity": "catode.structures.complexity",
@@ -64,8 +64,8 @@ MOVED = {
     "catode.train.pictures": "catode.report.pictures",
     "catode.train.compare": "catode.report.compare",
 }
-"""New path of each old module. Modules that became packages of the same name (`catode.theory.systems`, `flow`, `tolerance`,
-`basins`, `certificates`, `networks`, `plotting`, `catode.train.data`, `models`, `loop`) are imported as before."""
+"""New module of each old one. What was one module and is a package of the same name (`catode.theory.systems`, `flow`,
+`tolerance`, `basins`, `certificates`, `networks`, `plotting`, `catode.train.data`, `models`, `loop`) keeps its import path."""
 
 ALSO = {
     "catode.train.structure": {
@@ -74,9 +74,16 @@ ALSO = {
         "Prunable": "catode.prune.describe.protocol",
     },
     "catode.train.measure": {"GradientProducts": "catode.prune.growth"},
+    "catode.train.prune": {"rate_ratios": "catode.decisions.motion", "ROW_FIELDS": "catode.prune.checking"},
     "catode.train.shadow": {"unit_norms": "catode.prune.cut"},
 }
-"""Names that moved to another module than the rest of their old module."""
+"""Names of an old module that are in another module than the rest of it."""
+
+RENAMED = {
+    "catode.train.measure": {"summary": "catode.decisions.limits.measure"},
+    "catode.train.decide": {"inputs": "catode.theory.tolerance.measured.arguments"},
+}
+"""Names of an old module that changed: the full new name of each."""
 
 
 class MovedFinder:
@@ -98,6 +105,7 @@ def _refuse(name: str) -> NoReturn:
     for own, place in ALSO.get(name, {}).items():
         others.setdefault(place, []).append(own)
     also = "".join(f"; {' and '.join(names)} from {place}" for place, names in others.items())
+    also += "".join(f"; {own} is {new}" for own, new in RENAMED.get(name, {}).items())
     # without the argument `name`: `from package import module` would swallow the error and its message
     raise ModuleNotFoundError(f"{name} is now {MOVED[name]}; import it from there{also}")
 

@@ -1,7 +1,7 @@
-"""The one reader of the files of a run's folder: JSON, and tables that may be compressed (``.csv.gz``), as those of records are.
+"""Reads the files of a run's folder: JSON, and CSV tables, which may be compressed (``.csv.gz``) as in records.
 
-Every function checks what it reads and names the file in its complaint. Files of earlier versions are read as if this one had
-written them: `read_config`, `read_structures`, `read_decisions` and `read_result` translate what was renamed (see CHANGELOG.md).
+Every function checks what it reads; its error messages name the file. `read_config`, `read_structures`, `read_decisions`
+and `read_result` translate the names of earlier versions to those of this one (see CHANGELOG.md).
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ __all__ = [
 ]
 
 PLACE = ("kind", "block", "site", "index")
-_KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
 def structure_key(row: Mapping[str, str]) -> tuple[str, str, str, str]:
-    """What tells a structure from all others of its run, of a row of structures.csv or shadow.csv: `PLACE`."""
+    """Key of a structure, unique in its run, from a row of structures.csv or shadow.csv: the values of `PLACE`."""
     return row["kind"], row["block"], row["site"], row["index"]
 
 
@@ -57,8 +57,8 @@ def read_json(
 
     Args:
         path: The file.
-        required: Keys that must be there, each with the type of its value: str, int, float (finite) or bool.
-        optional: Keys that may be missing or null, likewise.
+        required: Required keys, each with the type of its value: str, int, float (finite) or bool.
+        optional: Keys that may be missing or null, with their types.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -92,7 +92,7 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def packed(path: Path) -> Path:
-    """The compressed form of a table if that is there, else the table itself."""
+    """Path of the compressed table if it exists, else of the plain one."""
     other = path.with_name(path.name + ".gz")
     return other if other.exists() else path
 
@@ -102,14 +102,14 @@ def read_table(path: Path, required: Sequence[str] = ()) -> tuple[list[str], lis
 
     Args:
         path: The file, without ``.gz``.
-        required: Columns that must be there.
+        required: Required columns.
 
     Returns:
-        The header, which for a file without even that is `required`, and the rows.
+        Header and rows; `required` and no rows for an empty file.
 
     Raises:
         FileNotFoundError: if it is missing.
-        ValueError: if it is damaged or cut short, lacks a column, or has rows of another length than the header.
+        ValueError: if it is damaged or truncated, lacks a column, or has rows of another length than the header.
     """
     path = packed(path)
     opened = gzip.open if path.suffix == ".gz" else open
@@ -132,21 +132,21 @@ def read_table(path: Path, required: Sequence[str] = ()) -> tuple[list[str], lis
 
 
 def read_rows(path: Path, required: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The same as one mapping a row; see `read_table`."""
+    """The rows of a table as dicts by column; arguments and errors as in `read_table`."""
     header, rows = read_table(path, required)
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def number(path: Path, name: str, text: str) -> float:
-    """A number of a table; NaN where nothing was measured.
+    """Parse a number of a table; NaN where nothing was measured.
 
     Args:
         path: The table, for the message.
         name: The column, for the message.
-        text: What stands there.
+        text: The cell.
 
     Raises:
-        ValueError: if it is no number.
+        ValueError: if it is not a number.
     """
     if text == "" or text == "None":
         return math.nan
@@ -159,24 +159,24 @@ def number(path: Path, name: str, text: str) -> float:
 def read_config(
     folder: Path, required: Mapping[str, type] | None = None, optional: Mapping[str, type] | None = None
 ) -> dict[str, Any]:
-    """config.json of a run, with `memory` and `check_every` in any case.
+    """config.json of a run, with `memory` and `check_every` always set.
 
-    Earlier versions left these two null where the run's length gave them; they are filled in from metrics.csv. `rate_ratio` and
-    `probe_size`, which no reader needs, stay null there.
+    Earlier versions left both null where they followed from the run's length; they are then computed from metrics.csv.
+    `rate_ratio` and `probe_size`, which no reader needs, stay null.
 
     Args:
         folder: The run's folder.
-        required: As of `read_json`.
-        optional: As of `read_json`.
+        required: As in `read_json`.
+        optional: As in `read_json`.
     """
+    from catode.theory.tolerance.measured import check_steps, pool_memory
+
     config = read_json(folder / "config.json", required, optional)
     if config.get("memory", 0) is None:
         read_json(folder / "config.json", {"decide_until": float, "epochs": float})
-        from catode.theory.tolerance.measured import pool_memory
-
         config["memory"] = pool_memory(round(config["decide_until"] * _steps(folder, config)))
     if config.get("check_every", 0) is None and "memory" in config:
-        config["check_every"] = config["memory"] // 4
+        config["check_every"] = check_steps(config["memory"])
     return config
 
 
@@ -195,7 +195,7 @@ def read_structures(folder: Path, required: Sequence[str] = ()) -> tuple[list[st
 
     Args:
         folder: The run's folder.
-        required: Columns that must be there beside ``fate`` and `PLACE`.
+        required: Required columns beside ``fate`` and `PLACE`.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -233,7 +233,7 @@ def read_decisions(folder: Path, required: Sequence[str] = ()) -> list[dict[str,
 def read_result(
     folder: Path, required: Mapping[str, type] | None = None, optional: Mapping[str, type] | None = None
 ) -> dict[str, Any]:
-    """result.json of a run; arguments as of `read_json`."""
+    """result.json of a run; arguments as in `read_json`."""
     result = read_json(folder / "result.json", required, optional)
     decisions = result.get("decisions")
     if isinstance(decisions, dict) and {"forced", "promoted"} & set(decisions):  # before 0.2
@@ -257,9 +257,7 @@ def _earlier_fates(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]
     file = folder / "structure.json"
     blocks = read_json(file).get("blocks") if file.exists() else {}
     if not isinstance(blocks, dict) or not all(_describes(block) for block in blocks.values()):
-        raise ValueError(
-            f"{file} must say of each of its blocks what was kept; it does not. Restore the file from the run."
-        )
+        raise ValueError(f"{file} must list what was kept of each block; it does not. Restore the file from the run.")
     targeted = any(config.get(name) is not None for name in ("target_macs", "target_params"))
     grouped = config.get("round_to", 1) != 1
 
@@ -272,7 +270,7 @@ def _earlier_fates(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]
     def low(row: Mapping[str, str]) -> bool:
         return not number(folder / "structures.csv", "keep_prob", row["keep_prob"]) >= 0.5
 
-    # what stayed with a theta below 1/2 waited for a group, or all that was undecided stayed as the last
+    # kept with theta below 1/2: a unit that waited for its group, or everything undecided, as the last of the network
     forced = [row for row in rows if row["fate"] == "forced"]
     last = {row.get("step") for row in forced if kept(row) and low(row) and (row["kind"] == "layer" or not grouped)}
 
@@ -282,7 +280,9 @@ def _earlier_fates(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]
         if row["fate"] != "forced":
             return row["fate"]
         there = kept(row)
-        if targeted:  # in the first versions what stayed with a theta near 1 was not told apart; later it was committed
+        if (
+            targeted
+        ):  # only the first versions called a kept structure with theta near 1 `forced`; later it was committed
             near_one = number(folder / "structures.csv", "keep_prob", row["keep_prob"]) >= 0.9
             if there:
                 return COMMITTED if near_one else KEPT_AT_TARGET

@@ -64,7 +64,7 @@ def section(name: str, made: Made) -> str:
 
 
 def write_index(folder: Path, sections: dict[str, str], vector: str) -> None:
-    """Write the index; sections of other figures that were there stay."""
+    """Write the index; existing sections of other figures are kept."""
     path = folder / INDEX
     there = re.split(r"^<!-- (\w+) -->\n", path.read_text(encoding="utf-8"), flags=re.M)[1:] if path.exists() else []
     old = {name: text.strip() for name, text in zip(there[::2], there[1::2], strict=True)}
@@ -82,7 +82,7 @@ def build_parser() -> CommandLine:
         "--runs",
         type=Path,
         default=Path("runs/figures"),
-        help="folder of the runs on the digits; what is not there is trained (runs/figures)",
+        help="folder of the runs on the digits; missing ones are trained (runs/figures)",
     )
     parser.add_argument("--records", type=Path, default=runs.RECORDS, help="folder of records (benchmarks/records)")
     parser.add_argument(
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name).exists() and not getattr(args, name).is_dir():
                 _validate.fail(name, "be a folder", str(getattr(args, name)), hint="Choose another.")
         if not args.records.is_dir():
-            _validate.fail("records", "be a folder that is there", str(args.records), hint="Leave it out.")
+            _validate.fail("records", "be an existing folder", str(args.records), hint="Leave it out.")
         groups = dict.fromkeys(group for name in args.only for group in FIGURES[name].NEEDS)
         if args.animate:
             groups["pruned"] = None

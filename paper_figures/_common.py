@@ -1,4 +1,4 @@
-"""What every figure is made of: the drawing, its caption and its table."""
+"""Parts of every figure: the drawing, its caption and its table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from catode.theory.plotting import PALETTE, house_style
 
 COLORS = 256
-"""Colours of a PNG file; more make it larger and no better to read."""
+"""Colours of a PNG file; more make it larger, not clearer."""
 
 
 @dataclass(frozen=True)

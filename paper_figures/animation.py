@@ -1,4 +1,4 @@
-"""One run as a moving picture: every structure in the plane of benefit and keep probability, and the widths left."""
+"""One run as an animation: every structure in the plane of benefit and keep probability, and the widths left."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def write(run: history.Run, path: Path, frames: int = 90) -> None:
 
     draw(shown[-1])
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # as laid out now, or every frame would be laid out anew
+    figure.set_layout_engine("none")  # keep this layout, or every frame would compute it again
     moving = FuncAnimation(figure, draw, frames=[*shown, shown[-1]], blit=False)
     moving.save(path, writer=PillowWriter(fps=FRAMES_PER_SECOND))
 

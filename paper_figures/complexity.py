@@ -27,7 +27,7 @@ class Check:
     Args:
         steps: Training steps at the end of each epoch, shape (epochs,).
         expected: MACs and parameters of the whole network expected under theta, shape (epochs, 2).
-        counted: The same of the network as it stood, shape (epochs, 2).
+        counted: The same of the network as it was cut by then, shape (epochs, 2).
         dense: The same of the whole network, shape (2,).
         layers: By convolution and linear layer, its MACs in the dense network, expected at the end, and counted at the end.
     """

@@ -53,7 +53,7 @@ def make(data: Data) -> Made:
 
 
 def _own(run: history.Run) -> list[history.Trace]:
-    """Structures that did not go with their site or block."""
+    """Structures that were not removed with their site or block."""
     return [trace for trace in run.traces if trace.fate != REMOVED_WITH_BLOCK]
 
 

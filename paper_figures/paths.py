@@ -26,7 +26,7 @@ class Path:
     """A structure's path in a shadow run.
 
     Args:
-        name: What to call it.
+        name: Its name in the figure.
         kind: "layer" or "unit".
         step: Training steps of the checks, shape (n,).
         benefit: Benefit over price at the checks, shape (n,).

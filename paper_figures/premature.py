@@ -16,7 +16,7 @@ from paper_figures.runs import GROUPS, Data
 
 NEEDS = ("pruned", "dense", "fixed", "shadow")
 COLORS = {"derived": ("blue", "o"), "dense": ("black", "*")}
-FEW = 10  # decisions; the interval of fewer says nothing
+FEW = 10  # decisions; fewer give no useful interval
 FIXED = (("orange", "s"), ("vermillion", "D"), ("purple", "^"))
 
 

@@ -1,4 +1,4 @@
-"""The runs that the figures are drawn from: digits trained here where they are not there yet, and committed records.
+"""The runs that the figures are drawn from: runs on the digits, trained here if missing, and committed records.
 
 Every run on the digits has the data set's preset, but half its epochs and half its memory of measurements, so that all
 of them together take minutes.
@@ -41,7 +41,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def seeds(group: str) -> tuple[int, ...]:
-    """Seeds of a group's runs; the rival priors are measured from the first alone, for the time's sake."""
+    """Seeds of a group's runs; the rival priors are trained from the first alone, to save time."""
     return SEEDS[:1] if group == "priors" else SEEDS
 
 
@@ -62,7 +62,7 @@ def plan(folder: Path, groups: Iterable[str]) -> dict[Path, Config]:
 
 
 def train(folder: Path, groups: Iterable[str], *, processes: int = 2) -> None:
-    """Train what is planned and not there yet, and go on with what was cut off.
+    """Train missing runs and resume interrupted ones.
 
     Args:
         folder: Where the runs are.
@@ -76,7 +76,7 @@ def train(folder: Path, groups: Iterable[str], *, processes: int = 2) -> None:
 
 
 class Data:
-    """What the figures may ask for; files are read when they are first asked for.
+    """Runs and records for the figures; files are read on first use.
 
     Args:
         runs: Folder of the runs on the digits.

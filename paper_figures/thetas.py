@@ -68,7 +68,7 @@ def _has_paths(run: history.Run) -> bool:
 
 
 def _other(run: history.Run) -> str:
-    """What a record's run has other than the preset of its data set, in words; a run on the digits is as the index says."""
+    """Settings of a record that differ from its preset, in words; runs on the digits have those that the index states."""
     if run.config["dataset"] == SHORT["dataset"]:
         return ""
     notes = differences(run.config)

@@ -232,7 +232,7 @@ def test_a_run_can_be_shown_as_an_animation(tmp_path, data):
         (["--only", "bassins"], "`only` must be one of"),
         (["--vector", "gif"], "`vector` must be one of"),
         (["--processes", "0"], "`processes` must be >= 1"),
-        (["--records", "nowhere"], "`records` must be a folder"),
+        (["--records", "nowhere"], "`records` must be an existing folder"),
         (["--out", __file__], "`out` must be a folder"),
         (["--runs", __file__], "`runs` must be a folder"),
         (["--outt", "x"], "Did you mean --out?"),

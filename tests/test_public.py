@@ -127,6 +127,20 @@ def test_what_went_elsewhere_than_its_module_is_named_and_there():
             assert name in str(caught.value) and f"from {place}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("catode.train.measure", "summary", "catode.decisions.limits.measure"),
+        ("catode.train.decide", "inputs", "catode.theory.tolerance.measured.arguments"),
+    ],
+)
+def test_what_has_another_name_now_is_named_and_there(old, name, new):
+    with pytest.raises(ModuleNotFoundError, match=rf"^{old} is now [^\n]*; {name} is {new}$"):
+        importlib.import_module(old)
+    place, _, own = new.rpartition(".")
+    assert callable(getattr(importlib.import_module(place), own))
+
+
 def test_an_earlier_program_says_where_it_is():
     line = [sys.executable, "-m", "catode.train.compare"]
     done = subprocess.run(line, capture_output=True, text=True)

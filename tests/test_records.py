@@ -52,7 +52,7 @@ def test_a_json_object_is_read_as_it_is(tmp_path):
         ({"epochs": 1, "tol": "much"}, "a.json must have a number at 'tol'; got tol='much'"),
         ({"epochs": 1, "tol": math.nan}, "a.json must have a number at 'tol'"),
         ({"epochs": 1, "shadow": 0}, "a.json must have true or false at 'shadow'; got shadow=0"),
-        ({"epochs": 1, "arch": 20}, "a.json must have a text at 'arch'; got arch=20"),
+        ({"epochs": 1, "arch": 20}, "a.json must have a string at 'arch'; got arch=20"),
     ],
 )
 def test_what_is_wrong_with_a_json_file_is_one_line(tmp_path, content, message):

@@ -1,4 +1,4 @@
-"""One check: from what was measured to what becomes of every structure.
+"""One check: from measurements to the fate of every structure.
 
 Source: docs/mathematics.md sections 3 to 5; docs/conventions.md item 3.
 """
@@ -19,13 +19,13 @@ from catode.structures import fates
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """Where a run stands at a check; arrays of shape (n,).
+    """State of a run at a check; arrays of shape (n,).
 
     Attributes:
         fate: Fate of every structure before the check.
-        kept: Structures that are in the network.
+        kept: Structures in the network.
         zero: Undecided structures whose theta was absorbed at 0.
-        enough: Structures with evidence enough to decide.
+        enough: Structures with enough evidence to decide.
         slope: Growth of the benefits and its standard error, nats/time.
         done: Training steps.
         time: ODE time.
@@ -33,7 +33,7 @@ class Moment:
         progress: Share of the deciding phase that is over.
         steps_left: Steps until it ends; below 1 beyond its end, in a shadow run.
         final: Whether everything must be decided now.
-        watching: Whether a shadow run may go on watching.
+        watching: Whether a shadow run may keep watching.
     """
 
     fate: NDArray[np.str_]
@@ -52,13 +52,13 @@ class Moment:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What a check found; arrays of shape (n,).
+    """Result of a check; arrays of shape (n,).
 
     Attributes:
-        outcome: What becomes of every structure.
+        outcome: Fate of every structure, and what follows from it.
         separatrix: Separatrix on theta, NaN where nothing is known.
         tolerance: Tolerance on theta, NaN where nothing is known.
-        decided: Structures that a shadow run decided to remove, and left in.
+        decided: Structures that a shadow run decided to remove, but keeps.
     """
 
     outcome: Outcome
@@ -73,9 +73,9 @@ class Checks:
 
     Args:
         outcomes: The rules by which structures leave or stay together.
-        risk: Accepted probability of removing what would not have gone by itself.
+        risk: Accepted probability that a removed structure would have recovered.
         tolerance: A fixed tolerance on theta in place of the derived ones.
-        commits: Whether structures can be certain to stay, as they are under the flattening prior alone.
+        commits: Whether structures may be committed, which is valid under the flattening prior alone.
     """
 
     outcomes: Outcomes
@@ -89,10 +89,10 @@ class Checks:
         """Decide what can be decided.
 
         Args:
-            limits: What was measured.
-            moment: Where the run stands.
+            limits: Measured quantities.
+            moment: State of the run.
             shadow: Record of a shadow run, which is extended; None where decisions are carried out.
-            sizes: Norms of the units that rules of the shadow look at, by rule.
+            sizes: Norms of the units for the shadow's rules by size, by rule.
         """
         inventory, open_ = self.outcomes.complexity.inventory, moment.fate == fates.UNDECIDED
         separatrix, tolerance = rules.tolerances(limits, open_ & moment.enough, risk=self.risk, fixed=self.tolerance)
@@ -102,7 +102,7 @@ class Checks:
         decided = none
         if shadow is not None:
             decided = safe
-            if moment.steps_left >= 0:  # nothing is decided any more beyond the deciding phase
+            if moment.steps_left >= 0:  # no decisions after the deciding phase
                 shadow.decide(
                     moment.done,
                     moment.time,

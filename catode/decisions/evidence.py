@@ -1,7 +1,7 @@
-"""What training tells about the benefit of every structure: pooled means with confidence limits, noise, trend, wandering.
+"""Evidence about the benefit of every structure: pooled mean with confidence limits, noise, trend, diffusion.
 
-Arrays have shape (n,) in the numbering of `catode.structures.inventory`. Everything forgets exponentially, because the
-network changes while it is measured.
+Arrays have shape (n,) in the numbering of `catode.structures.inventory`. All pools are exponentially weighted,
+because the network changes while it is measured.
 
 Source: docs/theory.md section 1; docs/mathematics.md section 5.
 """
@@ -28,7 +28,7 @@ class Pool:
         window: Observations after which a weight has fallen to 1/e, one number or shape (n,).
 
     Attributes:
-        weight: Sum of the weights, shape (n,): memory in observations, as many as were seen at first, the window in the end.
+        weight: Sum of the weights, shape (n,): the number of observations at first, the window in the end.
         weight_squares: Sum of the squared weights, shape (n,).
         total: Weighted sum of the observations, shape (n,).
         squares: Weighted sum of their squares, shape (n,).
@@ -47,7 +47,12 @@ class Pool:
         self.weight, self.weight_squares, self.total, self.squares = np.zeros((4, size))
 
     def add(self, values: NDArray, seen: NDArray[np.bool_]) -> None:
-        """Take in one observation of each quantity in `seen`."""
+        """Add one observation of each quantity in `seen`.
+
+        Args:
+            values: Observations, shape (n,).
+            seen: Which quantities were observed, shape (n,).
+        """
         for sums, value in ((self.weight, 1.0), (self.total, values), (self.squares, np.square(values))):
             np.copyto(sums, self.forget * sums + value, where=seen)
         np.copyto(self.weight_squares, self.forget**2 * self.weight_squares + 1.0, where=seen)
@@ -80,7 +85,7 @@ class Pool:
 
 @dataclass(eq=False)
 class Evidence:
-    """What the estimates of L1 - L0 tell about the benefits: level, noise, trend and wandering.
+    """Benefits from estimates of L1 - L0: level, noise, trend and diffusion.
 
     Args:
         window: Memory of each structure's pools, in estimates, shape (n,).
@@ -101,12 +106,12 @@ class Evidence:
     curvature: Pool = field(init=False)
     _benefit: Pool = field(init=False)
     _slow: Pool = field(init=False)  # the same over three times the memory
-    _when: Pool = field(init=False)  # times of what is in `_benefit`
+    _when: Pool = field(init=False)  # times of the observations in `_benefit`
     _slow_when: Pool = field(init=False)
     _elapsed: Pool = field(init=False)
     _estimate: Pool = field(init=False)
     _successive: Pool = field(init=False)  # products of successive estimates
-    _last: NDArray = field(init=False)  # estimate before; NaN for none
+    _last: NDArray = field(init=False)  # previous estimate; NaN for none
 
     def __post_init__(self, window: NDArray, curvature_window: float, risk: float) -> None:
         n = len(window)
@@ -117,7 +122,7 @@ class Evidence:
         self.curvature = Pool(n, curvature_window)
 
     def add(self, estimate: NDArray, seen: NDArray[np.bool_], time: float, elapsed: NDArray) -> None:
-        """Take in one estimate of L1 - L0 of each structure in `seen`.
+        """Add one estimate of L1 - L0 of each structure in `seen`.
 
         Args:
             estimate: Estimates, nats, shape (n,).
@@ -141,7 +146,7 @@ class Evidence:
 
     @property
     def enough(self) -> NDArray[np.bool_]:
-        """Whether there are estimates enough to act on."""
+        """Whether there are enough estimates to act on, shape (n,)."""
         return self._benefit.count >= LEAST_EVIDENCE
 
     @property
@@ -168,11 +173,11 @@ class Evidence:
         return self._estimate.variance * (1.0 + self.z * np.sqrt(2.0 / np.maximum(self._estimate.count, 1.0)))
 
     def benefit_noise(self) -> NDArray:
-        """Upper limit of the benefit's own diffusion sigma_b, nats per sqrt(time), from its realised wandering.
+        """Upper limit of the benefit's own diffusion sigma_b, nats per sqrt(time), from successive estimates.
 
         The draws' noise is independent from step to step, the benefit is not: the covariance of successive estimates is
-        the variance of the benefit within the pool's memory T, sigma_b^2 T / 2 for a random walk. It contains what the
-        noise of *all* weights does to the benefit.
+        the variance of the benefit within the pool's memory T, sigma_b^2 T / 2 for a random walk. It includes the
+        effect of the noise of *all* weights.
         """
         wander = self._successive.mean - self._estimate.mean**2 + self.z * self._successive.error
         elapsed = self._elapsed.mean

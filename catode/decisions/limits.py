@@ -1,4 +1,4 @@
-"""Everything that a decision needs to know of each structure, conservative at the evidence's risk.
+"""Inputs of a decision about each structure: measurements with confidence limits at the evidence's risk.
 
 Source: docs/mathematics.md section 5.
 """
@@ -25,7 +25,7 @@ class Limits:
         benefit_lower: Its lower limit.
         price: Price, nats, positive.
         gain: Upper limit of the squared gradient norm, nats/time.
-        decay: Lower limit of the benefit's decay, 1/time; 0 is always one.
+        decay: Lower limit of the benefit's decay, 1/time; 0 is always valid.
         rate_ratio: Speed of theta, 1/(nats time).
         noise: Upper limit of the diffusion of theta, time^-1/2.
         benefit_noise: Upper limit of the diffusion of the benefit, nats time^-1/2.
@@ -54,7 +54,7 @@ class Limits:
 
     @property
     def known(self) -> NDArray[np.bool_]:
-        """Structures of which everything is known, shape (n,)."""
+        """Structures with all quantities finite, shape (n,)."""
         return np.all([np.isfinite(values) for values in self.columns().values()], axis=0)
 
     def tolerance_arguments(self, where: NDArray[np.bool_]) -> dict[str, NDArray]:
@@ -104,7 +104,7 @@ def measure(
         benefit_lower=lower,
         price=price,
         gain=np.maximum(gain.mean, 0.0) + z * gain.error,
-        decay=np.where(decay * price > drift, decay, 0.0),  # a lower limit; 0 is always one
+        decay=np.where(decay * price > drift, decay, 0.0),  # 0 is always a valid lower limit
         rate_ratio=rate_ratio,
         noise=rate_ratio * np.sqrt(np.where(elapsed > 0.0, elapsed, 1.0) * evidence.variance()),
         benefit_noise=evidence.benefit_noise(),

@@ -1,8 +1,8 @@
-"""What becomes of every structure at one check: who leaves, who stays for good, who waits for others, who ran out of time.
+"""Fate of every structure at one check: removed, certain to stay, waiting for its group, or out of time.
 
-`catode.decisions.rules` says what the benefit of each structure speaks for. Here stands what depends on the others as well:
-widths go in whole groups (`round_to`), nothing leads past a target, blocks go with the last unit of a site, and where the
-deciding phase ends everything must end up on one side.
+`catode.decisions.rules` judges each structure by its own benefit. This module adds what depends on the others: units are
+removed in whole groups (`round_to`), no removal passes a target, a block is removed with the last unit of a site, and
+everything is decided when the deciding phase ends.
 
 Source: docs/mathematics.md sections 2 (removal with the block) and 3; groups and targets are derived in docs/theory.md.
 """
@@ -23,14 +23,14 @@ from catode.structures.complexity import Complexity
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check ends with; arrays of shape (n,).
+    """Fates after a check; arrays of shape (n,).
 
     Attributes:
         fate: One of `catode.structures.fates.FATES` for every structure.
         kept: Those that stay in the network.
         certain: Those that are decided to stay at this check, by a rule or because the target is met.
-        folded: Those that would have gone, had there been a whole group: they stay, scaled by their keep probability.
-        watched: Those that stay undecided beyond the deciding phase, because a shadow run watches what becomes of them.
+        folded: Units that stay only because their group is not complete, scaled by their keep probability.
+        watched: Those that stay undecided beyond the deciding phase, because a shadow run watches them.
         everything: Whether nothing would have been left. Then all that was undecided is kept instead.
     """
 
@@ -48,7 +48,7 @@ class Outcomes:
 
     Args:
         complexity: The network's complexity.
-        round_to: What the widths of sites end as multiples of.
+        round_to: Final widths of sites are multiples of this.
         target: A share of the network to end at, or None.
     """
 
@@ -73,16 +73,16 @@ class Outcomes:
         Args:
             fate: Fate of every structure before it, shape (n,), as all arrays here.
             kept: Those that are in the network.
-            limits: What was measured.
+            limits: Measured quantities.
             zero: Undecided structures whose keep probability was absorbed at 0.
-            safe: Other undecided ones that may leave by their tolerance.
-            certain: Those that are certain to stay by `rules.certain`; a target has its own rule in its place.
+            safe: Other undecided ones that may be removed by their tolerance.
+            certain: Those that are certain to stay by `rules.certain`; a target replaces this rule.
             watching: Those that a shadow run still watches.
             final: Whether the deciding phase ends here, so that all others are rounded.
         """
         open_, going = fate == fates.UNDECIDED, zero | safe
         left, waits = self._without(kept, going, open_, limits)
-        refused = going & left & ~waits  # they would lead past the target
+        refused = going & left & ~waits  # their removal would pass the target
         if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
             certain = np.zeros_like(open_) if self._more_may_go(left, open_ & left) else open_ & left
         certain = refused | (certain & ~going)
@@ -115,7 +115,7 @@ class Outcomes:
     def _without(
         self, kept: NDArray[np.bool_], going: NDArray[np.bool_], open_: NDArray[np.bool_], limits: Limits
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """What stays if these go in whole groups, those of the least worth first, and not past the target.
+        """Remove structures in whole groups, those of the least worth first, not past the target.
 
         Returns:
             Those that stay, and those of `going` that wait for others to make a group.
@@ -135,7 +135,7 @@ class Outcomes:
         return self.target.remove(kept, going, kept & open_, worth, groups), waits
 
     def _more_may_go(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_]) -> bool:
-        """Whether any of the undecided may still go on the way to the target, with as many as must go with it."""
+        """Whether any undecided structure, with its group, may still be removed before the target is met."""
         inventory = self.complexity.inventory
         sizes = np.where(inventory.is_layer, 1.0, np.inf)
         for left in inventory.left(kept):
@@ -145,7 +145,7 @@ class Outcomes:
         return bool(self.target.may_go(kept, open_, sizes).any())
 
     def _stuck(self, open_: NDArray[np.bool_], waits: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Units of the sites where everything that is `open_` waits, so that no group can come together any more."""
+        """Units of the sites where everything that is `open_` waits, so that no group can be completed."""
         stuck = np.zeros_like(open_)
         for units in self.complexity.inventory.units:
             stuck[units] = not (open_ & ~waits)[units].any()

@@ -1,6 +1,6 @@
 """One step of theta under the flattening hyper-prior and under its rivals, all at the same price and speed.
 
-The loss is a mean over the training images, so that what a prior adds is divided by their number. Of each structure
+The loss is a mean over the training images, so a prior's term is divided by their number. Of each structure
 with benefit b and price g, in nats of the mean loss:
 
 | prior | force on theta | how theta moves |
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 _BISECTIONS = 100
-_EVEN = 16.0  # 1 / mobility of theta = 1/2 under `concrete`: there all priors move at one speed
+_INVERSE_MOBILITY = 16.0  # 1 / mobility at theta = 1/2 under `concrete`: all priors move at the same speed there
 
 
 def flattening(theta: NDArray, force: NDArray, step: NDArray, images: int | None) -> NDArray:
@@ -43,7 +43,7 @@ def bernoulli(theta: NDArray, force: NDArray, step: NDArray, images: int | None)
     It solves theta' + step * logit(theta') / images = theta + step * force for the logit, by bisection.
     """
     stiffness, goal = step / images, theta + step * force
-    high = np.maximum(np.abs(goal), 1.0) / stiffness + 1.0  # there the left side is beyond every goal
+    high = np.maximum(np.abs(goal), 1.0) / stiffness + 1.0  # the left side exceeds every goal there
     low = -high
     for _ in range(_BISECTIONS):
         middle = 0.5 * (low + high)
@@ -54,7 +54,7 @@ def bernoulli(theta: NDArray, force: NDArray, step: NDArray, images: int | None)
 
 def concrete(theta: NDArray, force: NDArray, step: NDArray, images: int | None) -> NDArray:
     """Euler step of the logit, scaled to the speed of `flattening` at theta = 1/2; arguments as there."""
-    return expit(logit(theta) + _EVEN * step * theta * (1.0 - theta) * force)
+    return expit(logit(theta) + _INVERSE_MOBILITY * step * theta * (1.0 - theta) * force)
 
 
 PRIORS = {"flattening": flattening, "bernoulli": bernoulli, "concrete": concrete}

@@ -27,9 +27,9 @@ def tolerances(
     """Separatrix and tolerance of the structures in `where`.
 
     Args:
-        limits: What was measured.
-        where: Structures with evidence enough, shape (n,).
-        risk: Accepted probability of removing what would not have gone by itself.
+        limits: Measured quantities.
+        where: Structures with enough evidence, shape (n,).
+        risk: Accepted probability that a removed structure would have recovered.
         fixed: A tolerance to use in place of the derived ones.
 
     Returns:
@@ -49,7 +49,7 @@ def safe(limits: Limits, tolerance_values: NDArray) -> NDArray[np.bool_]:
     """Structures that may be removed: the upper limit of the benefit below the price, theta at or below the tolerance.
 
     Args:
-        limits: What was measured.
+        limits: Measured quantities.
         tolerance_values: Tolerances, NaN where nothing is known, shape (n,).
     """
     return (limits.benefit_upper < limits.price) & (limits.keep_prob <= tolerance_values)
@@ -64,11 +64,11 @@ def ration(
 ) -> NDArray[np.bool_]:
     """Let one check remove at most one layer and a quarter of a site, or one group, the least useful first.
 
-    Benefits are measured with all the others in place; spreading the removals over checks lets the pools follow.
+    Benefits are measured with all the others in place; spreading removals over checks lets the pools follow.
 
     Args:
         safe: Structures that may be removed, shape (n,).
-        limits: What was measured.
+        limits: Measured quantities.
         is_layer: Which structures are layers, shape (n,).
         sites: Numbers of the units left at each site.
         multiple: Size of a group; fewer units cannot leave, see `hold_back`.
@@ -90,14 +90,14 @@ def hold_back(
 ) -> NDArray[np.bool_]:
     """Units that must wait so that each site is left with a multiple of some number of units, with none, or with all.
 
-    Only whole groups go: of the units that may leave, those of the largest keep probability (then of the largest benefit
-    for their price) wait for others. Fewer than `multiple` wait at a site, and nothing goes that might not have.
+    Only whole groups are removed: of the units that may leave, those of the largest keep probability (then of the largest
+    benefit for their price) wait for others. Fewer than `multiple` wait at a site.
 
     Args:
         leaving: Structures that may go, shape (n,).
-        limits: What was measured.
+        limits: Measured quantities.
         sites: Numbers of the units left at each site.
-        multiple: What widths are rounded up to.
+        multiple: Widths are rounded up to multiples of this.
     """
     held = np.zeros_like(leaving)
     worth = np.where(np.isfinite(limits.benefit), limits.benefit, 0.0) / limits.price
@@ -118,7 +118,7 @@ def certain(
     step_time: float,
     risk: float,
 ) -> NDArray[np.bool_]:
-    """Structures to commit: certain to stay until the deciding phase ends, or not worth telling.
+    """Structures to commit: certain to stay until the deciding phase ends, or indifferent.
 
     The gain's lower limit is 0 in practice, so the mirror domain is empty and the finite-horizon test decides: theta
     is near 1; the benefit's lower limit, carried to the horizon at the rate at which benefits are seen to fall,
@@ -129,8 +129,8 @@ def certain(
     Source: docs/mathematics.md sections 3 and 4.4.
 
     Args:
-        limits: What was measured.
-        known: Structures with evidence enough, shape (n,).
+        limits: Measured quantities.
+        known: Structures with enough evidence, shape (n,).
         slope: Growth of the benefits and its standard error, nats/time, shape (n,) each.
         progress: Share of the deciding phase that is over.
         steps_left: Steps until it ends.

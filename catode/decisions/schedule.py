@@ -1,4 +1,4 @@
-"""Which step does what: probes, bursts of gradients, readings, checks, and whose turn it is for a paired difference."""
+"""Schedule of a run: probes, bursts of gradients, readings and checks, and the rotation of paired differences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from catode.decisions.evidence import LEAST_EVIDENCE
 
-LEAD = 4  # memories before the thetas may move, from which on there are gates and measurements
+LEAD = 4  # memories of measuring before the thetas may move
 LEAST_BURST = 8  # steps from one burst of gradients to the next
 
 
@@ -42,11 +42,11 @@ class Schedule:
 
     @property
     def burst(self) -> list[int]:
-        """Places in that cycle whose gradients are multiplied: three without a probe, so that no step bears both."""
+        """Places in that cycle whose gradients are multiplied: three without a probe, so that no step pays for both."""
         return list(islice((p for p in count() if self.measure_every == 1 or p % self.measure_every), 3))
 
     def begin(self, memory: int, layers: int, layers_per_probe: int) -> int:
-        """Step from which on there are gates, if thetas start at 1: long enough before they may move to measure.
+        """First step with gates if thetas start at 1: early enough to measure before they may move.
 
         Args:
             memory: Steps over which measurements are pooled.
@@ -85,13 +85,13 @@ class Schedule:
 
 @dataclass(eq=False)
 class Turns:
-    """Whose turn it is for a paired difference: how many were taken so far of each kind."""
+    """Rotation of the paired differences: how many were taken so far of each kind."""
 
     layers: int = 0
     units: int = 0
 
     def next(self, candidates: NDArray[np.int64], taken: int, number: int) -> list[int]:
-        """The structures whose turn it is.
+        """The next structures in the rotation.
 
         Args:
             candidates: Structures of one kind that can be probed.

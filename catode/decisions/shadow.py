@@ -1,8 +1,8 @@
-"""What rules would have removed, and what became of it: the record of a shadow run, in which nothing is removed before theta is 0.
+"""Record of a shadow run, where nothing is removed before theta is 0: what rules would have removed, and the outcomes.
 
 A decision is the first check at which a structure meets a rule's condition. It ends at the first passage of theta
-after it: at 0 (confirmed), or at 1, by commitment too (a regret). What does neither is open at the end, or went with its
-site or block.
+after it: at 0 (confirmed), or at 1, by commitment too (a regret). A structure that reaches neither stays
+open, or is removed with its site or block.
 
 Source: docs/conventions.md, "A run's folder" (regret); docs/mathematics.md section 6, item 1.
 """
@@ -66,16 +66,16 @@ class Shadow:
         tolerance_values: NDArray,
         sizes: dict[str, NDArray],
     ) -> None:
-        """Note which structures meet which condition for the first time.
+        """Record which structures meet which rule's condition for the first time.
 
         Args:
             step: Training step of this check.
             time: ODE time.
-            limits: What was measured.
-            known: Structures with evidence enough and theta above 0, shape (n,).
+            limits: Measured quantities.
+            known: Structures with enough evidence and theta above 0, shape (n,).
             safe: Those of them that meet the run's own condition.
             tolerance_values: The run's own tolerances.
-            sizes: Norms of the units by `FILTER` and `SCALE`; infinite for what is no unit, or not there.
+            sizes: Norms of the units by `FILTER` and `SCALE`; infinite for layers and removed units.
         """
         if not known.any():
             return
@@ -108,7 +108,7 @@ class Shadow:
             self.numbers[:, number, new] = np.stack([*values, limit, escape])[:, new]
 
     def passed(self, step: int, time: float, keep_prob: NDArray, moved: NDArray[np.bool_]) -> None:
-        """Note first passages.
+        """Record first passages.
 
         Args:
             step: Training step.

@@ -1,9 +1,9 @@
 """Ending at a given share of the network's MACs or parameters: how the price level follows, and where removal stops.
 
-The structures that pay for themselves at a price level nu are those with benefit > nu * (price at nu = 1). So the level
-at which they alone make up a given share of the network is read off the measured benefits, anew at each check. That
-share falls from 1 to the target over the first part of the deciding phase, so that the least useful are priced out
-first; where the network lags behind that, the level grows further. A removal is safe at the price of its moment.
+The structures that pay for themselves at a price level nu are those with benefit > nu * (price at nu = 1). The level at
+which they alone make up a given share of the network is computed from the measured benefits at each check. That share
+falls from 1 to the target over the first part of the deciding phase, so that the least useful are removed first; where
+the network lags behind, the level grows further. A removal is judged at the price level of its check.
 
 Source: derived here; the prices are those of docs/mathematics.md section 2.
 """
@@ -22,9 +22,9 @@ from catode.structures.complexity import Complexity
 
 QUANTITIES = ("macs", "params")
 RAMP = 0.5  # share of the deciding phase over which the expected share falls to the target
-LAG = 0.3  # share of the deciding phase by which the counted share may follow it
+LAG = 0.3  # share of the deciding phase by which the counted share may lag behind it
 SLACK = 0.01  # how far past the target one removal may lead, where there are smaller ones
-HEADROOM = 1.5  # over the level at which the marginal structure pays; at that level itself it would never go
+HEADROOM = 1.5  # over the level at which the marginal structure breaks even; exactly there it would never be removed
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Target:
         return cls(complexity, "macs", macs) if params is None else cls(complexity, "params", params)
 
     def of(self, kept: NDArray) -> float:
-        """Share of the whole network that `kept` (or keep probabilities), shape (n,), come to."""
+        """Share of the whole network in a mask or in keep probabilities, shape (n,)."""
         count = getattr(self.complexity, self.quantity)
         return count(kept) / count(np.ones(self.complexity.size))
 
@@ -73,11 +73,17 @@ class Target:
         return 1.0 - (1.0 - self.share) * min(max(progress / RAMP, 0.0), 1.0)
 
     def lags(self, keep_prob: NDArray, kept: NDArray[np.bool_], progress: float) -> bool:
-        """Whether the expected share or the one that is physically there is above what is due."""
+        """Whether the expected share or the physical one is above the share due.
+
+        Args:
+            keep_prob: theta, shape (n,).
+            kept: Structures in the network, shape (n,).
+            progress: Share of the deciding phase that is over.
+        """
         return self.of(keep_prob) > self.due(progress) or self.of(kept) > self.due(progress - LAG)
 
     def parts(self, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Share of the whole network that goes with each structure alone, shape (n,)."""
+        """Share of the whole network that removing each structure alone saves, shape (n,)."""
         gradient = self.complexity.gradient(kept.astype(float), float(self.quantity == "params"))
         removable = getattr(self.complexity, f"removable_{self.quantity}")
         return gradient * removable / getattr(self.complexity, self.quantity)(np.ones(self.complexity.size))
@@ -85,12 +91,12 @@ class Target:
     def may_go(
         self, kept: NDArray[np.bool_], open_: NDArray[np.bool_], sizes: NDArray | None = None
     ) -> NDArray[np.bool_]:
-        """Which of the undecided would, alone, bring the share nearer, past the target by no more than the slack.
+        """Undecided structures whose removal alone brings the share nearer, past the target by the slack at most.
 
         Args:
-            kept: Structures that are there, shape (n,).
+            kept: Structures in the network, shape (n,).
             open_: Those of them that are undecided, shape (n,).
-            sizes: With how many of its kind each must go at least, itself counted; infinite where it cannot. None: alone.
+            sizes: Number of units to remove with each, itself counted; infinite where it cannot be. None: 1.
         """
         sizes = np.ones(len(kept)) if sizes is None else sizes
         open_ = open_ & np.isfinite(sizes)
@@ -109,17 +115,17 @@ class Target:
         worth: NDArray,
         groups: Sequence[NDArray[np.int64]] | None = None,
     ) -> NDArray[np.bool_]:
-        """Let structures go, those of the least worth first, as far as the target.
+        """Remove structures, those of the least worth first, down to the target.
 
         Args:
-            kept: Structures that are there, closed under removal with the block, shape (n,).
-            going: Those of them that are to go, shape (n,).
+            kept: Structures in the network, closed under removal with the block, shape (n,).
+            going: Those of them to remove, shape (n,).
             open_: Those of them that are undecided, `going` among them, shape (n,).
-            worth: Benefit over price or alike, shape (n,).
-            groups: Structures of `going` that go together or not at all, each of one kind and site. None: each alone.
+            worth: Benefit over price, or another order, shape (n,).
+            groups: Structures of `going` that are removed together or not at all, each of one kind and site. None: each alone.
 
         Returns:
-            Those that stay, closed alike, shape (n,).
+            Structures that stay, closed like `kept`, shape (n,).
         """
         close = self.complexity.inventory.close
         everything = close(kept & ~going)
@@ -138,12 +144,12 @@ class Target:
         return kept
 
     def level(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_], worth: NDArray, progress: float) -> float | None:
-        """Price level nu at which the structures that pay for themselves come to the share due, times `HEADROOM`.
+        """Price level nu at which the structures that pay for themselves make up the share due, times `HEADROOM`.
 
         Args:
-            kept: Structures that are there, shape (n,).
+            kept: Structures in the network, shape (n,).
             open_: Those of them that are undecided, shape (n,).
-            worth: Benefit over price at nu = 1, nats, shape (n,); not finite where nothing is known, which then stays.
+            worth: Benefit over price at nu = 1, nats, shape (n,); not finite where unknown, which counts as staying.
             progress: Share of the deciding phase that is over.
 
         Returns:
@@ -177,11 +183,11 @@ class Target:
         progress: float,
         growth: float,
     ) -> float:
-        """The price level from here on: what the target takes, and more where the network lags behind what is due.
+        """The new price level: the one for the share due, or more where the network lags behind it.
 
         Args:
             nu: The level so far.
-            kept: Structures that are there, shape (n,).
+            kept: Structures in the network, shape (n,).
             open_: Those of them that are undecided and known, shape (n,).
             worth: Benefit over price at nu = 1, nats, shape (n,).
             keep_prob: theta, shape (n,).

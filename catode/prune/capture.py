@@ -1,4 +1,4 @@
-"""What a training step shows of itself: inputs, logits and their gradient, and dL/dxi at the draw of its gates."""
+"""Capture of a training step: inputs, logits and their gradient, and dL/dxi at the draw of its gates."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Capture:
         group: Processes that train together.
 
     Attributes:
-        batch: Inputs, logits and their gradient of the step at hand by name; None in a step that is not measured.
-        paused: Whether forward passes are somebody's own, not the training's.
+        batch: Inputs, logits and their gradient of the current step by name; None in a step that is not measured.
+        paused: Whether forward passes are ignored, as those of a probe are.
     """
 
     def __init__(self, model: nn.Module, gates: Gates, draws: GateDraws, per_example: bool, group: Group):
@@ -34,20 +34,20 @@ class Capture:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> None:
-        """Put the hooks in."""
+        """Register the hooks."""
         self._hooks = [
             self.model.register_forward_pre_hook(self._before),
             self.model.register_forward_hook(self._after),
         ]
 
     def detach(self) -> None:
-        """Take the hooks out."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def derivative(self, grad_scale: float | torch.Tensor) -> tuple[NDArray, torch.Tensor]:
-        """Draw of the step at hand, and, still on the device, dL/dxi there, each of shape (n,).
+        """Draw of the current step, and, still on the device, dL/dxi there, each of shape (n,).
 
         Args:
             grad_scale: Factor that the loss was multiplied with before ``backward()``.

@@ -1,4 +1,4 @@
-"""The pruner's checks: what `catode.decisions` makes of a pruner's state, the price that a target takes, the rows of a check."""
+"""Checks of a pruner: `catode.decisions` applied to its state, the price level for a target, and the report."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MOST_ROWS = 1_000_000  # of structures.csv, about: a ResNet-50 over 90 epochs of
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found and did.
+    """Report of one check.
 
     Attributes:
         rows: One record for every structure that was undecided before it or changed its fate, keys `ROW_FIELDS`. In
             runs of very many checks and units, undecided units are recorded at some of the checks only (`MOST_ROWS`).
         warnings: One line each.
-        removed: Number of structures removed, those that went with their block included.
+        removed: Number of structures removed, those removed with their block included.
     """
 
     rows: list[dict]
@@ -40,7 +40,7 @@ class Check:
 
 
 class Checking:
-    """What a pruner decides, and what it tells of that.
+    """Makes a pruner's decisions and reports them.
 
     Args:
         settings: The pruner's settings.
@@ -64,7 +64,7 @@ class Checking:
         self.checks = Checks(outcomes, settings.risk, settings.tolerance, settings.prior == "flattening")
 
     def enough(self, state: PrunerState) -> NDArray[np.bool_]:
-        """Structures with evidence enough to decide, shape (n,)."""
+        """Structures with enough evidence to decide, shape (n,)."""
         return state.evidence.enough & (state.products.gain.count >= LEAST_EVIDENCE)
 
     def settle(
@@ -81,11 +81,11 @@ class Checking:
 
         Args:
             state: The pruner's state.
-            limits: What was measured.
+            limits: Measured quantities.
             step_time: ODE time of a step.
             final: Whether everything must be decided, but for what a shadow run watches.
             last: Whether watching ends here too.
-            sizes: Norms of the units that rules of a shadow run look at, by rule.
+            sizes: Norms of the units for a shadow run's rules by size, by rule.
         """
         moment = Moment(
             fate=state.fate,
@@ -104,11 +104,11 @@ class Checking:
         return self.checks.settle(limits, moment, state.shadow, sizes)
 
     def update_price(self, state: PrunerState, limits: Limits, step_time: float) -> None:
-        """Set nu to what the target takes; a useless structure goes on sinking at the same speed.
+        """Set nu to the level for the target; a useless structure keeps sinking at the same speed.
 
         Args:
             state: The pruner's state, changed in place.
-            limits: What was measured at the prices so far.
+            limits: Measured quantities, at the prices so far.
             step_time: ODE time of a step.
         """
         passed = (state.done - self.schedule.checked_before(state.done)) * step_time
@@ -133,12 +133,12 @@ class Checking:
         removed: int,
         final: bool,
     ) -> Check:
-        """What there is to tell of a check that was carried out.
+        """Rows and warnings of a check that was carried out.
 
         Args:
             state: The pruner's state after it.
-            limits: What was measured.
-            verdict: What was decided.
+            limits: Measured quantities.
+            verdict: Its decisions.
             before: Fates before it.
             removed: Number of structures removed.
             final: Whether the deciding phase ended.
@@ -155,13 +155,13 @@ class Checking:
         warnings = []
         if verdict.outcome.everything:
             warnings.append(
-                f"everything would go at step {state.done}: `nu`={state.nu:g} is too large. Pruning stops here and the network "
-                "as it stands is kept; choose a smaller nu."
+                f"everything would go at step {state.done}: `nu`={state.nu:g} is too large. Pruning stops here and keeps "
+                "the present network; choose a smaller nu."
             )
         return Check(rows, warnings, removed)
 
     def _due(self, open_: NDArray[np.bool_], done: int, final: bool) -> NDArray[np.bool_]:
-        """Of what is undecided, layers at every check; units at so many that a run has about `MOST_ROWS` rows."""
+        """Undecided structures to record: layers at every check, units as often as `MOST_ROWS` permits."""
         every = self.settings.check_every
         skip = max(1, round(len(open_) * self.settings.watch_until / every / MOST_ROWS))
         return open_ & (self.inventory.is_layer | final | (done // every % skip == 0))

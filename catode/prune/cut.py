@@ -20,7 +20,7 @@ from catode.structures.inventory import Inventory
 
 
 class Change:
-    """What a compaction did to the parameters: what became of each changed one, step by step, and the removed ones."""
+    """Record of a compaction: the operations on each changed parameter, in order, and the removed parameters."""
 
     def __init__(self) -> None:
         self.changed: dict[nn.Parameter, tuple[nn.Parameter, list[tuple[Callable, int, torch.Tensor]]]] = {}
@@ -55,7 +55,7 @@ class Change:
         self.changed[first] = (new, [*steps, step])
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Carry every piece of per-parameter optimizer state along; drop the removed parameters."""
+        """Apply the same operations to the per-parameter optimizer state; drop the removed parameters."""
         for group in optimizer.param_groups:
             group["params"] = [
                 self.changed[p][0] if p in self.changed else p for p in group["params"] if p not in self.removed
@@ -99,14 +99,14 @@ def keep_units(model: nn.Module, site: Site, index: Iterable[int], change: Chang
         change: Record to extend.
 
     Raises:
-        ValueError: if no unit would be left: an emptied site must take its block along.
+        ValueError: if no unit would be left: an emptied site must be removed with its block.
     """
     change = Change() if change is None else change
     index = list(index)
     if not index:
         raise ValueError(f"site `{site.name}` must keep at least one unit; got none. Remove its block instead.")
     for part in slices(model, site):
-        module, name = _home(model, part)
+        module, name = _owner(model, part)
         change.slice(module, name, part.dim, _entries(part, index, getattr(module, name)))
     for names, attributes in (
         (site.producers, ("out_channels", "out_features", "num_features")),
@@ -133,37 +133,56 @@ def silence_units(model: nn.Module, site: Site, index: Iterable[int], change: Ch
     """
     index = list(index)
     for part in slices(model, site):
-        module, name = _home(model, part)
+        module, name = _owner(model, part)
         if isinstance(getattr(module, name), nn.Parameter):
             change.silence(module, name, part.dim, _entries(part, index, getattr(module, name)))
 
 
 def fold_units(model: nn.Module, site: Site, factors: NDArray, change: Change) -> None:
-    """Multiply the weights that read a site's units by `factors`, shape (units present,): gates made part of the weights."""
-    for part in _of(slices(model, site), CONSUMER):
-        module, name = _home(model, part)
+    """Multiply the weights that read a site's units by `factors`: gates folded into the weights.
+
+    Args:
+        model: The plain network; changed in place.
+        site: The site's description.
+        factors: Shape (units present,).
+        change: Record to extend.
+    """
+    for part in _with_role(slices(model, site), CONSUMER):
+        module, name = _owner(model, part)
         change.scale(module, name, part.dim, torch.from_numpy(np.repeat(factors, part.each)))
 
 
 def check_dead(model: nn.Module, site: Site, index: NDArray[np.int64]) -> None:
     """Make sure that silenced units are still dead.
 
+    Args:
+        model: The plain network.
+        site: The site's description.
+        index: Silenced units, as positions among those now present, shape (k,).
+
     Raises:
-        RuntimeError: if training revived one, which an activation with f(0) != 0 can do.
+        RuntimeError: if training changed one, which an activation with f(0) != 0 allows.
     """
     if not len(index):
         return
-    for part in _of(slices(model, site), CONSUMER):
-        weight = getattr(*_home(model, part))
+    for part in _with_role(slices(model, site), CONSUMER):
+        weight = getattr(*_owner(model, part))
         if weight.index_select(part.dim, _entries(part, index, weight)).any():
             raise RuntimeError(
-                f"`width_multiple` must be 1 where an activation does not map 0 to 0; dead channels of `{site.name}` came "
-                "back to life. Pass width_multiple=1."
+                f"`width_multiple` must be 1 where an activation does not map 0 to 0; dead channels of `{site.name}` "
+                "are no longer 0. Pass width_multiple=1."
             )
 
 
 def keep_units_of_state(model: nn.Module, state: dict[str, torch.Tensor], site: Site, index: NDArray[np.int64]) -> None:
-    """What `keep_units` does to a network, done to its state dict, in place."""
+    """Keep only some units of one site in a state dict, as `keep_units` does in the network.
+
+    Args:
+        model: The plain network; its modules name the tensors.
+        state: Its state dict; changed in place.
+        site: The site's description.
+        index: Units to keep, as positions among those now present, shape (k,).
+    """
     for part in slices(model, site):
         tensor = state[part.tensor]
         state[part.tensor] = _take(tensor, part.dim, _entries(part, index, tensor))
@@ -172,11 +191,11 @@ def keep_units_of_state(model: nn.Module, state: dict[str, torch.Tensor], site: 
 def unit_norms(model: nn.Module, site: Site) -> NDArray:
     """Norm of the filter that makes each unit of a site, and scale of its norm layer, shape (2, width); gates left out.
 
-    Where a site has no norm layer the filter's norm stands for both.
+    Where a site has no norm layer the filter's norm is used for both.
     """
     filters, scale = 0.0, None
-    for part in _of(slices(model, site), PRODUCER):
-        module, name = _home(model, part)
+    for part in _with_role(slices(model, site), PRODUCER):
+        module, name = _owner(model, part)
         if name != "weight":
             continue
         gated = parametrize.is_parametrized(module, name)
@@ -223,11 +242,11 @@ def restrict(model: nn.Module, blocks: list[Block], structure: dict) -> nn.Modul
     return model
 
 
-def _of(parts: Iterable[Slice], role: str) -> list[Slice]:
+def _with_role(parts: Iterable[Slice], role: str) -> list[Slice]:
     return [part for part in parts if part.role == role]
 
 
-def _home(model: nn.Module, part: Slice) -> tuple[nn.Module, str]:
+def _owner(model: nn.Module, part: Slice) -> tuple[nn.Module, str]:
     """The module that holds a tensor, and the tensor's name there."""
     path, _, name = part.tensor.rpartition(".")
     return model.get_submodule(path), name

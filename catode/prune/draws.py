@@ -24,8 +24,8 @@ class GateDraws:
     Attributes:
         generator: Source of the draws.
         chances: theta when the rows that are held were drawn, float32, shape (n,).
-        rows: Rows that are held, float32, shape (steps, n); the first one is that of the step at hand. None for none.
-        per_example: Gate values of every example of the batch at hand, shape (batch, n), where gates are drawn so.
+        rows: Rows that are held, float32, shape (steps, n); the first one is that of the current step. None: no rows.
+        per_example: Gate values of every example of the current batch, shape (batch, n), if gates are drawn by example.
     """
 
     seed: InitVar[int]
@@ -57,11 +57,11 @@ class GateDraws:
 
     @property
     def here(self) -> torch.Tensor:
-        """Row of the step at hand, on the device."""
+        """Row of the current step, on the device."""
         return self._uploaded[0]
 
     def drop(self) -> None:
-        """The step at hand is over."""
+        """Drop the row of the current step."""
         self.rows, self._uploaded = self.rows[1:], self._uploaded[1:]
 
     def draw_examples(self, batch: int) -> torch.Tensor:
@@ -70,5 +70,5 @@ class GateDraws:
         return self.per_example
 
     def values(self, by_example: bool) -> NDArray[np.float64]:
-        """Gate values of the step at hand, shape (n,); their means over the batch with gates drawn by example."""
+        """Gate values of the current step, shape (n,); their means over the batch with gates drawn by example."""
         return (self.per_example.detach().mean(0) if by_example else self.rows[0]).double().numpy()

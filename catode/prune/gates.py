@@ -1,4 +1,4 @@
-"""Bernoulli gates that cost nothing: one draw a step is a multiplication of small tensors.
+"""Bernoulli gates at negligible cost: one draw a step, a multiplication of small tensors.
 
 A layer gate scales the affine of its block's last module; a unit gate scales the input slices of the module that
 *consumes* the unit. (Scaling the norm before the ReLU instead would erase dL/dxi wherever xi = 0, since relu'(0) = 0.)
@@ -27,7 +27,7 @@ class Tap:
 
     Attributes:
         structures: Numbers of the structures gated here, shape (channels,), or one for all channels of a layer.
-        mean: Mean of `before` over the batch where a norm behind takes out what a gate does to it, else None.
+        mean: Mean of `before` over the batch where a following norm removes what a gate does to it, else None.
         channels: Dimension of the channels.
         before: Activation before the gates, detached, shape (batch, ...).
         after: The same times the draw: a node of the graph.
@@ -69,7 +69,7 @@ class Gates:
     Attributes:
         draw: Current gate values, shape (n,), float32, a leaf that collects dL/dxi in ``draw.grad``. Always the same
             tensor, as captured graphs need it.
-        keep_prob: theta, shape (n,), float32; it stands in place of the draw in eval mode. Always the same tensor.
+        keep_prob: theta, shape (n,), float32; used instead of the draw in eval mode. Always the same tensor.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
     """
@@ -123,10 +123,10 @@ class Gates:
 
     @contextmanager
     def tapped(self, layers: bool = True) -> Iterator[list[Tap]]:
-        """Let the forward pass made meanwhile scale activations by the draw, and give out where.
+        """Scale activations by the draw in forward passes inside this context; yields the taps.
 
         Args:
-            layers: Whether for layers too; they are gated as ever without it.
+            layers: Whether for layers too; without it their weights are scaled as usual.
         """
         self._taps, self._tap_layers = [], layers
         try:
@@ -135,7 +135,7 @@ class Gates:
             self._taps, self._tap_layers = None, False
 
     def remove(self) -> None:
-        """Take all gates out; the model is plain again and holds the same parameter objects."""
+        """Remove all gates; the model is plain again and holds the same parameter objects."""
         for module, name in self._installed:
             if parametrize.is_parametrized(module, name):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
@@ -173,8 +173,8 @@ class Gates:
             channels = x.dim() - 1 if isinstance(module, nn.Linear) else 1
             gate = (self.draw if self.rows is None else self.rows)[..., units]
             gate = gate.view(-1, *(len(units) if d == channels else 1 for d in range(1, x.dim())))
-            # One gate for the whole batch moves the units' means, and the norm behind takes that out again; a gate of
-            # one example alone would not, so it closes towards the mean.
+            # A gate of the whole batch shifts the units' means, which the following norm removes; a gate of one
+            # example closes towards the mean instead.
             centred = normalised and module.training
             mean = self.group.mean(x.detach().mean(_all_but(x, channels), keepdim=True)) if centred else None
             if self._taps is not None:
@@ -201,7 +201,7 @@ class Gates:
 
 
 def _node(x: torch.Tensor) -> torch.Tensor:
-    """A tensor that derivatives can be taken of, also behind frozen weights."""
+    """A tensor that requires a gradient, also behind frozen weights."""
     return x if x.requires_grad else x.requires_grad_()
 
 

@@ -36,7 +36,7 @@ class GradientProducts:
     Args:
         size: Number of structures.
         window: Memory of the pools, in bursts of three steps.
-        put: What to do with a function and the tensors of the device whose numbers it wants; see `catode.prune.devices.transfer`.
+        put: Takes a function and the device tensors whose values it needs; see `catode.prune.devices.transfer`.
         epoch_steps: Batches in an epoch, images / batch size; None for batches that are drawn independently.
 
     Attributes:
@@ -65,12 +65,12 @@ class GradientProducts:
     def attach(
         self, model: nn.Module, inventory: Inventory, kept: NDArray[np.bool_], present: Sequence[NDArray[np.int64]]
     ) -> None:
-        """Learn which weight belongs to which structures. The model must be plain at this moment.
+        """Map the weights to the structures. The model must be plain at this moment.
 
         Args:
             model: The network.
-            inventory: What can be removed from it.
-            kept: Structures that are there, shape (n,).
+            inventory: Numbering of its structures.
+            kept: Structures in the network, shape (n,).
             present: Numbers of the units physically present at each site.
         """
         self._parameters, self._layers, self._axes, start = [], [], [], 0
@@ -94,22 +94,22 @@ class GradientProducts:
             start = stop
 
     def begin(self) -> None:
-        """Begin a burst of three steps."""
+        """Start a new burst of three steps."""
         self.burst, self.weights = [], None
 
     def to_device(self) -> None:
-        """Bring what a checkpoint held to the device of the attached weights."""
+        """Move a restored burst to the device of the attached weights."""
         device = self._parameters[0].device if self._parameters else torch.device("cpu")
         self.burst = [(upload(gradient, device), on, scale) for gradient, on, scale in self.burst]
         self.weights = None if self.weights is None else upload(self.weights, device)
 
     def note_weights(self) -> None:
-        """Remember the weights that the next step's gradient is taken at; call it after the optimizer's step."""
+        """Store the weights that the next step's gradient is taken at; call it after the optimizer's step."""
         if self._parameters:
             self.weights = torch.cat([p.detach().reshape(-1) for p in self._parameters])
 
     def add(self, draw: NDArray) -> None:
-        """Take in the gradients of one step, after the optimizer's; call it on three steps close to each other.
+        """Add the gradients of one step, after the optimizer's; call it on three steps close to each other.
 
         Args:
             draw: Gate values of the step (their means over the batch, for gates of single examples), shape (n,). The
@@ -122,7 +122,7 @@ class GradientProducts:
         gradient = torch.cat([p.grad.reshape(-1) for p in self._parameters])
         wide = exact(gradient.device)
         if self.weights is not None:
-            take = partial(self._take_weights, on, scale)
+            take = partial(self._pool_weights, on, scale)
             self.put(take, self._sum(self.weights.to(wide) * gradient.to(wide)))
             self.weights = None
         self.burst.append((gradient, on, scale))
@@ -148,10 +148,10 @@ class GradientProducts:
                 else [(g1 * g1, s1 * s1), (g2 * g2, s2 * s2), (g3 * g3, s3 * s3)]
             )
         parts = pairs + squares
-        take = partial(self._take_products, on, [scale for _, scale in parts], len(pairs))
+        take = partial(self._pool_products, on, [scale for _, scale in parts], len(pairs))
         self.put(take, *(self._sum(product) for product, _ in parts))
 
-    def _take_products(
+    def _pool_products(
         self, on: NDArray[np.bool_], scales: Sequence[NDArray | float], pairs: int, *sums: NDArray
     ) -> None:
         """Pool the mean product, and the mean product corrected for batches of one epoch."""
@@ -160,15 +160,15 @@ class GradientProducts:
         if self.epoch_steps is not None:
             corrected = product + (sum(parts[pairs:]) / BURST - product) / max(self.epoch_steps, 1.0)
         for pool, values in ((self.gain_below, product), (self.gain, corrected)):
-            self._take(pool, on, values)
+            self._pool(pool, on, values)
 
-    def _take_weights(self, on: NDArray[np.bool_], scale: NDArray, sums: NDArray) -> None:
+    def _pool_weights(self, on: NDArray[np.bool_], scale: NDArray, sums: NDArray) -> None:
         """Pool the product of weights and gradient."""
-        self._take(self.weight_gradient, on, sums / scale)
+        self._pool(self.weight_gradient, on, sums / scale)
 
     @staticmethod
-    def _take(pool: Pool, seen: NDArray[np.bool_], values: NDArray) -> None:
-        """Pool values; a gradient that overflowed tells nothing."""
+    def _pool(pool: Pool, seen: NDArray[np.bool_], values: NDArray) -> None:
+        """Pool the finite values; a gradient that overflowed is skipped."""
         pool.add(values, seen & np.isfinite(values))
 
     def _sum(self, products: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The loss behind a training step, as far as the pruner can tell it from the logits and their gradient."""
+"""Targets of a training step's loss, recovered from the logits and their gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def recovered_targets(
         scale: N over the factor that the loss was multiplied with.
 
     Returns:
-        The targets, shape (m, classes), and whether they were a distribution, as they are not with another loss.
+        The targets, shape (m, classes), and whether they are a distribution, which they are not with another loss.
     """
     targets = logits.float().softmax(1) - gradient.float() * scale
     tolerance = 0.05 if logits.dtype != torch.float32 else 1e-3

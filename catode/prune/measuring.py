@@ -1,4 +1,4 @@
-"""Probes in turn on a part of each measured batch, and the estimates of L1 - L0 that a step gives."""
+"""Probes on a part of each measured batch, and the estimates of L1 - L0 at each step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEAST_PROBE = 12  # examples, where the batch has as many
 
 
 def usual_probe(batch: int) -> int:
-    """Examples in a probe of a batch where nothing else is asked for: a tenth, at least `LEAST_PROBE` if there are as many."""
+    """Default number of examples in a probe: a tenth of the batch, at least `LEAST_PROBE` if it has as many."""
     return min(batch, max(LEAST_PROBE, batch // 10))
 
 
@@ -29,7 +29,7 @@ class Probed:
 
     Attributes:
         structures: Those whose paired differences it took; None if it took the curvature, or nothing.
-        numbers: Whether all logits were finite, whether the loss fits, and what was found.
+        numbers: Whether all logits were finite, whether the loss fits, and the values.
     """
 
     structures: list[int] | None
@@ -78,11 +78,11 @@ class Measuring:
         Args:
             done: Training steps, this one included.
             open_: Undecided structures, shape (n,).
-            turns: Whose turn it is; moved on by paired differences.
+            turns: Rotation of the paired differences; advanced.
             grad_scale: Factor that the loss was multiplied with before ``backward()``.
 
         Returns:
-            What was probed; None if no gradient came back to the logits.
+            The probe; None if no gradient came back to the logits.
         """
         batch = self.capture.batch
         if not batch or "gradient" not in batch:
@@ -92,7 +92,7 @@ class Measuring:
         targets, fit = recovered_targets(batch["logits"][part], batch["gradient"][part], scale)
         flaws = torch.stack([~batch["logits"].isfinite().all(), ~fit]).long()
         finite, fit = (self.capture.group.sum(flaws) == 0).unbind()
-        # curvature and paired probes take turns, so that no step bears both
+        # curvature and paired probes take turns, so that no step pays for both
         curved = open_[self.is_layer].any() and self.estimators[0] == "curvature"
         curved |= open_[~self.is_layer].any() and self.estimators[1] == "curvature"
         chosen = self._next(open_, turns)
@@ -118,7 +118,18 @@ class Measuring:
         fit: NDArray,
         *found: NDArray,
     ) -> dict[int, float]:
-        """Take in the numbers of a probe; returns the paired benefits that it found.
+        """Pool the curvature of a probe, or return its paired benefits.
+
+        Args:
+            probed: The probe.
+            evidence: Where the curvature is pooled.
+            open_: Undecided structures, shape (n,).
+            finite: Whether all logits were finite, shape ().
+            fit: Whether the loss fits, shape ().
+            found: The curvature, shape (n,), or the paired benefits of `probed.structures`, nats; nothing if it took neither.
+
+        Returns:
+            Finite paired benefits by structure, nats.
 
         Raises:
             RuntimeError: if the loss is not a mean softmax cross-entropy.
@@ -171,7 +182,7 @@ class Measuring:
         return estimate, seen
 
     def _next(self, open_: NDArray[np.bool_], turns: Turns) -> list[int]:
-        """The structures whose turn it is for a paired difference, layers first."""
+        """The next structures for a paired difference, layers first."""
         chosen = []
         for kind, name, taken in (
             (self.is_layer, self.estimators[0], turns.layers),

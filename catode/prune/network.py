@@ -1,4 +1,4 @@
-"""The physical network under the gates: cut down while it trains, with the optimizer's state along."""
+"""The network under the gates: cut while it trains, together with the optimizer's state."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from catode.structures.inventory import Inventory
 
 
 class Network:
-    """A model whose structures leave.
+    """A model that is cut while it trains.
 
     Args:
         model: The model; changed in place.
         optimizer: Its optimizer.
-        inventory: What can be removed.
+        inventory: Numbering of the structures.
         gates: Its gates.
-        products: Gradient products, attached anew whenever the weights change.
+        products: Gradient products, attached again whenever the weights change.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Network:
         """Put the gates of what is undecided into the plain model.
 
         Args:
-            kept: Structures that are there, shape (n,).
+            kept: Structures in the network, shape (n,).
             open_: Undecided structures, shape (n,).
             present: Numbers of the units physically present at each site.
         """
@@ -71,7 +71,7 @@ class Network:
             before: Structures that were kept before, shape (n,).
             present: Numbers of the units physically present at each site.
             multiple: Widths are rounded up to a multiple of this by dead channels.
-            stay: Instead, the units that stay at each site, dead ones among them.
+            stay: Instead, the units that stay at each site, dead channels included.
             fold: Factors of the weights that read each unit, shape (n,).
 
         Returns:
@@ -100,7 +100,12 @@ class Network:
         return after
 
     def snapshot(self, kept: NDArray[np.bool_], present: Sequence[NDArray[np.int64]]) -> dict[str, torch.Tensor]:
-        """State dict of the compact network in mean field: theta folded into the weights, dead channels left out."""
+        """State dict of the compact network in mean field: theta folded into the weights, no dead channels.
+
+        Args:
+            kept: Structures in the network, shape (n,).
+            present: Numbers of the units physically present at each site.
+        """
         state = self.gates.folded_state()
         for place in self.inventory.standing(kept):
             live = kept[present[place.number]]

@@ -6,7 +6,7 @@ import torch
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse optimizers whose steps have no one ODE time.
+    """Refuse optimizers whose steps have no single ODE time.
 
     Raises:
         ValueError: for anything but SGD with one learning rate and momentum, without dampening or maximize.
@@ -18,7 +18,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     for name in ("dampening", "maximize"):
         if any(group[name] for group in optimizer.param_groups):
             raise ValueError(
-                f"`optimizer` must have no {name}, which ODE time knows nothing of; got one with it. Leave it out."
+                f"`optimizer` must have no {name}, which ODE time does not describe; got one with it. Leave it out."
             )
     for name in ("lr", "momentum"):
         values = {float(group[name]) for group in optimizer.param_groups}

@@ -45,7 +45,7 @@ def straight_through(derivative, draw, curvature=None):
 
 
 def curvature_corrected(derivative, draw, curvature):
-    """The trapezoid's value from one end: exact for losses quadratic in xi.
+    """Trapezoidal rule from one end: exact for losses quadratic in xi.
 
     Args:
         derivative: dL/dxi at the draw, shape (n,).
@@ -65,7 +65,7 @@ def tracking_norms(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def batch_statistics_only(model: nn.Module, norms: Sequence[nn.Module] | None = None):
-    """Let train-mode batch norms leave their running statistics alone.
+    """Freeze the running statistics of train-mode batch norms inside this context.
 
     Args:
         model: The network.
@@ -93,7 +93,7 @@ class Probe:
         inputs: Examples, shape (m, ...).
         targets: Target distribution of each example, shape (m, classes).
         generator: Source of the sampled labels.
-        group: Processes that probe together, each with m examples of its own; what is found is the mean over all.
+        group: Processes that probe together, each with m examples of its own; results are means over all.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Probe:
         """
         with self._gates(self.draw), self.gates.tapped(layers) as taps:
             logits = self.model(self.inputs).float()
-        # labels of all processes' examples are drawn everywhere, so that the generators stay alike
+        # labels of all processes' examples are drawn everywhere, so that the generators stay in step
         chances = logits.new_ones(len(logits) * self.group.size, logits.shape[1])
         chances[self.group.rank :: self.group.size] = logits.detach().softmax(1)
         labels = self.group.share(_sampled(chances, self.generator))
@@ -151,7 +151,7 @@ class Probe:
 
     @contextmanager
     def _gates(self, draw: torch.Tensor):
-        """The model with other gate values, its running statistics left alone."""
+        """The model with other gate values, its running statistics frozen."""
         before = self.gates.draw, self.gates.rows
         self.gates.draw, self.gates.rows = draw, None
         try:
@@ -167,14 +167,14 @@ class Probe:
 
 
 def _sampled(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One class of each row, shape (m,): what torch.multinomial draws, which would let the host wait for its checks."""
+    """One class of each row, shape (m,): as torch.multinomial draws it, whose checks would make the host wait."""
     clocks = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / clocks).argmax(1)
 
 
 @contextmanager
 def _recorded(modules: Sequence[nn.Module]):
-    """Outputs of modules in the forward pass made meanwhile; those of modules that run more than once are left out."""
+    """Outputs of modules in forward passes inside this context; None for a module that runs more than once."""
     outputs: dict[nn.Module, torch.Tensor | None] = {}
 
     def keep(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -190,7 +190,7 @@ def _recorded(modules: Sequence[nn.Module]):
 
 @contextmanager
 def _replayed(modules: Sequence[nn.Module], outputs: dict[nn.Module, torch.Tensor | None]):
-    """Let modules return what they returned before instead of computing it again."""
+    """Make modules return recorded outputs instead of computing them inside this context."""
     known = [module for module in modules if outputs.get(module) is not None]
     for module in known:
         module.forward = lambda *args, output=outputs[module]: output

@@ -55,18 +55,18 @@ from catode.theory.tolerance.measured import LEAST_PRICE
 class Pruner:
     """Gates a model, moves its keep probabilities, and removes what is safe to remove.
 
-    The loss must be a mean softmax cross-entropy over the batch (soft targets welcome): the pruner recovers the targets
+    The loss must be a mean softmax cross-entropy over the batch (soft targets allowed): the pruner recovers the targets
     from the logits and their gradient, so that its ``step()`` needs no arguments.
 
     Args:
         model: A network with a method ``structures()`` (see `catode.prune.describe.protocol`); gated in place.
         example_input: One input batch; only its shape matters.
         optimizer: The model's optimizer, SGD with one learning rate and momentum, which set the ODE time of a step; its
-            state follows every compaction. Where groups differ in weight decay, the least one counts.
+            state follows every compaction. Where groups differ in weight decay, the smallest one counts.
         step_times: Price by these measured times (see `catode.prune.describe.steptime`) in place of MACs.
         group: Processes that train together, each on its share of every batch (see `catode.prune.devices.distributed`); None for
-            this one alone. Gradients must be averaged over them before the optimizer's step. A probe takes its images
-            from all shares together; from each share where a batch norm knows its own share only.
+            a single process. Gradients must be averaged over them before the optimizer's step. A probe takes its images
+            from the whole batch, or from each share if a batch norm is not synchronised.
         **settings: Fields of `catode.prune.settings.PrunerSettings`; `nu` and `steps` are needed.
 
     Attributes:
@@ -148,7 +148,7 @@ class Pruner:
         if self._begin == 0:
             self._start()
 
-    # --- what a user asks -------------------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------------------------
 
     @property
     def keep_prob(self) -> NDArray:
@@ -162,7 +162,7 @@ class Pruner:
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """Structures that are in the network, shape (n,)."""
+        """Structures in the network, shape (n,)."""
         return self.state.kept
 
     @property
@@ -182,7 +182,7 @@ class Pruner:
 
     @property
     def finished(self) -> bool:
-        """Whether everything is decided and the model plain."""
+        """Whether everything is decided and the model has no gates."""
         return self.state.finished
 
     @property
@@ -202,17 +202,17 @@ class Pruner:
 
     @property
     def layers_kept(self) -> int:
-        """Residual branches that are physically there."""
+        """Residual branches in the network."""
         return int(self.kept[self.is_layer].sum())
 
     @property
     def units_kept(self) -> int:
-        """Units that are physically there, dead ones left out."""
+        """Units in the network, without dead channels."""
         return int(self.kept[~self.is_layer].sum())
 
     @property
     def kept_for_width(self) -> int:
-        """Units that are there only because of `round_to`."""
+        """Units in the network only because of `round_to`."""
         return int((self.kept & self.state.for_width).sum())
 
     @property
@@ -231,12 +231,12 @@ class Pruner:
         return dict(sorted(Counter(self.fate[self.gated].tolist()).items()))
 
     def counts(self) -> Counts:
-        """MACs and parameters of the network as it physically stands."""
+        """MACs and parameters of the network as cut so far."""
         kept = self.kept.astype(float)
         return Counts(round(self.complexity.macs(kept)), round(self.complexity.params(kept)))
 
     def macs_removed(self, fate: str) -> int:
-        """MACs that the whole network would lose by the structures of one fate alone, and what goes with them."""
+        """MACs that the whole network would lose by removing the structures of one fate alone."""
         kept = self.inventory.close(self.fate != fate)
         return round(self.complexity.macs(np.ones(self.complexity.size)) - self.complexity.macs(kept.astype(float)))
 
@@ -264,8 +264,8 @@ class Pruner:
     def checksum(self) -> int:
         """Checksum of what must be the same in all processes: thetas, masks, and the state of the gate draws.
 
-        A `read`, and with it a `snapshot` or `state_dict`, between two readings moves the thetas of its process alone: call
-        ``read()`` in all of them first.
+        `read`, `snapshot` and `state_dict` between two readings move the thetas of this process alone: call ``read()`` in
+        all processes first.
         """
         generator = self.state.draws.generator.get_state().numpy()
         return zlib.crc32(generator, zlib.crc32(self.kept, zlib.crc32(self.keep_prob)))
@@ -276,7 +276,7 @@ class Pruner:
         return self._network.snapshot(self.kept, self.state.present), self.structure()
 
     def state_dict(self) -> dict:
-        """Everything that a pruner on a fresh model needs to go on exactly as this one would: tensors, numbers and text.
+        """Everything that a pruner on a fresh model needs to resume exactly: tensors, numbers and text.
 
         The optimizer's state is not in it.
         """
@@ -284,9 +284,9 @@ class Pruner:
         return {"model": self.gates.plain_state(), "pruner": pack(self.state)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up the `state_dict` of a pruner with the same arguments; the model must be fresh and whole.
+        """Load the `state_dict` of a pruner with the same arguments; the model must be fresh and whole.
 
-        The model is cut down to what it was; the optimizer's parameters follow, its state must be restored after this.
+        The model is cut to the saved structure, and the optimizer follows; restore the optimizer's state afterwards.
 
         Raises:
             ValueError: if the state is of another network, of another kind of run, or of an earlier version.
@@ -300,7 +300,7 @@ class Pruner:
         own.present = self._network.cut(own.kept, whole, self.inventory.units, stay=own.present)
         self.model.load_state_dict(state["model"])
         if own.started and not own.finished:
-            burst, weights = own.products.burst, own.products.weights  # attaching begins a burst anew
+            burst, weights = own.products.burst, own.products.weights  # attaching starts a new burst
             self._install()
             own.products.burst, own.products.weights = burst, weights
             own.products.to_device()
@@ -312,12 +312,12 @@ class Pruner:
     # --- the training loop ------------------------------------------------------------------------------------------
 
     def step(self, grad_scale: float | torch.Tensor = 1.0, skipped: bool | torch.Tensor = False) -> Check | None:
-        """Follow one optimizer step: measure, and every `read_every` steps move the thetas, and now and then decide.
+        """Follow one optimizer step: measure; every `read_every` steps move the thetas; check when due.
 
         Args:
             grad_scale: Factor that the loss was multiplied with before ``backward()`` (a gradient scaler's).
-            skipped: Whether the optimizer left the weights alone because the gradient overflowed; then no time passes
-                for the thetas either. Both may be tensors of the device.
+            skipped: Whether the optimizer skipped the step because the gradient overflowed; then no ODE time passes.
+                Both may be tensors of the device.
 
         Returns:
             The check, if this step had one.
@@ -333,7 +333,7 @@ class Pruner:
             skipped = torch.full((), float(skipped), device=self._device)
         if not own.started:
             own.done += 1
-            self._reads.put(partial(self._pass, step_time), skipped)
+            self._reads.put(partial(self._advance_time, step_time), skipped)
             if own.done % self.settings.read_every == 0:
                 self.read()
             if own.done >= self._begin:
@@ -356,14 +356,14 @@ class Pruner:
         return check
 
     def read(self) -> None:
-        """Take in what the device has measured since the last time; ``step()`` does so every `read_every` steps."""
+        """Read what the device has measured since the last reading; ``step()`` does so every `read_every` steps."""
         self._reads.read()
         self.gates.keep_prob.copy_(self._theta())
 
     def finish(self) -> nn.Module:
-        """Decide what is still undecided by rounding, take gates and dead channels out, return the compact, plain model.
+        """Decide what is still undecided by rounding, remove gates and dead channels, return the compact, plain model.
 
-        Train a little further after it: the running statistics of the batch norms still know what was removed last.
+        Train a little further afterwards: the running statistics of batch norms still include what was removed last.
         """
         own = self.state
         if not own.finished:
@@ -380,7 +380,7 @@ class Pruner:
         return self.state.fate == fates.UNDECIDED
 
     def _start(self) -> None:
-        """Put the gates in and begin to measure."""
+        """Install the gates and start measuring."""
         self.state.started = True
         self._install()
         self._capture.attach()
@@ -395,7 +395,7 @@ class Pruner:
         return upload(torch.from_numpy(self.keep_prob).float(), self._device)
 
     def _draw(self) -> None:
-        """Set the gates of the next step, drawn for all steps up to the next reading; whether it is measured is known."""
+        """Set the gates of the next step, drawn for all steps up to the next reading; capture it if it is measured."""
         own, theta = self.state, None
         if own.draws.empty:
             theta = self._theta()
@@ -404,7 +404,7 @@ class Pruner:
         self._capture.batch = {} if own.done % self.settings.measure_every == 0 else None
 
     def _multiply_gradients(self, draw: NDArray) -> None:
-        """Let this step's gradients be multiplied with others', if it is of a burst."""
+        """Add this step's gradients to the burst that it belongs to, if any."""
         products, burst, place = self.state.products, self.schedule.burst, self.state.done - 1
         place %= self.schedule.burst_every
         if place == 0:
@@ -414,16 +414,16 @@ class Pruner:
         if place == burst[1] - 1:
             products.note_weights()
 
-    def _pass(self, step_time: float, skipped: NDArray) -> None:
-        """Let the time of one step pass, unless the optimizer skipped it."""
+    def _advance_time(self, step_time: float, skipped: NDArray) -> None:
+        """Advance the ODE time by one step, unless the optimizer skipped it."""
         if not skipped:
             self.state.time += step_time
 
     def _record_step(
         self, done: int, step_time: float, draw: NDArray, probed: Probed | None, skipped: NDArray, *numbers: NDArray
     ) -> None:
-        """Take in one step: its number, ODE time, draw and probe, known before, and what the device measured in it."""
-        self._pass(step_time, skipped)
+        """Record one step: its number, ODE time, draw and probe, and the values read from the device."""
+        self._advance_time(step_time, skipped)
         if skipped:
             return
         own, open_ = self.state, self._open
@@ -472,7 +472,7 @@ class Pruner:
         return self._checking.report(own, limits, verdict, before, removed, final)
 
     def _carry_out(self, outcome: Outcome) -> int:
-        """Take over what a check ended with; returns the number of structures removed."""
+        """Apply the outcome of a check; returns the number of structures removed."""
         own = self.state
         before, changed = own.kept, (outcome.fate != own.fate).any()
         own.fate, own.kept = outcome.fate.astype(own.fate.dtype), outcome.kept
@@ -486,7 +486,7 @@ class Pruner:
         return int((before & ~own.kept).sum())
 
     def _unit_norms(self) -> dict[str, NDArray]:
-        """What a shadow's rules by size look at, shape (n,) each; infinite for what is no unit, or not there."""
+        """Norms for the shadow's rules by size, shape (n,) each; infinite for layers and removed units."""
         sizes = np.full((2, self.inventory.size), np.inf)
         for place in self.inventory.standing(self.kept):
             sizes[:, self.state.present[place.number]] = cut.unit_norms(self.model, place.site)

@@ -24,7 +24,7 @@ class PrunerSettings:
             effective rate ratio. None: a tenth of `steps` at the optimizer's present learning rate.
         alpha: Layers (1) against units (0).
         beta: Parameters (1) against MACs (0).
-        risk: Accepted probability of removing what would not have gone by itself, in (0, 0.5).
+        risk: Accepted probability that a removed structure would have recovered, in (0, 0.5).
         tolerance: A fixed tolerance on theta in place of the derived one.
         prior: One of `catode.decisions.priors.PRIORS`. The tolerances and commitments are those of `flattening`; its rivals
             take a fixed `tolerance`, and what does not sink below it is rounded in the end.
@@ -46,17 +46,17 @@ class PrunerSettings:
         measure_every: Steps between probes; probes of curvature and of paired differences take turns.
         check_every: Steps between checks.
         read_every: Steps after which the host reads what was measured, waiting for the device, moves the thetas step by
-            step and checks; 1 on a CPU, about 10 elsewhere. In between thetas stand still.
+            step and checks; 1 on a CPU, about 10 elsewhere. In between thetas do not move.
         memory: Steps over which measurements are pooled, at least 10.
         width_multiple: While training, a site that loses units keeps dead channels up to a multiple of this width, which
-            is faster than an odd one. They count nowhere and `finish` takes them out. Needs an activation that maps 0 to
+            is faster than an odd one. They are not counted, and `finish` removes them. Needs an activation that maps 0 to
             0 between the site's producers and consumers.
         round_to: Units leave a site only in groups that leave a multiple of this many, or none; those that wait for a
             group stay gated. What still waits when nothing else is undecided at the site is kept for the width alone, its
             keep probability folded into its weights, so that the network does not change, and trained on without a gate.
         shadow: Decide, but remove nothing before its theta is 0; the pruner's `shadow` then holds what several rules
-            would have removed and what became of it (see `catode.decisions.shadow`). Decisions end after `steps`; what is
-            open then is watched, gated, up to this step. None: remove. Not with a target or `round_to`.
+            would have removed and the outcomes (see `catode.decisions.shadow`). Decisions end after `steps`; what is
+            undecided then is watched, gated, up to this step. None: remove. Not with a target or `round_to`.
         seed: Seed of the gate draws.
 
     Raises:
@@ -114,28 +114,28 @@ class PrunerSettings:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        self._take(check_positive, "nu", hint="Leave the pruner out for the ungated network.")
+        self._set_checked(check_positive, "nu", hint="Leave the pruner out for the ungated network.")
         for name in ("alpha", "beta"):
-            self._take(check_interval, name, low=0.0, high=1.0)
-        self._take(check_interval, "risk", low=0.0, high=0.5, low_open=True, high_open=True)
-        self._take(check_interval, "initial_keep_prob", low=0.0, high=1.0, low_open=True)
-        self._take(check_interval, "tolerance", low=0.0, high=1.0)
+            self._set_checked(check_interval, name, low=0.0, high=1.0)
+        self._set_checked(check_interval, "risk", low=0.0, high=0.5, low_open=True, high_open=True)
+        self._set_checked(check_interval, "initial_keep_prob", low=0.0, high=1.0, low_open=True)
+        self._set_checked(check_interval, "tolerance", low=0.0, high=1.0)
         for name in ("rate_ratio", "epoch_steps"):
-            self._take(check_positive, name)
-        self._take(check_choice, "prior", choices=PRIORS)
+            self._set_checked(check_positive, name)
+        self._set_checked(check_choice, "prior", choices=PRIORS)
         for name in ("layer_estimator", "estimator"):
-            self._take(check_choice, name, choices=ESTIMATORS)
-        self._take(check_bool, "per_example")
-        self._take(check_int, "seed")
+            self._set_checked(check_choice, name, choices=ESTIMATORS)
+        self._set_checked(check_bool, "per_example")
+        self._set_checked(check_int, "seed")
         counts = dict(steps=1, warmup=0, layers_per_probe=1, measure_every=1, check_every=1, read_every=1, memory=10)
         for name, low in (counts | dict(width_multiple=1, round_to=1, images=1, probe_size=2)).items():
-            self._take(check_int, name, low=low)
-        self._take(check_int, "shadow", low=self.steps)
+            self._set_checked(check_int, name, low=low)
+        self._set_checked(check_int, "shadow", low=self.steps)
         self._check_together()
 
     @property
     def targeted(self) -> bool:
-        """Whether a share of the network is aimed at."""
+        """Whether a target is set."""
         return (self.target_macs, self.target_params) != (None, None)
 
     @property
@@ -143,8 +143,8 @@ class PrunerSettings:
         """Steps after which a shadow run ends; `steps` for others."""
         return self.steps if self.shadow is None else self.shadow
 
-    def _take(self, check: Callable[..., Any], name: str, **limits: Any) -> None:
-        """Put a checked, plain Python value in place of what was given; None stays where it is the default."""
+    def _set_checked(self, check: Callable[..., Any], name: str, **limits: Any) -> None:
+        """Replace a setting by its checked, plain Python value; None stays where it is the default."""
         value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
         if value is not None or default is not None:
             object.__setattr__(self, name, check(name, value, **limits))

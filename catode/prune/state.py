@@ -1,7 +1,7 @@
-"""Everything that a pruner remembers, and how a checkpoint holds it.
+"""State of a pruner, and its form in a checkpoint.
 
 `pack` turns a dataclass into types that ``torch.load(weights_only=True)`` reads: by its fields, not by a list of names, so
-that a new field is in every checkpoint by itself. Fields marked `catode._saved.UNSAVED` follow from the settings.
+that a new field is saved automatically. Fields marked `catode._saved.UNSAVED` follow from the settings.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ class PrunerState:
     Attributes:
         keep_prob: theta.
         fate: One of `catode.structures.fates.FATES` of every structure.
-        kept: Structures that are there.
+        kept: Structures in the network.
         rate_ratio: Speeds of theta, 1/(nats time).
-        zero: Undecided structures whose theta was absorbed at 0; they go at the next check.
+        zero: Undecided structures whose theta was absorbed at 0; removed at the next check.
         pending: ODE time since each structure's last estimate.
         for_width: Units kept for a round width alone.
-        present: Numbers of the units that are physically there at each site, dead ones too.
+        present: Numbers of the units that are physically present at each site, dead channels included.
         nu: Nats that the whole network may cost.
         done: Training steps.
         time: ODE time.
         started: Whether gates are in the model, or were.
         finished: Whether everything is decided.
-        evidence: What is known of the benefits.
-        products: What is known of the gradients.
+        evidence: Evidence about the benefits.
+        products: Products of gradients.
         draws: Draws of the gates.
         label_rng: Generator of the labels that probes sample, on the model's device.
-        turns: Whose turn it is for a paired difference.
+        turns: Rotation of the paired differences.
         shadow: Record of a shadow run, None for others.
     """
 
@@ -94,13 +94,13 @@ class PrunerState:
 
         Args:
             settings: The pruner's settings.
-            inventory: What can be removed.
+            inventory: Numbering of the structures.
             keep_prob: theta at the start, shape (n,).
             gated: Which structures have gates, shape (n,).
             rate_ratio: Speeds of theta, shape (n,).
             corrected: Structures whose estimates contain half the pooled curvature, shape (n,).
             burst_every: Steps from one burst of gradients to the next.
-            put: How gradient products put off their reading.
+            put: Defers a read; see `catode.prune.devices.transfer`.
             draws: Draws of the gates.
             label_rng: Generator of the labels that probes sample.
         """
@@ -152,7 +152,7 @@ def pack(thing: Any) -> Any:
 
 
 def check_fits(own: PrunerState, state: dict) -> None:
-    """Make sure that a pruner can take up a `Pruner.state_dict`; changes nothing.
+    """Make sure that a `Pruner.state_dict` fits a pruner; changes nothing.
 
     Raises:
         ValueError: if the state is of another network, of another kind of run, or of an earlier version.
@@ -162,7 +162,7 @@ def check_fits(own: PrunerState, state: dict) -> None:
     if not isinstance(packed, dict) or packed.keys() != names:
         raise ValueError(
             f"`state` must be a state_dict of this version's Pruner; got one with {', '.join(map(str, state))}. "
-            "Begin the run anew, or use the version that wrote it."
+            "Start a new run, or use the version that wrote it."
         )
     sizes = len(packed["fate"][NAMES]), len(packed["present"])
     if sizes != (len(own.fate), len(own.present)):
@@ -178,7 +178,7 @@ def check_fits(own: PrunerState, state: dict) -> None:
 
 
 def unpack(thing: Any, packed: dict) -> None:
-    """Give a dataclass back what `pack` made of one like it, in place; tensors stay on the CPU.
+    """Restore a dataclass in place from what `pack` made of one of its class; tensors stay on the CPU.
 
     Raises:
         KeyError: if a field is missing.

@@ -1,1 +1,1 @@
-"""What can go, numbered, and what it costs. Needs numpy alone."""
+"""Removable structures: description, numbering, fates and complexity. Needs numpy alone."""

@@ -24,7 +24,7 @@ class Term:
         name: The layer that is counted.
         macs: MACs per example for each pair of an inner and an outer unit.
         params: Parameters for each such pair.
-        block: Index of the residual block that the layer goes with, None for the fixed part of the network.
+        block: Index of the residual block that the layer is removed with, None for the fixed part of the network.
         inner: Index of the site on its input side, None if that width is fixed.
         outer: Index of the site on its output side, None if that width is fixed.
     """
@@ -42,7 +42,7 @@ class Complexity:
 
     Args:
         terms: Everything that the network executes.
-        inventory: What can be removed, and its numbering.
+        inventory: Numbering of the structures.
 
     Attributes:
         size: Number of structures n.

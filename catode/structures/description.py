@@ -1,4 +1,4 @@
-"""What an architecture says of what may be removed from it: residual branches, and the hidden widths inside them.
+"""Description of an architecture's removable parts: residual branches, and the hidden widths inside them.
 
 Everything is named by dotted paths of the network, so that nothing here needs PyTorch.
 """
@@ -47,8 +47,8 @@ class Site:
         producers: Paths of the modules whose *output* dimension is this width: the layer and its norm.
         consumers: Paths of the convolutions or linear layers whose *input* dimension is this width. Their input slices
             carry the unit gates.
-        normalised: Whether the consumers' outputs go straight into batch norms. A constant shift of the units is then
-            taken out again, so that removing a unit means replacing it by its mean.
+        normalised: Whether the consumers' outputs go straight into batch norms. A constant shift of the units then
+            has no effect, so that removing a unit means replacing it by its mean.
     """
 
     name: str

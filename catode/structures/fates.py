@@ -1,4 +1,4 @@
-"""What can become of a structure: one name for each fate, in code, files, tables and pictures alike.
+"""Fates of a structure: one name each, the same in code, files, tables and pictures.
 
 Source: docs/conventions.md item 3.
 """
@@ -28,7 +28,7 @@ MEANINGS = {
     KEPT_AT_TARGET: "kept since the target is met, theta below 0.9",
     KEPT_AS_LAST: "kept since nothing else would be left",
 }
-"""Every fate with what it means, in the order of tables and legends."""
+"""Meaning of every fate, in the order of tables and legends."""
 
 FATES = tuple(MEANINGS)
 
@@ -44,9 +44,9 @@ COLORS = {
     KEPT_AT_TARGET: "green",
     KEPT_AS_LAST: "indigo",
 }
-"""The colour of every fate in every picture, by its name in `catode.theory.plotting.PALETTE`; none has two fates."""
+"""The colour of every fate in every picture, by its name in `catode.theory.plotting.PALETTE`; no two share one."""
 
 NOT_BY_RULE = (KEPT_OUT_OF_TIME, REMOVED_OUT_OF_TIME, KEPT_FOR_WIDTH, KEPT_AT_TARGET, KEPT_AS_LAST)
-"""Fates that no measurement of the structure itself decided; always counted and reported apart."""
+"""Fates that no measurement of the structure itself decided; always counted and reported separately."""
 
 REMOVED = (PRUNED_TOLERANCE, PRUNED_ZERO, REMOVED_WITH_BLOCK, REMOVED_OUT_OF_TIME)

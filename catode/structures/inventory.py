@@ -1,4 +1,4 @@
-"""The numbering of everything that can be removed, and the only place that knows it.
+"""Numbering of all removable structures, defined here alone.
 
 Structures are numbered from 0: all layers (one for each residual block), then the units, site by site. Arrays over
 structures have shape (n,) in this order.
@@ -19,7 +19,7 @@ KINDS = ("layer", "unit")
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a site stands in the numbering.
+    """Position of a site in the numbering.
 
     Attributes:
         number: Number of the site, over all blocks.
@@ -76,10 +76,10 @@ class Inventory:
         self.is_layer = np.arange(self.size) < self.layers
 
     def standing(self, kept: NDArray[np.bool_]) -> Iterator[Place]:
-        """The sites whose block is there.
+        """The sites of the blocks in the network.
 
         Args:
-            kept: Structures that are there, shape (n,).
+            kept: Structures in the network, shape (n,).
         """
         return (place for place in self.places if kept[place.layer])
 
@@ -88,13 +88,13 @@ class Inventory:
         return [units[kept[units]] for units in self.units]
 
     def close(self, kept: ArrayLike) -> NDArray[np.bool_]:
-        """Removal with the block: an emptied site takes its block along, a block all its units.
+        """Removal with the block: an emptied site removes its block, a removed block all its units.
 
         Args:
             kept: Structures that would stay, shape (n,).
 
         Returns:
-            Those that do, the largest such set, shape (n,).
+            Those that stay, the largest such set, shape (n,).
         """
         kept = np.array(kept, dtype=bool)
         layers, units = kept[: self.layers], kept[self.layers :]
@@ -116,7 +116,7 @@ class Inventory:
         """The structure as in structure.json: for each block whether it is kept, and the indices of the units kept.
 
         Args:
-            kept: Structures that are there, shape (n,).
+            kept: Structures in the network, shape (n,).
         """
         record: dict = {block.name: {"kept": bool(k), "sites": {}} for block, k in zip(self.blocks, kept, strict=False)}
         for place in self.places:

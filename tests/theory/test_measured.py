@@ -2,7 +2,7 @@
 
 import pytest
 
-from catode.theory.tolerance.measured import LEAST_PRICE, arguments, pool_memory
+from catode.theory.tolerance.measured import LEAST_PRICE, arguments, check_steps, pool_memory
 
 OTHERS = {
     "gain": 0.5,
@@ -31,3 +31,8 @@ def test_the_price_is_lower_by_the_margin(benefit, upper, price, effective):
 )
 def test_memory_grows_with_the_length_of_the_run_to_the_power_of_two_thirds(steps, memory):
     assert pool_memory(steps) == memory
+
+
+@pytest.mark.parametrize(("memory", "steps"), [(200, 50), (203, 50), (10, 2)])
+def test_checks_come_four_times_a_memory(memory, steps):
+    assert check_steps(memory) == steps

@@ -1,1 +1,1 @@
-"""How a model says, or is found to say, what may be removed from it."""
+"""What may be removed from a model, and what it costs: protocol, counts, measured step times."""

@@ -1,4 +1,4 @@
-"""MACs and parameters of a network: counted as it stands, and as a polynomial in its keep probabilities."""
+"""MACs and parameters of a network: counted, and as a polynomial in its keep probabilities."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 @contextmanager
 def inference(model: nn.Module):
-    """Eval mode without gradients; every module's own training flag comes back."""
+    """Eval mode without gradients; every module's training flag is restored."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -72,7 +72,7 @@ def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
 
 
 def out_width(module: nn.Module) -> int:
-    """Channels that a counted layer gives out."""
+    """Output channels of a counted layer."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.out_channels
     if isinstance(module, nn.Linear):
@@ -101,7 +101,7 @@ def in_width(module: nn.Module) -> int:
 
 
 def count(model: nn.Module, example: torch.Tensor) -> Counts:
-    """MACs and parameters of a plain network as it stands, from its modules' own sizes.
+    """MACs and parameters of a plain network, from its modules' own sizes.
 
     Args:
         model: A network without gates.

@@ -2,7 +2,7 @@
 
 An architecture is any ``nn.Module`` with a method ``structures() -> list[Block]``. A `Block` is a residual branch, a
 `Site` one hidden width inside it; both name modules by their dotted path. The pruner, the cutting and the complexity
-polynomial know nothing else about an architecture, so a new one only has to write this method (see
+polynomial use nothing else of an architecture, so a new one needs only this method (see
 `catode.train.models.resnets` for convolutional and fully-connected examples).
 """
 

@@ -1,11 +1,11 @@
 """Prices by measured time: what a training step on this device spends in every layer, as a function of its widths.
 
 Forward and backward pass of each layer inside a residual block are timed on a small grid of the widths that can change.
-Between the grid's points times are interpolated bilinearly, down to 0 at width 0; `MeasuredComplexity` puts the expected
-widths in. A measured table need not grow with the widths, because of noise and because devices like some widths better;
-isotonic regression along one axis, then along the other (which keeps what the first did), makes it grow, so that no price
-is negative. On a GPU the time of a small layer is that of its launch, which overlaps with others' work in a real step; the
-table does not see that.
+Between the grid's points times are interpolated bilinearly, down to 0 at width 0; `MeasuredComplexity` evaluates them
+at the expected widths. A measured table need not grow with the widths, because of noise and because devices run some
+widths faster; isotonic regression along one axis, then along the other (which keeps what the first did), makes it
+non-decreasing, so that no price is negative. On a GPU the time of a small layer is that of its launch, which overlaps
+with others' work in a real step; the table does not include that.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Table:
 
 
 class MeasuredComplexity(Complexity):
-    """The complexity index J with measured step times in place of MACs; parameters are mixed in as ever.
+    """The complexity index J with measured step times in place of MACs; parameters are weighted as usual.
 
     J is ``(1 - beta) T / T_0 + beta P / P_0`` with ``T = sum over layers of theta_block * time(N_inner, N_outer)`` at the
-    expected widths. Counts (`macs`, `params`) stay what they are. At a point of the grid the slope is that below it, the time
+    expected widths. Counts (`macs`, `params`) are unchanged. At a point of the grid the slope is that below it, the time
     which the next removal saves.
 
     Args:
@@ -169,7 +169,7 @@ def measure(
 
     Returns:
         A table for each of `timed_terms`; layers that are alike share their times. Of the rounds, in which the points take
-        turns, the least time counts: whatever else the machine does only adds to it.
+        turns, the least time counts, because other load only adds to it.
     """
     modules, shapes = dict(model.named_modules()), _input_shapes(model, example)
     cases: dict[tuple, tuple[nn.Module, list[float]]] = {}
@@ -226,7 +226,7 @@ def read(path: Path, model: nn.Module, plain: Complexity) -> list[Table]:
             raise ValueError("it has other rows")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"`resume` must name a run with the {FILE} that it began with; got {str(path)!r} and {error}. Restore the file."
+            f"`resume` must name a run with the {FILE} that it started with; got {str(path)!r} and {error}. Restore the file."
         ) from error
     return tables
 
@@ -240,7 +240,7 @@ def _widths(module: nn.Module, term: Term, plain: Complexity) -> tuple[tuple[int
 
 
 def _kind(module: nn.Module) -> tuple:
-    """What the time of a layer depends on beside its widths and its input."""
+    """Key of everything that a layer's time depends on beside its widths and its input."""
     names = ("kernel_size", "stride", "padding", "dilation", "groups")
     return (type(module), module.bias is not None, *(getattr(module, name, None) for name in names))
 

@@ -1,10 +1,10 @@
 """Several processes that train one network together, each on its share of every batch.
 
 All of them hold the same weights, thetas and masks and draw the same gates. After ``backward()`` one all-reduce averages
-the gradients, flattened into one vector, and carries the loss and a checksum of thetas and masks along. So parameters may
-change (a compaction) or stay without gradient (a block that is skipped) without anything to be wrapped anew, and what the
-processes must agree on is compared at every step at no further cost. `torch.nn.parallel.DistributedDataParallel` would hide
-the communication behind the backward pass, but is built for one fixed set of parameters, all of which get gradients.
+the loss and the gradients, flattened into one vector with a checksum of thetas and masks. So parameters may change (a
+compaction) or stay without gradient (a block that is skipped) without wrapping the model again, and thetas and masks
+are compared at every step at no further cost. `torch.nn.parallel.DistributedDataParallel` would hide the communication
+behind the backward pass, but is built for one fixed set of parameters, all of which get gradients.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Lost(RuntimeError):
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run. What concerns "all processes" must be called by all of them, in the same order.
+    """The processes of a run. Methods over "all processes" must be called by all of them, in the same order.
 
     Attributes:
         rank: Number of this process.
-        size: Number of processes; with one, no method communicates and tensors come back as they are.
+        size: Number of processes; with one, no method communicates and tensors are returned unchanged.
         local_rank: Number of this process on its machine.
     """
 
@@ -48,7 +48,7 @@ class Group:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes files and talks."""
+        """Whether this is the process that writes files and logs."""
         return self.rank == 0
 
     def place(self, device: str) -> None:
@@ -68,7 +68,7 @@ class Group:
             )
         if self.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"`device` must be there for every process; got device='cuda' with {torch.cuda.device_count()} CUDA devices and "
+                f"`device` must exist for every process; got device='cuda' with {torch.cuda.device_count()} CUDA devices and "
                 f"process {self.local_rank} of this machine. Start as many processes as there are devices."
             )
         torch.cuda.set_device(self.local_rank)
@@ -91,7 +91,7 @@ class Group:
         if self.size == 1:
             return tensor
         tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
-        with _company():
+        with _communication():
             dist.all_reduce(tensor)
         return tensor
 
@@ -100,34 +100,34 @@ class Group:
         return tensor if self.size == 1 else self.sum(tensor) / self.size
 
     def gather(self, thing: Any) -> list:
-        """What each of all processes passes, by rank."""
+        """Values of all processes, by rank."""
         things: list = [None] * self.size
         if self.size == 1:
             return [thing]
-        with _company():
+        with _communication():
             dist.all_gather_object(things, thing)
         return things
 
     def problem(self, problem: str, alike: Any) -> str:
-        """What keeps all processes from beginning: the first one's problem, or that they differ; empty for nothing.
+        """Why the processes cannot start: the first process's problem, or that they differ; empty if they can.
 
         Args:
-            problem: What keeps this one; empty for nothing.
-            alike: What must be the same in all, if nothing keeps this one.
+            problem: This process's problem; empty for none.
+            alike: What must be the same in all, if this process has no problem.
         """
         found = self.gather((problem, alike))
         first = next((own for own, _ in found if own), "")
         if not first and any(own != found[0][1] for _, own in found):
             return (
                 f"the {self.size} processes must begin with the same settings, data and checkpoint; got different ones. Start "
-                "them with one command line, and let all of them see the same files."
+                "them with one command line, and give all of them the same files."
             )
         return first
 
     def join(
         self, parameters: Iterable[nn.Parameter], loss: torch.Tensor, *, checksum: int = 0, step: int = 0
     ) -> torch.Tensor:
-        """Average gradients and loss over all processes, in one go.
+        """Average gradients and loss over all processes, in one all-reduce.
 
         Args:
             parameters: Those whose ``.grad`` becomes the mean.
@@ -175,21 +175,21 @@ class Group:
         wrong = next((rank for rank, own in enumerate(checksums) if own != checksums[0]), None)
         if wrong is not None:
             raise Disagreement(
-                f"{what} must be the same in all processes; got different ones in processes 0 and {wrong} {when}. Go on with "
-                "--resume from the last checkpoint; if that does not help, use processors and software of one kind."
+                f"{what} must be the same in all processes; got different ones in processes 0 and {wrong} {when}. Resume "
+                "from the last checkpoint with --resume; if that does not help, use processors and software of one kind."
             )
 
 
 @contextmanager
-def _company() -> Iterator[None]:
-    """Errors of communication as `Lost`."""
+def _communication() -> Iterator[None]:
+    """Raise errors of communication as `Lost`."""
     try:
         yield
     except Lost:
         raise
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = re.sub(r"^\[\S+\] ", "", reason.split(". ")[0])  # without the source's line and what may be the cause
+        reason = re.sub(r"^\[\S+\] ", "", reason.split(". ")[0])  # without source location and hints
         raise Lost(f"another process died or stopped answering ({reason})") from error
 
 
@@ -211,7 +211,7 @@ def joined() -> Iterator[Group]:
         return
 
     def stop(number: int, frame: object) -> None:
-        raise Lost("the launcher stopped it, as it does when another process dies or when it is told to stop")
+        raise Lost("the launcher stopped it, because another process died or the launcher was told to stop")
 
     before = signal.signal(signal.SIGTERM, stop)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
@@ -222,7 +222,7 @@ def joined() -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-# norms of the whole batch
+# batch norms over the whole batch
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -247,7 +247,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` with mean and variance over all processes, which it gives out too."""
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` with mean and variance over all processes, which it also returns."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, group):
@@ -256,7 +256,7 @@ class _Normalise(torch.autograd.Function):
         var, mean = torch.var_mean(wide, over, correction=0)
         own = torch.stack([mean, var])
         shares = [torch.empty_like(own) for _ in range(group.size)]
-        with _company():
+        with _communication():
             dist.all_gather(shares, own)
         means, variances = torch.stack(shares).unbind(1)
         mean = means.mean(0)

@@ -1,4 +1,4 @@
-"""The machine underneath: its name, memory that is not handed back at every step, and honest latencies."""
+"""Name of the processor, memory kept between steps, and measured latencies."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep the activations' memory between steps instead of returning it to the system and faulting it in again.
+    """Make glibc keep freed memory between steps instead of returning it to the system and faulting it in again.
 
-    A ResNet-20 step on 128 images takes about 5 % less CPU time for it. Does nothing (and says so by returning False) elsewhere.
+    A ResNet-20 step on 128 images takes about 5 % less CPU time with it. Returns False, without effect, on other systems.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
@@ -39,14 +39,14 @@ def processor() -> str:
 
 
 def check_compile(device: str) -> None:
-    """Make sure that torch.compile works here; it needs a compiler that PyTorch does not bring along.
+    """Make sure that torch.compile works here; it needs a compiler that PyTorch does not include.
 
     Raises:
         ValueError: if it does not.
     """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # whatever the compiler, the linker or PyTorch has to say
+    except Exception as error:  # compiler, linker and PyTorch raise errors of many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"`compile` must be left out where torch.compile does not work; got compile=True on {device} and: {reason}. "
@@ -60,7 +60,7 @@ def latency_ms(
 ) -> list[list[float]]:
     """Median time of one forward pass in eval mode, milliseconds, one list for each batch size, one number a network.
 
-    The networks take turns, one pass each a round, so that whatever else the machine does meanwhile meets all of them.
+    The networks take turns, one pass each a round, so that other load on the machine affects all of them alike.
 
     Args:
         networks: On one device.

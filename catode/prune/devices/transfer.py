@@ -1,7 +1,7 @@
-"""What passes between host and device. A copy to the host is the only thing that lets the host wait for the device.
+"""Copies between host and device. Only a copy to the host makes the host wait for the device.
 
-An accelerator works through its queue while the host already prepares the steps to come; the trainer and the pruner
-therefore read nothing on the way, but put it off and `read` it together, in order, every few steps.
+An accelerator works asynchronously through its queue; the trainer and the pruner therefore defer their reads and do
+them together, in order, every few steps.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor
     if device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type != "mps")  # MPS would read memory that is already given back
+    return tensor.to(device, non_blocking=device.type != "mps")  # MPS would read memory that is already freed
 
 
 def read(tensors: Sequence[torch.Tensor]) -> list[NDArray]:
-    """Numbers of the device on the host, float64, in one copy; the host waits for it.
+    """Values of device tensors on the host, float64, in one copy; the host waits for it.
 
     Args:
         tensors: Tensors of any shapes, all on one device.
@@ -50,17 +50,17 @@ def at_once(take: Callable[..., None], *tensors: torch.Tensor) -> None:
 
 
 class DeferredReads:
-    """Reads put off: tensors to be read together, each with what to do with its numbers."""
+    """Deferred reads: tensors to be read together, each with the function that takes its values."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Callable[..., None], tuple[torch.Tensor, ...]]] = []
 
     def put(self, take: Callable[..., None], *tensors: torch.Tensor) -> None:
-        """Put tensors off; ``take`` will be called with their arrays. They must not be changed until then."""
+        """Defer a read; ``take`` will be called with the arrays. The tensors must not be changed until then."""
         self._waiting.append((take, tensors))
 
     def read(self) -> None:
-        """Read all in one copy, and take them in, first come first served."""
+        """Read all in one copy, and call the functions in order."""
         waiting, self._waiting = self._waiting, []
         arrays = iter(read([tensor for _, tensors in waiting for tensor in tensors]))
         for take, tensors in waiting:

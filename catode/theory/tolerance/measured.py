@@ -71,3 +71,8 @@ def pool_memory(deciding_steps: int) -> int:
         deciding_steps: Steps until the deciding phase ends.
     """
     return max(LEAST_MEMORY, round(LEAST_MEMORY * (deciding_steps / SHORT_PHASE) ** (2 / 3)))
+
+
+def check_steps(memory: int) -> int:
+    """Steps between checks where no setting says it: a quarter of the memory of the pools, in steps."""
+    return memory // 4

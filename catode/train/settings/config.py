@@ -80,7 +80,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
             ConfigError: if a computed value is invalid.
         """
         from catode.prune.measuring import usual_probe
-        from catode.theory.tolerance.measured import pool_memory
+        from catode.theory.tolerance.measured import check_steps, pool_memory
 
         decide_steps = round(self.decide_until * steps)
         memory = pool_memory(decide_steps) if self.memory is None else self.memory
@@ -89,7 +89,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         batch = self.batch_size if self.sync_bn else self.batch_size // processes
         values = {
             "memory": memory,
-            "check_every": memory // 4,
+            "check_every": check_steps(memory),
             "rate_ratio": max(1.0 / (self.sink_share * time), LEAST),
             "probe_size": usual_probe(batch),
         }
