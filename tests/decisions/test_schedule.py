@@ -86,6 +86,7 @@ def test_law_progress_goes_from_the_warm_up_to_the_end(schedule):
             424,
         ),  # a round of nine layers takes 2 * 2 * 9 steps, and eight of them are needed: 4 * 36 * 8 / 2
         (1000, 100, 9, 3, 600),  # three layers at a time: 4 * 12 * 4 steps are less than four memories
+        (1000, 10, 9, 2, 680),  # nine layers two at a time take five probes: 4 * 20 * 4
         (300, 100, 9, 3, 0),
     ],
 )
