@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,26 +210,107 @@ def test_a_file_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch):
     assert len(left) == 2
 
 
-def test_other_images_have_another_fingerprint(tmp_path):
-    write_folder(tmp_path)
-    options = [{}, {"array_bytes": 0}]
-    first = [load("folder", tmp_path, **more).fingerprint for more in options]
-    assert first == [load("folder", tmp_path, **more).fingerprint for more in options]
-    os.rename(tmp_path / "train" / "bee" / "1.png", tmp_path / "train" / "bee" / "7.png")
-    assert load("folder", tmp_path, array_bytes=0).fingerprint != first[1]
-    os.rename(tmp_path / "train" / "bee" / "7.png", tmp_path / "train" / "ant" / "7.png")
-    for more, before in zip(options, first, strict=True):
-        assert load("folder", tmp_path, **more).fingerprint != before
+def repaint(path, value=7):
+    """Another picture in a file of the same size."""
+    size = path.stat().st_size
+    Image.fromarray(np.full((10, 12, 3), value, np.uint8)).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    assert path.stat().st_size == size
 
 
-def test_an_unreadable_file_in_a_worker_and_one_of_another_size(tmp_path):
+def swap(one, other):
+    """Exchange two files or folders."""
+    os.rename(one, one.with_name("aside"))
+    os.rename(other, one)
+    os.rename(one.with_name("aside"), other)
+
+
+OTHER_IMAGES = {
+    "a renamed file": lambda r: os.rename(r / "train/bee/1.png", r / "train/bee/7.png"),
+    "a file of another class": lambda r: os.rename(r / "train/bee/1.png", r / "train/ant/7.png"),
+    "one file less": lambda r: (r / "test/bee/1.png").unlink(),
+    "two classes exchanged": lambda r: swap(r / "train/ant", r / "train/bee"),
+    "two images exchanged": lambda r: swap(r / "train/ant/0.png", r / "train/bee/1.png"),
+    "another training image": lambda r: repaint(r / "train/ant/2.png"),
+    "another test image": lambda r: repaint(r / "test/ant/2.png"),
+    "a longer file": lambda r: (r / "test/bee/0.png").open("ab").write(b"\0"),
+    "renamed classes": lambda r: [os.rename(r / split / "bee", r / split / "bug") for split in ("train", "test")],
+}
+
+
+@pytest.mark.parametrize("change", OTHER_IMAGES)
+def test_other_images_have_another_fingerprint_wherever_they_are_kept(tmp_path, change):
+    write_folder(tmp_path / "set")
+    places = [{}, {"array_bytes": 0}, {"augment": "resized-crop", "image_size": 10}]
+    first = {load("folder", tmp_path / "set", **more).fingerprint for more in places}
+    assert len(first) == 1, "one set has one fingerprint"
+    os.rename(tmp_path / "set", tmp_path / "moved")
+    assert {load("folder", tmp_path / "moved").fingerprint} == first
+    OTHER_IMAGES[change](tmp_path / "moved")
+    assert len({load("folder", tmp_path / "moved", **more).fingerprint for more in places} | first) == 2
+
+
+def test_of_many_images_every_size_and_the_bytes_of_a_sample_are_in_the_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "STATISTICS_IMAGES", 2)
+    read = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path, real=Path.read_bytes: read.append(path.name) or real(path))
+    root, places = write_folder(tmp_path), [{}, {"array_bytes": 0}]
+    first = {load("folder", root, image_size=8, **more).fingerprint for more in places}
+    assert len(first) == 1
+    read.clear()
+    load("folder", root, image_size=8, array_bytes=0)
+    assert sorted(read) == ["0.png"] * 3 + ["2.png"] * 3, "two of each split for the fingerprint, of train for its mean"
+    repaint(root / "train" / "ant" / "1.png")
+    assert {load("folder", root, image_size=8, **more).fingerprint for more in places} == first, "not in the sample"
+    repaint(root / "train" / "bee" / "2.png")  # the last one is
+    assert not {load("folder", root, image_size=8, **more).fingerprint for more in places} & first
+
+
+def test_an_unreadable_file_in_a_worker_and_one_of_another_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "STATISTICS_IMAGES", 2)  # so that this one is not decoded at the start
     files = load("folder", write_folder(tmp_path), array_bytes=0)
     (tmp_path / "train" / "bee" / "1.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"^`data_dir` must hold readable images; got .*bee/1\.png[^\n]*$"):
         list(batches(files, 1, batch_size=6).epoch(0, 0))
     Image.fromarray(pixels(9, 9, 3)).save(tmp_path / "train" / "bee" / "1.png")
+    with pytest.raises(
+        DataError, match=r"^`data_dir` must hold images that do not change while .*bee/1\.png' of \d+ bytes"
+    ):
+        list(batches(files, 1, batch_size=6).epoch(0, 0))
+    files = load("folder", tmp_path, array_bytes=0)
     with pytest.raises(DataError, match=r"^`image_size` must be given when images differ in size; .*1\.png' of 9x9"):
         list(batches(files, 1, batch_size=6).epoch(0, 0))
+
+
+@pytest.mark.parametrize("change", ["deleted", "longer", "shorter"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_changes_during_training_is_named(tmp_path, change, workers):
+    files = load("folder", write_folder(tmp_path), array_bytes=0)
+    path = tmp_path / "train" / "bee" / "1.png"
+    content = path.read_bytes()
+    path.unlink()
+    if change != "deleted":
+        path.write_bytes(content + b"\0" if change == "longer" else content[:-1])
+    expected = "cannot be read" if change == "deleted" else f"of {path.stat().st_size} bytes instead of {len(content)}"
+    with pytest.raises(DataError, match=rf"bee/1\.png'[^\n]* {expected}[^\n]*$"):
+        list(batches(files, workers, batch_size=6).epoch(0, 0))
+
+
+NO_FILES = {
+    "pipe": lambda path: os.mkfifo(path),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "link to itself": lambda path: path.symlink_to(path),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_is_no_file_is_named_before_anything_is_read(tmp_path, kind, split):
+    NO_FILES[kind](write_folder(tmp_path) / split / "ant" / "0.jpg")
+    with pytest.raises(
+        DataError, match=r"^`data_dir` must hold readable images; got .*ant/0\.jpg', which cannot be read"
+    ):
+        load("folder", tmp_path)
 
 
 def test_a_killed_worker_is_one_clear_line(tmp_path, monkeypatch):
@@ -304,6 +386,52 @@ def test_a_run_ends_the_same_from_an_array_and_from_files(pictures, tmp_path, qu
         assert run(pictures, tmp_path / name, *flags, *more) == 0
         assert re.search(r"waiting  \d+\.\d % of the steps' time, for images", capsys.readouterr().out)
     assert_same_weights(tmp_path / "array", tmp_path / "files")
+
+
+def cut_off(root, out, monkeypatch, *flags):
+    """A run that ends after its first checkpoint within the training."""
+    save = loop.Trainer.save_state
+
+    def leave(self):
+        save(self)
+        if self.step:
+            raise DataError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "save_state", leave)
+        assert run(root, out, *flags) == 2
+    assert list(out.glob("checkpoint-*.pt")) and not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [("1", "0"), ("0", "1"), ("0", "0.5")])
+def test_a_run_goes_on_bit_by_bit_with_another_place_for_its_images(
+    pictures, tmp_path, quick, monkeypatch, before, after
+):
+    assert run(pictures, tmp_path / "whole") == 0
+    cut_off(pictures, tmp_path / "run", monkeypatch, f"--array-gib={before}")
+    assert main(["--resume", str(tmp_path / "run"), f"--array-gib={after}", "--threads=1", "--workers=1"]) == 0
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["1", "0"])
+def test_a_run_does_not_go_on_with_other_images(tmp_path, quick, monkeypatch, capsys, place):
+    root = write_folder(tmp_path / "images", per_class=6)
+    cut_off(root, tmp_path / "run", monkeypatch, f"--array-gib={place}")
+    for spoil in (
+        lambda: swap(root / "train" / "ant", root / "train" / "bee"),
+        lambda: [repaint(path) for path in (root / "train").rglob("*.png")],
+        lambda: repaint(root / "test" / "bee" / "3.png"),
+    ):
+        aside = tmp_path / "aside"
+        shutil.copytree(root, aside)
+        spoil()
+        capsys.readouterr()
+        assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 2
+        told = capsys.readouterr().err
+        assert "`data_dir` must hold the images that the run began with; got others" in told and told.count("\n") == 1
+        shutil.rmtree(root)
+        os.rename(aside, root)
+    assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 0
 
 
 def test_a_run_that_met_an_unreadable_picture_goes_on_when_it_is_mended(tmp_path, quick, monkeypatch, capsys):

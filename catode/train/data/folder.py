@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
+import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,10 @@ ANNOTATIONS = "val_annotations.txt"
 ARRAY_SHARE = 0.25
 """Share of the memory that decoded images may take before they are left on the disk."""
 STATISTICS_IMAGES = 4096
-"""Training images, evenly spread over the classes, from which mean and standard deviation are taken."""
+"""Training images, evenly spread over the classes, from which mean and standard deviation are taken, and images of each
+split whose bytes the fingerprint covers."""
+READERS = 8
+"""Threads that ask for files at once."""
 PAUSES = 0.5, 3.0
 """Seconds before a file that could not be read is tried again."""
 BATCHES_AHEAD = 3
@@ -40,6 +45,7 @@ class ImageFiles:
         root: Folder that the names are relative to.
         names: Path of each image as the file system's bytes, shape (N,): one array, as a million `Path`s would take
             half a gigabyte, copied into every worker.
+        sizes: Size of each file in bytes when the run began, int64, shape (N,).
         height: Height of a decoded image.
         width: Its width.
         image_size: Side to which images are resized and cropped; None for images that share one size.
@@ -47,6 +53,7 @@ class ImageFiles:
 
     root: str
     names: np.ndarray
+    sizes: np.ndarray
     height: int
     width: int
     image_size: int | None
@@ -64,6 +71,10 @@ class ImageFiles:
         """Bytes of the tensor it stands for."""
         return math.prod(self.shape)
 
+    def path(self, i: int) -> str:
+        """Where one image is."""
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
+
     def decode(self, i: int, crop: np.ndarray | None = None) -> np.ndarray:
         """One image, uint8, shape (3, H, W).
 
@@ -72,10 +83,17 @@ class ImageFiles:
             crop: Four uniform numbers for `crop_boxes`, to cut a random box from the whole picture; None for the centre.
 
         Raises:
-            DataError: if the file cannot be decoded, or has another size and `image_size` is None.
+            DataError: if the file cannot be decoded or has changed its size, or if the image has another size and
+                `image_size` is None.
         """
-        path = os.path.join(self.root, os.fsdecode(self.names[i]))
-        image = _decode(path, self.image_size, crop)
+        path = self.path(i)
+        content = _content(path)
+        image = _decode(path, content, self.image_size, crop)
+        if len(content) != self.sizes[i]:
+            raise DataError(
+                f"`data_dir` must hold images that do not change while a run uses them; got {path!r} of {len(content)} bytes "
+                f"instead of {self.sizes[i]}. Restore the file, or start anew."
+            )
         if image.shape != (3, self.height, self.width):
             raise DataError(
                 "`image_size` must be given when images differ in size; "
@@ -92,10 +110,36 @@ class ImageFiles:
         def fill(k: int) -> None:
             out[k] = self.decode(int(rows[k]))
 
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(max_workers=min(READERS, os.cpu_count() or 1)) as pool:
             for _ in pool.map(fill, range(len(rows))):
                 pass
         return torch.from_numpy(out)
+
+
+def contents(files: ImageFiles) -> bytes:
+    """Digest of image files: every name and size, and the bytes of a sample of up to `STATISTICS_IMAGES`, evenly spread.
+
+    The sample is all files where there are no more. It costs reading these files once; nothing is decoded.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
+    whole = hashlib.sha256(b"\0".join(files.names.tolist()))
+    whole.update(files.sizes.tobytes())
+    for digest in _in_threads(lambda i: hashlib.sha256(_content(files.path(i))).digest(), _sample(len(files))):
+        whole.update(digest)
+    return whole.digest()
+
+
+def _sample(count: int) -> np.ndarray:
+    """Numbers of up to `STATISTICS_IMAGES` of so many images, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, STATISTICS_IMAGES)).round().astype(np.int64))
+
+
+def _in_threads(function: Callable, items: Sequence) -> list:
+    """The function of each item, in order; for functions that wait for a disk, as more threads than cores are at work."""
+    with ThreadPoolExecutor(max_workers=READERS) as pool:
+        return list(pool.map(function, items))
 
 
 Request = tuple[np.ndarray, np.ndarray | None]
@@ -211,20 +255,22 @@ def read(
             f"`data_dir` must hold at least two classes; got {classes[0]!r} alone in {str(root / 'train')!r}. "
             "Add the other class folders."
         )
+    names = [[file for k in classes for file in found[k]] for found in splits.values()]
+    sizes = [_sizes(root, part) for part in names]
     if image_size:
         height = width = image_size
     else:
-        height, width = _decode(os.path.join(root, splits["train"][classes[0]][0]), None).shape[1:]
-    (train, train_labels), (test, test_labels) = (
-        (
-            ImageFiles(
-                str(root), np.array([os.fsencode(f) for k in classes for f in found[k]]), height, width, image_size
-            ),
-            torch.from_numpy(np.repeat(np.arange(len(classes)), [len(found[k]) for k in classes])),
-        )
+        first = os.path.join(root, names[0][0])
+        height, width = _decode(first, _content(first), None).shape[1:]
+    train, test = (
+        ImageFiles(str(root), np.array([os.fsencode(f) for f in part]), size, height, width, image_size)
+        for part, size in zip(names, sizes, strict=True)
+    )
+    train_labels, test_labels = (
+        torch.from_numpy(np.repeat(np.arange(len(classes)), [len(found[k]) for k in classes]))
         for found in splits.values()
     )
-    sample = np.unique(np.linspace(0, len(train) - 1, min(len(train), STATISTICS_IMAGES)).round().astype(np.int64))
+    sample = _sample(len(train))
     stay = train if whole_pictures and image_size else None
     need = test.nbytes + (0 if stay else train.nbytes)
     if need <= (_array_bytes() if array_bytes is None else array_bytes):
@@ -232,7 +278,8 @@ def read(
     else:
         images = train, test
     mean, std = statistics(images[0][sample] if torch.is_tensor(images[0]) else train.array(sample))
-    return ImageData("folder", images[0], train_labels, images[1], test_labels, classes, mean, std)
+    digest = contents(train) + contents(test)
+    return ImageData("folder", images[0], train_labels, images[1], test_labels, classes, mean, std, digest)
 
 
 def _array_bytes() -> int:
@@ -305,12 +352,39 @@ def _annotated_files(root: Path, annotations: Path) -> dict[str, list[str]]:
     return {label: sorted(files) for label, files in sorted(found.items())}
 
 
-def _decode(path: str, image_size: int | None, crop: np.ndarray | None = None) -> np.ndarray:
+def _sizes(root: Path, names: Sequence[str]) -> np.ndarray:
+    """Sizes of files below `root`, in bytes, int64."""
+
+    def size(names: Sequence[str]) -> list[int]:
+        found = []
+        for name in names:
+            path = os.path.join(root, name)
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise _unreadable(path, "read", error) from error
+            if not stat.S_ISREG(status.st_mode):
+                raise _unreadable(path, "read", OSError("it is not a regular file"))
+            found.append(status.st_size)
+        return found
+
+    parts = [names[i : i + 4096] for i in range(0, len(names), 4096)]
+    return np.concatenate([np.array(part, dtype=np.int64) for part in _in_threads(size, parts)])
+
+
+def _unreadable(path: str, what: str, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(
+        f"`data_dir` must hold readable images; got {path!r}, which cannot be {what} ({reason}). Replace the file."
+    )
+
+
+def _decode(path: str, content: bytes, image_size: int | None, crop: np.ndarray | None = None) -> np.ndarray:
     """One image as uint8 (3, H, W): whole, or resized and its centre cut out, or a random box of it resized."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(_read(path))) as image:
+        with Image.open(io.BytesIO(content)) as image:
             if image_size is None:
                 return np.asarray(_rgb(image)).transpose(2, 0, 1)
             if crop is None:
@@ -327,11 +401,19 @@ def _decode(path: str, image_size: int | None, crop: np.ndarray | None = None) -
                 2, 0, 1
             )
     except Exception as error:  # damaged files make PIL raise many types; all of them mean the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"`data_dir` must hold readable images; got {str(path)!r}, which cannot be decoded ({reason}). "
-            "Replace the file."
-        ) from error
+        raise _unreadable(path, "decoded", error) from error
+
+
+def _content(path: str) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        DataError: if they cannot be read.
+    """
+    try:
+        return _read(path)
+    except OSError as error:
+        raise _unreadable(path, "read", error) from error
 
 
 def _read(path: str) -> bytes:

@@ -149,8 +149,7 @@ def prepare(config: Config) -> Setup:
         )
     if state is not None and state["images"] != images.fingerprint:
         raise ValueError(
-            "`data_dir` must hold the images that the run began with; got other files or other labels. Restore them, or start "
-            "anew."
+            "`data_dir` must hold the images that the run began with; got others. Restore them, or start anew."
         )
     if state is not None and state["processes"] != group.size and not config.sync_bn:
         raise ValueError(
