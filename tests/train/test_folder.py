@@ -1,6 +1,7 @@
 """Images in folders: what is decoded where, in which formats, and that none of it changes a batch."""
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 from test_data import cut, pixels, write_folder
 
 from catode.train import loop
@@ -159,6 +162,84 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, suffix, recwarn):
     decoded = load("folder", root).train_images[1].float()
     assert torch.allclose(decoded, torch.from_numpy(np.asarray(image)).permute(2, 0, 1).float(), atol=20)
     assert not [w for w in recwarn if "Palette" in str(w.message)]
+
+
+def resized_whole(image, side):
+    """The shorter side resized, the whole picture with it, then the centre cut out."""
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    whole = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(whole.crop((left, top, left + side, top + side))).astype(int)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 90), st.integers(0, 99))
+@example(20000, 1, 8, 0)
+@example(1, 20000, 8, 0)
+@example(60000, 1, 4, 0)
+@example(30000, 3, 16, 1)
+@settings(max_examples=60, deadline=None)
+def test_the_centre_is_that_of_the_whole_picture_resized(width, height, side, seed):
+    image = Image.fromarray(pixels(height, width, 3, seed=seed) // 128 * 255)  # black and white: the hardest
+    expected = resized_whole(image, side)
+    assert np.abs(np.asarray(folder._centre(image, side)).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(20000, 1), (1, 60000), (60000, 2)])
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("crop", [None, np.array([1.0, 0.5, 0.5, 0.5])])
+def test_a_very_long_picture_takes_no_more_memory_than_itself_and_its_crop(tmp_path, monkeypatch, size, kind, crop):
+    path = tmp_path / f"long.{kind}"
+    Image.new("RGB", size, (200, 100, 50)).save(path, **({"quality": 100} if kind == "jpg" else {}))
+    made, new = [], Image.Image._new
+    monkeypatch.setattr(Image.Image, "_new", lambda self, core: made.append(math.prod(core.size)) or new(self, core))
+    decoded = folder._decode(str(path), path.read_bytes(), 224, crop)
+    assert decoded.shape == (3, 224, 224) and np.abs(decoded.mean((1, 2)) - (200, 100, 50)).max() < 2
+    assert made and max(made) <= max(math.prod(size), 224 * 224)
+
+
+def test_decoding_very_long_pictures_takes_less_than_64_mib(tmp_path):
+    Image.new("L", (20000, 1)).save(tmp_path / "wide.png")
+    Image.new("L", (1, 60000)).save(tmp_path / "tall.png")
+    code = (
+        "import resource, sys; from pathlib import Path; from catode.train.data import folder; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+        "[folder._decode(p, Path(p).read_bytes(), 224).shape for p in sys.argv[1:]]; print(peak() - before)"
+    )
+    files = [str(tmp_path / name) for name in ("wide.png", "tall.png")]
+    told = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    assert int(told.stdout) * (1 if sys.platform == "darwin" else 1024) < 2**26, "4.5 and 12.6 GB when resized whole"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+def test_pictures_are_turned_as_the_camera_was_held(tmp_path, orientation, kind):
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[:16, :16], picture[16:, :16] = (250, 0, 0), (0, 0, 250)
+    exif, path = Image.Exif(), tmp_path / f"turned.{kind}"
+    exif[folder.ORIENTATION] = orientation
+    lossless = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(kind, {})
+    Image.fromarray(picture).save(path, exif=exif, **lossless)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
+    assert expected.shape == ((48, 32, 3) if orientation in folder.QUARTER_TURNS else (32, 48, 3))
+
+    def decoded(image_size, crop=None):
+        return folder._decode(str(path), path.read_bytes(), image_size, crop).transpose(1, 2, 0).astype(int)
+
+    assert np.array_equal(decoded(None), expected)
+    assert np.abs(decoded(32) - resized_whole(Image.fromarray(expected.astype(np.uint8)), 32)).max() <= 3
+    crop = np.array([0.4, 0.5, 1.0, 1.0])  # a square in the corner below right
+    left, top, wide, high = folder.crop_boxes(crop[None], *expected.shape[:2])[0]
+    corner = expected[round(top) : round(top + high), round(left) : round(left + wide)]
+    assert np.abs(decoded(8, crop).mean((0, 1)) - corner.mean((0, 1))).max() < 12
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"])
+def test_damaged_metadata_leave_a_picture_as_it_is(tmp_path, exif):
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels(10, 12, 3)).save(path.with_suffix(".jpg"), quality=100, exif=exif)
+    assert folder._decode("a.jpg", path.with_suffix(".jpg").read_bytes(), None).shape == (3, 10, 12)
 
 
 UNREADABLE = {
@@ -359,6 +440,115 @@ def test_wrong_annotations_are_refused(tmp_path, lines, expected):
         load("folder", tmp_path)
 
 
+# What is not read is told
+
+
+def put(path, content=b"x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def copy_of_an_image(root, *places):
+    for place in places:
+        put(root / place, (root / "train" / "ant" / "0.png").read_bytes())
+
+
+NOT_READ = {
+    "a hidden folder": (
+        lambda r: copy_of_an_image(
+            r, "train/ant/.ipynb_checkpoints/0-checkpoint.png", "train/ant/.ipynb_checkpoints/1.png"
+        ),
+        "hidden folders (1: train/ant/.ipynb_checkpoints)",
+    ),
+    "a hidden folder further down": (
+        lambda r: copy_of_an_image(r, "test/bee/more/.cache/deep/0.png"),
+        "hidden folders (1: test/bee/more/.cache)",
+    ),
+    "a hidden class": (lambda r: copy_of_an_image(r, "train/.git/0.png"), "hidden folders (1: train/.git)"),
+    "hidden files": (
+        lambda r: copy_of_an_image(r, "train/ant/._0.jpg", "test/ant/.DS_Store", "train/.x.png"),
+        "hidden files (3, such as train/.x.png)",
+    ),
+    "formats that are not read": (
+        lambda r: [put(r / f"train/ant/{name}") for name in ("a.heic", "b.HEIC", "c.avif")],
+        ".avif files (1: train/ant/c.avif), .heic files (2, such as train/ant/a.heic)",
+    ),
+    "files without suffix": (lambda r: put(r / "test/bee/README"), "files without suffix (1: test/bee/README)"),
+    "a nested link": (
+        lambda r: (r / "train/ant/more").symlink_to(r / "train/bee"),
+        "links to folders (1: train/ant/more)",
+    ),
+    "a link in a circle": (
+        lambda r: (r / "test/ant/round").symlink_to(r / "test"),
+        "links to folders (1: test/ant/round)",
+    ),
+    "a file beside the classes": (
+        lambda r: copy_of_an_image(r, "train/loose.png"),
+        "files outside the class folders (1: train/loose.png)",
+    ),
+    "a class that is a dangling link": (
+        lambda r: (r / "train/cat").symlink_to("nowhere"),
+        "files outside the class folders (1: train/cat)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_READ)
+def test_what_is_not_read_is_counted_by_reason(tmp_path, kind):
+    before = load("folder", write_folder(tmp_path))
+    assert before.notes == ()
+    add, expected = NOT_READ[kind]
+    add(tmp_path)
+    after = load("folder", tmp_path)
+    assert len(after.notes) == 1 and after.notes[0].startswith(
+        f"not read in {str(tmp_path)!r}: {expected}. Images are "
+    )
+    assert after.fingerprint == before.fingerprint and torch.equal(after.train_images, before.train_images)
+
+
+def test_links_to_files_and_to_classes_and_folders_within_classes_are_read(tmp_path):
+    write_folder(tmp_path / "set", per_class=2)
+    os.rename(tmp_path / "set" / "train" / "bee", tmp_path / "bees")
+    (tmp_path / "set" / "train" / "bee").symlink_to(tmp_path / "bees")
+    (tmp_path / "set" / "train" / "ant" / "link.png").symlink_to(tmp_path / "bees" / "0.png")
+    copy_of_an_image(tmp_path / "set", "train/ant/more/still.more/5.PNG")
+    read = load("folder", tmp_path / "set")
+    assert read.notes == () and read.train_labels.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_class_without_readable_images_says_what_it_holds(tmp_path):
+    write_folder(tmp_path)
+    for k in range(3):
+        os.rename(tmp_path / "train" / "ant" / f"{k}.png", tmp_path / "train" / "ant" / f"{k}.heic")
+    expected = r"got none in '[^']*train/ant', but \.heic files \(3, such as train/ant/0\.heic\)\. Add images"
+    with pytest.raises(DataError, match=expected):
+        load("folder", tmp_path)
+
+
+def test_of_test_and_val_the_one_that_is_read_is_named(tmp_path):
+    write_folder(tmp_path / "both")
+    shutil.copytree(tmp_path / "both" / "test", tmp_path / "both" / "val")
+    repaint(tmp_path / "both" / "val" / "ant" / "0.png")
+    held_out = load("folder", tmp_path / "both")
+    assert held_out.notes == (
+        f"{str(tmp_path / 'both')!r} holds test/ and val/: the images of test/ are held out, val/ is not read.",
+    )
+    shutil.rmtree(tmp_path / "both" / "val")
+    alone = load("folder", tmp_path / "both")
+    assert alone.notes == () and torch.equal(alone.test_images, held_out.test_images)
+    write_tiny(tmp_path / "tiny")
+    (unlisted,) = load("folder", tmp_path / "tiny").notes[1:]
+    assert unlisted.startswith(
+        f"not read in {str(tmp_path / 'tiny')!r}: .txt files (2, such as train/ant/ant_boxes.txt). "
+    )
+    assert "the images of val/ are held out, test/ is not read." in load("folder", tmp_path / "tiny").notes[0]
+    Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "tiny" / "val" / "images" / "val_9.png")
+    shutil.copytree(tmp_path / "tiny" / "train" / "ant", tmp_path / "tiny" / "val" / "ant")
+    more = load("folder", tmp_path / "tiny").notes[1]
+    assert "entries of val/ beside images/ (1: val/ant), " in more
+    assert "files that val_annotations.txt does not list (1: val/images/val_9.png)" in more
+
+
 # From end to end
 
 
@@ -455,6 +645,30 @@ def test_a_run_that_met_an_unreadable_picture_goes_on_when_it_is_mended(tmp_path
     path.write_bytes(good)
     assert main(["--resume", str(tmp_path / "run"), "--threads=1", "--workers=1"]) == 0
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_tells_once_what_it_does_not_read(tmp_path, quick, capsys):
+    root = write_folder(tmp_path / "images", per_class=6)
+    put(root / "train" / "ant" / "a.heic")
+    (root / "val").mkdir()
+    for flag in ("--array-gib=1", "--array-gib=0"):
+        assert run(root, tmp_path / flag, flag, "--workers=1") == 0
+        told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("note: ")]
+        assert [line for line in told if "holds test/ and val/" in line or ".heic files (1: " in line] == told[:2]
+        assert len(told[:2]) == 2 and not [line for line in told[2:] if "heic" in line or "val/" in line]
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, quick, monkeypatch, capsys):
+    root = write_folder(tmp_path / "images", per_class=6)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("folder", "~/images").fingerprint == load("folder", root).fingerprint
+    cut_off("~/images", tmp_path / "run", monkeypatch)
+    assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 0
+    capsys.readouterr()
+    assert run("~nobody-of-this-name/images", tmp_path / "other") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: `data_dir` must be an existing folder; got data_dir='~nobody-of-this-name/images'")
+    assert told.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals to groups of processes")

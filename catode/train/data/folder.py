@@ -6,9 +6,8 @@ import hashlib
 import io
 import math
 import os
-import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +16,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from catode.train.data import listing
 from catode.train.data.augment import crop_boxes
 from catode.train.data.images import DataError, ImageData, statistics
 from catode.train.stop import held_back, outlive
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-ANNOTATIONS = "val_annotations.txt"
-"""Where Tiny-ImageNet keeps the classes of the files in val/images/."""
 ARRAY_SHARE = 0.25
 """Share of the memory that decoded images may take before they are left on the disk."""
 STATISTICS_IMAGES = 4096
 """Training images, evenly spread over the classes, from which mean and standard deviation are taken, and images of each
 split whose bytes the fingerprint covers."""
-READERS = 8
-"""Threads that ask for files at once."""
 PAUSES = 0.5, 3.0
 """Seconds before a file that could not be read is tried again."""
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+"""Number of the EXIF tag, and its values that exchange height and width."""
 BATCHES_AHEAD = 3
 """Batches that each worker decodes ahead of the step."""
 
@@ -110,7 +107,7 @@ class ImageFiles:
         def fill(k: int) -> None:
             out[k] = self.decode(int(rows[k]))
 
-        with ThreadPoolExecutor(max_workers=min(READERS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(max_workers=min(listing.READERS, os.cpu_count() or 1)) as pool:
             for _ in pool.map(fill, range(len(rows))):
                 pass
         return torch.from_numpy(out)
@@ -126,7 +123,7 @@ def contents(files: ImageFiles) -> bytes:
     """
     whole = hashlib.sha256(b"\0".join(files.names.tolist()))
     whole.update(files.sizes.tobytes())
-    for digest in _in_threads(lambda i: hashlib.sha256(_content(files.path(i))).digest(), _sample(len(files))):
+    for digest in listing.in_threads(lambda i: hashlib.sha256(_content(files.path(i))).digest(), _sample(len(files))):
         whole.update(digest)
     return whole.digest()
 
@@ -134,12 +131,6 @@ def contents(files: ImageFiles) -> bytes:
 def _sample(count: int) -> np.ndarray:
     """Numbers of up to `STATISTICS_IMAGES` of so many images, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, STATISTICS_IMAGES)).round().astype(np.int64))
-
-
-def _in_threads(function: Callable, items: Sequence) -> list:
-    """The function of each item, in order; for functions that wait for a disk, as more threads than cores are at work."""
-    with ThreadPoolExecutor(max_workers=READERS) as pool:
-        return list(pool.map(function, items))
 
 
 Request = tuple[np.ndarray, np.ndarray | None]
@@ -224,39 +215,10 @@ def read(
     Raises:
         DataError: if the layout or an image that is decoded now cannot be used.
     """
-    if not (root / "train").is_dir():
-        raise DataError(
-            f"`data_dir` must hold a folder train/; got data_dir={str(root)!r} without it. "
-            "Lay the images out as train/<class>/..."
-        )
-    annotations = root / "val" / ANNOTATIONS
-    listed = annotations.is_file()
-    held_out = "val" if listed else next((s for s in ("test", "val") if (root / s).is_dir()), None)
-    if held_out is None:
-        raise DataError(
-            f"`data_dir` must hold a folder test/ or val/ beside train/; got data_dir={str(root)!r} with neither. "
-            "Lay the held-out images out as test/<class>/..."
-        )
-    splits = {
-        "train": _class_files(root, "train"),
-        held_out: _annotated_files(root, annotations) if listed else _class_files(root, held_out),
-    }
+    splits, notes = listing.splits(root)
     classes = tuple(splits["train"])
-    differing = sorted(set(classes) ^ set(splits[held_out]))
-    if differing:
-        where = "train" if differing[0] in classes else held_out
-        raise DataError(
-            f"`data_dir` must have the same class folders in train/ and {held_out}/; "
-            f"got {differing[0]!r} in {str(root / where)!r} only ({len(differing)} differ). "
-            "Add the missing class folders or remove the others."
-        )
-    if len(classes) < 2:
-        raise DataError(
-            f"`data_dir` must hold at least two classes; got {classes[0]!r} alone in {str(root / 'train')!r}. "
-            "Add the other class folders."
-        )
     names = [[file for k in classes for file in found[k]] for found in splits.values()]
-    sizes = [_sizes(root, part) for part in names]
+    sizes = [listing.sizes(root, part) for part in names]
     if image_size:
         height = width = image_size
     else:
@@ -279,7 +241,7 @@ def read(
         images = train, test
     mean, std = statistics(images[0][sample] if torch.is_tensor(images[0]) else train.array(sample))
     digest = contents(train) + contents(test)
-    return ImageData("folder", images[0], train_labels, images[1], test_labels, classes, mean, std, digest)
+    return ImageData("folder", images[0], train_labels, images[1], test_labels, classes, mean, std, digest, notes)
 
 
 def _array_bytes() -> int:
@@ -306,102 +268,32 @@ def default_workers() -> int:
     return max(1, cores // local_processes())
 
 
-def _class_files(root: Path, split: str) -> dict[str, list[str]]:
-    """Image files of each class folder relative to `root`, classes and files sorted, nested folders included."""
-    folders = sorted(d for d in (root / split).iterdir() if d.is_dir() and not d.name.startswith("."))
-    if not folders:
-        raise DataError(
-            f"`data_dir` must hold one folder a class in {split}/; got none in {str(root / split)!r}. "
-            f"Lay the images out as {split}/<class>/..."
-        )
-    found = {}
-    for folder in folders:
-        found[folder.name] = sorted(
-            os.path.join(within, f)
-            for place, _, names in os.walk(folder)
-            for within in [os.path.relpath(place, root)]  # once a folder: it is slow
-            for f in names
-            if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")
-        )
-        if not found[folder.name]:
-            raise DataError(
-                f"`data_dir` must hold images in every class folder; got none in {str(folder)!r}. "
-                "Add images there or remove the class folder."
-            )
-    return found
-
-
-def _annotated_files(root: Path, annotations: Path) -> dict[str, list[str]]:
-    """Image files of each class as Tiny-ImageNet lists them: lines that begin with file name, tab, class."""
-    found: dict[str, list[str]] = {}
-    there = (
-        {entry.name for entry in os.scandir(root / "val" / "images")} if (root / "val" / "images").is_dir() else set()
-    )
-    for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        name, _, rest = line.partition("\t")
-        label = rest.partition("\t")[0].strip()
-        if not label or name not in there:
-            what = f"no file {name!r} in val/images/" if label else f"no class in {line[:40]!r}"
-            raise DataError(
-                f"`data_dir` must hold the images that {ANNOTATIONS} lists as file, tab, class; "
-                f"got {str(annotations)!r}, line {number}: {what}. Unpack the data set again."
-            )
-        found.setdefault(label, []).append(os.path.join("val", "images", name))
-    return {label: sorted(files) for label, files in sorted(found.items())}
-
-
-def _sizes(root: Path, names: Sequence[str]) -> np.ndarray:
-    """Sizes of files below `root`, in bytes, int64."""
-
-    def size(names: Sequence[str]) -> list[int]:
-        found = []
-        for name in names:
-            path = os.path.join(root, name)
-            try:
-                status = os.stat(path)
-            except OSError as error:
-                raise _unreadable(path, "read", error) from error
-            if not stat.S_ISREG(status.st_mode):
-                raise _unreadable(path, "read", OSError("it is not a regular file"))
-            found.append(status.st_size)
-        return found
-
-    parts = [names[i : i + 4096] for i in range(0, len(names), 4096)]
-    return np.concatenate([np.array(part, dtype=np.int64) for part in _in_threads(size, parts)])
-
-
-def _unreadable(path: str, what: str, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(
-        f"`data_dir` must hold readable images; got {path!r}, which cannot be {what} ({reason}). Replace the file."
-    )
-
-
 def _decode(path: str, content: bytes, image_size: int | None, crop: np.ndarray | None = None) -> np.ndarray:
     """One image as uint8 (3, H, W): whole, or resized and its centre cut out, or a random box of it resized."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if image.format not in ("JPEG", "MPO"):
+                image.load()  # TIFF is turned by this
+            orientation = _orientation(image)
             if image_size is None:
-                return np.asarray(_rgb(image)).transpose(2, 0, 1)
+                return np.asarray(_upright(_rgb(image), orientation)).transpose(2, 0, 1)
+            before = image.size[::-1] if orientation in QUARTER_TURNS else image.size
             if crop is None:
                 box, enough = None, 2 * image_size
             else:
-                box = crop_boxes(crop[None], *reversed(image.size))[0]
-                enough = math.ceil(image_size * max(*image.size) / min(box[2:]))
-            before = image.size
+                box = crop_boxes(crop[None], *reversed(before))[0]
+                enough = math.ceil(image_size * max(*before) / min(box[2:]))
             image.draft("RGB", (enough, enough))  # JPEG decodes large images at a fraction of their size, faster
+            image = _upright(_rgb(image), orientation)
             if box is not None:
                 box *= image.size[0] / before[0]
-            image = _rgb(image)
             return np.asarray(_centre(image, image_size) if box is None else _cut(image, box, image_size)).transpose(
                 2, 0, 1
             )
     except Exception as error:  # damaged files make PIL raise many types; all of them mean the same to the user
-        raise _unreadable(path, "decoded", error) from error
+        raise listing.unreadable(path, "decoded", error) from error
 
 
 def _content(path: str) -> bytes:
@@ -413,7 +305,7 @@ def _content(path: str) -> bytes:
     try:
         return _read(path)
     except OSError as error:
-        raise _unreadable(path, "read", error) from error
+        raise listing.unreadable(path, "read", error) from error
 
 
 def _read(path: str) -> bytes:
@@ -426,6 +318,30 @@ def _read(path: str) -> bytes:
         except OSError:
             time.sleep(pause)
     return Path(path).read_bytes()
+
+
+def _orientation(image) -> int:
+    """How the camera was held, 1 to 8 as EXIF counts; 1, upright, where nothing readable says so."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged metadata make PIL raise many types; the picture may be whole
+        return 1
+
+
+def _upright(image, orientation: int):
+    """An image turned and mirrored as its orientation demands."""
+    from PIL.Image import Transpose
+
+    method = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def _rgb(image):
@@ -445,15 +361,23 @@ def _rgb(image):
 
 
 def _centre(image, side: int):
-    """The shorter side resized to `side` pixels, the centre cut to a square."""
+    """The shorter side resized to `side` pixels, the centre cut to a square; nothing outside the square is resized."""
     from PIL import Image
 
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     left, top = (width - side) // 2, (height - side) // 2
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return image.crop((left, top, left + side, top + side))
+    if (width, height) == image.size:
+        return image.crop((left, top, left + side, top + side))
+    # only what the square is made of, with the reach of the filter: of 20000x1 pixels the whole would be 20000 squares
+    x, y = image.size[0] / width, image.size[1] / height
+    box = np.array([left * x, top * y, (left + side) * x, (top + side) * y])
+    reach = np.ceil([max(1, x), max(1, y)]) + 1
+    near = np.concatenate([np.maximum(0, np.floor(box[:2]) - reach), np.minimum(image.size, np.ceil(box[2:]) + reach)])
+    box = (box - np.tile(near[:2], 2)).clip(0, np.tile(near[2:] - near[:2], 2))
+    return image.crop(tuple(near.astype(int).tolist())).resize(
+        (side, side), Image.Resampling.BILINEAR, tuple(box.tolist())
+    )
 
 
 def _cut(image, box: np.ndarray, side: int):

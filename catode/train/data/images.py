@@ -34,6 +34,7 @@ class ImageData:
         mean: Mean of each channel over the training images, in [0, 1].
         std: Standard deviation of each channel over the training images, in [0, 1]; at least 1/255.
         contents: Digest of the files that the images were read from; None where every pixel is in memory and can be hashed.
+        notes: What the user of these images should know, one line each.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     contents: bytes | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -132,7 +132,7 @@ def prepare(config: Config) -> Setup:
         )
     torch.manual_seed(config.seed)
     model = build_model(config, images)
-    notes = weights.fill(model, initial, config.init) if initial is not None else []
+    notes = [*images.notes, *(weights.fill(model, initial, config.init) if initial is not None else ())]
     if config.sync_bn and group.size > 1:
         distributed.synchronise_norms(model)
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
