@@ -18,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from test_data import cut, pixels, write_folder
+from test_distributed import command, several, together
 
 from catode.train import loop
 from catode.train.__main__ import main
@@ -669,6 +670,37 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, quick, monkeypatch,
     told = capsys.readouterr().err
     assert told.startswith("error: `data_dir` must be an existing folder; got data_dir='~nobody-of-this-name/images'")
     assert told.count("\n") == 1
+
+
+def at_home(home, flags):
+    """Exit status and errors of a run whose home folder this is."""
+    os.environ["HOME"] = str(home)
+    status, _, told = command(flags)
+    return status, told
+
+
+def test_two_processes_that_see_other_images_do_not_begin(tmp_path):
+    changes = {
+        "an image less": lambda r: (r / "train/bee/5.png").unlink(),
+        "a test image less": lambda r: (r / "test/bee/5.png").unlink(),
+        "two classes exchanged": lambda r: swap(r / "train/ant", r / "train/bee"),
+        "another image": lambda r: repaint(r / "train/ant/2.png"),
+    }
+    write_folder(tmp_path / "first" / "images", per_class=6)
+    flags = ["--arch=resnet14", "--threads=1", "--dataset=folder", "--data-dir=~/images", "--image-size=8", "--nu=0"]
+    flags += ["--batch-size=4", "--epochs=1", "--sync-bn", f"--out={tmp_path / 'run'}", "--workers=0"]
+    cases = {rank: [] for rank in range(2)}
+    for number, (change, place) in enumerate((c, p) for c in changes.values() for p in ("0", "1")):
+        other = tmp_path / str(number)
+        shutil.copytree(tmp_path / "first", other)
+        change(other / "images")
+        for rank, home in enumerate((tmp_path / "first", other)):
+            cases[rank].append((home, [*flags, f"--array-gib={place}"]))
+    told, silent = together(tmp_path, several, at_home, tuple(cases.values()))
+    for status, error in told:
+        assert status == 2 and "the 2 processes must begin with the same settings, data and checkpoint" in error
+        assert error.count("\n") == 1
+    assert silent == [(2, "")] * len(told) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals to groups of processes")
