@@ -1,6 +1,7 @@
 """Data sets in memory, and batches."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import pickle
@@ -172,6 +173,33 @@ def test_decoding_leaves_no_thread_behind(tmp_path):
     before = threading.active_count()
     load("folder", write_folder(tmp_path, per_class=20, size=(4, 4)))
     assert threading.active_count() == before
+
+
+def test_the_fingerprint_is_of_every_pixel_and_label_in_order(tmp_path):
+    place = tmp_path / "cifar-10-batches-py"
+    write_cifar10(place)
+    first = load("cifar10", place).fingerprint
+    assert first == load("cifar10", tmp_path).fingerprint and len(first) == 64
+    seen = {first}
+    for name in ("data_batch_4", "test_batch"):
+        good = (place / name).read_bytes()
+        for change in (
+            lambda c: c[b"data"].__setitem__((5, 3071), c[b"data"][5, 3071] ^ 1),
+            lambda c: c[b"labels"].reverse(),
+            lambda c: c.update({b"data": c[b"data"][::-1].copy()}),
+            lambda c: c.update({b"data": c[b"data"][::-1].copy(), b"labels": c[b"labels"][::-1]}),
+        ):
+            content = pickle.loads(good)
+            change(content)
+            (place / name).write_bytes(pickle.dumps(content, 2))
+            seen.add(load("cifar10", place).fingerprint)
+        (place / name).write_bytes(good)
+    assert len(seen) == 9 and load("cifar10", place).fingerprint == first
+    digits = load("digits")
+    assert digits.fingerprint == load("digits", seed=3).fingerprint
+    other = digits.test_images.clone()
+    other[-1, 0, 7, 7] += 1
+    assert dataclasses.replace(digits, test_images=other).fingerprint != digits.fingerprint
 
 
 # What is refused

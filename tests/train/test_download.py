@@ -3,8 +3,12 @@
 import dataclasses
 import hashlib
 import http.server
+import os
+import shutil
+import signal
 import tarfile
 import threading
+from pathlib import Path
 
 import pytest
 from test_data import write_cifar10
@@ -146,6 +150,50 @@ def test_two_processes_fetch_once(tmp_path, serve):
     for thread in threads:
         thread.join()
     assert server.asked == [None] and names(tmp_path) == ["cifar-10-batches-py"]
+
+
+def killed_at(step, root):
+    """Download in a process of its own that is killed at a step of its work on the disk; whether it got that far."""
+    process = os.fork()
+    if process == 0:
+        left = [step]
+
+        def counted(function):
+            def call(*arguments, **options):
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                return function(*arguments, **options)
+
+            return call
+
+        download.CHUNK = 1 << 17
+        for place, name in ((os, "replace"), (os, "fsync"), (shutil, "copyfileobj"), (shutil, "rmtree")):
+            setattr(place, name, counted(getattr(place, name)))
+        for place, name in ((Path, "mkdir"), (Path, "rmdir"), (Path, "unlink"), (download.tqdm, "update")):
+            setattr(place, name, counted(getattr(place, name)))
+        try:
+            cifar.download(root, cifar.CIFAR["cifar10"])
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes that begin as copies")
+def test_a_download_that_is_killed_at_any_step_is_completed_by_the_next(tmp_path, serve):
+    server = serve()
+    expected = load("cifar10", tmp_path / "whole", download=True).fingerprint
+    step = 0
+    while killed_at(step, root := tmp_path / str(step)):
+        before = len(server.asked)
+        assert load("cifar10", root, download=True).fingerprint == expected
+        assert len(server.asked) <= before + 1
+        # killed after the last file had its name: the archive and an empty folder may stay, as nothing is asked for any more
+        left = set(names(root)) - {"cifar-10-batches-py"}
+        assert left <= {"cifar-10-batches-py.part", "cifar-10-python.tar.gz"}
+        assert "cifar-10-batches-py.part" not in left or names(root / "cifar-10-batches-py.part") == []
+        step += 1
+    assert step > 20, "each of the files that are unpacked, at least, is a step"
 
 
 def refused(root, *expected):

@@ -1,8 +1,10 @@
 """Images in folders: what is decoded where, in which formats, and that none of it changes a batch."""
 
 import errno
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 from test_data import cut, pixels, write_folder
+from test_distributed import command, several, together
 
 from catode.train import loop
 from catode.train.__main__ import main
@@ -160,6 +165,84 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, suffix, recwarn):
     assert not [w for w in recwarn if "Palette" in str(w.message)]
 
 
+def resized_whole(image, side):
+    """The shorter side resized, the whole picture with it, then the centre cut out."""
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    whole = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(whole.crop((left, top, left + side, top + side))).astype(int)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 90), st.integers(0, 99))
+@example(20000, 1, 8, 0)
+@example(1, 20000, 8, 0)
+@example(60000, 1, 4, 0)
+@example(30000, 3, 16, 1)
+@settings(max_examples=60, deadline=None)
+def test_the_centre_is_that_of_the_whole_picture_resized(width, height, side, seed):
+    image = Image.fromarray(pixels(height, width, 3, seed=seed) // 128 * 255)  # black and white: the hardest
+    expected = resized_whole(image, side)
+    assert np.abs(np.asarray(folder._centre(image, side)).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(20000, 1), (1, 60000), (60000, 2)])
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("crop", [None, np.array([1.0, 0.5, 0.5, 0.5])])
+def test_a_very_long_picture_takes_no_more_memory_than_itself_and_its_crop(tmp_path, monkeypatch, size, kind, crop):
+    path = tmp_path / f"long.{kind}"
+    Image.new("RGB", size, (200, 100, 50)).save(path, **({"quality": 100} if kind == "jpg" else {}))
+    made, new = [], Image.Image._new
+    monkeypatch.setattr(Image.Image, "_new", lambda self, core: made.append(math.prod(core.size)) or new(self, core))
+    decoded = folder._decode(str(path), path.read_bytes(), 224, crop)
+    assert decoded.shape == (3, 224, 224) and np.abs(decoded.mean((1, 2)) - (200, 100, 50)).max() < 2
+    assert made and max(made) <= max(math.prod(size), 224 * 224)
+
+
+def test_decoding_very_long_pictures_takes_less_than_64_mib(tmp_path):
+    Image.new("L", (20000, 1)).save(tmp_path / "wide.png")
+    Image.new("L", (1, 60000)).save(tmp_path / "tall.png")
+    code = (
+        "import resource, sys; from pathlib import Path; from catode.train.data import folder; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+        "[folder._decode(p, Path(p).read_bytes(), 224).shape for p in sys.argv[1:]]; print(peak() - before)"
+    )
+    files = [str(tmp_path / name) for name in ("wide.png", "tall.png")]
+    told = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    assert int(told.stdout) * (1 if sys.platform == "darwin" else 1024) < 2**26, "4.5 and 12.6 GB when resized whole"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+def test_pictures_are_turned_as_the_camera_was_held(tmp_path, orientation, kind):
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[:16, :16], picture[16:, :16] = (250, 0, 0), (0, 0, 250)
+    exif, path = Image.Exif(), tmp_path / f"turned.{kind}"
+    exif[folder.ORIENTATION] = orientation
+    lossless = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(kind, {})
+    Image.fromarray(picture).save(path, exif=exif, **lossless)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
+    assert expected.shape == ((48, 32, 3) if orientation in folder.QUARTER_TURNS else (32, 48, 3))
+
+    def decoded(image_size, crop=None):
+        return folder._decode(str(path), path.read_bytes(), image_size, crop).transpose(1, 2, 0).astype(int)
+
+    assert np.array_equal(decoded(None), expected)
+    assert np.abs(decoded(32) - resized_whole(Image.fromarray(expected.astype(np.uint8)), 32)).max() <= 3
+    crop = np.array([0.4, 0.5, 1.0, 1.0])  # a square in the corner below right
+    left, top, wide, high = folder.crop_boxes(crop[None], *expected.shape[:2])[0]
+    corner = expected[round(top) : round(top + high), round(left) : round(left + wide)]
+    assert np.abs(decoded(8, crop).mean((0, 1)) - corner.mean((0, 1))).max() < 12
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"])
+def test_damaged_metadata_leave_a_picture_as_it_is(tmp_path, exif):
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels(10, 12, 3)).save(path.with_suffix(".jpg"), quality=100, exif=exif)
+    assert folder._decode("a.jpg", path.with_suffix(".jpg").read_bytes(), None).shape == (3, 10, 12)
+
+
 UNREADABLE = {
     "truncated.jpg": lambda path: cut(path, "JPEG"),
     "truncated.png": lambda path: cut(path, "PNG"),
@@ -209,26 +292,107 @@ def test_a_file_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch):
     assert len(left) == 2
 
 
-def test_other_images_have_another_fingerprint(tmp_path):
-    write_folder(tmp_path)
-    options = [{}, {"array_bytes": 0}]
-    first = [load("folder", tmp_path, **more).fingerprint for more in options]
-    assert first == [load("folder", tmp_path, **more).fingerprint for more in options]
-    os.rename(tmp_path / "train" / "bee" / "1.png", tmp_path / "train" / "bee" / "7.png")
-    assert load("folder", tmp_path, array_bytes=0).fingerprint != first[1]
-    os.rename(tmp_path / "train" / "bee" / "7.png", tmp_path / "train" / "ant" / "7.png")
-    for more, before in zip(options, first, strict=True):
-        assert load("folder", tmp_path, **more).fingerprint != before
+def repaint(path, value=7):
+    """Another picture in a file of the same size."""
+    size = path.stat().st_size
+    Image.fromarray(np.full((10, 12, 3), value, np.uint8)).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    assert path.stat().st_size == size
 
 
-def test_an_unreadable_file_in_a_worker_and_one_of_another_size(tmp_path):
+def swap(one, other):
+    """Exchange two files or folders."""
+    os.rename(one, one.with_name("aside"))
+    os.rename(other, one)
+    os.rename(one.with_name("aside"), other)
+
+
+OTHER_IMAGES = {
+    "a renamed file": lambda r: os.rename(r / "train/bee/1.png", r / "train/bee/7.png"),
+    "a file of another class": lambda r: os.rename(r / "train/bee/1.png", r / "train/ant/7.png"),
+    "one file less": lambda r: (r / "test/bee/1.png").unlink(),
+    "two classes exchanged": lambda r: swap(r / "train/ant", r / "train/bee"),
+    "two images exchanged": lambda r: swap(r / "train/ant/0.png", r / "train/bee/1.png"),
+    "another training image": lambda r: repaint(r / "train/ant/2.png"),
+    "another test image": lambda r: repaint(r / "test/ant/2.png"),
+    "a longer file": lambda r: (r / "test/bee/0.png").open("ab").write(b"\0"),
+    "renamed classes": lambda r: [os.rename(r / split / "bee", r / split / "bug") for split in ("train", "test")],
+}
+
+
+@pytest.mark.parametrize("change", OTHER_IMAGES)
+def test_other_images_have_another_fingerprint_wherever_they_are_kept(tmp_path, change):
+    write_folder(tmp_path / "set")
+    places = [{}, {"array_bytes": 0}, {"augment": "resized-crop", "image_size": 10}]
+    first = {load("folder", tmp_path / "set", **more).fingerprint for more in places}
+    assert len(first) == 1, "one set has one fingerprint"
+    os.rename(tmp_path / "set", tmp_path / "moved")
+    assert {load("folder", tmp_path / "moved").fingerprint} == first
+    OTHER_IMAGES[change](tmp_path / "moved")
+    assert len({load("folder", tmp_path / "moved", **more).fingerprint for more in places} | first) == 2
+
+
+def test_of_many_images_every_size_and_the_bytes_of_a_sample_are_in_the_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "STATISTICS_IMAGES", 2)
+    read = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path, real=Path.read_bytes: read.append(path.name) or real(path))
+    root, places = write_folder(tmp_path), [{}, {"array_bytes": 0}]
+    first = {load("folder", root, image_size=8, **more).fingerprint for more in places}
+    assert len(first) == 1
+    read.clear()
+    load("folder", root, image_size=8, array_bytes=0)
+    assert sorted(read) == ["0.png"] * 3 + ["2.png"] * 3, "two of each split for the fingerprint, of train for its mean"
+    repaint(root / "train" / "ant" / "1.png")
+    assert {load("folder", root, image_size=8, **more).fingerprint for more in places} == first, "not in the sample"
+    repaint(root / "train" / "bee" / "2.png")  # the last one is
+    assert not {load("folder", root, image_size=8, **more).fingerprint for more in places} & first
+
+
+def test_an_unreadable_file_in_a_worker_and_one_of_another_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "STATISTICS_IMAGES", 2)  # so that this one is not decoded at the start
     files = load("folder", write_folder(tmp_path), array_bytes=0)
     (tmp_path / "train" / "bee" / "1.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"^`data_dir` must hold readable images; got .*bee/1\.png[^\n]*$"):
         list(batches(files, 1, batch_size=6).epoch(0, 0))
     Image.fromarray(pixels(9, 9, 3)).save(tmp_path / "train" / "bee" / "1.png")
+    with pytest.raises(
+        DataError, match=r"^`data_dir` must hold images that do not change while .*bee/1\.png' of \d+ bytes"
+    ):
+        list(batches(files, 1, batch_size=6).epoch(0, 0))
+    files = load("folder", tmp_path, array_bytes=0)
     with pytest.raises(DataError, match=r"^`image_size` must be given when images differ in size; .*1\.png' of 9x9"):
         list(batches(files, 1, batch_size=6).epoch(0, 0))
+
+
+@pytest.mark.parametrize("change", ["deleted", "longer", "shorter"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_changes_during_training_is_named(tmp_path, change, workers):
+    files = load("folder", write_folder(tmp_path), array_bytes=0)
+    path = tmp_path / "train" / "bee" / "1.png"
+    content = path.read_bytes()
+    path.unlink()
+    if change != "deleted":
+        path.write_bytes(content + b"\0" if change == "longer" else content[:-1])
+    expected = "cannot be read" if change == "deleted" else f"of {path.stat().st_size} bytes instead of {len(content)}"
+    with pytest.raises(DataError, match=rf"bee/1\.png'[^\n]* {expected}[^\n]*$"):
+        list(batches(files, workers, batch_size=6).epoch(0, 0))
+
+
+NO_FILES = {
+    "pipe": lambda path: os.mkfifo(path),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "link to itself": lambda path: path.symlink_to(path),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_is_no_file_is_named_before_anything_is_read(tmp_path, kind, split):
+    NO_FILES[kind](write_folder(tmp_path) / split / "ant" / "0.jpg")
+    with pytest.raises(
+        DataError, match=r"^`data_dir` must hold readable images; got .*ant/0\.jpg', which cannot be read"
+    ):
+        load("folder", tmp_path)
 
 
 def test_a_killed_worker_is_one_clear_line(tmp_path, monkeypatch):
@@ -277,6 +441,115 @@ def test_wrong_annotations_are_refused(tmp_path, lines, expected):
         load("folder", tmp_path)
 
 
+# What is not read is told
+
+
+def put(path, content=b"x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def copy_of_an_image(root, *places):
+    for place in places:
+        put(root / place, (root / "train" / "ant" / "0.png").read_bytes())
+
+
+NOT_READ = {
+    "a hidden folder": (
+        lambda r: copy_of_an_image(
+            r, "train/ant/.ipynb_checkpoints/0-checkpoint.png", "train/ant/.ipynb_checkpoints/1.png"
+        ),
+        "hidden folders (1: train/ant/.ipynb_checkpoints)",
+    ),
+    "a hidden folder further down": (
+        lambda r: copy_of_an_image(r, "test/bee/more/.cache/deep/0.png"),
+        "hidden folders (1: test/bee/more/.cache)",
+    ),
+    "a hidden class": (lambda r: copy_of_an_image(r, "train/.git/0.png"), "hidden folders (1: train/.git)"),
+    "hidden files": (
+        lambda r: copy_of_an_image(r, "train/ant/._0.jpg", "test/ant/.DS_Store", "train/.x.png"),
+        "hidden files (3, such as train/.x.png)",
+    ),
+    "formats that are not read": (
+        lambda r: [put(r / f"train/ant/{name}") for name in ("a.heic", "b.HEIC", "c.avif")],
+        ".avif files (1: train/ant/c.avif), .heic files (2, such as train/ant/a.heic)",
+    ),
+    "files without suffix": (lambda r: put(r / "test/bee/README"), "files without suffix (1: test/bee/README)"),
+    "a nested link": (
+        lambda r: (r / "train/ant/more").symlink_to(r / "train/bee"),
+        "links to folders (1: train/ant/more)",
+    ),
+    "a link in a circle": (
+        lambda r: (r / "test/ant/round").symlink_to(r / "test"),
+        "links to folders (1: test/ant/round)",
+    ),
+    "a file beside the classes": (
+        lambda r: copy_of_an_image(r, "train/loose.png"),
+        "files outside the class folders (1: train/loose.png)",
+    ),
+    "a class that is a dangling link": (
+        lambda r: (r / "train/cat").symlink_to("nowhere"),
+        "files outside the class folders (1: train/cat)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_READ)
+def test_what_is_not_read_is_counted_by_reason(tmp_path, kind):
+    before = load("folder", write_folder(tmp_path))
+    assert before.notes == ()
+    add, expected = NOT_READ[kind]
+    add(tmp_path)
+    after = load("folder", tmp_path)
+    assert len(after.notes) == 1 and after.notes[0].startswith(
+        f"not read in {str(tmp_path)!r}: {expected}. Images are "
+    )
+    assert after.fingerprint == before.fingerprint and torch.equal(after.train_images, before.train_images)
+
+
+def test_links_to_files_and_to_classes_and_folders_within_classes_are_read(tmp_path):
+    write_folder(tmp_path / "set", per_class=2)
+    os.rename(tmp_path / "set" / "train" / "bee", tmp_path / "bees")
+    (tmp_path / "set" / "train" / "bee").symlink_to(tmp_path / "bees")
+    (tmp_path / "set" / "train" / "ant" / "link.png").symlink_to(tmp_path / "bees" / "0.png")
+    copy_of_an_image(tmp_path / "set", "train/ant/more/still.more/5.PNG")
+    read = load("folder", tmp_path / "set")
+    assert read.notes == () and read.train_labels.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_class_without_readable_images_says_what_it_holds(tmp_path):
+    write_folder(tmp_path)
+    for k in range(3):
+        os.rename(tmp_path / "train" / "ant" / f"{k}.png", tmp_path / "train" / "ant" / f"{k}.heic")
+    expected = r"got none in '[^']*train/ant', but \.heic files \(3, such as train/ant/0\.heic\)\. Add images"
+    with pytest.raises(DataError, match=expected):
+        load("folder", tmp_path)
+
+
+def test_of_test_and_val_the_one_that_is_read_is_named(tmp_path):
+    write_folder(tmp_path / "both")
+    shutil.copytree(tmp_path / "both" / "test", tmp_path / "both" / "val")
+    repaint(tmp_path / "both" / "val" / "ant" / "0.png")
+    held_out = load("folder", tmp_path / "both")
+    assert held_out.notes == (
+        f"{str(tmp_path / 'both')!r} holds test/ and val/: the images of test/ are held out, val/ is not read.",
+    )
+    shutil.rmtree(tmp_path / "both" / "val")
+    alone = load("folder", tmp_path / "both")
+    assert alone.notes == () and torch.equal(alone.test_images, held_out.test_images)
+    write_tiny(tmp_path / "tiny")
+    (unlisted,) = load("folder", tmp_path / "tiny").notes[1:]
+    assert unlisted.startswith(
+        f"not read in {str(tmp_path / 'tiny')!r}: .txt files (2, such as train/ant/ant_boxes.txt). "
+    )
+    assert "the images of val/ are held out, test/ is not read." in load("folder", tmp_path / "tiny").notes[0]
+    Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "tiny" / "val" / "images" / "val_9.png")
+    shutil.copytree(tmp_path / "tiny" / "train" / "ant", tmp_path / "tiny" / "val" / "ant")
+    more = load("folder", tmp_path / "tiny").notes[1]
+    assert "entries of val/ beside images/ (1: val/ant), " in more
+    assert "files that val_annotations.txt does not list (1: val/images/val_9.png)" in more
+
+
 # From end to end
 
 
@@ -306,6 +579,52 @@ def test_a_run_ends_the_same_from_an_array_and_from_files(pictures, tmp_path, qu
     assert_same_weights(tmp_path / "array", tmp_path / "files")
 
 
+def cut_off(root, out, monkeypatch, *flags):
+    """A run that ends after its first checkpoint within the training."""
+    save = loop.Trainer.save_state
+
+    def leave(self):
+        save(self)
+        if self.step:
+            raise DataError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "save_state", leave)
+        assert run(root, out, *flags) == 2
+    assert list(out.glob("checkpoint-*.pt")) and not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [("1", "0"), ("0", "1"), ("0", "0.5")])
+def test_a_run_goes_on_bit_by_bit_with_another_place_for_its_images(
+    pictures, tmp_path, quick, monkeypatch, before, after
+):
+    assert run(pictures, tmp_path / "whole") == 0
+    cut_off(pictures, tmp_path / "run", monkeypatch, f"--array-gib={before}")
+    assert main(["--resume", str(tmp_path / "run"), f"--array-gib={after}", "--threads=1", "--workers=1"]) == 0
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["1", "0"])
+def test_a_run_does_not_go_on_with_other_images(tmp_path, quick, monkeypatch, capsys, place):
+    root = write_folder(tmp_path / "images", per_class=6)
+    cut_off(root, tmp_path / "run", monkeypatch, f"--array-gib={place}")
+    for spoil in (
+        lambda: swap(root / "train" / "ant", root / "train" / "bee"),
+        lambda: [repaint(path) for path in (root / "train").rglob("*.png")],
+        lambda: repaint(root / "test" / "bee" / "3.png"),
+    ):
+        aside = tmp_path / "aside"
+        shutil.copytree(root, aside)
+        spoil()
+        capsys.readouterr()
+        assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 2
+        told = capsys.readouterr().err
+        assert "`data_dir` must hold the images that the run began with; got others" in told and told.count("\n") == 1
+        shutil.rmtree(root)
+        os.rename(aside, root)
+    assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 0
+
+
 def test_a_run_that_met_an_unreadable_picture_goes_on_when_it_is_mended(tmp_path, quick, monkeypatch, capsys):
     monkeypatch.setattr(folder, "STATISTICS_IMAGES", 2)  # so that not every picture is decoded at the start
     root, flags = write_folder(tmp_path / "images", per_class=6), ["--augment=resized-crop", "--workers=0"]
@@ -327,6 +646,61 @@ def test_a_run_that_met_an_unreadable_picture_goes_on_when_it_is_mended(tmp_path
     path.write_bytes(good)
     assert main(["--resume", str(tmp_path / "run"), "--threads=1", "--workers=1"]) == 0
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_tells_once_what_it_does_not_read(tmp_path, quick, capsys):
+    root = write_folder(tmp_path / "images", per_class=6)
+    put(root / "train" / "ant" / "a.heic")
+    (root / "val").mkdir()
+    for flag in ("--array-gib=1", "--array-gib=0"):
+        assert run(root, tmp_path / flag, flag, "--workers=1") == 0
+        told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("note: ")]
+        assert [line for line in told if "holds test/ and val/" in line or ".heic files (1: " in line] == told[:2]
+        assert len(told[:2]) == 2 and not [line for line in told[2:] if "heic" in line or "val/" in line]
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, quick, monkeypatch, capsys):
+    root = write_folder(tmp_path / "images", per_class=6)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("folder", "~/images").fingerprint == load("folder", root).fingerprint
+    cut_off("~/images", tmp_path / "run", monkeypatch)
+    assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 0
+    capsys.readouterr()
+    assert run("~nobody-of-this-name/images", tmp_path / "other") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: `data_dir` must be an existing folder; got data_dir='~nobody-of-this-name/images'")
+    assert told.count("\n") == 1
+
+
+def at_home(home, flags):
+    """Exit status and errors of a run whose home folder this is."""
+    os.environ["HOME"] = str(home)
+    status, _, told = command(flags)
+    return status, told
+
+
+def test_two_processes_that_see_other_images_do_not_begin(tmp_path):
+    changes = {
+        "an image less": lambda r: (r / "train/bee/5.png").unlink(),
+        "a test image less": lambda r: (r / "test/bee/5.png").unlink(),
+        "two classes exchanged": lambda r: swap(r / "train/ant", r / "train/bee"),
+        "another image": lambda r: repaint(r / "train/ant/2.png"),
+    }
+    write_folder(tmp_path / "first" / "images", per_class=6)
+    flags = ["--arch=resnet14", "--threads=1", "--dataset=folder", "--data-dir=~/images", "--image-size=8", "--nu=0"]
+    flags += ["--batch-size=4", "--epochs=1", "--sync-bn", f"--out={tmp_path / 'run'}", "--workers=0"]
+    cases = {rank: [] for rank in range(2)}
+    for number, (change, place) in enumerate((c, p) for c in changes.values() for p in ("0", "1")):
+        other = tmp_path / str(number)
+        shutil.copytree(tmp_path / "first", other)
+        change(other / "images")
+        for rank, home in enumerate((tmp_path / "first", other)):
+            cases[rank].append((home, [*flags, f"--array-gib={place}"]))
+    told, silent = together(tmp_path, several, at_home, tuple(cases.values()))
+    for status, error in told:
+        assert status == 2 and "the 2 processes must begin with the same settings, data and checkpoint" in error
+        assert error.count("\n") == 1
+    assert silent == [(2, "")] * len(told) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals to groups of processes")

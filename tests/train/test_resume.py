@@ -373,7 +373,7 @@ REFUSED = [
     (other_seed, "it is of a run with another seed"),
     (short_table, "metrics.csv is shorter than it was then"),
     (lost_table, "structures.csv is shorter than it was then"),
-    (other_images, "`data_dir` must hold the images that the run started with; got other files or other labels"),
+    (other_images, "`data_dir` must hold the images that the run began with; got others"),
     (half_config, "`config.json` must be valid JSON"),
 ]
 

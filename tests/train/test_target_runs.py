@@ -60,7 +60,7 @@ def test_run_lands_within_two_points(tmp_path, flags, capsys):
     ("flags", "says"),
     [
         (["--target-macs=0.4", "--target-params=0.4"], "`target_macs` must be left out with target_params"),
-        (["--target-macs=0.4", "--nu=0"], "`target_macs` must be left out for the ungated network"),
+        (["--target-macs=0.4", "--nu=0"], "`target_macs` must be left out with nu=0"),
         (["--target-macs=1.5"], "`target_macs` must lie in (0, 1)"),
         (["--target-macs=0.001"], "`target_macs` must"),
     ],

@@ -70,7 +70,13 @@ def load(
         raise DataError(
             f"`data_dir` must be given for dataset={dataset!r}; got data_dir=None. Pass the folder that holds the data."
         )
-    root = Path(data_dir).expanduser()
+    try:
+        root = Path(data_dir).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"`data_dir` must be an existing folder; got data_dir={str(data_dir)!r}, whose home folder is not known. "
+            "Pass the folder that holds the data."
+        ) from error
     if download and dataset in cifar.CIFAR:
         cifar.download(root, cifar.CIFAR[dataset])
     if not root.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -15,19 +16,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from catode.train.data import listing
 from catode.train.data.augment import crop_boxes
 from catode.train.data.images import DataError, ImageData, statistics
 from catode.train.stop import held_back, outlive
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-ANNOTATIONS = "val_annotations.txt"
-"""Tiny-ImageNet's list of the classes of the files in val/images/."""
 ARRAY_SHARE = 0.25
 """Largest share of the memory for decoded images; more stay on the disk."""
 STATISTICS_IMAGES = 4096
-"""Largest number of training images, evenly spread over the classes, for mean and standard deviation."""
+"""Training images, evenly spread over the classes, from which mean and standard deviation are taken, and images of each
+split whose bytes the fingerprint covers."""
 PAUSES = 0.5, 3.0
-"""Seconds before each retry of a failed read."""
+"""Seconds before a file that could not be read is tried again."""
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+"""Number of the EXIF tag, and its values that exchange height and width."""
 BATCHES_AHEAD = 3
 """Batches that each worker process decodes ahead."""
 
@@ -38,15 +40,17 @@ class ImageFiles:
 
     Args:
         root: Folder that the names are relative to.
-        names: Path of each image, bytes (`os.fsencode`), shape (N,): one array, as a million `Path`s would take half a
-            gigabyte in every worker process.
-        height: Height of a decoded image, pixels.
-        width: Width of a decoded image, pixels.
-        image_size: Side to which images are resized and cropped, pixels; None if all images have the same size.
+        names: Path of each image as the file system's bytes, shape (N,): one array, as a million `Path`s would take
+            half a gigabyte, copied into every worker.
+        sizes: Size of each file in bytes when the run began, int64, shape (N,).
+        height: Height of a decoded image.
+        width: Its width.
+        image_size: Side to which images are resized and cropped; None for images that share one size.
     """
 
     root: str
     names: np.ndarray
+    sizes: np.ndarray
     height: int
     width: int
     image_size: int | None
@@ -64,6 +68,10 @@ class ImageFiles:
         """Bytes of the decoded images as a tensor."""
         return math.prod(self.shape)
 
+    def path(self, i: int) -> str:
+        """Where one image is."""
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
+
     def decode(self, i: int, crop: np.ndarray | None = None) -> np.ndarray:
         """One image, uint8, shape (3, H, W).
 
@@ -73,10 +81,17 @@ class ImageFiles:
                 centre.
 
         Raises:
-            DataError: if the file cannot be decoded, or has another size and `image_size` is None.
+            DataError: if the file cannot be decoded or has changed its size, or if the image has another size and
+                `image_size` is None.
         """
-        path = os.path.join(self.root, os.fsdecode(self.names[i]))
-        image = _decode(path, self.image_size, crop)
+        path = self.path(i)
+        content = _content(path)
+        image = _decode(path, content, self.image_size, crop)
+        if len(content) != self.sizes[i]:
+            raise DataError(
+                f"`data_dir` must hold images that do not change while a run uses them; got {path!r} of {len(content)} bytes "
+                f"instead of {self.sizes[i]}. Restore the file, or start anew."
+            )
         if image.shape != (3, self.height, self.width):
             raise DataError(
                 "`image_size` must be given when images differ in size; "
@@ -93,10 +108,30 @@ class ImageFiles:
         def fill(k: int) -> None:
             out[k] = self.decode(int(rows[k]))
 
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(max_workers=min(listing.READERS, os.cpu_count() or 1)) as pool:
             for _ in pool.map(fill, range(len(rows))):
                 pass
         return torch.from_numpy(out)
+
+
+def contents(files: ImageFiles) -> bytes:
+    """Digest of image files: every name and size, and the bytes of a sample of up to `STATISTICS_IMAGES`, evenly spread.
+
+    The sample is all files where there are no more. It costs reading these files once; nothing is decoded.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
+    whole = hashlib.sha256(b"\0".join(files.names.tolist()))
+    whole.update(files.sizes.tobytes())
+    for digest in listing.in_threads(lambda i: hashlib.sha256(_content(files.path(i))).digest(), _sample(len(files))):
+        whole.update(digest)
+    return whole.digest()
+
+
+def _sample(count: int) -> np.ndarray:
+    """Numbers of up to `STATISTICS_IMAGES` of so many images, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, STATISTICS_IMAGES)).round().astype(np.int64))
 
 
 Request = tuple[np.ndarray, np.ndarray | None]
@@ -180,51 +215,24 @@ def read(
     Raises:
         DataError: if the layout is wrong or an image cannot be decoded.
     """
-    if not (root / "train").is_dir():
-        raise DataError(
-            f"`data_dir` must hold a folder train/; got data_dir={str(root)!r} without it. "
-            "Lay the images out as train/<class>/..."
-        )
-    annotations = root / "val" / ANNOTATIONS
-    listed = annotations.is_file()
-    held_out = "val" if listed else next((s for s in ("test", "val") if (root / s).is_dir()), None)
-    if held_out is None:
-        raise DataError(
-            f"`data_dir` must hold a folder test/ or val/ beside train/; got data_dir={str(root)!r} with neither. "
-            "Lay the held-out images out as test/<class>/..."
-        )
-    splits = {
-        "train": _class_files(root, "train"),
-        held_out: _annotated_files(root, annotations) if listed else _class_files(root, held_out),
-    }
+    splits, notes = listing.splits(root)
     classes = tuple(splits["train"])
-    differing = sorted(set(classes) ^ set(splits[held_out]))
-    if differing:
-        where = "train" if differing[0] in classes else held_out
-        raise DataError(
-            f"`data_dir` must have the same class folders in train/ and {held_out}/; "
-            f"got {differing[0]!r} in {str(root / where)!r} only ({len(differing)} differ). "
-            "Add the missing class folders or remove the others."
-        )
-    if len(classes) < 2:
-        raise DataError(
-            f"`data_dir` must hold at least two classes; got {classes[0]!r} alone in {str(root / 'train')!r}. "
-            "Add the other class folders."
-        )
+    names = [[file for k in classes for file in found[k]] for found in splits.values()]
+    sizes = [listing.sizes(root, part) for part in names]
     if image_size:
         height = width = image_size
     else:
-        height, width = _decode(os.path.join(root, splits["train"][classes[0]][0]), None).shape[1:]
-    (train, train_labels), (test, test_labels) = (
-        (
-            ImageFiles(
-                str(root), np.array([os.fsencode(f) for k in classes for f in found[k]]), height, width, image_size
-            ),
-            torch.from_numpy(np.repeat(np.arange(len(classes)), [len(found[k]) for k in classes])),
-        )
+        first = os.path.join(root, names[0][0])
+        height, width = _decode(first, _content(first), None).shape[1:]
+    train, test = (
+        ImageFiles(str(root), np.array([os.fsencode(f) for f in part]), size, height, width, image_size)
+        for part, size in zip(names, sizes, strict=True)
+    )
+    train_labels, test_labels = (
+        torch.from_numpy(np.repeat(np.arange(len(classes)), [len(found[k]) for k in classes]))
         for found in splits.values()
     )
-    sample = np.unique(np.linspace(0, len(train) - 1, min(len(train), STATISTICS_IMAGES)).round().astype(np.int64))
+    sample = _sample(len(train))
     stay = train if whole_pictures and image_size else None
     need = test.nbytes + (0 if stay else train.nbytes)
     if need <= (_array_bytes() if array_bytes is None else array_bytes):
@@ -232,7 +240,8 @@ def read(
     else:
         images = train, test
     mean, std = statistics(images[0][sample] if torch.is_tensor(images[0]) else train.array(sample))
-    return ImageData("folder", images[0], train_labels, images[1], test_labels, classes, mean, std)
+    digest = contents(train) + contents(test)
+    return ImageData("folder", images[0], train_labels, images[1], test_labels, classes, mean, std, digest, notes)
 
 
 def _array_bytes() -> int:
@@ -259,79 +268,44 @@ def default_workers() -> int:
     return max(1, cores // local_processes())
 
 
-def _class_files(root: Path, split: str) -> dict[str, list[str]]:
-    """Image files of each class folder relative to `root`, classes and files sorted, nested folders included."""
-    folders = sorted(d for d in (root / split).iterdir() if d.is_dir() and not d.name.startswith("."))
-    if not folders:
-        raise DataError(
-            f"`data_dir` must hold one folder a class in {split}/; got none in {str(root / split)!r}. "
-            f"Lay the images out as {split}/<class>/..."
-        )
-    found = {}
-    for folder in folders:
-        found[folder.name] = sorted(
-            os.path.join(within, f)
-            for place, _, names in os.walk(folder)
-            for within in [os.path.relpath(place, root)]  # once for each folder: relpath is slow
-            for f in names
-            if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")
-        )
-        if not found[folder.name]:
-            raise DataError(
-                f"`data_dir` must hold images in every class folder; got none in {str(folder)!r}. "
-                "Add images there or remove the class folder."
-            )
-    return found
-
-
-def _annotated_files(root: Path, annotations: Path) -> dict[str, list[str]]:
-    """Image files of each class from Tiny-ImageNet's list: lines that begin with file name, tab, class."""
-    found: dict[str, list[str]] = {}
-    there = (
-        {entry.name for entry in os.scandir(root / "val" / "images")} if (root / "val" / "images").is_dir() else set()
-    )
-    for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        name, _, rest = line.partition("\t")
-        label = rest.partition("\t")[0].strip()
-        if not label or name not in there:
-            what = f"no file {name!r} in val/images/" if label else f"no class in {line[:40]!r}"
-            raise DataError(
-                f"`data_dir` must hold the images that {ANNOTATIONS} lists as file, tab, class; "
-                f"got {str(annotations)!r}, line {number}: {what}. Unpack the data set again."
-            )
-        found.setdefault(label, []).append(os.path.join("val", "images", name))
-    return {label: sorted(files) for label, files in sorted(found.items())}
-
-
-def _decode(path: str, image_size: int | None, crop: np.ndarray | None = None) -> np.ndarray:
-    """One image as uint8 (3, H, W): original, or resized and centre-cropped, or a random box of it resized."""
+def _decode(path: str, content: bytes, image_size: int | None, crop: np.ndarray | None = None) -> np.ndarray:
+    """One image as uint8 (3, H, W): whole, or resized and its centre cut out, or a random box of it resized."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(_read(path))) as image:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format not in ("JPEG", "MPO"):
+                image.load()  # TIFF is turned by this
+            orientation = _orientation(image)
             if image_size is None:
-                return np.asarray(_rgb(image)).transpose(2, 0, 1)
+                return np.asarray(_upright(_rgb(image), orientation)).transpose(2, 0, 1)
+            before = image.size[::-1] if orientation in QUARTER_TURNS else image.size
             if crop is None:
                 box, enough = None, 2 * image_size
             else:
-                box = crop_boxes(crop[None], *reversed(image.size))[0]
-                enough = math.ceil(image_size * max(*image.size) / min(box[2:]))
-            before = image.size
-            image.draft("RGB", (enough, enough))  # JPEG can decode at a fraction of the size, which is faster
+                box = crop_boxes(crop[None], *reversed(before))[0]
+                enough = math.ceil(image_size * max(*before) / min(box[2:]))
+            image.draft("RGB", (enough, enough))  # JPEG decodes large images at a fraction of their size, faster
+            image = _upright(_rgb(image), orientation)
             if box is not None:
                 box *= image.size[0] / before[0]
-            image = _rgb(image)
             return np.asarray(_centre(image, image_size) if box is None else _cut(image, box, image_size)).transpose(
                 2, 0, 1
             )
-    except Exception as error:  # damaged files make PIL raise many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"`data_dir` must hold readable images; got {str(path)!r}, which cannot be decoded ({reason}). "
-            "Replace the file."
-        ) from error
+    except Exception as error:  # damaged files make PIL raise many types; all of them mean the same to the user
+        raise listing.unreadable(path, "decoded", error) from error
+
+
+def _content(path: str) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        DataError: if they cannot be read.
+    """
+    try:
+        return _read(path)
+    except OSError as error:
+        raise listing.unreadable(path, "read", error) from error
 
 
 def _read(path: str) -> bytes:
@@ -344,6 +318,30 @@ def _read(path: str) -> bytes:
         except OSError:
             time.sleep(pause)
     return Path(path).read_bytes()
+
+
+def _orientation(image) -> int:
+    """How the camera was held, 1 to 8 as EXIF counts; 1, upright, where nothing readable says so."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged metadata make PIL raise many types; the picture may be whole
+        return 1
+
+
+def _upright(image, orientation: int):
+    """An image turned and mirrored as its orientation demands."""
+    from PIL.Image import Transpose
+
+    method = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def _rgb(image):
@@ -363,15 +361,23 @@ def _rgb(image):
 
 
 def _centre(image, side: int):
-    """The image resized so that its shorter side has `side` pixels, cropped to the central square."""
+    """The shorter side resized to `side` pixels, the centre cut to a square; nothing outside the square is resized."""
     from PIL import Image
 
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     left, top = (width - side) // 2, (height - side) // 2
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return image.crop((left, top, left + side, top + side))
+    if (width, height) == image.size:
+        return image.crop((left, top, left + side, top + side))
+    # only what the square is made of, with the reach of the filter: of 20000x1 pixels the whole would be 20000 squares
+    x, y = image.size[0] / width, image.size[1] / height
+    box = np.array([left * x, top * y, (left + side) * x, (top + side) * y])
+    reach = np.ceil([max(1, x), max(1, y)]) + 1
+    near = np.concatenate([np.maximum(0, np.floor(box[:2]) - reach), np.minimum(image.size, np.ceil(box[2:]) + reach)])
+    box = (box - np.tile(near[:2], 2)).clip(0, np.tile(near[2:] - near[:2], 2))
+    return image.crop(tuple(near.astype(int).tolist())).resize(
+        (side, side), Image.Resampling.BILINEAR, tuple(box.tolist())
+    )
 
 
 def _cut(image, box: np.ndarray, side: int):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +33,8 @@ class ImageData:
         classes: Class names in the order of the labels.
         mean: Mean of each channel over the training images, in [0, 1].
         std: Standard deviation of each channel over the training images, in [0, 1]; at least 1/255.
+        contents: Digest of the files that the images were read from; None where every pixel is in memory and can be hashed.
+        notes: What the user of these images should know, one line each.
     """
 
     name: str
@@ -43,16 +45,25 @@ class ImageData:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    contents: bytes | None = None
+    notes: tuple[str, ...] = ()
 
-    @property
-    def fingerprint(self) -> int:
-        """CRC-32 of the labels and, for images on the disk, the file names, in order."""
-        number = 0
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the class names, the images and the labels in their order: what a run that goes on must find again.
+
+        Of arrays it covers every pixel. Of class folders it covers every file's name, label and size and the whole bytes of
+        a sample (`catode.train.data.folder.contents`), and is the same wherever their pixels are kept. Unlike
+        `pixel_fingerprint`, which tells copies of a data set apart in records, it depends on the order and on the files.
+        """
+        whole = hashlib.sha256(repr(self.classes).encode())
         for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
-            number = zlib.crc32(labels.numpy().tobytes(), number)
-            if not isinstance(images, torch.Tensor):
-                number = zlib.crc32(images.names.tobytes(), number)
-        return number
+            whole.update(labels.numpy().tobytes())
+            if self.contents is None:
+                whole.update(repr(tuple(images.shape)).encode())
+                whole.update(images.contiguous().numpy().data)
+        whole.update(self.contents or b"")
+        return whole.hexdigest()
 
 
 def assemble(name: str, train: tuple, test: tuple, classes: tuple[str, ...]) -> ImageData:

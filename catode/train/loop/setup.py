@@ -142,7 +142,7 @@ def prepare(config: Config) -> Setup:
         )
     torch.manual_seed(config.seed)
     model = build_model(config, images)
-    notes = weights.fill(model, initial, config.init) if initial is not None else []
+    notes = [*images.notes, *(weights.fill(model, initial, config.init) if initial is not None else ())]
     if config.sync_bn and group.size > 1:
         distributed.synchronise_norms(model)
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
@@ -159,8 +159,7 @@ def prepare(config: Config) -> Setup:
         )
     if state is not None and state["images"] != images.fingerprint:
         raise ValueError(
-            "`data_dir` must hold the images that the run started with; got other files or other labels. Restore them, or start "
-            "a new run."
+            "`data_dir` must hold the images that the run began with; got others. Restore them, or start anew."
         )
     if state is not None and state["processes"] != group.size and not config.sync_bn:
         raise ValueError(
