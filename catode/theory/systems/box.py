@@ -103,13 +103,18 @@ class BoxSystem:
         if foreign:
             fail("expressions", f"hold no other symbols than {', '.join(map(str, symbols))}", sorted(map(str, foreign)))
         return cls(
-            velocity=_vectorise(symbols, values, (len(values),)),
-            derivative=_vectorise(symbols, sympy.Matrix(values).jacobian(symbols), (len(values), len(values))),
+            velocity=_Vectorised(symbols, values, (len(values),)),
+            derivative=_Vectorised(symbols, sympy.Matrix(values).jacobian(symbols), (len(values), len(values))),
             lower=lower,
             upper=upper,
             names=tuple(map(str, symbols)),
             expressions=values,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for end in (self.lower, self.upper):
+            end.setflags(write=False)  # pickle does not keep that
 
     @property
     def dimension(self) -> int:
@@ -189,20 +194,29 @@ class BoxSystem:
             )
 
 
-def _vectorise(symbols: Sequence[Any], expressions: Any, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
-    """Sympy expressions as one function of states (..., d) with values of shape (..., *shape)."""
-    import sympy
+class _Vectorised:
+    """Sympy expressions as one function of states (..., d) with values of shape (..., *shape).
 
-    function = sympy.lambdify(symbols, list(expressions), "numpy", cse=True)
+    An object rather than a closure, so that a system can be pickled and sent to another process.
+    """
 
-    def evaluate(state: np.ndarray) -> np.ndarray:
-        values = function(*np.moveaxis(state, -1, 0))
+    def __init__(self, symbols: Sequence[Any], expressions: Any, shape: tuple[int, ...]) -> None:
+        self.symbols, self.expressions, self.shape = tuple(symbols), tuple(expressions), shape
+        self._function: Callable[..., Any] | None = None
+
+    def __call__(self, state: np.ndarray) -> np.ndarray:
+        if self._function is None:
+            import sympy
+
+            self._function = sympy.lambdify(self.symbols, list(self.expressions), "numpy", cse=True)
+        values = self._function(*np.moveaxis(state, -1, 0))
         out = np.empty((*state.shape[:-1], len(values)))
         for i, value in enumerate(values):
             out[..., i] = value
-        return out.reshape(*state.shape[:-1], *shape)
+        return out.reshape(*state.shape[:-1], *self.shape)
 
-    return evaluate
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_function": None}
 
 
 def as_box(system: BoxSystem | PlanarSystem) -> BoxSystem:
