@@ -25,6 +25,7 @@ from catode.theory.flow import trajectory
 from catode.theory.flow._batch_compiled import compile_solver, write_solver
 from catode.theory.flow._batch_numpy import solve as solve_in_numpy
 from catode.theory.flow._batch_scheme import outputs
+from catode.theory.systems._expressions import without_jumps
 from catode.theory.systems.box import BoxSystem
 from catode.theory.systems.planar import PlanarSystem
 
@@ -183,7 +184,9 @@ def _parametrise(system: BoxSystem) -> tuple[str | None, np.ndarray]:
     renamed |= {f: sympy.Symbol(f"p{i}") for i, f in enumerate(floats)}
     symbols = {s for e in system.expressions for s in e.free_symbols}
     renamed |= {s: renamed[sympy.Symbol(s.name)] for s in symbols}  # symbols with assumptions of their own
-    parts, components = sympy.cse([sympy.sympify(e).xreplace(renamed) for e in system.expressions], order="none")
+    parts, components = sympy.cse(
+        [without_jumps(sympy.sympify(e)).xreplace(renamed) for e in system.expressions], order="none"
+    )
     try:
         lines = [f"{symbol} = {sympy.pycode(part)}" for symbol, part in parts]
         lines += [f"f{i} = 1.0 * ({sympy.pycode(component)})" for i, component in enumerate(components)]
