@@ -124,6 +124,37 @@ def test_any_change_of_the_text_is_found():
     assert "seal" in altered(lambda c: c["names"].__setitem__(0, "norm")).fault()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.__setitem__("certificate", 999),
+        lambda c: c.__setitem__("certificate", True),
+        lambda c: c.__setitem__("certificate", "1"),
+        lambda c: c.pop("certificate"),
+        lambda c: c.__setitem__("note", "approved"),
+        lambda c: c["names"].append(7) or c["names"].pop(0),
+        lambda c: c["system"][1].append("1/2"),
+        lambda c: c["lower"].__setitem__(0, "0/7"),
+    ],
+)
+def test_what_a_certificate_would_not_write_is_not_read(change):
+    """Every byte of the text counts: what the reader would drop or rewrite is refused, before the seal is looked at."""
+    body = json.loads(certify(UNIT, slack=0.01).to_json())
+    change(body)
+    with pytest.raises(ValueError, match="`text` must be the JSON of a certificate"):
+        Certificate.from_json(json.dumps(body))
+
+
+def test_another_version_is_refused_with_its_number_and_a_second_value_for_a_key():
+    text = certify(UNIT, slack=0.01).to_json()
+    with pytest.raises(ValueError, match="`certificate` must be 1, the version that is read here; got certificate=999"):
+        Certificate.from_json(text.replace('"certificate":1', '"certificate":999'))
+    with pytest.raises(ValueError, match="give every key once"):
+        Certificate.from_json(text.replace('"kind":', '"kind":"order","kind":', 1))
+    with pytest.raises(ValueError, match="RecursionError"):
+        Certificate.from_json("[" * 100_000)
+
+
 @EVERY
 def test_a_forged_seal_does_not_help(system):
     proof = certify(system)

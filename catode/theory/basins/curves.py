@@ -13,6 +13,7 @@ import numpy as np
 
 from catode._validate import check_int, check_interval, check_shape, fail
 from catode.theory.basins.equilibria import Equilibrium
+from catode.theory.flow._stage import Budget, solve_stage
 from catode.theory.systems.box import BoxSystem, as_box
 from catode.theory.systems.planar import PlanarSystem
 
@@ -221,15 +222,12 @@ class _Tracer:
         self.still = 1e-2 * tolerance / slowest
         self.horizon = 1e4 * slowest
         self.options = {
-            "method": "DOP853",
             "rtol": max(1e-4 * tolerance, 3e-14),
             "atol": 1e-4 * tolerance * self.width,
-            "dense_output": True,
         }
 
     def follow(self, saddle: Equilibrium, start: np.ndarray, way: float) -> Branch:
-        from scipy.integrate import solve_ivp
-
+        budget = Budget()
         side = np.array(saddle.face) if way > 0.0 else np.zeros(2, dtype=int)
         t, y = 0.0, np.clip(start, self.low, self.high)
         stages: list[tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], np.ndarray]]] = []
@@ -240,7 +238,7 @@ class _Tracer:
                 return np.where(held, 0.0, way * self.box.field(self.box.project(x)))
 
             events = self._events(side, field)
-            solution = solve_ivp(field, (t, self.horizon), y, events=events, **self.options)
+            solution = solve_stage(field, (t, self.horizon), y, events, budget, **self.options)
             fine = (solution.t[:-1, None] + np.diff(solution.t)[:, None] * np.arange(_FINE) / _FINE).ravel()
             fine = np.append(fine, solution.t[-1])
             stages.append((fine, np.clip(solution.sol(fine).T, self.low, self.high), solution.sol))
@@ -257,7 +255,7 @@ class _Tracer:
         """For each coordinate: reaching the lower edge, the upper one, and being released; then coming to rest."""
 
         def make(function: Callable[..., float]) -> Callable[..., float]:
-            function.terminal, function.direction = True, -1.0
+            function.direction = -1.0
             return function
 
         events = []

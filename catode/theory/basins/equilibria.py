@@ -11,22 +11,22 @@ Source: docs/mathematics.md sections 3 (the projected flow) and 4 (the saddles o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from catode._validate import check_int, fail
+from catode._validate import check_int
 from catode.theory.systems.box import BoxSystem, as_box
 from catode.theory.systems.planar import PlanarSystem
 
-__all__ = ["STABILITIES", "Equilibrium", "find"]
+__all__ = ["STABILITIES", "Equilibria", "Equilibrium", "find"]
 
 STABILITIES = ("stable node", "stable focus", "unstable node", "unstable focus", "saddle", "centre", "degenerate")
 """How an equilibrium can behave; see `Equilibrium`."""
 
-_MAX_FACES = 3**6
 _MAX_ROOTS = 36  # product of the degrees up to which polynomials are solved by algebra
 _ZERO = 1e-7  # relative size below which an eigenvalue counts as zero
 
@@ -37,7 +37,7 @@ class Equilibrium:
 
     The class is that of the projected flow near it: pushed coordinates count as stable. "centre" is a statement about
     the linear part alone. "degenerate" means that the linear part does not decide: an eigenvalue is zero, or a frozen
-    coordinate is at rest and not independent of the others.
+    coordinate is at rest and depends on others in a way that no test of `_classify_coupled` shows to decay.
 
     Args:
         state: Where it is, shape (d,).
@@ -76,7 +76,33 @@ class Equilibrium:
         return self.stability.startswith("stable")
 
 
-def find(system: BoxSystem | PlanarSystem, *, starts: int = 64) -> tuple[Equilibrium, ...]:
+class Equilibria(tuple[Equilibrium, ...]):
+    """The equilibria that `find` found, and which faces it did not search.
+
+    Attributes:
+        faces: Number of faces of the box, the interior included.
+        left_out: How many of them were not searched.
+        searched_to: Number of free coordinates of the last face searched before the interior, and that face; None
+            where all were searched. Faces with fewer free coordinates were all searched, those with more were not.
+    """
+
+    faces: int = 0
+    left_out: int = 0
+    searched_to: tuple[int, tuple[int, ...]] | None = None
+
+    @property
+    def note(self) -> str:
+        """What was searched, in a sentence."""
+        if self.searched_to is None:
+            return f"All {self.faces} faces were searched."
+        n, _ = self.searched_to
+        return (
+            f"{self.left_out} of {self.faces} faces were left out: some with {n} free coordinates, and those with more, "
+            "the interior excepted."
+        )
+
+
+def find(system: BoxSystem | PlanarSystem, *, starts: int = 64, max_faces: int = 729) -> Equilibria:
     """Equilibria of the projected flow, in the interior and on every face of the box.
 
     Where the system knows its expressions and they are small polynomials, a face is solved by a Groebner basis, which
@@ -88,13 +114,15 @@ def find(system: BoxSystem | PlanarSystem, *, starts: int = 64) -> tuple[Equilib
     Args:
         system: A field on a box, or a comparison system (size not negative, theta in [0, 1]).
         starts: Number of Newton starts on each face.
+        max_faces: Number of faces to search: the interior, then those with most frozen coordinates. A box in d
+            dimensions has up to 3^d. Where some are left out, a warning says so and the result names them.
 
     Returns:
         The equilibria, those with most frozen coordinates first. Where a face holds a continuum, one of its singular
         equilibria is given.
 
     Raises:
-        ValueError: if the box has more than 729 faces, or `starts` is not a positive integer.
+        ValueError: if `starts` or `max_faces` is not a positive integer.
 
     Example:
         >>> from catode.theory import BenefitSystem
@@ -104,16 +132,36 @@ def find(system: BoxSystem | PlanarSystem, *, starts: int = 64) -> tuple[Equilib
     """
     box = as_box(system)
     starts = check_int("starts", starts, low=1)
+    max_faces = check_int("max_faces", max_faces, low=1)
     sides = [(0, *(s for s, end in ((-1, low), (1, up)) if np.isfinite(end))) for low, up in _ends(box)]
     count = int(np.prod([len(s) for s in sides], dtype=float))
-    if count > _MAX_FACES:
-        fail("system", f"have at most {_MAX_FACES} faces", count, hint="Freeze some coordinates, or open their box.")
+    interior = (0,) * box.dimension
+    if count > max_faces:
+        order = itertools.chain(itertools.islice(_faces(sides), max_faces - 1), [interior])
+    else:
+        order = sorted(itertools.product(*sides), key=lambda f: -sum(map(abs, f)))
     size = _sizes(system, box)
     found: list[Equilibrium] = []
+    reached = interior
     with np.errstate(all="ignore"):
-        for face in sorted(itertools.product(*sides), key=lambda f: -sum(map(abs, f))):
+        for face in order:
             _add_face(found, box, face, size, starts)
-    return tuple(found)
+            reached = face if any(face) else reached
+    result = Equilibria(found)
+    result.faces = count
+    if count > max_faces:
+        result.left_out = count - max_faces
+        result.searched_to = (sum(side == 0 for side in reached), reached)
+        warnings.warn(f"{result.note} Give max_faces={count} to search them all.", stacklevel=2)
+    return result
+
+
+def _faces(sides: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    """Every face, those with most frozen coordinates first; made one by one, since there may be millions."""
+    d = len(sides)
+    for n_free in range(d + 1):
+        for free in itertools.combinations(range(d), n_free):
+            yield from itertools.product(*((0,) if i in free else sides[i][1:] for i in range(d)))
 
 
 def _ends(box: BoxSystem) -> list[tuple[float, float]]:
@@ -171,7 +219,8 @@ def _add_face(found: list[Equilibrium], box: BoxSystem, face: tuple[int, ...], s
             for e in found
         ):
             continue
-        values, stability = _classify(matrix, stays, np.flatnonzero(resting[k]), reference)
+        inward = np.where(side == 1, -1.0, 1.0)  # a frozen coordinate counts from its bound into the box
+        values, stability = _classify(inward[:, None] * matrix * inward, stays, np.flatnonzero(resting[k]), reference)
         found.append(
             Equilibrium(
                 state=state,
@@ -190,7 +239,8 @@ def _classify(matrix: np.ndarray, free: np.ndarray, resting: np.ndarray, referen
     """Eigenvalues that count, real parts increasing, and the class.
 
     A resting coordinate whose speed depends, to first order, on itself alone moves on its half line as if it were free,
-    so its slope is an eigenvalue. If it depends on others, the flow near it switches between two fields.
+    so its slope is an eigenvalue. If it depends on others, the flow near it switches between two fields; see
+    `_classify_coupled`.
     """
     others = matrix[resting].copy()
     others[np.arange(resting.size), resting] = 0.0
@@ -199,7 +249,7 @@ def _classify(matrix: np.ndarray, free: np.ndarray, resting: np.ndarray, referen
     values = np.linalg.eigvals(matrix[np.ix_(free, free)]).astype(complex)
     reference = max(reference, np.abs(matrix[resting]).max(initial=0.0))
     if np.any(np.abs(others) > _ZERO * reference):
-        return np.sort_complex(values), "degenerate"
+        return _classify_coupled(matrix, free, resting, reference)
     values = np.sort_complex(np.append(values, matrix[resting, resting]))
     real, turning = values.real, bool(np.any(np.abs(values.imag) > _ZERO * reference))
     zero = np.abs(real) <= _ZERO * reference
@@ -210,6 +260,42 @@ def _classify(matrix: np.ndarray, free: np.ndarray, resting: np.ndarray, referen
     if np.all(real < 0.0):
         return values, f"stable {shape}"
     return values, f"unstable {shape}" if np.all(real > 0.0) and not pushed.size else "saddle"
+
+
+def _classify_coupled(
+    matrix: np.ndarray, free: np.ndarray, resting: np.ndarray, reference: float
+) -> tuple[np.ndarray, str]:
+    """As `_classify`, where resting coordinates depend on others: a cascade of groups that decay one after the other.
+
+    The groups are the strongly connected ones of the dependences. The flow z of one, with resting coordinates held at
+    z >= 0, decays if all of it is free and its eigenvalues lie to the left, if it is one resting coordinate with a
+    negative slope, if its symmetric part is negative definite (projection never adds to |z|), or if its majorant has
+    its eigenvalues to the left: |z|' <= M |z|, where a coupling that pushes a resting coordinate down counts as 0.
+    """
+    from scipy.sparse.csgraph import connected_components
+
+    moving = np.concatenate([free, resting])
+    held = np.isin(moving, resting)
+    block = matrix[np.ix_(moving, moving)]
+    links = (np.abs(block) > _ZERO * reference) & ~np.eye(len(moving), dtype=bool)
+    _, group = connected_components(links, directed=True, connection="strong")
+    values: list[complex] = []
+    decays = True
+    for g in range(group.max() + 1):
+        (members,) = np.nonzero(group == g)
+        part, resting_here = block[np.ix_(members, members)], held[members]
+        own = np.linalg.eigvals(part).astype(complex)
+        values += own.tolist()
+        tests = [part]
+        if resting_here.any() and len(members) > 1:
+            majorant = np.abs(part)
+            majorant[resting_here[:, None] & resting_here] = np.maximum(part, 0.0)[resting_here[:, None] & resting_here]
+            np.fill_diagonal(majorant, part.diagonal())
+            tests = [majorant, (part + part.T) / 2.0]
+        decays &= any(np.linalg.eigvals(m).real.max() < -_ZERO * reference for m in tests)
+    values = np.sort_complex(np.array(values))
+    turning = bool(np.any(np.abs(values.imag) > _ZERO * reference))
+    return values, f"stable {'focus' if turning else 'node'}" if decays else "degenerate"
 
 
 def _continues(box: BoxSystem, state: np.ndarray, free: np.ndarray, size: np.ndarray) -> bool:

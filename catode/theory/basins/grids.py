@@ -5,15 +5,17 @@ Source: docs/mathematics.md sections 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from catode._validate import check_bool, check_choice, check_positive, check_real, check_shape, fail
-from catode.theory.flow.batch import STATUSES, integrate_batch
-from catode.theory.systems.box import BoxSystem
+from catode.theory.basins.equilibria import find
+from catode.theory.flow.batch import STATUSES, Batch, integrate_batch
+from catode.theory.systems.box import BoxSystem, as_box
 from catode.theory.systems.planar import PlanarSystem
 
 __all__ = ["UNDECIDED", "Basins", "basins_fractions", "basins_of_attraction", "find_attractors"]
@@ -21,8 +23,12 @@ __all__ = ["UNDECIDED", "Basins", "basins_fractions", "basins_of_attraction", "f
 UNDECIDED = -1
 """Label of a start of which nothing is known: time was up, the integration failed, or it is on a boundary."""
 
-_PRUNED, _KEPT, _FAILED, _ARRIVED = map(STATUSES.index, ("pruned", "kept", "failed", "arrived"))
+_PRUNED, _KEPT, _FAILED, _HORIZON = map(STATUSES.index, ("pruned", "kept", "failed", "horizon"))
 _SAMPLE = 400  # starts from which attractors are searched
+_ROUNDS = 3  # of searches from the ends of undecided starts
+_SEED_FACES = 81  # of the box, searched for stable equilibria
+_SEED_DIMENSION = 4
+_TOLERANCES = 300.0  # of the integration, below which two ends count as one
 _LIVES = 1e4  # horizon of a planar system in units of 1 / growth_rate
 
 
@@ -36,6 +42,8 @@ class Basins:
         attractors: Limits, shape (m, d); `inf` where a coordinate grows without bound, NaN where it is not known.
         names: What to call the attractors.
         failed: Starts whose integration failed; they are among the undecided.
+        resolution: How near to an attractor a start has to come, along each coordinate, shape (d,): attractors nearer to
+            each other than this count as one. None where starts are decided on the faces of a keep probability.
     """
 
     labels: np.ndarray
@@ -43,6 +51,7 @@ class Basins:
     attractors: np.ndarray
     names: tuple[str, ...]
     failed: int
+    resolution: np.ndarray | None = None
 
 
 def basins_of_attraction(
@@ -60,9 +69,13 @@ def basins_of_attraction(
     """Label every start of a grid by what becomes of it.
 
     For a keep probability (`absorbing`) the labels are 0, pruned, and 1, kept, decided on the faces as
-    `catode.theory.flow.batch.integrate_batch` says. Otherwise a start belongs to the attractor near which it comes; without
-    `attractors` those that attract some of the starts are found first. Coming near is no proof unless the attractor
-    attracts everything within `radius`; `find_attractors` tries that on a few states.
+    `catode.theory.flow.batch.integrate_batch` says. Otherwise a start belongs to the attractor near which it comes. Without
+    `attractors` these are the ends of some starts, the stable equilibria of `basins.equilibria.find` (in a box of at most
+    81 faces), and, where starts remain undecided, their ends. Coming near is no proof unless the attractor attracts
+    everything within the `resolution` of the result; `find_attractors` tries that on a few states.
+
+    A start on a boundary is undecided: one whose label changes where it is moved by 3 tolerances towards a neighbour with
+    another label, or, where some coordinates are held, along these.
 
     Source: docs/mathematics.md sections 3 and 4.
 
@@ -73,12 +86,13 @@ def basins_of_attraction(
         method: "integration", or for a planar system "separatrix": its closed form, exact and much faster.
         absorbing: Whether the last coordinate is a keep probability; by default so for planar systems alone.
         attractors: Known attractors, shape (m, d), where not `absorbing`.
-        radius: How near is near, as a share of the extent of the grid along each coordinate (of 1 where it is held).
+        radius: How near is near, as a share of the extent of the grid along each coordinate (of 1 where it is held). Not
+            less than 300 tolerances, nor more than a quarter of the way from an attractor to another equilibrium.
         rtol: Relative tolerance of the integration.
         atol: Absolute tolerance of the integration.
 
     Returns:
-        Labels and attractors.
+        Labels and attractors. A warning says where no attractor was found.
 
     Raises:
         ValueError: if the grid leaves the box, an argument is missing or out of range, or the separatrix bounds nothing.
@@ -112,9 +126,14 @@ def basins_of_attraction(
     starts = np.stack(np.meshgrid(*values, indexing="ij"), axis=-1)
     shape, starts = starts.shape[:-1], starts.reshape(-1, len(values))
     tolerances = {"rtol": rtol, "atol": atol}
+    resolution = None
     if absorbing:
-        batch = integrate_batch(system, starts, horizon, absorbing=True, **tolerances)
-        labels = np.where(batch.codes == _PRUNED, 0, np.where(batch.codes == _KEPT, 1, UNDECIDED))
+
+        def label(states: np.ndarray) -> tuple[np.ndarray, Batch]:
+            batch = integrate_batch(system, states, horizon, absorbing=True, **tolerances)
+            return np.where(batch.codes == _PRUNED, 0, np.where(batch.codes == _KEPT, 1, UNDECIDED)), batch
+
+        labels, batch = label(starts)
         known = _planar_attractors(system) if planar else np.full((2, starts.shape[1]), np.nan)
         if not planar:
             known[:, -1] = system.lower[-1], system.upper[-1]
@@ -124,13 +143,122 @@ def basins_of_attraction(
         if attractors is None:
             near = {"radius": radius, "scale": scale}
             known = find_attractors(system, _sample(starts), horizon, **near, **tolerances)
+            known, others = _add_equilibria(
+                system, known, np.maximum(radius * scale, _floor(known, rtol, atol).max(axis=0, initial=0.0))
+            )
         else:
+            others = np.empty((0, len(values)))
             known = check_real("attractors", attractors, array=True)
             check_shape("attractors", known, f"(m, {len(values)})", known.ndim == 2 and known.shape[1] == len(values))
-        batch = integrate_batch(system, starts, horizon, targets=known, radius=radius, scale=scale, **tolerances)
-        labels, names = batch.targets, tuple(f"attractor {i}" for i in range(len(known)))
+        resolution = _resolution(known, others, check_positive("radius", radius) * scale, rtol, atol)
+
+        def label(states: np.ndarray) -> tuple[np.ndarray, Batch]:
+            batch = integrate_batch(system, states, horizon, targets=known, radius=1.0, scale=resolution, **tolerances)
+            return batch.targets, batch
+
+        labels, batch = label(starts)
+        for _ in range(_ROUNDS if attractors is None else 0):  # search again from where the undecided ended
+            open_ = np.flatnonzero(batch.codes == _HORIZON)
+            more = _unlike(
+                find_attractors(system, _sample(batch.ends[open_]), horizon, **near, **tolerances), known, resolution
+            )
+            if not len(more):
+                break
+            known = np.vstack([known, more])
+            labels[open_], later = label(starts[open_])
+            batch.codes[open_], batch.ends[open_] = later.codes, later.ends
+        names = tuple(f"attractor {i}" for i in range(len(known)))
+    labels[_ties(system, starts, shape, labels, lambda states: label(states)[0], rtol, atol)] = UNDECIDED
+    if not absorbing and (labels == UNDECIDED).all():
+        nothing = "No attractor was found" if not len(known) else "No attractor was reached"
+        hint = "Give a longer horizon, a wider grid, or the attractors."
+        told = f"{nothing} from {len(starts)} starts by time {horizon:g}: all are undecided. {hint}"
+        warnings.warn(told, stacklevel=2)
     labels = labels.reshape(shape).squeeze(axis=tuple(i for i, v in enumerate(values) if v.ndim == 0))
-    return Basins(labels.astype(np.int16), values, known, names, int((batch.codes == _FAILED).sum()))
+    failed = int((batch.codes == _FAILED).sum())
+    return Basins(labels.astype(np.int16), values, known, names, failed, resolution)
+
+
+def _add_equilibria(
+    system: BoxSystem | PlanarSystem, points: np.ndarray, reach: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attractors with the stable equilibria that are not among them, and the other equilibria."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of faces that were left out: this is one source of several
+        found = find(system, max_faces=_SEED_FACES) if as_box(system).dimension <= _SEED_DIMENSION else ()
+    stable = np.array([e.state for e in found if e.stable]).reshape(-1, points.shape[1])
+    others = np.array([e.state for e in found if not e.stable and e.isolated]).reshape(-1, points.shape[1])
+    apart = (np.abs(points[:, None] - stable) / reach).max(axis=2, initial=0.0)
+    order: dict[tuple[float, ...], None] = {}
+    for point, row in zip(points, apart, strict=True):  # where Newton ended too, its end is the more exact
+        order[tuple((stable[row.argmin()] if row.size and row.min() <= 1.0 else point).tolist())] = None
+    order |= dict.fromkeys(map(tuple, stable.tolist()))
+    return np.array(list(order)).reshape(-1, points.shape[1]), others
+
+
+def _unlike(points: np.ndarray, known: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """The points that are not within reach of a known one."""
+    near = (np.abs(points[:, None] - known) <= reach).all(axis=2).any(axis=1)
+    return points[~near]
+
+
+def _resolution(points: np.ndarray, others: np.ndarray, reach: np.ndarray, rtol: float, atol: float) -> np.ndarray:
+    """How near is near: what was asked for, not below the error of the integration, nor near another equilibrium."""
+    reach = np.broadcast_to(np.maximum(reach, _floor(points, rtol, atol).max(axis=0, initial=0.0)), points.shape[1:])
+    apart = (np.abs(points[:, None] - np.vstack([points, others])) / reach).max(axis=2)
+    least = apart[apart > 1e-3].min(initial=np.inf)  # less than that is the same point twice
+    return reach * min(1.0, least / 4.0)
+
+
+def _floor(points: np.ndarray, rtol: float, atol: float) -> np.ndarray:
+    """Distance along each coordinate that integration to the given tolerances tells apart with certainty."""
+    return _TOLERANCES * (atol + rtol * np.abs(points))
+
+
+def _ties(
+    system: BoxSystem | PlanarSystem,
+    starts: np.ndarray,
+    shape: tuple[int, ...],
+    labels: np.ndarray,
+    label: Callable[[np.ndarray], np.ndarray],
+    rtol: float,
+    atol: float,
+) -> np.ndarray:
+    """Indices of decided starts on a boundary between labels, to within 3 tolerances of the integration."""
+    places = np.arange(len(starts)).reshape(shape)
+    step = 3.0 * (atol + rtol * np.abs(starts))
+    suspects, moves = [], []
+    for axis, n in enumerate(shape):
+        if n == 1:
+            continue
+        low, high = np.moveaxis(places, axis, 0)[:-1].ravel(), np.moveaxis(places, axis, 0)[1:].ravel()
+        rising = np.sign(starts[high, axis] - starts[low, axis])
+        for here, there, sign in ((low, high, rising), (high, low, -rising)):
+            (differ,) = np.nonzero((labels[here] != labels[there]) & (labels[here] >= 0))
+            suspects.append(here[differ])
+            moves.append((axis, sign[differ]))
+    for axis, n in enumerate(shape):
+        if n > 1:
+            continue
+        some = np.linspace(0, len(starts) - 1, min(len(starts), _SAMPLE)).astype(int)
+        for sign in (-1.0, 1.0):
+            moved = starts[some].copy()
+            moved[:, axis] += sign * step[some, axis]
+            here = some
+            if (label(system.project(moved)) != labels[some]).any():
+                here = np.arange(len(starts))
+            suspects.append(here[labels[here] >= 0])
+            moves.append((axis, np.full(len(suspects[-1]), sign)))
+    if not suspects or not sum(map(len, suspects)):
+        return np.empty(0, dtype=int)
+    index = np.concatenate(suspects)
+    axes = np.repeat([axis for axis, _ in moves], [len(here) for here in suspects])
+    moved, rows = starts[index].copy(), np.arange(len(index))
+    moved[rows, axes] += np.concatenate([sign for _, sign in moves]) * step[index, axes]
+    box = as_box(system)
+    open_ = (starts[index, axes] > box.lower[axes]) & (starts[index, axes] < box.upper[axes])  # a face is met exactly
+    index, moved = index[open_], moved[open_]
+    return np.unique(index[label(system.project(moved)) != labels[index]])
 
 
 def find_attractors(
@@ -146,7 +274,8 @@ def find_attractors(
     """Resting points that attract: where the starts end, if they rest there and their surroundings come there too.
 
     A point passes if the states `radius` away from it along each coordinate, those in the box, come within a tenth of
-    `radius` of it in time. Limit cycles and what needs longer than `horizon` are not found.
+    `radius` of it in time; the distance is never taken less than 300 tolerances, which integration tells apart. Limit
+    cycles and what needs longer than `horizon` are not found.
 
     Args:
         system: A flow on a box or a planar comparison system.
@@ -165,8 +294,9 @@ def find_attractors(
     """
     tolerances = {"rtol": rtol, "atol": atol}
     batch = integrate_batch(system, starts, horizon, radius=radius, scale=scale, **tolerances)
-    reach = np.broadcast_to(radius * np.asarray(scale, dtype=np.float64), batch.ends.shape[1:])
     ends = batch.ends[batch.codes != _FAILED]
+    wide = _floor(np.median(np.abs(ends), axis=0) if len(ends) else np.zeros(batch.ends.shape[1]), rtol, atol)
+    reach = np.maximum(radius * np.asarray(scale, dtype=np.float64), wide)
     points = np.empty((0, reach.size))
     for end in ends:
         if not (np.abs(points - end) <= reach).all(axis=1).any():

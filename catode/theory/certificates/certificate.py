@@ -53,6 +53,10 @@ from catode.theory.systems.planar import PlanarSystem
 __all__ = ["Certificate", "certify"]
 
 
+VERSION = 1
+"""Version of the text that `Certificate.to_json` writes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Certificate:
     """A set of starts proved to end removed, with all that the proof needs.
@@ -200,13 +204,16 @@ class Certificate:
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
-        """Read what `to_json` wrote. The result is not trusted: call `verify`.
+        """Read what `to_json` wrote, and nothing else. The result is not trusted: call `verify`.
 
         Raises:
-            ValueError: if the text is not the JSON of a certificate.
+            ValueError: if the text is not the JSON of a certificate of this version, or holds anything (a second value
+                for a key, an unknown key, a number in another notation) that the certificate read from it does not.
         """
         try:
-            body = json.loads(text)
+            body = json.loads(text, object_pairs_hook=_unique)
+            if body["certificate"] != VERSION or isinstance(body["certificate"], bool):
+                fail("certificate", f"be {VERSION}, the version that is read here", body["certificate"])
             kind = check_choice("kind", body["kind"], ("lyapunov", "order"))
             if kind == "lyapunov":
                 name, *pairs = body["system"]
@@ -217,7 +224,7 @@ class Certificate:
                     for component in body["system"]
                 )
             points = functools.partial(map, lambda values: tuple(map(_read, values)))
-            return cls(
+            proof = cls(
                 kind=kind,
                 system=system,
                 names=tuple(map(str, body["names"])),
@@ -228,13 +235,16 @@ class Certificate:
                 goal=tuple(map(_read, body["goal"])),
                 seal=str(body["seal"]),
             )
-        except (ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
+            if _canonical(body) != _canonical({**proof._body(), "seal": proof.seal}):
+                fail("text", "hold what a certificate writes and no more", sorted(body))
+            return proof
+        except (ValueError, KeyError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
             fail("text", "be the JSON of a certificate", text, hint=f"{type(error).__name__}: {error}.")
 
     def _body(self) -> dict[str, Any]:
         """Everything but the seal, with rationals as texts."""
         body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "seal"}
-        return {"certificate": 1, **_textual(body)}
+        return {"certificate": VERSION, **_textual(body)}
 
     def _require_polygon(self, name: str) -> None:
         if self.kind != "lyapunov":
@@ -374,7 +384,19 @@ def certify(
 
 
 def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_canonical(body).encode()).hexdigest()
+
+
+def _canonical(body: Any) -> str:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys all differ: of two values for one key, the reader would drop the first in silence."""
+    body = dict(pairs)
+    if len(body) != len(pairs):
+        fail("text", "give every key once", [key for key, _ in pairs])
+    return body
 
 
 def _textual(value: Any) -> Any:

@@ -23,8 +23,10 @@ import numpy as np
 
 from catode.theory.flow._batch_scheme import (
     ARRIVED,
+    CHECK,
     FAILED,
     GROW,
+    HOPELESS,
     HORIZON,
     KEPT,
     PRUNED,
@@ -69,7 +71,7 @@ def dip(y, k, z, q, h, face, sign, slack):
     a, b, c = h * k * sign, 0.0, (z - y) * sign
     b, c = 3.0 * c - 2.0 * a - h * q * sign, a + h * q * sign - 2.0 * c
     s = -a / (b + math.sqrt(max(b * b - 3.0 * a * c, 0.0)))
-    return s if (y - face) * sign + s * (a + s * (b + s * c)) < -slack else 1.0
+    return s if 0.0 < s < 1.0 and (y - face) * sign + s * (a + s * (b + s * c)) < -slack else 1.0
 
 
 @jit
@@ -131,6 +133,7 @@ def solve(
     for item in range(len(ends)):
         {begin}
         t, steps, code, sliding = 0.0, 0, -1, {sliding}
+        mark, look = 0.0, CHECK
         h = first(<y>, <k>, <a,> rtol, atol, <p,>)
         while True:
             {absorbed}
@@ -149,6 +152,11 @@ def solve(
             if steps >= max_steps or not t + h > t:
                 code = FAILED
                 break
+            if steps >= look:
+                if (horizon - t) * CHECK > HOPELESS * (t - mark):
+                    code = FAILED
+                    break
+                mark, look = t, steps + CHECK
             steps += 1
             x = step(<y>, <k>, <a,> sliding, h, rtol, atol, <p,>)
             error, turn = x[2 * D], x[2 * D + 1]
@@ -223,7 +231,10 @@ def write_solver(lines: tuple[str, ...], bounded: tuple[bool, ...], n_values: in
                 f"if a{i} == 0.0 and {beyond}:",
                 f"    guess = min(guess, cross(y{i}, k{i}, z{i}, q{i}, h, {face}{i} - {sign} * aim / w{i}))",
             ]
-            ends = f"k{i} * {sign} < 0.0 and q{i} * {sign} > 0.0 and (z{i} - {face}{i}) * {sign} >= 0.0"
+            # It turns once, from outwards to inwards, or twice: then only if its speed at an end could carry it out.
+            early = f"(k{i} * {sign} < 0.0 and (q{i} * {sign} > 0.0 or (y{i} - {face}{i} + h * k{i}) * {sign} < 0.0))"
+            late = f"(k{i} * {sign} > 0.0 and (z{i} - {face}{i} - h * q{i}) * {sign} < 0.0)"
+            ends = f"(z{i} - {face}{i}) * {sign} >= 0.0 and ({early} or {late})"
             test = f"dip(y{i}, k{i}, z{i}, q{i}, h, {face}{i}, {sign}, slack)"
             dips += [f"if a{i} == 0.0 and {ends}:", f"    turn = min(turn, {test})"]
         update += [
@@ -306,6 +317,8 @@ def write_solver(lines: tuple[str, ...], bounded: tuple[bool, ...], n_values: in
         "GROW": GROW,
         "SHRINK": SHRINK,
         "SAFETY": SAFETY,
+        "CHECK": CHECK,
+        "HOPELESS": float(HOPELESS),
         "D": d,
         "VALUES": n_values,
     }

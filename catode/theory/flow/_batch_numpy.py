@@ -10,7 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from catode.theory.flow._batch_scheme import ARRIVED, FAILED, GROW, HORIZON, KEPT, PRUNED, SAFETY, SHRINK, SLACK, TRIES
+from catode.theory.flow._batch_scheme import (
+    ARRIVED,
+    CHECK,
+    FAILED,
+    GROW,
+    HOPELESS,
+    HORIZON,
+    KEPT,
+    PRUNED,
+    SAFETY,
+    SHRINK,
+    SLACK,
+    TRIES,
+)
 
 
 class _Faces:
@@ -57,7 +70,7 @@ class _Faces:
             s = -slope / (square + np.sqrt(np.maximum(square * square - 3.0 * slope * cube, 0.0)))
             depth = (y - face) * sign + s * (slope + s * (square + s * cube))
             inside = (z - face) * sign >= 0.0
-            found = (a == 0.0) & (slope < 0.0) & (end > 0.0) & inside & (depth < -self.slack)
+            found = (a == 0.0) & (s > 0.0) & (s < 1.0) & inside & (depth < -self.slack)
             share = np.minimum(share, np.where(found, s, 1.0).min(axis=1))
         return share
 
@@ -125,6 +138,7 @@ def solve(
         return
     faces = _Faces(field, lower, upper, rtol, atol)
     speeds, frozen, steps = faces.begin(ends)
+    rounds, marks = 0, times.copy()
     while True:
         live = np.nonzero(codes < 0)[0]
         y, k, a, t = ends[live], speeds[live], frozen[live], times[live]
@@ -140,6 +154,10 @@ def solve(
         last = steps[live] >= horizon - t
         steps[live] = np.where(last, horizon - t, steps[live])
         stuck = (code < 0) & ((counts[live] >= max_steps) | ~(t + steps[live] > t))
+        rounds += 1
+        if rounds % CHECK == 0:
+            stuck |= (code < 0) & ((horizon - t) * CHECK > HOPELESS * (t - marks[live]))
+            marks = times.copy()
         codes[live] = np.where(stuck, FAILED, code)
         on = codes[live] < 0
         live, y, k, a, t, last = live[on], y[on], k[on], a[on], t[on], last[on]

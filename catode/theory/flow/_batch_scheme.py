@@ -10,6 +10,8 @@ import numpy as np
 PRUNED, KEPT, HORIZON, FAILED, ARRIVED = range(5)  # in the order of `batch.STATUSES`
 SLACK = 1e-2  # an event counts as located where the state passed it by less than this share of `atol`
 GROW, SHRINK, SAFETY = 8.0, 0.2, 0.9  # limits of a change of step, and its safety factor
+CHECK = 1000  # steps between two looks at the headway of a start
+HOPELESS = 1_000_000  # steps still to go, at the pace of the last ones, that are not begun: a field that jumps chatters
 TRIES = 80  # of a root search
 
 

@@ -5,7 +5,8 @@ field that is only a Python function (`_batch_numpy`). Here is what both are ask
 them. A start moves by steps of the Dormand-Prince pair (order 5), with a set of coordinates frozen on their faces. The
 field is never masked inside a step: a step that would pass an event (a free coordinate leaves the box, or the speed of a
 frozen one turns inwards) is shortened to the event, which is located by a root search on the step itself, so that its
-error is that of the step.
+error is that of the step. An excursion beyond a face that begins and ends within a step is seen on the cubic through the
+step's ends and speeds. A start that makes no headway, as where the field jumps, fails after some thousand steps.
 
 Source: docs/mathematics.md section 3.
 """
@@ -25,6 +26,7 @@ from catode.theory.flow import trajectory
 from catode.theory.flow._batch_compiled import compile_solver, write_solver
 from catode.theory.flow._batch_numpy import solve as solve_in_numpy
 from catode.theory.flow._batch_scheme import outputs
+from catode.theory.systems._expressions import without_jumps
 from catode.theory.systems.box import BoxSystem
 from catode.theory.systems.planar import PlanarSystem
 
@@ -97,7 +99,7 @@ def integrate_batch(
         targets: States near which to stop ("arrived", also where `absorbing` would stop), shape (m, d).
         radius: How near: the largest coordinate distance, each divided by its `scale`.
         scale: Unit of every coordinate for `radius`, shape () or (d,).
-        max_steps: Steps after which a start counts as failed.
+        max_steps: Steps after which a start counts as failed; sooner where the horizon is out of reach of its last 1000.
 
     Returns:
         Ends, times and statuses. A numerical failure is a status, never an exception.
@@ -183,7 +185,9 @@ def _parametrise(system: BoxSystem) -> tuple[str | None, np.ndarray]:
     renamed |= {f: sympy.Symbol(f"p{i}") for i, f in enumerate(floats)}
     symbols = {s for e in system.expressions for s in e.free_symbols}
     renamed |= {s: renamed[sympy.Symbol(s.name)] for s in symbols}  # symbols with assumptions of their own
-    parts, components = sympy.cse([sympy.sympify(e).xreplace(renamed) for e in system.expressions], order="none")
+    parts, components = sympy.cse(
+        [without_jumps(sympy.sympify(e)).xreplace(renamed) for e in system.expressions], order="none"
+    )
     try:
         lines = [f"{symbol} = {sympy.pycode(part)}" for symbol, part in parts]
         lines += [f"f{i} = 1.0 * ({sympy.pycode(component)})" for i, component in enumerate(components)]

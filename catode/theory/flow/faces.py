@@ -1,6 +1,6 @@
 """One trajectory of a projected flow on a box of any dimension, by an active set of faces.
 
-A stage has a fixed set of coordinates frozen on their faces, so that its right-hand side is smooth; `solve_ivp` runs it
+A stage has a fixed set of coordinates frozen on their faces, so that its right-hand side is smooth; the solver runs it
 up to the first event: a free coordinate arrives at a face, or the raw speed of a frozen one turns inwards. Excursions
 that begin and end between two steps are looked for on the dense output. `catode.theory.flow.integrate` is the way in.
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from catode.theory.flow._stage import Budget, first_crossing, solve_stage
 from catode.theory.flow.trajectory import FaceEvent, Trajectory
 from catode.theory.systems.box import BoxSystem
 
@@ -30,10 +31,14 @@ class ActiveSetRun:
         system: A field on a box.
         start: A state in the box, shape (d,).
         horizon: Time at which to stop.
-        options: Arguments of `solve_ivp`.
+        options: The tolerances, `rtol` and `atol`.
+        budget: Evaluations of the field that may be spent.
     """
 
-    def __init__(self, system: BoxSystem, start: np.ndarray, horizon: float, options: dict[str, Any]) -> None:
+    def __init__(
+        self, system: BoxSystem, start: np.ndarray, horizon: float, options: dict[str, Any], budget: Budget
+    ) -> None:
+        self.budget = budget
         self.system, self.horizon, self.options = system, horizon, options
         self.t, self.y = 0.0, start
         self.times, self.states = [np.zeros(1)], [start[None].copy()]
@@ -86,8 +91,6 @@ class ActiveSetRun:
 
     def _stage(self) -> str | None:
         """Integrate up to the next event; returns what went wrong."""
-        from scipy.integrate import solve_ivp
-
         free = np.flatnonzero(self.side == 0)
         whole = self.y.copy()
 
@@ -119,16 +122,21 @@ class ActiveSetRun:
             def call(t: float, x: np.ndarray, value: Callable[[np.ndarray], np.ndarray] = value) -> float:
                 return float(value(x))
 
-            call.terminal, call.direction = True, 1.0
+            call.direction = 1.0
             calls.append(call)
-        solution = solve_ivp(field, (self.t, self.horizon), self.y[free], events=calls, **self.options)
+        span = (self.t, self.horizon)
+        solution = solve_stage(field, span, self.y[free], calls, self.budget, **self.options)
         end = float(solution.t[-1])
         met = [k for k, found in enumerate(solution.t_events or ()) if found.size]
         fraction = np.arange(1, _REFINE + 1) / _REFINE
         fine = (solution.t[:-1, None] + np.diff(solution.t)[:, None] * fraction).ravel()
         inside = solution.sol(fine) if fine.size else np.empty((free.size, 0))
-        for k, (_, _, value) in enumerate(watched):
+        for k, (_, side, value) in enumerate(watched):
             found = self._passed(solution, value, fine, inside, end)
+            if found is None and end > self.t:
+                slack = 1e-2 * self.options["atol"] if side else 1e-12 * np.abs(value(solution.y)).max(initial=0.0)
+                found = first_crossing(solution, value, end, slack)
+                found = None if found == self.t else found
             if found is not None:
                 end, met = found, [k]
         began = self.t

@@ -3,6 +3,7 @@
 The projected field jumps where theta meets 0 or 1, so a solver that steps across loses its order. Here a trajectory is
 cut into stages on which everything is smooth: theta monotone inside the interval, or frozen on a face while the rest of
 the state moves. A stage ends at an event (theta reaches a face, its speed changes sign), located to rounding error.
+Where theta turns twice within one step of the solver, the step's interpolant shows it (`_stage.first_crossing`).
 
 Source: docs/mathematics.md section 3.
 """
@@ -13,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from catode._validate import check_interval, check_positive, check_real, check_shape, fail
+from catode._validate import check_int, check_interval, check_positive, check_real, check_shape, fail
+from catode.theory.flow._stage import MAX_EVALUATIONS, Budget, first_crossing, solve_stage
 from catode.theory.flow.faces import ActiveSetRun
 from catode.theory.flow.trajectory import FaceEvent, Trajectory
 from catode.theory.systems.box import BoxSystem
@@ -51,6 +53,7 @@ def integrate(
     events: bool = True,
     rtol: float = 1e-8,
     atol: float = 1e-10,
+    max_evaluations: int = MAX_EVALUATIONS,
 ) -> Trajectory:
     """Solve the projected ODE from one state.
 
@@ -67,6 +70,8 @@ def integrate(
             which "pruned" then means at 0 for ever. A `BoxSystem` has no theta and is always followed to the horizon.
         rtol: Relative tolerance of the solver.
         atol: Absolute tolerance of the solver.
+        max_evaluations: Evaluations of the field after which the trajectory counts as failed. A field that jumps is given
+            up before that, once its steps are so small that the horizon is out of reach.
 
     Returns:
         The trajectory. A numerical failure is a status, never an exception.
@@ -78,12 +83,13 @@ def integrate(
     horizon = check_positive("horizon", horizon)
     rtol = check_interval("rtol", rtol, 0.0, 0.1, True)
     atol = check_positive("atol", atol)
-    options = {"method": "DOP853", "rtol": rtol, "atol": atol, "dense_output": True}
+    options = {"rtol": rtol, "atol": atol}
+    budget = Budget(check_int("max_evaluations", max_evaluations, low=1))
     if isinstance(system, BoxSystem):
         start = system.check_inside("start", start)
         check_shape("start", start, f"({system.dimension},)", start.ndim == 1)
         with np.errstate(all="ignore"):
-            return ActiveSetRun(system, np.array(start), horizon, options).solve()
+            return ActiveSetRun(system, np.array(start), horizon, options, budget).solve()
     start = check_real("start", start, array=True)
     check_shape("start", start, "(d,) with d >= 2", start.ndim == 1 and start.size >= 2)
     if not 0.0 <= start[-1] <= 1.0:
@@ -94,13 +100,16 @@ def integrate(
     with np.errstate(all="ignore"):
         speed = np.asarray(system.field(start))
         check_shape("system.field(start)", speed, f"({start.size},), that of `start`", speed.shape == start.shape)
-        return _Run(system, horizon, options, start).solve(events)
+        return _Run(system, horizon, options, budget, start).solve(events)
 
 
 class _Run:
     """State of one integration: time, state, direction of theta, and the pieces collected so far."""
 
-    def __init__(self, system: Flow, horizon: float, options: dict[str, Any], start: np.ndarray) -> None:
+    def __init__(
+        self, system: Flow, horizon: float, options: dict[str, Any], budget: Budget, start: np.ndarray
+    ) -> None:
+        self.budget = budget
         self.system = system
         self.horizon = horizon
         self.options = options
@@ -162,12 +171,12 @@ class _Run:
         """Whether theta's speed points out of the face now and, with theta frozen there, for ever."""
         sign = 1.0 if face == 1.0 else -1.0
         limit = np.append(np.atleast_1d(self.system.rest(self.y)), face)
-        return sign * self._speed() > 0.0 and sign * float(self.system.field(limit)[-1]) >= 0.0
+        pushed = sign * self._speed() > 0.0 or (self._speed() == 0.0 and self._direction() == sign)
+        return pushed and sign * float(self.system.field(limit)[-1]) >= 0.0
 
     def _move(self, direction: int, face: float) -> str | None:
         """Integrate inside the interval until theta reaches `face`, its speed changes sign, or time is up."""
 
-        from scipy.integrate import solve_ivp
         from scipy.optimize import brentq
 
         def field(t: float, y: np.ndarray) -> np.ndarray:
@@ -179,9 +188,9 @@ class _Run:
         def turn(t: float, y: np.ndarray) -> float:
             return self.system.field(y)[-1]
 
-        arrive.terminal = turn.terminal = True
         arrive.direction, turn.direction = direction, -direction
-        solution = solve_ivp(field, (self.t, self.horizon), self.y, events=(arrive, turn), **self.options)
+        span, began = (self.t, self.horizon), self.t
+        solution = solve_stage(field, span, self.y, (arrive, turn), self.budget, **self.options)
         arrived, self.turned = solution.t_events[0].size > 0, solution.t_events[1].size > 0
         end, theta = solution.t[-1], solution.y[-1, -1]
         if not arrived and direction * (theta - face) >= 0.0 and end > self.t:
@@ -191,6 +200,13 @@ class _Run:
                 end = brentq(lambda t: solution.sol(t)[-1] - face, self.t, end, xtol=1e-15, rtol=1e-14)
         elif arrived:
             self.turned = False
+        slack = 1e-2 * self.options["atol"]
+        crossed = first_crossing(solution, lambda y: direction * (y[-1] - face), end, slack)
+        if crossed is not None and crossed > began:  # theta turned twice within a step, beyond the face
+            arrived, self.turned, end = True, False, crossed
+        crossed = first_crossing(solution, lambda y: direction * (1.0 - face - y[-1]), end, slack)
+        if crossed is not None and crossed > began:  # likewise, beyond the other face: it is on its way from there
+            arrived, self.turned, end, face = True, True, crossed, 1.0 - face
         self._append(solution, end, (), face if arrived else None)
         if arrived:
             self.events.append(FaceEvent(self.t, self.y.size - 1, "arrive"))
@@ -198,8 +214,6 @@ class _Run:
 
     def _slide(self, direction: int) -> str | None:
         """Integrate the other coordinates with theta frozen, until its speed points inwards or time is up."""
-        from scipy.integrate import solve_ivp
-
         theta = self.y[-1]
 
         def field(t: float, x: np.ndarray) -> np.ndarray:
@@ -208,10 +222,21 @@ class _Run:
         def turn(t: float, x: np.ndarray) -> float:
             return self.system.field(np.append(x, theta))[-1]
 
-        turn.terminal, turn.direction = True, -direction
-        solution = solve_ivp(field, (self.t, self.horizon), self.y[:-1], events=turn, **self.options)
-        self.turned = solution.t_events[0].size > 0
-        self._append(solution, solution.t[-1], (theta,), None)
+        def inward(x: np.ndarray) -> np.ndarray:
+            states = np.vstack([x, np.full(x.shape[1], theta)]).T
+            return -direction * np.asarray(self.system.field(states))[:, -1]
+
+        turn.direction = -direction
+        began = self.t
+        span = (began, self.horizon)
+        solution = solve_stage(field, span, self.y[:-1], (turn,), self.budget, **self.options)
+        self.turned, end = solution.t_events[0].size > 0, solution.t[-1]
+        if end > began:
+            paces = np.abs(inward(solution.y)).max(initial=0.0)
+            crossed = first_crossing(solution, inward, end, 1e-12 * paces)
+            if crossed is not None and crossed > began:  # its speed turned inwards and back within a step
+                self.turned, end = True, crossed
+        self._append(solution, end, (theta,), None)
         if self.turned:
             self.events.append(FaceEvent(self.t, self.y.size - 1, "leave"))
         return self._failure(solution)

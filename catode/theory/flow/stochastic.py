@@ -16,6 +16,7 @@ Source: docs/mathematics.md sections 3 (iterates and their limit) and 6.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -63,12 +64,29 @@ class Noise:
             ValueError: if `limit` is not positive.
         """
         limit = check_positive("limit", limit)
-        return Noise(
-            f"{self.name} clipped at {limit:g}", lambda rng, shape: np.clip(self.sample(rng, shape), -limit, limit)
-        )
+        return Noise(f"{self.name} clipped at {limit:g}", functools.partial(_draw_clipped, self.sample, limit))
 
 
-NORMAL = Noise("normal", lambda rng, shape: rng.standard_normal(shape))
+# Functions of the module and not closures, so that a Noise can be pickled and sent to another process.
+
+
+def _draw_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape)
+
+
+def _draw_clipped(sample: Any, limit: float, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.clip(sample(rng, shape), -limit, limit)
+
+
+def _draw_t(scale: float, degrees: float, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return scale * rng.standard_t(degrees, shape)
+
+
+def _draw_jump(p: float, jump: float, rest: float, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.where(rng.random(shape) < p, jump, rest)
+
+
+NORMAL = Noise("normal", _draw_normal)
 """Normal noise: what the bound with Phi assumes."""
 
 
@@ -83,7 +101,7 @@ def student_t(degrees: float) -> Noise:
     """
     degrees = check_interval("degrees", degrees, 2.0, np.inf, True, True, hint="The variance is infinite otherwise.")
     scale = math.sqrt((degrees - 2.0) / degrees)
-    return Noise(f"t({degrees:g})", lambda rng, shape: scale * rng.standard_t(degrees, shape))
+    return Noise(f"t({degrees:g})", functools.partial(_draw_t, scale, degrees))
 
 
 def skewed(probability: float, side: int = 1) -> Noise:
@@ -99,9 +117,7 @@ def skewed(probability: float, side: int = 1) -> Noise:
     p = check_interval("probability", probability, 0.0, 1.0, True, True)
     side = check_choice("side", side, (1, -1))
     jump, rest = side * math.sqrt((1.0 - p) / p), -side * math.sqrt(p / (1.0 - p))
-    return Noise(
-        f"jumps {'up' if side > 0 else 'down'}, p={p:g}", lambda rng, shape: np.where(rng.random(shape) < p, jump, rest)
-    )
+    return Noise(f"jumps {'up' if side > 0 else 'down'}, p={p:g}", functools.partial(_draw_jump, p, jump, rest))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -275,6 +275,9 @@ class GatedNetwork:
             total += probability.xreplace(values).doit() * expression.xreplace(values)
         return total
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_compiled"}  # made again where needed
+
     @functools.cached_property
     def _compiled(self) -> dict[int, Any]:
         return {}

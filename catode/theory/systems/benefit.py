@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from catode._validate import check_interval, check_real, check_state, fail
-from catode.theory.systems.planar import PlanarSystem, check_fields, growth_rate, linear_rest
+from catode.theory.systems.planar import PlanarSystem, check_fields, drift_reaches_decay, growth_rate, linear_rest
 
 __all__ = ["BenefitSystem"]
 
@@ -81,7 +81,7 @@ class BenefitSystem(PlanarSystem):
     def empty(self) -> bool:
         """Whether D is empty: drift too strong for the decay (with decay), or for the price (without)."""
         if self.decay > 0.0:
-            return self.drift >= self.decay * self.price
+            return bool(drift_reaches_decay(self.drift, self.decay, self.price))
         return self.drift >= self.growth_rate * self.price
 
     def field(self, state: Any) -> np.ndarray:

@@ -5,13 +5,14 @@ Source: docs/mathematics.md section 3, where the box is [0, 1] for theta; here e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from catode._validate import check_real, check_shape, fail
+from catode.theory.systems._expressions import read_expressions
 from catode.theory.systems.planar import PlanarSystem
 
 __all__ = ["BoxSystem", "as_box"]
@@ -82,34 +83,20 @@ class BoxSystem:
         Raises:
             ValueError: if an expression cannot be read or holds a symbol that is no coordinate, or for a wrong box.
         """
-        import sympy
-        from sympy.core.function import AppliedUndef
-
-        symbols = sympy.symbols(coordinates, seq=True) if isinstance(coordinates, str) else list(coordinates)
-        if len(set(symbols)) != len(symbols):
-            fail("coordinates", "be different", [str(s) for s in symbols])
-        try:
-            values = sympy.sympify(expressions, locals={str(s): s for s in symbols})
-        except (sympy.SympifyError, SyntaxError, TypeError, AttributeError) as error:
-            hint = f"{(str(error).splitlines() or ['It is empty'])[0]}."
-            fail("expressions", "be sympy expressions or text that sympy reads", expressions, hint=hint)
-        values = tuple(values) if isinstance(values, (tuple, list, sympy.Tuple, sympy.MatrixBase)) else (values,)
-        unfit = [value for value in values if not isinstance(value, sympy.Expr) or value.has(AppliedUndef)]
-        if unfit:
-            fail("expressions", "be sympy expressions of known functions", unfit[0])
-        if len(values) != len(symbols):
-            fail("expressions", f"be one for each of {len(symbols)} coordinates", values)
-        foreign = set().union(*(value.free_symbols for value in values)) - set(symbols)
-        if foreign:
-            fail("expressions", f"hold no other symbols than {', '.join(map(str, symbols))}", sorted(map(str, foreign)))
+        symbols, values, velocity, derivative = read_expressions(coordinates, expressions)
         return cls(
-            velocity=_vectorise(symbols, values, (len(values),)),
-            derivative=_vectorise(symbols, sympy.Matrix(values).jacobian(symbols), (len(values), len(values))),
+            velocity=velocity,
+            derivative=derivative,
             lower=lower,
             upper=upper,
             names=tuple(map(str, symbols)),
             expressions=values,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for end in (self.lower, self.upper):
+            end.setflags(write=False)  # pickle does not keep that
 
     @property
     def dimension(self) -> int:
@@ -167,42 +154,35 @@ class BoxSystem:
         """Try the field on a few states of the box."""
         low = np.where(np.isfinite(self.lower), self.lower, np.minimum(-1.0, self.upper - 1.0))
         high = np.where(np.isfinite(self.upper), self.upper, np.maximum(1.0, low + 1.0))
-        states = low + np.linspace(0.1, 0.9, 3)[:, None] * (high - low)
+        count = self.dimension + 2  # never d: a field that takes states the other way round would pass with d of them
+        states = low + np.linspace(0.1, 0.9, count)[:, None] * (high - low)
+        hint = "Index the last axis, state[..., 0]; for a field of one state use state.T inside it."
+        take = f"take states of shape (..., {self.dimension})"
         try:
             with np.errstate(all="ignore"):  # reported below
-                speed = self.field(states)
-        except (TypeError, ValueError, IndexError) as error:
-            fail(
-                "velocity", f"take states of shape (..., {self.dimension})", self.velocity, hint=f"It raised: {error}."
-            )
+                speed, alone = self.field(states), self.field(states[1])
+        except Exception as error:  # the user's own code: whatever it raises is said in one line
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            fail("velocity", take, self.velocity, hint=f"It raised {type(error).__name__}: {reason}. {hint}")
         if speed.shape != states.shape:
-            fail("velocity", f"return shape {states.shape} for states of that shape", speed.shape)
+            fail("velocity", f"return shape {states.shape} for states of that shape", speed.shape, hint=hint)
+        if alone.shape != (self.dimension,):
+            fail("velocity", f"return shape ({self.dimension},) for one state", alone.shape, hint=hint)
         if not np.isfinite(speed).all():
             i = int(np.argwhere(~np.isfinite(speed))[0, 0])
             fail("velocity", f"be finite in the box, e.g. at {states[i].tolist()}", speed[i].tolist())
+        if not np.allclose(alone, speed[1], rtol=1e-6, atol=1e-6 * float(np.abs(speed).max())):
+            fail("velocity", "give a state the same speed alone and among others", alone.tolist(), hint=hint)
+        if self.derivative is None:
+            return
         shape = (*states.shape, self.dimension)
-        if self.derivative is not None and np.shape(self.derivative(states)) != shape:
-            fail(
-                "derivative",
-                f"return shape {shape} for states of shape {states.shape}",
-                np.shape(self.derivative(states)),
-            )
-
-
-def _vectorise(symbols: Sequence[Any], expressions: Any, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
-    """Sympy expressions as one function of states (..., d) with values of shape (..., *shape)."""
-    import sympy
-
-    function = sympy.lambdify(symbols, list(expressions), "numpy", cse=True)
-
-    def evaluate(state: np.ndarray) -> np.ndarray:
-        values = function(*np.moveaxis(state, -1, 0))
-        out = np.empty((*state.shape[:-1], len(values)))
-        for i, value in enumerate(values):
-            out[..., i] = value
-        return out.reshape(*state.shape[:-1], *shape)
-
-    return evaluate
+        try:
+            with np.errstate(all="ignore"):
+                found = np.shape(self.derivative(states))
+        except Exception as error:  # likewise
+            fail("derivative", take, self.derivative, hint=f"It raised {type(error).__name__}: {error}.")
+        if found != shape:
+            fail("derivative", f"return shape {shape} for states of shape {states.shape}", found)
 
 
 def as_box(system: BoxSystem | PlanarSystem) -> BoxSystem:

@@ -138,7 +138,10 @@ class UnitSystem(_NormSystem):
 
     @property
     def growth_rate(self) -> float:
-        return float(np.sqrt(2.0 * self.rate_ratio * self.benefit_slope * self.price))
+        product = 2.0 * self.rate_ratio * self.benefit_slope * self.price
+        if 1e-290 < product < 1e290:
+            return float(np.sqrt(product))
+        return float(np.sqrt(2.0 * self.rate_ratio) * np.sqrt(self.benefit_slope) * np.sqrt(self.price))
 
     def field(self, state: Any) -> np.ndarray:
         state = np.asarray(state, dtype=np.float64)

@@ -18,7 +18,17 @@ import numpy as np
 
 from catode._validate import check_nonnegative, check_positive, check_state
 
-__all__ = ["PlanarSystem", "check_fields", "growth_rate", "linear_rest"]
+__all__ = [
+    "PlanarSystem",
+    "check_fields",
+    "drift_reaches_decay",
+    "growth_rate",
+    "linear_rest",
+    "outside_range",
+    "scaled_growth_rate",
+]
+
+_TINY = 1e-290  # a product below this, or above its inverse, has lost digits or soon will
 
 
 def growth_rate(decay: Any, rate_ratio: Any, gain: Any, memory: Any = 0.0) -> Any:
@@ -37,7 +47,14 @@ def growth_rate(decay: Any, rate_ratio: Any, gain: Any, memory: Any = 0.0) -> An
     Returns:
         mu in 1/time, broadcast over the arguments; 0 where the gain is 0.
     """
-    product = np.multiply(rate_ratio, gain)
+    with np.errstate(over="ignore", under="ignore"):
+        product = np.multiply(rate_ratio, gain)
+    extreme = outside_range(rate_ratio, gain)
+    if np.any(extreme):
+        unit, ratio = scaled_growth_rate(decay, rate_ratio, gain, memory)
+        safe = growth_rate(decay, np.where(extreme, 1.0, rate_ratio), np.where(extreme, 1.0, gain), memory)
+        with np.errstate(under="ignore"):
+            return np.where(extreme, unit * ratio, safe)
     total = decay + np.hypot(decay, 2.0 * np.sqrt(product))
     rate = 2.0 * product / np.where(total > 0.0, total, 1.0)
     if not np.any(memory):
@@ -50,6 +67,54 @@ def growth_rate(decay: Any, rate_ratio: Any, gain: Any, memory: Any = 0.0) -> An
         if np.all(np.abs(step) <= 1e-15 * rate):
             break
     return np.maximum(rate, 0.0)
+
+
+def outside_range(rate_ratio: Any, gain: Any) -> Any:
+    """Whether the product rho q of two positive numbers leaves the range in which floats keep their digits."""
+    with np.errstate(over="ignore", under="ignore"):
+        product = np.multiply(rate_ratio, gain)
+    return (np.asarray(rate_ratio) > 0.0) & (np.asarray(gain) > 0.0) & ((product < _TINY) | (product > 1.0 / _TINY))
+
+
+def scaled_growth_rate(decay: Any, rate_ratio: Any, gain: Any, memory: Any = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """The growth rate as a product of two numbers, neither of which needs rho q: mu = sqrt(rho q) m.
+
+    m solves m (m + A) (1 + S m) = 1 with A = a / sqrt(rho q) and S = T sqrt(rho q).
+
+    Source: docs/mathematics.md section 4, in units of sqrt(rho q).
+
+    Args:
+        decay: Decay a of the size, 1/time, non-negative.
+        rate_ratio: Speed rho of theta, 1/(nats time), positive.
+        gain: Product q of the two couplings, nats/time, positive.
+        memory: Time constant T of the pool, time.
+
+    Returns:
+        sqrt(rho q) in 1/time, and m.
+    """
+    with np.errstate(all="ignore"):
+        unit = np.sqrt(rate_ratio) * np.sqrt(gain)
+        ratio = 2.0 * unit / (decay + np.hypot(decay, 2.0 * unit))
+        delay = np.multiply(memory, unit)
+        for _ in range(60 if np.any(memory) else 0):
+            square = ratio * ratio + ratio * np.divide(decay, unit)
+            value = square * (1.0 + delay * ratio) - 1.0
+            slope = (2.0 * ratio + np.divide(decay, unit)) * (1.0 + delay * ratio) + delay * square
+            step = np.where(np.isfinite(value) & np.isfinite(slope), value / slope, 0.0)
+            ratio = ratio - step
+            if np.all(np.abs(step) <= 1e-15 * ratio):
+                break
+    return unit, ratio
+
+
+def drift_reaches_decay(drift: Any, decay: Any, price: Any) -> Any:
+    """Whether the drift reaches decay times price, so that nothing holds the benefit below the price.
+
+    Equality counts as reached even where the three numbers were rounded on the way: .005 reaches .05 times .1.
+    """
+    with np.errstate(under="ignore"):
+        level = np.multiply(decay, price) * (1.0 - 4.0 * np.finfo(np.float64).eps)
+    return (np.asarray(decay) > 0.0) & (np.asarray(drift) > 0.0) & (np.asarray(drift) >= level)
 
 
 class PlanarSystem(abc.ABC):

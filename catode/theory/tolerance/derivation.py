@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from catode._validate import check_broadcast, check_interval, check_nonnegative, check_positive, check_real
-from catode.theory.systems.planar import growth_rate
+from catode.theory.systems.planar import drift_reaches_decay, growth_rate, outside_range, scaled_growth_rate
 from catode.theory.tolerance.result import Tolerance, frozen
 
 __all__ = ["commit_alarm", "derive", "escape_probability"]
@@ -118,9 +118,10 @@ def derive(
 
     inputs["risk"] = check_interval("risk", risk, 0.0, 0.5, True, True, array=True, hint="Choose e.g. 0.05.")
     inputs = _broadcast(inputs)
-    separatrix, spread, hopeless = _boundary(**{name: inputs[name] for name in _INPUTS})
-    with np.errstate(invalid="ignore"):
-        values = np.minimum(separatrix + ndtri(inputs["risk"]) * spread, 1.0)
+    separatrix, spread, unit, hopeless = _boundary(**{name: inputs[name] for name in _INPUTS})
+    with np.errstate(invalid="ignore", over="ignore"):
+        values = np.minimum((separatrix + ndtri(inputs["risk"]) * spread) / unit, 1.0)
+        separatrix = separatrix / unit
     values = np.where(hopeless, -np.inf, values)
     return Tolerance(frozen(values), frozen(separatrix), inputs, "derived")
 
@@ -185,8 +186,8 @@ def escape_probability(
     inputs["keep_prob"] = check_interval("keep_prob", keep_prob, 0.0, 1.0, array=True)
     inputs = _broadcast(inputs)
     theta = inputs.pop("keep_prob")
-    separatrix, spread, hopeless = _boundary(**inputs)
-    distance = separatrix - theta
+    separatrix, spread, unit, hopeless = _boundary(**inputs)
+    distance = separatrix - theta * unit
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         exact = np.where(distance > 0.0, np.inf, -np.inf)
         score = np.where(np.isinf(separatrix) | (spread == 0.0), exact, distance / spread)
@@ -235,6 +236,9 @@ def commit_alarm(
     gap = inputs["benefit"] - inputs["price"]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         exponent = -2.0 * inputs["rate_ratio"] * gap / np.square(inputs["noise"])
+        lost = (np.square(inputs["noise"]) < 1e-290) | (np.abs(inputs["rate_ratio"] * gap) < 1e-290)
+        careful = -2.0 * (inputs["rate_ratio"] / inputs["noise"]) * (gap / inputs["noise"])
+        exponent = np.where(lost, careful, exponent)
         alarm = np.minimum(inputs["steps_left"] * np.exp(exponent), 1.0)
     return np.where(gap > 0.0, alarm, 1.0)
 
@@ -279,8 +283,10 @@ def _boundary(
     step_time: np.ndarray,
     memory: np.ndarray,
     pooled: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Separatrix, standard deviation of its crossing (in theta), and where no claim can be made at all.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Separatrix, standard deviation of its crossing, the unit of both (in theta), and where no claim can be made at all.
+
+    The unit is 1, and the gain where rate ratio times gain is out of the range of floats.
 
     The spread is s_V / (q sqrt(mu (2 + tau mu))). For gain = 0 both are limits for gain -> 0, where any positive gain
     is a valid bound; the separatrix grows (or falls) faster than the spread unless decay = 0 and the benefit is noisy.
@@ -289,7 +295,11 @@ def _boundary(
     room = decay * price - drift
     gap = price - np.maximum(benefit, 0.0) + (rate + decay) * memory * (price - np.maximum(pooled, 0.0))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        separatrix = (rate * gap + room) / gain
+        total = rate * gap + room
+        total = np.where(
+            np.abs(total) <= 4.0 * np.finfo(np.float64).eps * (np.abs(rate * gap) + decay * price + drift), 0.0, total
+        )
+        separatrix = total / gain
         seen = (
             rate * (rate + decay) / (rate_ratio * gain)
         )  # share of the noise of theta that passes the pool: 1 / (1 + T mu)
@@ -299,5 +309,16 @@ def _boundary(
         wide = np.where(decay > 0.0, room, np.where(drift > 0.0, -1.0, gap)) > 0.0
         separatrix = np.where(flat, np.where(wide, np.inf, -np.inf), separatrix)
         spread = np.where(flat, 0.0, spread)
-    hopeless = (benefit >= price) | ((decay > 0.0) & (room <= 0.0)) | (flat & (decay == 0.0) & (benefit_noise > 0.0))
-    return separatrix, spread, hopeless
+    unit = np.ones_like(gain)
+    extreme = outside_range(rate_ratio, gain)
+    if np.any(extreme):
+        with np.errstate(all="ignore"):
+            root, ratio = scaled_growth_rate(decay, rate_ratio, gain, memory)
+            pace = np.sqrt(root) * np.sqrt(ratio)  # sqrt(mu), also where mu itself is too small for a float
+            share = 1.0 / (1.0 + memory * root * ratio)
+            noisy = (share * noise * gain / pace + pace * benefit_noise) / np.sqrt(2.0 + step_time * rate)
+        separatrix, spread = np.where(extreme, total, separatrix), np.where(extreme, noisy, spread)
+        unit = np.where(extreme, gain, unit)
+    hopeless = (benefit >= price) | drift_reaches_decay(drift, decay, price)
+    hopeless |= flat & (decay == 0.0) & (benefit_noise > 0.0)
+    return separatrix, spread, unit, hopeless

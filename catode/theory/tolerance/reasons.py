@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from catode.theory.systems.planar import drift_reaches_decay
+
 __all__ = ["explain"]
 
 
@@ -30,7 +32,7 @@ def explain(
             f"Not safe: the benefit may be {benefit:.4g} nats, not below the price {price:.4g}; "
             "measure the benefit more precisely, or raise the price."
         )
-    if decay > 0.0 and drift >= decay * price:
+    if drift_reaches_decay(drift, decay, price):
         return (
             f"Not safe: the drift {drift:.4g} is not below decay times price, {decay * price:.4g}, so no domain of "
             "attraction is certain; measure the drift once it has fallen, or give decay=0 for the claim that theta "
@@ -61,7 +63,7 @@ def explain(
             f"Safe to remove at or below {value:.6g}: the separatrix {separatrix:.4g} less a noise margin of "
             f"{separatrix - value:.4g} at risk {risk:g}."
         )
-    scale = (rate_ratio * gain) ** 0.25
+    scale = rate_ratio**0.25 * gain**0.25
     needed = z * (noise / rate_ratio * scale / np.sqrt(2.0) + benefit_noise / np.sqrt(2.0) / scale)
     return (
         f"Not safe: the noise margin {separatrix - value:.4g} at risk {risk:g} is not below the separatrix "

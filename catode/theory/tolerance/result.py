@@ -98,7 +98,10 @@ class Tolerance:
         Raises:
             ValueError: if `text` is not JSON of that form.
         """
-        record = json.loads(text)
+        try:
+            record = json.loads(text)
+        except RecursionError:
+            fail("text", "not be nested too deeply to be a tolerance", text, hint="Write it with `Tolerance.to_json`.")
         keys = {"origin", "values", "separatrix", "inputs"}
         if not isinstance(record, dict) or record.keys() != keys or not isinstance(record["inputs"], dict):
             fail("text", f"hold the keys {sorted(keys)}", text, hint="Write it with `Tolerance.to_json`.")
