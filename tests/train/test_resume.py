@@ -254,12 +254,12 @@ def other_run(path):
 
 
 DAMAGES = [
-    (truncate, "it is cut short, or no checkpoint"),
+    (truncate, "it is cut short, or no file of torch.save"),
     (zero, "checksum of"),
-    (rewrite, "it is cut short, or no checkpoint"),
-    (empty, "it is cut short, or no checkpoint"),
+    (rewrite, "it is cut short, or no file of torch.save"),
+    (empty, "it is cut short, or no file of torch.save"),
     (other_zip, "it cannot be read (RuntimeError: "),
-    (legacy, "it is cut short, or no checkpoint"),
+    (legacy, "it is cut short, or no file of torch.save"),
     (lambda path: change(path, format=0), "it is in format 0, this version of catode reads format"),
     (other_tool, "it is not a checkpoint of catode"),
     (tensor, "it is not a checkpoint of catode"),

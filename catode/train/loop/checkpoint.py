@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from catode.prune import cut
-from catode.train.models import resnets
+from catode.train.models import resnets, weights
 
 PART = ".part"  # ending of a file that is being written
 STRUCTURE = dict(
@@ -119,7 +119,7 @@ def load_state(folder: Path, check: Callable[[dict], None] = lambda state: None)
 def _reason(error: Exception) -> str:
     """Why a state cannot be used, in one line."""
     if isinstance(error, zipfile.BadZipFile):
-        return "it is cut short, or no checkpoint"
+        return "it is cut short, or no file of torch.save"
     if isinstance(error, pickle.UnpicklingError):  # whose message tells how to load it unsafely
         return "it holds more than tensors, numbers and text"
     if type(error) is ValueError:
@@ -128,10 +128,7 @@ def _reason(error: Exception) -> str:
 
 
 def _whole_state(path: Path) -> dict:
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise ValueError(f"checksum of {broken} is wrong")
+    weights.check_archive(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError("it is not a checkpoint of catode")
@@ -227,6 +224,7 @@ def load(folder: str | os.PathLike) -> nn.Module:
     folder = Path(folder)
     structure = read_structure(folder)
     try:
+        weights.check_archive(folder / "model.pt")
         model = fresh(structure)
         cut.restrict(model, model.structures(), structure["blocks"])
         model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
