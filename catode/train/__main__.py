@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 128 and its number after a signal.
+        The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 3 for a finished run that missed its
+        target, 128 and its number after a signal.
     """
     config, problem = None, ""
     try:
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if setup is None:
                 raise
             return _end(group, 130, f"interrupted; go on with --resume {setup.config.out}")
-        return _end(group, 0, summary(folder) if group.leads else "", sys.stdout)
+        missed = group.leads and bool(_missed(folder))
+        return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
 
 
 def _alone() -> bool:
@@ -83,6 +85,13 @@ def _end(group: Group, status: int, text: str, file: TextIO | None = None) -> in
     if group.leads:
         print(text, file=file or sys.stderr)
     return status
+
+
+def _missed(folder: Path) -> str:
+    """What is left of the network instead of the target; empty where it was met."""
+    from catode.report.report import missed_target
+
+    return missed_target(*(json.loads((folder / name).read_text()) for name in ("config.json", "result.json")))
 
 
 def summary(folder: Path) -> str:
@@ -105,6 +114,8 @@ def summary(folder: Path) -> str:
         lines.append(f"latency  {before:.2f} -> {after:.2f} ms ({after / before:.1%}, batch {batch})")
     lines.append(f"waiting  {waiting(folder)} of the steps' time, for images")
     lines.append(f"report   {folder / 'report.md'}")
+    if missed := _missed(folder):
+        lines.append(f"target   missed: {missed}; train longer, or choose a larger share")
     return "\n".join(lines)
 
 
