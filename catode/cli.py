@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("catode.train.__main__", "train a network once, pruning on the way, and keep the compact network"),
     "theory": ("catode.theory.__main__", "derive a tolerance, say why, and draw it"),
     "export": ("catode.export", "the compact network of a run as a program for elsewhere, or its latency here"),
+    "report": ("catode.report.__main__", "the report of a finished run, made again"),
     "compare": ("catode.report.compare", "what became of every decision, over one or many runs"),
 }
 """Module, whose ``main(argv)`` returns the exit status, and summary of each command; ``python -m`` runs the same."""

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -33,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {problem}", file=sys.stderr)
             return 2
     from catode.prune.devices import distributed
-    from catode.report import report
     from catode.train import data, loop
     from catode.train.loop import preflight
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _end(group, 2, f"error: {problem}")
             if setup.config.dry_run:
                 return _end(group, 0, preflight.table(setup), sys.stdout)
-            folder = loop.train(setup, at_end=report.write)
+            folder = loop.train(setup, at_end=_report)
         except ConfigError as error:  # another process is at work in the folder
             return _end(group, 2, f"error: {error}")
         except (loop.NotFinite, distributed.Disagreement) as error:
@@ -87,6 +87,20 @@ def _end(group: Group, status: int, text: str, file: TextIO | None = None) -> in
     return status
 
 
+def _report(folder: Path) -> None:
+    """Make the report of a run that is finished but for that; what goes wrong costs a line, not the run."""
+    from catode.report import report
+
+    try:
+        report.write(folder)
+    except Exception as error:  # of a damaged file, a full disk, a drawing library
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        print(
+            f"warning: the run is finished, but its report failed: {reason}. Make it again with catode report {folder}",
+            file=sys.stderr,
+        )
+
+
 def _missed(folder: Path) -> str:
     """What is left of the network instead of the target; empty where it was met."""
     from catode.report.report import missed_target
@@ -112,8 +126,10 @@ def summary(folder: Path) -> str:
     for batch, key in ((1, "ms"), (128, "ms_128")):
         before, after = result[f"latency_dense_{key}"], result[f"latency_{key}"]
         lines.append(f"latency  {before:.2f} -> {after:.2f} ms ({after / before:.1%}, batch {batch})")
-    lines.append(f"waiting  {waiting(folder)} of the steps' time, for images")
-    lines.append(f"report   {folder / 'report.md'}")
+    with suppress(ValueError, OSError):  # of a damaged table, which the report told of
+        lines.append(f"waiting  {waiting(folder)} of the steps' time, for images")
+    if (folder / "report.md").exists():
+        lines.append(f"report   {folder / 'report.md'}")
     if missed := _missed(folder):
         lines.append(f"target   missed: {missed}; train longer, or choose a larger share")
     return "\n".join(lines)

@@ -24,9 +24,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from catode import cli
+from catode.report.report import write as write_report
 from catode.train import loop, models
 from catode.train.__main__ import main
 from catode.train.loop import checkpoint, lock
+from catode.train.loop.checkpoint import states
+from catode.train.loop.tables import TABLES
 from catode.train.settings.commandline import parse
 from catode.train.settings.config import Config, ConfigError
 from catode.train.stop import Stop, Stopped
@@ -362,6 +366,18 @@ def other_images(folder):
         change(path, images=1)
 
 
+def changed(name, place, content):
+    """Damage a byte of a table, within what the oldest checkpoint of the run saw."""
+
+    def damage(folder):
+        length = min(torch.load(path, weights_only=True)["lengths"][TABLES.index(name)] for path in states(folder))
+        table = bytearray((folder / name).read_bytes())
+        table[int(place * length)] = content
+        (folder / name).write_bytes(table)
+
+    return damage
+
+
 def half_config(folder):
     truncate_to = (folder / "config.json").read_text()[:60]
     (folder / "config.json").write_text(truncate_to)
@@ -373,6 +389,9 @@ REFUSED = [
     (other_seed, "it is of a run with another seed"),
     (short_table, "metrics.csv is shorter than it was then"),
     (lost_table, "structures.csv is shorter than it was then"),
+    (changed("metrics.csv", 0.9, ord("x")), "metrics.csv is damaged, its first"),
+    (changed("metrics.csv", 0.0, 0xFF), "metrics.csv is damaged, its first"),
+    (changed("structures.csv", 0.5, 0), "structures.csv is damaged, its first"),
     (other_images, "`data_dir` must hold the images that the run began with; got other files or other labels"),
     (half_config, "`config.json` must be valid JSON"),
 ]
@@ -410,6 +429,53 @@ def test_a_finished_run_is_not_resumed_but_one_without_its_report_is(ungated, tm
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
     assert (tmp_path / "run" / "report.md").read_text() == "written"
     assert_same_end(tmp_path / "run", folder)
+
+
+def test_a_table_damaged_behind_the_older_checkpoint_costs_the_newer_one(pruned, tmp_path, monkeypatch, capsys):
+    flags, expected = pruned
+    folder = tmp_path / "run"
+    cut_off(monkeypatch, flags, folder, 11)
+    newest, before = states(folder)
+    (length, _), (earlier, _) = (torch.load(path, weights_only=True)["lengths"] for path in (newest, before))
+    assert earlier < length
+    table = bytearray((folder / "metrics.csv").read_bytes())
+    table[length - 1] ^= 1
+    (folder / "metrics.csv").write_bytes(table)
+    assert main(["--resume", str(folder), "--threads", "1"]) == 0
+    assert f"warning: {newest.name} is passed over: metrics.csv is damaged" in capsys.readouterr().err
+    assert_same_end(folder, expected)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("metrics.csv must hold numbers"), OSError(28, "No space left on device"), IndexError()]
+)
+def test_a_failing_report_never_costs_the_run(error, ungated, tmp_path, monkeypatch, capsys):
+    flags, expected = ungated
+    folder = tmp_path / "run"
+
+    def fail(folder):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("catode.report.report.write", fail)
+        assert main([*flags, "--out", str(folder)]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line and "step/s" not in line]
+    reason = (str(error) or "IndexError").rstrip(".")
+    hint = f"Make it again with catode report {folder}"
+    assert told == [f"warning: the run is finished, but its report failed: {reason}. {hint}"]
+    assert not states(folder) and not (folder / "report.md").exists()
+    assert_same_end(folder, expected)
+
+
+def test_a_report_is_made_again(ungated, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(ungated[1], tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("catode.report.report.write", write_report)
+        assert cli.main(["report", str(folder)]) == 0
+        assert capsys.readouterr().out == f"report {folder / 'report.md'}\n" and (folder / "report.md").exists()
+        (folder / "metrics.csv").write_text("nonsense")
+        assert cli.main(["report", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {folder / 'metrics.csv'} must have the column")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit for the size of files")

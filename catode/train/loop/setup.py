@@ -20,7 +20,7 @@ from catode.prune.devices.timing import check_compile, keep_freed_memory
 from catode.train import data
 from catode.train.loop import board, checkpoint, lock
 from catode.train.loop.optimization import AMP
-from catode.train.loop.tables import TABLES
+from catode.train.loop.tables import TABLES, checksum
 from catode.train.models import resnets, weights
 from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
@@ -36,6 +36,7 @@ STATE_FIELDS = (
     "images",
     "sums",
     "lengths",
+    "checksums",
     "momentum",
     "scaler",
     "pruner",
@@ -212,7 +213,7 @@ def _state_of(config: Config) -> dict | None:
         print(f"warning: {name} is passed over: {reason}", file=sys.stderr)
     metrics = folder / "metrics.csv"
     # one epoch's row may have been written before its state was
-    if state is None and metrics.exists() and metrics.read_text().count("\n") > 2:
+    if state is None and metrics.exists() and metrics.read_bytes().count(b"\n") > 2:
         raise ValueError(
             f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs but none. "
             "Start the run anew in another folder."
@@ -233,6 +234,8 @@ def _check_state(config: Config, folder: Path, state: dict) -> None:
     other = sorted(name for name in own | state["config"] if own.get(name) != state["config"].get(name))
     if other:
         raise ValueError(f"it is of a run with another {', '.join(other)}")
-    for name, length in zip(TABLES, state["lengths"], strict=True):
+    for name, length, expected in zip(TABLES, state["lengths"], state["checksums"], strict=True):
         if not (folder / name).is_file() or (folder / name).stat().st_size < length:
             raise ValueError(f"{name} is shorter than it was then")
+        if checksum(folder / name, length) != expected:
+            raise ValueError(f"{name} is damaged, its first {length} bytes are not what they were then")

@@ -156,10 +156,10 @@ class Trainer:
             (folder / "env.json").write_text(json.dumps(own, indent=2) + "\n")
             if setup.step_times is not None and state is None:
                 checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
-        lengths = state["lengths"] if state and self.group.leads else [None, None]
         tables = folder if self.group.leads else None
-        self.metrics = CsvTable(tables, TABLES[0], METRIC_FIELDS, lengths[0])
-        self.structures = CsvTable(tables, TABLES[1], ROW_FIELDS, lengths[1])
+        ends = [*zip(state["lengths"], state["checksums"], strict=True)] if state and self.group.leads else [(), ()]
+        self.metrics = CsvTable(tables, TABLES[0], METRIC_FIELDS, *ends[0])
+        self.structures = CsvTable(tables, TABLES[1], ROW_FIELDS, *ends[1])
         self.history: list[float] = []
         self.unread: list[torch.Tensor] = []
         self.loss = math.nan  # of the last step that was read
@@ -413,6 +413,7 @@ class Trainer:
                 **{name: getattr(self, name) for name in PROGRESS},
                 "sums": {**self.sums.state(), "right": right.cpu()},
                 "lengths": [self.metrics.length(), self.structures.length()],
+                "checksums": [self.metrics.checksum, self.structures.checksum],
                 "momentum": momentum,
                 "scaler": self.scaler.state_dict(),
                 "pruner": self.pruner.state_dict() if self.pruner else None,
