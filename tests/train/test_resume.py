@@ -383,6 +383,17 @@ def half_config(folder):
     (folder / "config.json").write_text(truncate_to)
 
 
+def in_place_of_config(content):
+    def spoil(folder):
+        (folder / "config.json").unlink()
+        if content is None:
+            (folder / "config.json").symlink_to(folder.parent)
+        else:
+            (folder / "config.json").write_bytes(content)
+
+    return spoil
+
+
 REFUSED = [
     (nothing_left, "which has epochs but none"),
     (all_damaged, "must name a run with a good checkpoint"),
@@ -394,6 +405,13 @@ REFUSED = [
     (changed("structures.csv", 0.5, 0), "structures.csv is damaged, its first"),
     (other_images, "`data_dir` must hold the images that the run began with; got other files or other labels"),
     (half_config, "`config.json` must be valid JSON"),
+    (in_place_of_config(b"[" * 100_000), "config.json"),
+    (in_place_of_config(b"[1, 2]"), "got list"),
+    (in_place_of_config(b"null"), "got NoneType"),
+    (in_place_of_config(b'{"arch": "\xff"}'), "`config.json` must be a text that can be read"),
+    (in_place_of_config(b'{"seed": ' + b"9" * 5000 + b"}"), "`config.json` must be valid JSON"),
+    (in_place_of_config(b'{"seed": "x"}'), "`seed` must be "),
+    (in_place_of_config(None), "Is a directory"),
 ]
 
 
@@ -402,11 +420,12 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(interrupted, tmp_
         copy = tmp_path / str(number)
         shutil.copytree(interrupted, copy)
         spoil(copy)
-        contents = {p.name: p.read_bytes() for p in copy.iterdir()}
+        contents = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
         assert main(["--resume", str(copy)]) == 2
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1
-        assert {p.name: p.read_bytes() for p in copy.iterdir()} == contents
+        assert str(copy) in error or "`data_dir`" in error
+        assert {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()} == contents
     assert main(["--resume", str(tmp_path / "nowhere")]) == 2
     assert main(["--resume", str(interrupted), "--seed", "1"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 2

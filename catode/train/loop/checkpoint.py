@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from catode.prune import cut
+from catode.records import read_json
 from catode.train.models import resnets, weights
 
 PART = ".part"  # ending of a file that is being written
@@ -189,9 +191,10 @@ def read_structure(folder: Path) -> dict:
                 f"`folder` must be a run's folder; got {str(folder)!r} without {name}. Pass the --out of a run."
             )
     try:
-        structure = json.loads((folder / "structure.json").read_text())
+        structure = read_json(folder / "structure.json")
         missing = [key for key, kind in STRUCTURE.items() if not isinstance(structure.get(key), kind)]
-    except (ValueError, TypeError, AttributeError) as error:
+        missing = missing or _bad_images(structure)
+    except ValueError as error:
         missing = [str(error)]
     if missing:
         raise ValueError(
@@ -199,6 +202,21 @@ def read_structure(folder: Path) -> dict:
             "Restore the file from the run."
         )
     return structure
+
+
+def _bad_images(structure: dict) -> list[str]:
+    """Which of the lists of structure.json do not describe the network's images."""
+    channels, shape = structure["in_channels"], structure["image_shape"]
+    bad = (
+        []
+        if len(shape) == 3 and shape[0] == channels and all(type(n) is int and n > 0 for n in shape)
+        else ["image_shape"]
+    )
+    for name in ("mean", "std"):
+        values = structure[name]
+        if len(values) != channels or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            bad.append(name)
+    return bad
 
 
 def fresh(structure: dict) -> nn.Module:
