@@ -17,6 +17,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from catode.train import loop, models
 from catode.train.__main__ import main
 from catode.train.loop import checkpoint, lock
 from catode.train.loop.checkpoint import states
+from catode.train.loop.contents import FIELDS
 from catode.train.loop.tables import TABLES
 from catode.train.settings.commandline import parse
 from catode.train.settings.config import Config, ConfigError
@@ -271,8 +273,54 @@ DAMAGES = [
     (incomplete, "it lacks epochs_done, time"),
     (other_run, "it is of a run with another nu, seed"),
     (lambda path: change(path, lengths=[10**6, 0]), "metrics.csv is shorter than it was then"),
-    (lambda path: change(path, lengths=None), "it cannot be read (TypeError: "),
+    (lambda path: change(path, lengths=None), "its lengths must be two counts"),
+    (
+        lambda path: change(path, lengths=[0, 0], checksums=[0, 0]),
+        "the tables it goes on with have 0 epochs instead of 3",
+    ),
+    (lambda path: change(path, lengths=[0, 0]), "metrics.csv is damaged, its first 0 bytes"),
+    (lambda path: change(path, step=-1), "its step must be a count"),
+    (lambda path: change(path, step=16), "its step 16 does not follow from 3 epochs of 5 steps"),
+    (lambda path: change(path, epochs_done=2), "its step 17 does not follow from 2 epochs of 5 steps"),
+    (lambda path: change(path, history=[0.1]), "its history has 1 epochs instead of 3"),
+    (lambda path: change(path, time=float("nan")), "its time must be a time"),
+    (lambda path: change(path, model={}), "it must hold a pruner, and nothing else of the two"),
+    (lambda path: shutil.copy(states(path.parent)[1], path), "it is of step 15"),
+    *((partial(change, **{name: "x"}), f"its {name} must be ") for name in FIELDS if name != "images"),
 ]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        dict(model={}),
+        dict(pruner={}),
+        dict(pruner=dict(fate=3)),
+        dict(pruner=dict(keep_prob=None)),
+        dict(pruner=dict(draws=[])),
+    ],
+)
+def test_contents_that_the_pruner_cannot_take_up_are_one_line_and_the_checkpoint_before_it_is_left(
+    part, interrupted, pruned, capsys
+):
+    newest = states(interrupted)[0]
+    inside = torch.load(newest, weights_only=True)["pruner"]
+    for name, changes in part.items():
+        inside[name] = {**inside[name], **changes} if changes else {}
+    change(newest, pruner=inside)
+    assert main(["--resume", str(interrupted), "--threads", "1"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and f"where {newest.name} holds something else (" in error
+    newest.unlink()
+    assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
+    assert_same_end(interrupted, pruned[1])
+
+
+def test_a_dry_run_in_config_json_does_not_stop_a_resumed_run(interrupted, pruned):
+    config = json.loads((interrupted / "config.json").read_text())
+    (interrupted / "config.json").write_text(json.dumps(config | {"dry_run": True}))
+    assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
+    assert_same_end(interrupted, pruned[1])
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=lambda value: None if callable(value) else value[:20])
@@ -297,7 +345,7 @@ def test_a_folder_or_link_named_like_a_checkpoint_is_none(interrupted):
 
 def test_a_checkpoint_holds_what_a_resume_asks_for(interrupted):
     state, _ = checkpoint.load_state(interrupted)
-    assert state.keys() == {*loop.setup.STATE_FIELDS, "format"}
+    assert state.keys() == {*FIELDS, "format"}
     assert len(state["sums"]["losses"]) == state["step"] - 5 * state["epochs_done"] > 0
 
 

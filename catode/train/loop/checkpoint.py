@@ -105,6 +105,8 @@ def load_state(folder: Path, check: Callable[[dict], None] = lambda state: None)
         try:
             state = _whole_state(path)
             check(state)
+            if state.get("step") != int(_NAME.fullmatch(path.name)[1]):
+                raise ValueError(f"it is of step {state.get('step')}")
         except Exception as error:  # unpickling damaged bytes can raise anything
             bad[path.name] = _reason(error)
         else:

@@ -18,7 +18,7 @@ from catode.prune.describe.costs import describe
 from catode.prune.devices import distributed
 from catode.prune.devices.timing import check_compile, keep_freed_memory
 from catode.train import data
-from catode.train.loop import board, checkpoint, lock
+from catode.train.loop import board, checkpoint, contents, lock
 from catode.train.loop.optimization import AMP
 from catode.train.loop.tables import TABLES, checksum
 from catode.train.models import resnets, weights
@@ -27,22 +27,6 @@ from catode.train.settings.run import check_out
 from catode.train.settings.training import learning_rates, ode_time
 
 PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history")  # of a trainer
-STATE_FIELDS = (
-    *PROGRESS,
-    "config",
-    "processes",
-    "steps_per_epoch",
-    "classes",
-    "images",
-    "sums",
-    "lengths",
-    "checksums",
-    "momentum",
-    "scaler",
-    "pruner",
-    "model",
-    "rng",
-)
 
 
 @dataclass(frozen=True)
@@ -227,9 +211,7 @@ def _check_state(config: Config, folder: Path, state: dict) -> None:
     Raises:
         ValueError: if not.
     """
-    missing = [name for name in STATE_FIELDS if name not in state]
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
+    contents.check(state, gated=config.nu > 0)
     own = config.identity()
     other = sorted(name for name in own | state["config"] if own.get(name) != state["config"].get(name))
     if other:
@@ -239,3 +221,7 @@ def _check_state(config: Config, folder: Path, state: dict) -> None:
             raise ValueError(f"{name} is shorter than it was then")
         if checksum(folder / name, length) != expected:
             raise ValueError(f"{name} is damaged, its first {length} bytes are not what they were then")
+    with (folder / TABLES[0]).open("rb") as file:
+        rows = file.read(state["lengths"][0]).count(b"\n") - 1
+    if rows != state["epochs_done"] or not state["lengths"][1]:
+        raise ValueError(f"the tables it goes on with have {max(rows, 0)} epochs instead of {state['epochs_done']}")

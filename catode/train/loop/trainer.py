@@ -36,6 +36,7 @@ from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
 from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
+from catode.train.settings.setting import ConfigError
 from catode.train.stop import Stop, Stopped
 
 
@@ -168,7 +169,7 @@ class Trainer:
         self.mark = time.perf_counter(), time.process_time()
         self.sums = self.no_sums()
         if state:
-            self.restore(state)
+            self.take_up(state)
         self.board = board.Board(folder, self.step) if config.tensorboard and self.group.leads else None
         self.bar = tqdm(
             total=len(setup.schedule),
@@ -423,6 +424,22 @@ class Trainer:
             keep=self.config.keep_checkpoints,
         )
 
+    def take_up(self, state: dict) -> None:
+        """The same as `restore`.
+
+        Raises:
+            ConfigError: if the state is whole, but its contents do not fit the run.
+        """
+        try:
+            self.restore(state)
+        except Exception as error:  # whatever wrong contents make PyTorch and the pruner stumble over
+            self.metrics.close(), self.structures.close()
+            raise ConfigError(
+                f"`resume` must name a run whose checkpoint fits it; got {str(self.folder)!r}, where checkpoint-{state['step']}.pt "
+                f"holds something else ({type(error).__name__}: {str(error).partition(chr(10))[0]}). Delete it to go on from the "
+                "one before."
+            ) from error
+
     def restore(self, state: dict) -> None:
         """Take up a state of `save_state`."""
         if self.pruner is not None:
@@ -431,6 +448,8 @@ class Trainer:
             self.model.load_state_dict(state["model"])
         parameters = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
         for name, buffer in state["momentum"].items():
+            if buffer.shape != parameters[name].shape:
+                raise ValueError(f"momentum of {name} has the shape {tuple(buffer.shape)}")
             buffer = buffer.to(parameters[name].device, copy=True)
             self.optimizer.state[parameters[name]] = {"momentum_buffer": buffer}
         self.scaler.load_state_dict(state["scaler"])

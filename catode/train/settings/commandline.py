@@ -191,7 +191,7 @@ def _resumed(resume: str, **given: Any) -> Config:
             f"`config.json` must be a text that can be read; got: {reason}. Restore the file from the run. It is {file}."
         ) from None
     try:
-        return Config.from_json(text, **given, out=resume, resume=resume)
+        return Config.from_json(text, **given, out=resume, resume=resume, dry_run=False)
     except ConfigError as error:
         if any(str(error).startswith(f"`{name}`") for name in given):
             raise

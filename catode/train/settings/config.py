@@ -164,7 +164,9 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
                 f"({error.msg}). Restore the file from the run."
             ) from None
         except (ValueError, RecursionError) as error:  # of a number of thousands of digits, of deep nesting
-            raise ConfigError(f"`config.json` must be valid JSON; got: {error}. Restore the file from the run.") from None
+            raise ConfigError(
+                f"`config.json` must be valid JSON; got: {error}. Restore the file from the run."
+            ) from None
         if not isinstance(values, dict):
             raise ConfigError(
                 f"`config.json` must hold one JSON object; got {type(values).__name__}. Restore the file from the run."
