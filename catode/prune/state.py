@@ -175,7 +175,8 @@ def check_fits(own: PrunerState, state: dict) -> None:
             f"`state` must be of a pruner with the same arguments; got one {'without' if own.shadow else 'with'} shadow. "
             "Build the pruner with the same shadow."
         )
-    if odd := _unlike(pack(own), packed):
+    odd = _unlike(pack(own), packed)
+    if odd:
         raise ValueError(f"`state` must hold what a Pruner does; got something else at {odd}. Restore it from the run.")
     keep_prob = packed["keep_prob"][ARRAY]
     if not bool(((keep_prob >= 0) & (keep_prob <= 1)).all()) or not set(packed["fate"][NAMES]) <= set(fates.FATES):
@@ -195,9 +196,10 @@ def _unlike(own: Any, other: Any, place: str = "pruner") -> str:
         if not isinstance(other, dict) or own.keys() - other.keys():
             return place
         return next(filter(None, (_unlike(own[name], other[name], f"{place}.{name}") for name in own)), "")
-    if isinstance(own, torch.Tensor):
-        alike = isinstance(other, torch.Tensor) and (own.dtype, own.shape) == (other.dtype, other.shape)
-    elif type(own) in (int, float):
+    if isinstance(own, torch.Tensor):  # an array's shape is that of the network; a tensor's may be that of a batch
+        alike = isinstance(other, torch.Tensor) and own.dtype == other.dtype
+        alike = alike and (own.shape == other.shape or not place.endswith(ARRAY))
+    elif type(own) is float:
         alike = type(other) in (int, float)
     else:
         alike = type(other) is type(own)
