@@ -7,6 +7,7 @@ import contextlib
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -24,6 +25,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_data import write_folder
 
 from catode import cli
 from catode.report.report import write as write_report
@@ -762,6 +764,37 @@ def test_a_file_system_without_locks_costs_a_note(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err.splitlines() == [
         f"note: {tmp_path} is on a file system without locks; nothing keeps a second run out of it."
     ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal tells of a worker's end")
+@pytest.mark.parametrize("place", ["prune", "update", "read"])
+def test_a_worker_killed_while_nobody_waits_for_it_is_one_line_and_the_run_goes_on(
+    place, tmp_path, monkeypatch, capsys
+):
+    write_folder(tmp_path / "images", per_class=12)
+    folder, before, calls = tmp_path / "run", getattr(loop.Trainer, place), []
+    flags = ["--dataset=folder", f"--data-dir={tmp_path / 'images'}", "--arch=resnet14", "--hidden-scale=0.25"]
+    flags += ["--image-size=8", "--batch-size=4", "--array-gib=0", "--workers=1", "--threads=1", "--epochs=3"]
+    flags += ["--checkpoint-every=1", "--warmup-epochs=0.5"]
+
+    def killed(self, *args):
+        calls.append(place)
+        for worker in multiprocessing.active_children() if len(calls) > 2 else ():
+            os.kill(worker.pid, signal.SIGKILL)
+            limit = time.monotonic() + 10.0
+            while time.monotonic() < limit:  # as long as a probe may take
+                time.sleep(0.01)
+        return before(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, place, killed)
+        assert main([*flags, "--out", str(folder)]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and told[0].startswith(
+        "error: `workers` must be processes that stay alive; got workers=1 and: "
+    )
+    assert told[0].endswith(f"Then go on with --resume {folder}")
+    assert main(["--resume", str(folder), "--threads=1"]) == 0
 
 
 def test_torch_load_is_never_called_unsafely():

@@ -74,7 +74,8 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
             check_out(setup.config)  # another process may have begun and ended here meanwhile
         trainer = Trainer(setup, folder, progress)
         try:
-            with trainer.stop.heeded() if group.size == 1 else nullcontext():
+            heeded = trainer.stop.heeded() if group.size == 1 else nullcontext()
+            with data.folder.workers_watched(trainer.batches.workers), heeded:
                 trainer.train()
         finally:
             trainer.close()
@@ -433,7 +434,6 @@ class Trainer:
         try:
             self.restore(state)
         except Exception as error:  # whatever wrong contents make PyTorch and the pruner stumble over
-            self.metrics.close(), self.structures.close()
             raise ConfigError(
                 f"`resume` must name a run whose checkpoint fits it; got {str(self.folder)!r}, where checkpoint-{state['step']}.pt "
                 f"holds something else ({type(error).__name__}: {str(error).partition(chr(10))[0]}). Delete it to go on from the "
