@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from catode import __version__
+from catode._output import run
 
 __all__ = ["COMMANDS", "main"]
 
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; 2 for bad input.
     """
+    return run(_command, argv)
+
+
+def _command(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
         print("error: `command` must be given; got none. See catode --help.", file=sys.stderr)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from catode._output import run
 from catode.train.settings.commandline import CommandLine
 
 __all__ = ["main"]
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from catode.report import report
 
         print(f"report {report.write(Path(folder))}")
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -31,4 +34,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

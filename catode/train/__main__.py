@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from catode._output import run
 from catode.train.settings.commandline import parse
 from catode.train.settings.setting import ConfigError
 from catode.train.stop import Stopped
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f" Go on with --resume {setup.config.out}" if setup else ""
             print(f"error: process {group.rank} of {group.size}: {error}.{hint}", file=sys.stderr)
             return 1
+        except BrokenPipeError:
+            raise
         except OSError as error:  # of the one process that writes, or of all of them before the first step
             hint = f". Fix that, then go on with --resume {setup.config.out}" if setup else ""
             print(f"error: {error}{hint}", file=sys.stderr)
@@ -136,4 +139,4 @@ def summary(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -485,8 +485,10 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(interrupted, tmp_
 
 def test_a_finished_run_is_not_resumed_but_one_without_its_report_is(ungated, tmp_path, monkeypatch, capsys):
     flags, folder = ungated
+    names = sorted(os.listdir(folder))
     assert main(["--resume", str(folder)]) == 2
     assert "which is finished" in capsys.readouterr().err
+    assert sorted(os.listdir(folder)) == names and "lock" not in names
 
     def fail(folder):
         raise KeyboardInterrupt

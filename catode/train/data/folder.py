@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -351,6 +352,7 @@ def _decode(path: str, image_size: int | None, crop: np.ndarray | None = None) -
             )
     except Exception as error:  # damaged files make PIL raise many types; all of them mean the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.sub(r"\s*<[^<>]* at 0x[0-9a-f]+>", "", reason)  # the bytes have an address, the file has a name
         raise DataError(
             f"`data_dir` must hold readable images; got {str(path)!r}, which cannot be decoded ({reason}). "
             "Replace the file."

@@ -90,6 +90,7 @@ def prepare(config: Config) -> Setup:
     if config.resume is None:
         check_out(config)
     else:
+        _check_unfinished(config)  # or the lock would stay behind
         held = lock.hold(Path(config.resume), "resume") if group.leads else None
         state = _state_of(config)
     if config.threads is not None:
@@ -181,17 +182,22 @@ def build_model(config: Config, images: data.ImageData) -> nn.Module:
     return model.to(config.device, memory_format=memory_format)
 
 
+def _check_unfinished(config: Config) -> None:
+    folder = Path(config.resume)
+    if (folder / "result.json").exists() and not checkpoint.states(folder):
+        raise ValueError(
+            f"`resume` must be the folder of a run that was cut off; got {config.resume!r}, which is finished."
+        )
+
+
 def _state_of(config: Config) -> dict | None:
     """State of the run to go on with; None if it had none yet.
 
     Raises:
         ValueError: if the run is finished, or its files do not fit each other.
     """
+    _check_unfinished(config)
     folder = Path(config.resume)
-    if (folder / "result.json").exists() and not checkpoint.states(folder):
-        raise ValueError(
-            f"`resume` must be the folder of a run that was cut off; got {config.resume!r}, which is finished."
-        )
     state, passed_over = checkpoint.load_state(folder, lambda state: _check_state(config, folder, state))
     for name, reason in passed_over.items() if distributed.current().leads else ():
         print(f"warning: {name} is passed over: {reason}", file=sys.stderr)
