@@ -1,4 +1,4 @@
-"""The end of a program whose output nobody reads to the end, as with ``| head``."""
+"""The end of a program that is interrupted, or whose output nobody reads to the end, as with ``| head``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CLOSED = 141
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Run a program's `main`, and end it without a word where its output was closed.
+    """Run a program's `main`, and end it without a traceback where it is interrupted or its output was closed.
 
     Args:
         main: Takes the arguments and returns the exit status.
@@ -25,6 +25,9 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
             return main(argv)
         finally:
             sys.stdout.flush()  # here, not when Python ends and can only complain
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 from catode._output import run
 from catode.train.settings.commandline import parse
 from catode.train.settings.setting import ConfigError
-from catode.train.stop import Stopped
+from catode.train.stop import Stopped, terminated
 
 if TYPE_CHECKING:
     from catode.prune.devices.distributed import Group
@@ -26,6 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 3 for a finished run that missed its
         target, 128 and its number after a signal.
     """
+    try:
+        with terminated():
+            return _main(argv)
+    except KeyboardInterrupt as stop:
+        print("stopped before the run began; give the same command again", file=sys.stderr)
+        return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    """The same, but a signal before there is a run to go on with is raised."""
     config, problem = None, ""
     try:
         config = parse(argv)
@@ -68,14 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f". Fix that, then go on with --resume {setup.config.out}" if setup else ""
             print(f"error: {error}{hint}", file=sys.stderr)
             return 1
-        except Stopped as stop:
-            return _end(group, 128 + stop.number, f"{stop}; go on with --resume {setup.config.out}")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if setup is None:
                 raise
-            return _end(group, 130, f"interrupted; go on with --resume {setup.config.out}")
+            number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+            return _end(group, 128 + number, f"{str(stop) or 'interrupted'}; {_how_to_go_on(Path(setup.config.out))}")
         missed = group.leads and bool(_missed(folder))
         return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if not (folder / "config.json").exists():
+        return "give the same command again"
+    if (folder / "result.json").exists() and not list(folder.glob("checkpoint-*.pt")):
+        return f"the run in {folder} is finished"
+    return f"go on with --resume {folder}"
 
 
 def _alone() -> bool:

@@ -160,6 +160,35 @@ def test_a_signal_stops_the_run_after_its_step(pruned, number, step, tmp_path, m
     assert_same_end(tmp_path / "run", expected)
 
 
+SIGNALLED = [  # where a signal comes, and what is said of how to go on
+    ("catode.train.settings.presets.resolve", "stopped before the run began; give the same command again"),
+    ("catode.train.loop.setup.data.load", "stopped before the run began; give the same command again"),
+    ("catode.train.loop.trainer.make_pruner", "{said}; give the same command again"),
+    ("catode.train.loop.trainer.environment", "{said}; go on with --resume {folder}"),
+    ("catode.report.report.write", "{said}; go on with --resume {folder}"),
+    ("catode.train.loop.lock.drop", "{said}; the run in {folder} is finished"),
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("place", "says"), SIGNALLED)
+def test_a_signal_outside_the_steps_is_one_line(place, says, number, ungated, tmp_path, monkeypatch, capsys):
+    flags, expected = ungated
+    folder, handlers = tmp_path / "run", (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    with monkeypatch.context() as patch:
+        patch.setattr(place, lambda *args, **kwargs: signal.raise_signal(number))
+        assert main([*flags, "--out", str(folder)]) == 128 + number
+    said = "stopped" if number == signal.SIGTERM else "interrupted"
+    told = [line for line in capsys.readouterr().err.splitlines() if line and "step/s" not in line]
+    assert told == [says.format(said=said, folder=folder)]
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    if "finished" not in says:
+        assert (
+            main(["--resume", str(folder), "--threads=1"] if "resume" in says else [*flags, "--out", str(folder)]) == 0
+        )
+    assert_same_end(folder, expected)
+
+
 def test_a_second_signal_does_not_wait(tmp_path):
     stop, before = Stop(), signal.getsignal(signal.SIGTERM)
     with stop.heeded():
