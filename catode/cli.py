@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from catode import __version__
+from catode._output import run
 
 __all__ = ["COMMANDS", "main"]
 
@@ -14,6 +15,7 @@ COMMANDS = {
     "train": ("catode.train.__main__", "train a network once, prune it while training, and save the compact network"),
     "theory": ("catode.theory.__main__", "derive a tolerance, say why, and draw it"),
     "export": ("catode.export", "export the compact network of a run, or measure its latency on this machine"),
+    "report": ("catode.report.__main__", "write the report of a finished run again"),
     "compare": ("catode.report.compare", "compare the pruning decisions of one or many runs with their outcomes"),
 }
 """Module and summary of each command; the module's ``main(argv)`` returns the exit status."""
@@ -43,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; 2 for bad input.
     """
+    return run(_command, argv)
+
+
+def _command(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
         print("error: `command` must be given; got none. See catode --help.", file=sys.stderr)

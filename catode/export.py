@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from catode._output import run
 from catode._validate import check_int, fail
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.run import check_device
@@ -280,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = build_parser().parse_args(argv)
         _run(given, *_checked(given))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -290,4 +293,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

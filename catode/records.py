@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 PLACE = ("kind", "block", "site", "index")
+_DEEPEST = 50  # those of runs are nested at most 5 deep; readers go through them by recursion
 _KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
@@ -68,8 +69,12 @@ def read_json(
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path) from None
-    except ValueError as error:
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold valid JSON; {error}. Restore the file from the run.") from None
+    if _depth(value) > _DEEPEST:
+        raise ValueError(f"{path} must be nested at most {_DEEPEST} deep; got more. Restore the file from the run.")
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}. Restore the file from the run.")
     known = required or {}
@@ -81,6 +86,15 @@ def read_json(
         if not _is(value[key], kind):
             raise ValueError(f"{path} must have {_KINDS[kind]} at {key!r}; got {key}={value[key]!r}.")
     return value
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects are nested; counted no further than one beyond `_DEEPEST`."""
+    depth, inside = 0, [value]
+    while depth <= _DEEPEST and (inside := [v for v in inside if isinstance(v, list | dict)]):
+        depth += 1
+        inside = [v for part in inside for v in (part.values() if isinstance(part, dict) else part)]
+    return depth
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -120,6 +134,8 @@ def read_table(path: Path, required: Sequence[str] = ()) -> tuple[list[str], lis
         raise _missing(path.with_suffix("") if path.suffix == ".gz" else path) from None
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} must be a whole file; got one that is damaged: {error}. Restore it.") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     if not rows:  # an ungated run may leave the file without even a header
         return list(required), []
     header = rows[0]
@@ -304,6 +320,11 @@ def _describes(block: Any) -> bool:
         and isinstance(block.get("sites"), dict)
         and all(isinstance(units, list) for units in block["sites"].values())
     )
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    reason = error.strerror or type(error).__name__
+    return ValueError(f"{path} must be a file that can be read; got: {reason}. Restore it from the run.")
 
 
 def _missing(path: Path) -> FileNotFoundError:

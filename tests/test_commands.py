@@ -44,6 +44,7 @@ NOT_RUN = {
 BARE = {
     "catode.export": "FOLDER --format torch-export",
     "catode.theory": "--from-run FOLDER",
+    "catode.report": "FOLDER",
     "catode.report.compare": "FOLDER",
     "benchmarks.cifar run": "dense",
     "benchmarks.loading": "--data-dir DIR",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 import tomllib
@@ -66,7 +67,7 @@ def test_no_module_of_the_ground_floors_loads_pytorch():
         (["--help"], ""),
         (
             ["trian"],
-            "error: `command` must be one of train, theory, export, compare; got 'trian'. Did you mean train?\n",
+            "error: `command` must be one of train, theory, export, report, compare; got 'trian'. Did you mean train?\n",
         ),
     ],
 )
@@ -157,3 +158,28 @@ def test_other_missing_modules_are_missing_as_ever():
 def test_the_citation_is_of_this_version_and_of_the_paper():
     text = (Path(__file__).parents[1] / "CITATION.cff").read_text()
     assert f'version: "{catode.__version__}"' in text and "https://arxiv.org/abs/2411.09127" in text
+
+
+THEORY = "--price 0.1 --gain 1 --rate-ratio 1 --noise 0.1"
+
+
+@pytest.mark.parametrize("line", ["catode.cli --help", f"catode.cli theory {THEORY}", f"catode.theory {THEORY}"])
+def test_output_that_is_closed_early_ends_a_program_without_a_word(line, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    reads, writes = os.pipe()
+    os.close(reads)
+    options = dict(stdout=writes, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    done = subprocess.run([sys.executable, "-m", *line.split()], **options)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_picture_is_replaced_only_where_it_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("theory.png", "theory-2.png", "theory-3.png"):
+        assert cli.main(["theory", *THEORY.split()]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"picture {name}"
+    (tmp_path / "theory.png").write_text("mine")
+    assert cli.main(["theory", *THEORY.split()]) == 0 and (tmp_path / "theory.png").read_text() == "mine"
+    assert cli.main(["theory", *THEORY.split(), "--out", "theory.png"]) == 0
+    assert (tmp_path / "theory.png").read_bytes().startswith(b"\x89PNG")

@@ -62,6 +62,35 @@ def test_what_is_wrong_with_a_json_file_is_one_line(tmp_path, content, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+UNREADABLE = {
+    "deep": b"[" * 100_000,
+    "deep but whole": b'{"a":' * 500 + b"1" + b"}" * 500,
+    "null": b"null",
+    "a list": b"[1, 2]",
+    "no UTF-8": b'{"a": "\xff"}',
+    "thousands of digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "a folder": None,
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_is_no_json_object_at_all_is_one_line_with_the_file(tmp_path, kind):
+    if UNREADABLE[kind] is None:
+        (tmp_path / "a.json").mkdir()
+    else:
+        (tmp_path / "a.json").write_bytes(UNREADABLE[kind])
+    with pytest.raises(ValueError) as caught:
+        records.read_json(tmp_path / "a.json")
+    assert str(caught.value).startswith(f"{tmp_path / 'a.json'} must ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+def test_a_folder_in_place_of_a_table_is_one_line_with_its_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"^{tmp_path / name} must be a file that can be read; got: Is a directory"):
+        records.read_table(tmp_path / "t.csv")
+
+
 def test_optional_keys_may_be_missing_or_null(tmp_path):
     write_json(tmp_path / "a.json", {"tol": None})
     assert records.read_json(tmp_path / "a.json", {}, {"tol": float, "shadow": bool}) == {"tol": None}

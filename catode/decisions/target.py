@@ -27,6 +27,11 @@ SLACK = 0.01  # how far past the target one removal may lead, where there are sm
 HEADROOM = 1.5  # over the level at which the marginal structure breaks even; exactly there it would never be removed
 
 
+def missed(share: float, left: float) -> bool:
+    """Whether a network of which `left` is left missed a target: by more than `SLACK`, which is 1 point."""
+    return left > share + SLACK
+
+
 @dataclass(frozen=True)
 class Target:
     """A share of the whole network's MACs or parameters.

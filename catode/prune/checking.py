@@ -154,9 +154,13 @@ class Checking:
             rows.append({name: row[name] for name in ROW_FIELDS})
         warnings = []
         if verdict.outcome.everything:
+            name = "nu" if self.target is None else f"target_{self.target.quantity}"
+            value, fault, other = (
+                (state.nu, "large", "smaller") if self.target is None else (self.target.share, "small", "larger")
+            )
             warnings.append(
-                f"everything would go at step {state.done}: `nu`={state.nu:g} is too large. Pruning stops here and keeps "
-                "the present network; choose a smaller nu."
+                f"everything would go at step {state.done}: `{name}`={value:g} is too {fault}. Pruning stops here and keeps "
+                f"the present network; choose a {other} {name}."
             )
         return Check(rows, warnings, removed)
 

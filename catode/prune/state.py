@@ -175,6 +175,35 @@ def check_fits(own: PrunerState, state: dict) -> None:
             f"`state` must be of a pruner with the same arguments; got one {'without' if own.shadow else 'with'} shadow. "
             "Build the pruner with the same shadow."
         )
+    odd = _unlike(pack(own), packed)
+    if odd:
+        raise ValueError(f"`state` must hold what a Pruner does; got something else at {odd}. Restore it from the run.")
+    keep_prob = packed["keep_prob"][ARRAY]
+    if not bool(((keep_prob >= 0) & (keep_prob <= 1)).all()) or not set(packed["fate"][NAMES]) <= set(fates.FATES):
+        raise ValueError(
+            "`state` must hold keep probabilities in [0, 1] and known fates; got others. Restore it from the run."
+        )
+
+
+def _unlike(own: Any, other: Any, place: str = "pruner") -> str:
+    """Where one of two results of `pack` is of another type or shape than the first, which is of a fresh state; empty if nowhere.
+
+    What is nothing or a list in a fresh state may be anything in the other: it grows while a run goes on.
+    """
+    if own is None or isinstance(own, list):
+        return ""
+    if isinstance(own, dict):
+        if not isinstance(other, dict) or own.keys() - other.keys():
+            return place
+        return next(filter(None, (_unlike(own[name], other[name], f"{place}.{name}") for name in own)), "")
+    if isinstance(own, torch.Tensor):  # an array's shape is that of the network; a tensor's may be that of a batch
+        alike = isinstance(other, torch.Tensor) and own.dtype == other.dtype
+        alike = alike and (own.shape == other.shape or not place.endswith(ARRAY))
+    elif type(own) is float:
+        alike = type(other) in (int, float)
+    else:
+        alike = type(other) is type(own)
+    return "" if alike else place
 
 
 def unpack(thing: Any, packed: dict) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from catode.decisions.target import missed
 from catode.report.history import Run, SiteWidth, final_sites, read, read_metrics
 from catode.report.looks import Picture
 from catode.report.phase import phase_picture
@@ -21,7 +22,7 @@ from catode.report.pictures import accuracy_picture, complexity_picture, structu
 from catode.structures.fates import MEANINGS, NOT_BY_RULE
 from catode.theory.plotting import house_style
 
-__all__ = ["markdown_table", "waiting", "write"]
+__all__ = ["markdown_table", "missed_target", "waiting", "write"]
 
 _MAKERS: tuple[Callable[[Run], Picture | None], ...] = (
     accuracy_picture,
@@ -67,6 +68,8 @@ def write(folder: Path) -> Path:
 
 def _markdown(run: Run, pictures: list[Picture]) -> str:
     parts = [f"# {_title(run)}", _headline(run), _meanings(run)]
+    if shortfall := missed_target(run.config, run.result):
+        parts.insert(1, f"**Target missed: {shortfall}.**")
     if run.notes:
         parts.append("**Notes**\n\n" + "\n".join(f"- {note}" for note in run.notes))
     if run.traces:
@@ -139,6 +142,20 @@ def waiting(folder: Path) -> str:
 def _waiting(metrics: dict[str, np.ndarray]) -> str:
     shares = metrics["wait_share"]
     return f"{100 * shares.mean():.1f} %" if shares.size else _ABSENT
+
+
+def missed_target(config: dict[str, Any], result: dict[str, Any]) -> str:
+    """What is left of the network instead of the target that its run was given, as text; empty for none, and where it was met.
+
+    Args:
+        config: The run's config.json.
+        result: Its result.json.
+    """
+    for quantity, name in (("macs", "MACs"), ("params", "parameters")):
+        share, dense = config.get(f"target_{quantity}"), result.get(f"{quantity}_dense")
+        if share is not None and dense and missed(share, left := result[quantity] / dense):
+            return f"{left:.1%} of the {name} are left instead of {share:.1%}"
+    return ""
 
 
 def _format(result: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from catode._output import run
 from catode.records import PLACE, number, packed, read_config, read_structures, structure_key
 from catode.theory import tolerance
 from catode.theory.flow.paths import integrate
@@ -68,7 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--risk", type=float, metavar="FLOAT", help="accepted probability of a regret, in (0, 0.5) (0.05)")
     parser.add_argument("--from-run", type=Path, metavar="FOLDER", help="every structure of a run, at its last check")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to save the picture (theory.png); png, pdf or svg"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where to save the picture, replaced if it is there (theory.png, theory-2.png, ...); png, pdf or svg",
     )
     return parser
 
@@ -78,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         given = {k: v for k, v in vars(args).items() if v is not None and k not in ("from_run", "out")}
-        out = args.out or Path("theory.png")
+        out = args.out or _free(Path("theory.png"))
         if out.suffix not in (".png", ".pdf", ".svg"):
             raise ValueError(f"`out` must end in .png, .pdf or .svg; got out={str(out)!r}. Choose one of these.")
         if not out.parent.is_dir():
@@ -90,11 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"`{name}` must be left out with from_run; got {name}={value:g}. The run has its own.")
         else:
             print(_run(args.from_run, out))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"picture {out}")
     return 0
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of it with a number that is not there yet."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def _one(given: dict[str, float], out: Path) -> str:
@@ -212,4 +225,4 @@ def _anew(rows: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

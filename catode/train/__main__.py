@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from catode._output import run
 from catode.train.settings.commandline import parse
 from catode.train.settings.setting import ConfigError
-from catode.train.stop import Stopped
+from catode.train.stop import Stopped, terminated
 
 if TYPE_CHECKING:
     from catode.prune.devices.distributed import Group
@@ -21,8 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 128 + its number after a signal.
+        The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 3 for a finished run that missed its
+        target, 128 + its number after a signal.
     """
+    try:
+        with terminated():
+            return _main(argv)
+    except KeyboardInterrupt as stop:
+        print("stopped before the run began; give the same command again", file=sys.stderr)
+        return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    """The same, but a signal before there is a run to go on with is raised."""
     config, problem = None, ""
     try:
         config = parse(argv)
@@ -32,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {problem}", file=sys.stderr)
             return 2
     from catode.prune.devices import distributed
-    from catode.report import report
     from catode.train import data, loop
     from catode.train.loop import preflight
 
@@ -48,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _end(group, 2, f"error: {problem}")
             if setup.config.dry_run:
                 return _end(group, 0, preflight.table(setup), sys.stdout)
-            folder = loop.train(setup, at_end=report.write)
+            folder = loop.train(setup, at_end=_report)
         except ConfigError as error:  # another process uses the folder
             return _end(group, 2, f"error: {error}")
         except (loop.NotFinite, distributed.Disagreement) as error:
@@ -60,17 +73,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f" Continue with --resume {setup.config.out}" if setup else ""
             print(f"error: process {group.rank} of {group.size}: {error}.{hint}", file=sys.stderr)
             return 1
+        except BrokenPipeError:
+            raise
         except OSError as error:  # in the process that writes, or in all of them before the first step
             hint = f". Fix that, then continue with --resume {setup.config.out}" if setup else ""
             print(f"error: {error}{hint}", file=sys.stderr)
             return 1
-        except Stopped as stop:
-            return _end(group, 128 + stop.number, f"{stop}; continue with --resume {setup.config.out}")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if setup is None:
                 raise
-            return _end(group, 130, f"interrupted; continue with --resume {setup.config.out}")
-        return _end(group, 0, summary(folder) if group.leads else "", sys.stdout)
+            number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+            return _end(
+                group, 128 + number, f"{str(stop) or 'interrupted'}; {_how_to_continue(Path(setup.config.out))}"
+            )
+        missed = group.leads and bool(_missed(folder))
+        return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
+
+
+def _how_to_continue(folder: Path) -> str:
+    """What to do after an interruption, as text."""
+    if not (folder / "config.json").exists():
+        return "give the same command again"
+    if (folder / "result.json").exists() and not list(folder.glob("checkpoint-*.pt")):
+        return f"the run in {folder} is finished"
+    return f"continue with --resume {folder}"
 
 
 def _single_process() -> bool:
@@ -83,6 +109,27 @@ def _end(group: Group, status: int, text: str, file: TextIO | None = None) -> in
     if group.leads:
         print(text, file=file or sys.stderr)
     return status
+
+
+def _report(folder: Path) -> None:
+    """Make the report of a run that is finished but for that; what goes wrong costs a line, not the run."""
+    from catode.report import report
+
+    try:
+        report.write(folder)
+    except Exception as error:  # of a damaged file, a full disk, a drawing library
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        print(
+            f"warning: the run is finished, but its report failed: {reason}. Make it again with catode report {folder}",
+            file=sys.stderr,
+        )
+
+
+def _missed(folder: Path) -> str:
+    """What is left of the network instead of the target; empty where it was met."""
+    from catode.report.report import missed_target
+
+    return missed_target(*(json.loads((folder / name).read_text()) for name in ("config.json", "result.json")))
 
 
 def summary(folder: Path) -> str:
@@ -103,10 +150,14 @@ def summary(folder: Path) -> str:
     for batch, key in ((1, "ms"), (128, "ms_128")):
         before, after = result[f"latency_dense_{key}"], result[f"latency_{key}"]
         lines.append(f"latency  {before:.2f} -> {after:.2f} ms ({after / before:.1%}, batch {batch})")
-    lines.append(f"waiting  {waiting(folder)} of the step time, for images")
-    lines.append(f"report   {folder / 'report.md'}")
+    with suppress(ValueError, OSError):  # a damaged table, which the failed report named
+        lines.append(f"waiting  {waiting(folder)} of the step time, for images")
+    if (folder / "report.md").exists():
+        lines.append(f"report   {folder / 'report.md'}")
+    if missed := _missed(folder):
+        lines.append(f"target   missed: {missed}; train longer, or choose a larger share")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

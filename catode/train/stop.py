@@ -47,6 +47,23 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+@contextmanager
+def terminated() -> Iterator[None]:
+    """Let SIGTERM raise `Stopped`, as Ctrl-C raises KeyboardInterrupt. In the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number, "stopped")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
 class Stop:
     """Whether a signal to stop was received.
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from catode.export import main as export_main
 from catode.prune.describe.costs import count
 from catode.train import data, load, loop
 from catode.train.__main__ import main
@@ -410,6 +411,38 @@ def test_load_refuses_what_is_not_a_run(tmp_path, finished):
         ValueError, match=r"^`folder` must hold a complete model.pt and a matching structure.json; got [^\n]+$"
     ):
         load(Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b"null", b"[1, 2]", b'{"arch": "\xff"}', dict(image_shape=["a"]), dict(mean=[None]), dict(std=[])],
+)
+def test_a_spoilt_structure_json_is_one_line_with_its_name(content, finished, tmp_path, capsys):
+    (tmp_path / "model.pt").write_bytes((finished / "model.pt").read_bytes())
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((finished / "structure.json").read_text()) | content).encode()
+    (tmp_path / "structure.json").write_bytes(content)
+    assert export_main([str(tmp_path), "--format=torch-export"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        re.fullmatch(r"error: `folder` must hold a whole structure.json; got [^\n]+\n", error)
+        and str(tmp_path) in error
+    )
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_in_the_weights_is_found_by_every_reader(place, finished, tmp_path, capsys):
+    names = ("structure.json", "model.pt", "result.json")
+    for name in names:
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    content = bytearray((tmp_path / "model.pt").read_bytes())
+    content[int(place * len(content))] ^= 64
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^`folder` must hold a whole model.pt [^\n]+\(checksum of [^\n]+ is wrong\)"):
+        load(tmp_path)
+    assert export_main([str(tmp_path), "--format=torch-export"]) == 2
+    assert re.fullmatch(r"error: `folder` must hold a whole model.pt .+ is wrong\).+\n", capsys.readouterr().err)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
 
 
 def test_compile_where_it_does_not_work_is_one_line(monkeypatch, tmp_path, capsys):

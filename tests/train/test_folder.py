@@ -395,6 +395,14 @@ def test_what_is_no_file_is_named_before_anything_is_read(tmp_path, kind, split)
         load("folder", tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM"])
+def test_what_is_wrong_with_an_image_is_told_without_addresses(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        folder._decode(str(tmp_path / "a.png"), content, 8)
+    assert "a.png" in str(caught.value) and " at 0x" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_killed_worker_is_one_clear_line(tmp_path, monkeypatch):
     files = load("folder", write_folder(tmp_path), array_bytes=0)
     monkeypatch.setattr(ImageFiles, "decode", lambda self, i, crop=None: os.kill(os.getpid(), signal.SIGKILL))

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -17,16 +18,23 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_data import write_folder
 
+from catode import cli
+from catode.report.report import write as write_report
 from catode.train import loop, models
 from catode.train.__main__ import main
 from catode.train.loop import checkpoint, lock
+from catode.train.loop.checkpoint import states
+from catode.train.loop.contents import FIELDS
+from catode.train.loop.tables import TABLES
 from catode.train.settings.commandline import parse
 from catode.train.settings.config import Config, ConfigError
 from catode.train.stop import Stop, Stopped
@@ -152,6 +160,35 @@ def test_a_signal_stops_the_run_after_its_step(pruned, number, step, tmp_path, m
     assert_same_end(tmp_path / "run", expected)
 
 
+SIGNALLED = [  # where a signal comes, and what is said of how to go on
+    ("catode.train.settings.presets.resolve", "stopped before the run began; give the same command again"),
+    ("catode.train.loop.setup.data.load", "stopped before the run began; give the same command again"),
+    ("catode.train.loop.trainer.make_pruner", "{said}; give the same command again"),
+    ("catode.train.loop.trainer.environment", "{said}; continue with --resume {folder}"),
+    ("catode.report.report.write", "{said}; continue with --resume {folder}"),
+    ("catode.train.loop.lock.drop", "{said}; the run in {folder} is finished"),
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("place", "says"), SIGNALLED)
+def test_a_signal_outside_the_steps_is_one_line(place, says, number, ungated, tmp_path, monkeypatch, capsys):
+    flags, expected = ungated
+    folder, handlers = tmp_path / "run", (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    with monkeypatch.context() as patch:
+        patch.setattr(place, lambda *args, **kwargs: signal.raise_signal(number))
+        assert main([*flags, "--out", str(folder)]) == 128 + number
+    said = "stopped" if number == signal.SIGTERM else "interrupted"
+    told = [line for line in capsys.readouterr().err.splitlines() if line and "step/s" not in line]
+    assert told == [says.format(said=said, folder=folder)]
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    if "finished" not in says:
+        assert (
+            main(["--resume", str(folder), "--threads=1"] if "resume" in says else [*flags, "--out", str(folder)]) == 0
+        )
+    assert_same_end(folder, expected)
+
+
 def test_a_second_signal_does_not_wait(tmp_path):
     stop, before = Stop(), signal.getsignal(signal.SIGTERM)
     with stop.heeded():
@@ -254,12 +291,12 @@ def other_run(path):
 
 
 DAMAGES = [
-    (truncate, "it is truncated, or not a checkpoint"),
+    (truncate, "it is truncated, or not a file of torch.save"),
     (zero, "checksum of"),
-    (rewrite, "it is truncated, or not a checkpoint"),
-    (empty, "it is truncated, or not a checkpoint"),
+    (rewrite, "it is truncated, or not a file of torch.save"),
+    (empty, "it is truncated, or not a file of torch.save"),
     (other_zip, "it cannot be read (RuntimeError: "),
-    (legacy, "it is truncated, or not a checkpoint"),
+    (legacy, "it is truncated, or not a file of torch.save"),
     (lambda path: change(path, format=0), "it is in format 0, this version of catode reads format"),
     (other_tool, "it is not a checkpoint of catode"),
     (tensor, "it is not a checkpoint of catode"),
@@ -267,8 +304,54 @@ DAMAGES = [
     (incomplete, "it lacks epochs_done, time"),
     (other_run, "it is of a run with another nu, seed"),
     (lambda path: change(path, lengths=[10**6, 0]), "metrics.csv is shorter than it was then"),
-    (lambda path: change(path, lengths=None), "it cannot be read (TypeError: "),
+    (lambda path: change(path, lengths=None), "its lengths must be two counts"),
+    (
+        lambda path: change(path, lengths=[0, 0], checksums=[0, 0]),
+        "the tables it goes on with have 0 epochs instead of 3",
+    ),
+    (lambda path: change(path, lengths=[0, 0]), "metrics.csv is damaged, its first 0 bytes"),
+    (lambda path: change(path, step=-1), "its step must be a count"),
+    (lambda path: change(path, step=16), "its step 16 does not follow from 3 epochs of 5 steps"),
+    (lambda path: change(path, epochs_done=2), "its step 17 does not follow from 2 epochs of 5 steps"),
+    (lambda path: change(path, history=[0.1]), "its history has 1 epochs instead of 3"),
+    (lambda path: change(path, time=float("nan")), "its time must be a time"),
+    (lambda path: change(path, model={}), "it must hold a pruner, and nothing else of the two"),
+    (lambda path: shutil.copy(states(path.parent)[1], path), "it is of step 15"),
+    *((partial(change, **{name: "x"}), f"its {name} must be ") for name in FIELDS if name != "images"),
 ]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        dict(model={}),
+        dict(pruner={}),
+        dict(pruner=dict(fate=3)),
+        dict(pruner=dict(keep_prob=None)),
+        dict(pruner=dict(draws=[])),
+    ],
+)
+def test_contents_that_the_pruner_cannot_take_up_are_one_line_and_the_checkpoint_before_it_is_left(
+    part, interrupted, pruned, capsys
+):
+    newest = states(interrupted)[0]
+    inside = torch.load(newest, weights_only=True)["pruner"]
+    for name, changes in part.items():
+        inside[name] = {**inside[name], **changes} if changes else {}
+    change(newest, pruner=inside)
+    assert main(["--resume", str(interrupted), "--threads", "1"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and f"where {newest.name} holds something else (" in error
+    newest.unlink()
+    assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
+    assert_same_end(interrupted, pruned[1])
+
+
+def test_a_dry_run_in_config_json_does_not_stop_a_resumed_run(interrupted, pruned):
+    config = json.loads((interrupted / "config.json").read_text())
+    (interrupted / "config.json").write_text(json.dumps(config | {"dry_run": True}))
+    assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
+    assert_same_end(interrupted, pruned[1])
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=lambda value: None if callable(value) else value[:20])
@@ -293,7 +376,7 @@ def test_a_folder_or_link_named_like_a_checkpoint_is_none(interrupted):
 
 def test_a_checkpoint_holds_what_a_resume_asks_for(interrupted):
     state, _ = checkpoint.load_state(interrupted)
-    assert state.keys() == {*loop.setup.STATE_FIELDS, "format"}
+    assert state.keys() == {*FIELDS, "format"}
     assert len(state["sums"]["losses"]) == state["step"] - 5 * state["epochs_done"] > 0
 
 
@@ -362,9 +445,32 @@ def other_images(folder):
         change(path, images=1)
 
 
+def changed(name, place, content):
+    """Damage a byte of a table, within what the oldest checkpoint of the run saw."""
+
+    def damage(folder):
+        length = min(torch.load(path, weights_only=True)["lengths"][TABLES.index(name)] for path in states(folder))
+        table = bytearray((folder / name).read_bytes())
+        table[int(place * length)] = content
+        (folder / name).write_bytes(table)
+
+    return damage
+
+
 def half_config(folder):
     truncate_to = (folder / "config.json").read_text()[:60]
     (folder / "config.json").write_text(truncate_to)
+
+
+def in_place_of_config(content):
+    def spoil(folder):
+        (folder / "config.json").unlink()
+        if content is None:
+            (folder / "config.json").symlink_to(folder.parent)
+        else:
+            (folder / "config.json").write_bytes(content)
+
+    return spoil
 
 
 REFUSED = [
@@ -373,8 +479,18 @@ REFUSED = [
     (other_seed, "it is of a run with another seed"),
     (short_table, "metrics.csv is shorter than it was then"),
     (lost_table, "structures.csv is shorter than it was then"),
+    (changed("metrics.csv", 0.9, ord("x")), "metrics.csv is damaged, its first"),
+    (changed("metrics.csv", 0.0, 0xFF), "metrics.csv is damaged, its first"),
+    (changed("structures.csv", 0.5, 0), "structures.csv is damaged, its first"),
     (other_images, "`data_dir` must hold the images that the run began with; got others"),
     (half_config, "`config.json` must be valid JSON"),
+    (in_place_of_config(b"[" * 100_000), "config.json"),
+    (in_place_of_config(b"[1, 2]"), "got list"),
+    (in_place_of_config(b"null"), "got NoneType"),
+    (in_place_of_config(b'{"arch": "\xff"}'), "`config.json` must be a text that can be read"),
+    (in_place_of_config(b'{"seed": ' + b"9" * 5000 + b"}"), "`config.json` must be valid JSON"),
+    (in_place_of_config(b'{"seed": "x"}'), "`seed` must be "),
+    (in_place_of_config(None), "Is a directory"),
 ]
 
 
@@ -383,11 +499,12 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(interrupted, tmp_
         copy = tmp_path / str(number)
         shutil.copytree(interrupted, copy)
         spoil(copy)
-        contents = {p.name: p.read_bytes() for p in copy.iterdir()}
+        contents = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
         assert main(["--resume", str(copy)]) == 2
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1
-        assert {p.name: p.read_bytes() for p in copy.iterdir()} == contents
+        assert str(copy) in error or "`data_dir`" in error
+        assert {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()} == contents
     assert main(["--resume", str(tmp_path / "nowhere")]) == 2
     assert main(["--resume", str(interrupted), "--seed", "1"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 2
@@ -397,8 +514,10 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(interrupted, tmp_
 
 def test_a_finished_run_is_not_resumed_but_one_without_its_report_is(ungated, tmp_path, monkeypatch, capsys):
     flags, folder = ungated
+    names = sorted(os.listdir(folder))
     assert main(["--resume", str(folder)]) == 2
     assert "which is finished" in capsys.readouterr().err
+    assert sorted(os.listdir(folder)) == names and "lock" not in names
 
     def fail(folder):
         raise KeyboardInterrupt
@@ -410,6 +529,53 @@ def test_a_finished_run_is_not_resumed_but_one_without_its_report_is(ungated, tm
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
     assert (tmp_path / "run" / "report.md").read_text() == "written"
     assert_same_end(tmp_path / "run", folder)
+
+
+def test_a_table_damaged_behind_the_older_checkpoint_costs_the_newer_one(pruned, tmp_path, monkeypatch, capsys):
+    flags, expected = pruned
+    folder = tmp_path / "run"
+    cut_off(monkeypatch, flags, folder, 11)
+    newest, before = states(folder)
+    (length, _), (earlier, _) = (torch.load(path, weights_only=True)["lengths"] for path in (newest, before))
+    assert earlier < length
+    table = bytearray((folder / "metrics.csv").read_bytes())
+    table[length - 1] ^= 1
+    (folder / "metrics.csv").write_bytes(table)
+    assert main(["--resume", str(folder), "--threads", "1"]) == 0
+    assert f"warning: {newest.name} is skipped: metrics.csv is damaged" in capsys.readouterr().err
+    assert_same_end(folder, expected)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("metrics.csv must hold numbers"), OSError(28, "No space left on device"), IndexError()]
+)
+def test_a_failing_report_never_costs_the_run(error, ungated, tmp_path, monkeypatch, capsys):
+    flags, expected = ungated
+    folder = tmp_path / "run"
+
+    def fail(folder):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("catode.report.report.write", fail)
+        assert main([*flags, "--out", str(folder)]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line and "step/s" not in line]
+    reason = (str(error) or "IndexError").rstrip(".")
+    hint = f"Make it again with catode report {folder}"
+    assert told == [f"warning: the run is finished, but its report failed: {reason}. {hint}"]
+    assert not states(folder) and not (folder / "report.md").exists()
+    assert_same_end(folder, expected)
+
+
+def test_a_report_is_made_again(ungated, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(ungated[1], tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("catode.report.report.write", write_report)
+        assert cli.main(["report", str(folder)]) == 0
+        assert capsys.readouterr().out == f"report {folder / 'report.md'}\n" and (folder / "report.md").exists()
+        (folder / "metrics.csv").write_text("nonsense")
+        assert cli.main(["report", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {folder / 'metrics.csv'} must have the column")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit for the size of files")
@@ -629,6 +795,37 @@ def test_a_file_system_without_locks_costs_a_note(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err.splitlines() == [
         f"note: {tmp_path} is on a file system without locks; do not start a second run there."
     ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal tells of a worker's end")
+@pytest.mark.parametrize("place", ["prune", "update", "read"])
+def test_a_worker_killed_while_nobody_waits_for_it_is_one_line_and_the_run_goes_on(
+    place, tmp_path, monkeypatch, capsys
+):
+    write_folder(tmp_path / "images", per_class=12)
+    folder, before, calls = tmp_path / "run", getattr(loop.Trainer, place), []
+    flags = ["--dataset=folder", f"--data-dir={tmp_path / 'images'}", "--arch=resnet14", "--hidden-scale=0.25"]
+    flags += ["--image-size=8", "--batch-size=4", "--array-gib=0", "--workers=1", "--threads=1", "--epochs=3"]
+    flags += ["--checkpoint-every=1", "--warmup-epochs=0.5"]
+
+    def killed(self, *args):
+        calls.append(place)
+        for worker in multiprocessing.active_children() if len(calls) > 2 else ():
+            os.kill(worker.pid, signal.SIGKILL)
+            limit = time.monotonic() + 10.0
+            while time.monotonic() < limit:  # as long as a probe may take
+                time.sleep(0.01)
+        return before(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, place, killed)
+        assert main([*flags, "--out", str(folder)]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and told[0].startswith(
+        "error: `workers` must be processes that stay alive; got workers=1 and: "
+    )
+    assert told[0].endswith(f"Then continue with --resume {folder}")
+    assert main(["--resume", str(folder), "--threads=1"]) == 0
 
 
 def test_torch_load_is_never_called_unsafely():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -45,6 +46,24 @@ def test_however_fast_a_theta_sinks_the_price_level_stays_a_number(flags, tmp_pa
     ]
     assert main([*short, "--target-macs=0.5", *flags, "--out", str(tmp_path / "run")]) == 0
     assert np.isfinite(json.loads((tmp_path / "run" / "result.json").read_text())["macs"])
+
+
+@pytest.mark.parametrize(
+    "flags", [["--target-macs=0.01"], ["--target-params=0.005"], ["--target-macs=0.03", "--round-to=16"]]
+)
+def test_a_missed_target_is_said(tmp_path, flags, capsys):
+    quantity, share = flags[0][len("--target-") :].split("=")
+    run = ["--arch=resnet14", "--epochs=2", "--warmup-epochs=0.5", "--memory=20", "--threads=1"]
+    assert main([*run, *flags, "--out", str(tmp_path / "run")]) == 3
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    left = result[quantity] / result[f"{quantity}_dense"]
+    name = {"macs": "MACs", "params": "parameters"}[quantity]
+    said = f"{left:.1%} of the {name} are left instead of {float(share):.1%}"
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == f"target   missed: {said}; train longer, or choose a larger share"
+    assert f"**Target missed: {said}.**" in (tmp_path / "run" / "report.md").read_text()
+    assert re.search(rf"everything would go at step \d+: `target_{quantity}`={share} is too small\.", printed.err)
+    assert "`nu`" not in printed.err
 
 
 @pytest.mark.parametrize("flags", [["--target-macs=0.4"], ["--target-params=0.6", "--alpha=0"]])

@@ -132,12 +132,22 @@ class Touch:
         return Path.touch, (self.path,)
 
 
+def flip(path, name):
+    """Flip a bit of a tensor's bytes in a whole file."""
+    state = tiny().state_dict()
+    content = bytearray(saved(path, state).read_bytes())
+    content[content.index(state[name].numpy().tobytes()) + 3] ^= 64
+    path.write_bytes(content)
+
+
 FILES = {
     "missing": lambda path: None,
     "folder": lambda path: path.mkdir(),
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("weights"),
     "cut short": lambda path: path.write_bytes(saved(path, tiny().state_dict()).read_bytes()[:900]),
+    "a bit": lambda path: flip(path, "conv1.weight"),
+    "another bit": lambda path: flip(path, "fc.bias"),
     "a whole module": lambda path: torch.save(tiny(), path),
     "code": lambda path: torch.save({"fc.weight": Touch(path.with_name("touched"))}, path),
     "a tensor": lambda path: torch.save(torch.zeros(3), path),
@@ -155,6 +165,7 @@ def test_a_wrong_file_is_one_line_and_leaves_nothing(kind, tmp_path, capsys):
     assert main(["--init", str(path), "--arch", "resnet14", "--out", str(tmp_path / "run")]) == 2
     printed = capsys.readouterr()
     assert re.fullmatch(r"error: `init` must [^\n]+; got init=[^\n]+\.\n", printed.err), printed.err
+    assert "bit" not in kind or "where it fails (checksum of " in printed.err
     assert printed.out == "" and {p.name for p in tmp_path.iterdir()} <= {"weights.pt"}
 
 

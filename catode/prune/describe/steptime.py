@@ -224,7 +224,7 @@ def read(path: Path, model: nn.Module, plain: Complexity) -> list[Table]:
             tables.append(Table(term.name, inner, outer, times))
         if found or not all(np.isfinite(t.measured).all() for t in tables):
             raise ValueError("it has other rows")
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(
             f"`resume` must name a run with the {FILE} that it started with; got {str(path)!r} and {error}. Restore the file."
         ) from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from catode._output import run
 from catode.report.compare.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

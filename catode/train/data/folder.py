@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,15 +187,37 @@ def stream(
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:  # DataLoader raises it when a worker process dies
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise DataError(
-                f"`workers` must be processes that stay alive; got workers={workers} and: {reason}. Use fewer workers or "
-                "smaller batches, or give the machine more (shared) memory."
-            ) from error
+        except RuntimeError as error:  # the loader's word for a worker that died
+            raise _worker_died(error, workers) from error
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _worker_died(error: RuntimeError, workers: int) -> DataError:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return DataError(
+        f"`workers` must be processes that stay alive; got workers={workers} and: {reason}. Use fewer workers or "
+        "smaller batches, or give the machine more (shared) memory."
+    )
+
+
+@contextmanager
+def workers_watched(workers: int) -> Iterator[None]:
+    """Tell of a worker that dies while no batch is waited for: the loader's signal handler then raises wherever it is.
+
+    Args:
+        workers: How many there are.
+
+    Raises:
+        DataError: in place of the loader's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise _worker_died(error, workers) from error
 
 
 def read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -194,6 +195,7 @@ def sizes(root: Path, names: Sequence[str]) -> np.ndarray:
 
 def unreadable(path: str, what: str, error: Exception) -> DataError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = re.sub(r"\s*<[^<>]* at 0x[0-9a-f]+>", "", reason)  # the address of the bytes; the file is named
     return DataError(
         f"`data_dir` must hold readable images; got {path!r}, which cannot be {what} ({reason}). Replace the file."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 
 from catode.prune import cut
+from catode.records import read_json
 from catode.structures.inventory import Inventory
-from catode.train.models import resnets
+from catode.train.models import resnets, weights
 
 PART = ".part"  # suffix of a file that is being written
 STRUCTURE = dict(
@@ -105,6 +107,8 @@ def load_state(folder: Path, check: Callable[[dict], None] = lambda state: None)
         try:
             state = _read_state(path)
             check(state)
+            if state.get("step") != int(_NAME.fullmatch(path.name)[1]):
+                raise ValueError(f"it is of step {state.get('step')}")
         except Exception as error:  # unpickling damaged bytes can raise anything
             bad[path.name] = _reason(error)
         else:
@@ -121,7 +125,7 @@ def load_state(folder: Path, check: Callable[[dict], None] = lambda state: None)
 def _reason(error: Exception) -> str:
     """Why a file cannot be used, in one line."""
     if isinstance(error, zipfile.BadZipFile):
-        return "it is truncated, or not a checkpoint"
+        return "it is truncated, or not a file of torch.save"
     if isinstance(error, pickle.UnpicklingError):  # its own message recommends an unsafe load
         return "it holds more than tensors, numbers and text"
     if type(error) is ValueError:
@@ -130,10 +134,7 @@ def _reason(error: Exception) -> str:
 
 
 def _read_state(path: Path) -> dict:
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise ValueError(f"checksum of {broken} is wrong")
+    weights.check_archive(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError("it is not a checkpoint of catode")
@@ -192,9 +193,10 @@ def read_structure(folder: Path) -> dict:
                 f"`folder` must be a run's folder; got {str(folder)!r} without {name}. Pass the --out of a run."
             )
     try:
-        structure = json.loads((folder / "structure.json").read_text())
+        structure = read_json(folder / "structure.json")
         missing = [key for key, kind in STRUCTURE.items() if not isinstance(structure.get(key), kind)]
-    except (ValueError, TypeError, AttributeError) as error:
+        missing = missing or _bad_images(structure)
+    except ValueError as error:
         missing = [str(error)]
     if missing:
         raise ValueError(
@@ -202,6 +204,21 @@ def read_structure(folder: Path) -> dict:
             "Restore the file from the run."
         )
     return structure
+
+
+def _bad_images(structure: dict) -> list[str]:
+    """Which of the lists of structure.json do not describe the network's images."""
+    channels, shape = structure["in_channels"], structure["image_shape"]
+    bad = (
+        []
+        if len(shape) == 3 and shape[0] == channels and all(type(n) is int and n > 0 for n in shape)
+        else ["image_shape"]
+    )
+    for name in ("mean", "std"):
+        values = structure[name]
+        if len(values) != channels or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            bad.append(name)
+    return bad
 
 
 def fresh(structure: dict) -> nn.Module:
@@ -227,6 +244,7 @@ def load(folder: str | os.PathLike) -> nn.Module:
     folder = Path(folder)
     structure = read_structure(folder)
     try:
+        weights.check_archive(folder / "model.pt")
         model = fresh(structure)
         cut.restrict(model, model.structures(), structure["blocks"])
         model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))

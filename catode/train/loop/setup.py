@@ -18,30 +18,15 @@ from catode.prune.describe.costs import describe
 from catode.prune.devices import distributed
 from catode.prune.devices.timing import check_compile, keep_freed_memory
 from catode.train import data
-from catode.train.loop import board, checkpoint, lock
+from catode.train.loop import board, checkpoint, contents, lock
 from catode.train.loop.optimization import AMP
-from catode.train.loop.tables import TABLES
+from catode.train.loop.tables import TABLES, checksum
 from catode.train.models import resnets, weights
 from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
 from catode.train.settings.training import learning_rates, ode_time
 
 PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history")  # attributes of `Trainer`
-STATE_FIELDS = (
-    *PROGRESS,
-    "config",
-    "processes",
-    "steps_per_epoch",
-    "classes",
-    "images",
-    "sums",
-    "lengths",
-    "momentum",
-    "scaler",
-    "pruner",
-    "model",
-    "rng",
-)
 
 
 @dataclass(frozen=True)
@@ -115,6 +100,7 @@ def prepare(config: Config) -> Setup:
     if config.resume is None:
         check_out(config)
     else:
+        _check_unfinished(config)  # or the lock would stay behind
         held = lock.hold(Path(config.resume), "resume") if group.leads else None
         state = _load_state(config)
     if config.threads is not None:
@@ -205,23 +191,28 @@ def build_model(config: Config, images: data.ImageData) -> nn.Module:
     return model.to(config.device, memory_format=memory_format)
 
 
+def _check_unfinished(config: Config) -> None:
+    folder = Path(config.resume)
+    if (folder / "result.json").exists() and not checkpoint.states(folder):
+        raise ValueError(
+            f"`resume` must be the folder of an interrupted run; got {config.resume!r}, which is finished."
+        )
+
+
 def _load_state(config: Config) -> dict | None:
     """Checkpoint of the run to resume; None if it has none yet.
 
     Raises:
         ValueError: if the run is finished, or its files do not match.
     """
+    _check_unfinished(config)
     folder = Path(config.resume)
-    if (folder / "result.json").exists() and not checkpoint.states(folder):
-        raise ValueError(
-            f"`resume` must be the folder of an interrupted run; got {config.resume!r}, which is finished."
-        )
     state, skipped = checkpoint.load_state(folder, lambda state: _check_state(config, folder, state))
     for name, reason in skipped.items() if distributed.current().leads else ():
         print(f"warning: {name} is skipped: {reason}", file=sys.stderr)
     metrics = folder / "metrics.csv"
     # the first epoch's row may have been written before its checkpoint
-    if state is None and metrics.exists() and metrics.read_text().count("\n") > 2:
+    if state is None and metrics.exists() and metrics.read_bytes().count(b"\n") > 2:
         raise ValueError(
             f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs but none. "
             "Start a new run in another folder."
@@ -235,13 +226,17 @@ def _check_state(config: Config, folder: Path, state: dict) -> None:
     Raises:
         ValueError: if not.
     """
-    missing = [name for name in STATE_FIELDS if name not in state]
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
+    contents.check(state, gated=config.nu > 0)
     own = config.identity()
     other = sorted(name for name in own | state["config"] if own.get(name) != state["config"].get(name))
     if other:
         raise ValueError(f"it is of a run with another {', '.join(other)}")
-    for name, length in zip(TABLES, state["lengths"], strict=True):
+    for name, length, expected in zip(TABLES, state["lengths"], state["checksums"], strict=True):
         if not (folder / name).is_file() or (folder / name).stat().st_size < length:
             raise ValueError(f"{name} is shorter than it was then")
+        if checksum(folder / name, length) != expected:
+            raise ValueError(f"{name} is damaged, its first {length} bytes are not what they were then")
+    with (folder / TABLES[0]).open("rb") as file:
+        rows = file.read(state["lengths"][0]).count(b"\n") - 1
+    if rows != state["epochs_done"] or not state["lengths"][1]:
+        raise ValueError(f"the tables it goes on with have {max(rows, 0)} epochs instead of {state['epochs_done']}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,16 @@ METRIC_FIELDS = [
 TABLES = ("metrics.csv", "structures.csv")
 
 
+def checksum(path: Path, length: int) -> int:
+    """CRC-32 of the first bytes of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while length > 0 and (content := file.read(min(length, 1 << 20))):
+            value = zlib.crc32(content, value)
+            length -= len(content)
+    return value
+
+
 class CsvTable:
     """A CSV file written row by row.
 
@@ -38,14 +50,18 @@ class CsvTable:
         name: File name.
         fields: Names of the columns.
         length: Bytes of the existing file to keep and append to; None for a new file.
+        checksum: CRC-32 of these bytes.
     """
 
-    def __init__(self, folder: Path | None, name: str, fields, length: int | None = None):
+    def __init__(self, folder: Path | None, name: str, fields, length: int | None = None, checksum: int = 0):
         path = Path(os.devnull) if folder is None else folder / name
-        self._file = path.open("w" if length is None else "r+", newline="")
-        self._writer = csv.DictWriter(self._file, fields)
+        self._file = path.open("wb" if length is None else "r+b")
+        self._text = io.StringIO(newline="")  # what is to be written next
+        self._writer = csv.DictWriter(self._text, fields)
+        self.checksum = checksum
         if length is None:
             self._writer.writeheader()
+            self._write()
         else:
             self._file.truncate(length)
             self._file.seek(length)
@@ -62,7 +78,15 @@ class CsvTable:
             self._writer.writerows(
                 {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
             )
+            self._write()
             self._file.flush()
+
+    def _write(self) -> None:
+        content = self._text.getvalue().encode()
+        self._text.seek(0)
+        self._text.truncate()
+        self._file.write(content)
+        self.checksum = zlib.crc32(content, self.checksum)
 
     def close(self) -> None:
         with self._named():

@@ -37,6 +37,7 @@ from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
 from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
+from catode.train.settings.setting import ConfigError
 from catode.train.stop import Stop, Stopped
 
 
@@ -74,7 +75,8 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
             check_out(setup.config)  # another process may have started and ended a run here meanwhile
         trainer = Trainer(setup, folder, progress)
         try:
-            with trainer.stop.heeded() if group.size == 1 else nullcontext():
+            heeded = trainer.stop.heeded() if group.size == 1 else nullcontext()
+            with data.folder.workers_watched(trainer.batches.workers), heeded:
                 trainer.train()
         finally:
             trainer.close()
@@ -157,10 +159,10 @@ class Trainer:
             (folder / "env.json").write_text(json.dumps(own, indent=2) + "\n")
             if setup.step_times is not None and state is None:
                 checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
-        lengths = state["lengths"] if state and self.group.leads else [None, None]
         tables = folder if self.group.leads else None
-        self.metrics = CsvTable(tables, TABLES[0], METRIC_FIELDS, lengths[0])
-        self.structures = CsvTable(tables, TABLES[1], ROW_FIELDS, lengths[1])
+        ends = [*zip(state["lengths"], state["checksums"], strict=True)] if state and self.group.leads else [(), ()]
+        self.metrics = CsvTable(tables, TABLES[0], METRIC_FIELDS, *ends[0])
+        self.structures = CsvTable(tables, TABLES[1], ROW_FIELDS, *ends[1])
         self.history: list[float] = []
         self.unread: list[torch.Tensor] = []
         self.loss = math.nan  # of the last step that was read
@@ -169,7 +171,7 @@ class Trainer:
         self.mark = time.perf_counter(), time.process_time()
         self.sums = self.no_sums()
         if state:
-            self.restore(state)
+            self.take_up(state)
         self.board = board.Board(folder, self.step) if config.tensorboard and self.group.leads else None
         self.bar = tqdm(
             total=len(setup.schedule),
@@ -414,6 +416,7 @@ class Trainer:
                 **{name: getattr(self, name) for name in PROGRESS},
                 "sums": {**self.sums.state(), "right": right.cpu()},
                 "lengths": [self.metrics.length(), self.structures.length()],
+                "checksums": [self.metrics.checksum, self.structures.checksum],
                 "momentum": momentum,
                 "scaler": self.scaler.state_dict(),
                 "pruner": self.pruner.state_dict() if self.pruner else None,
@@ -423,6 +426,21 @@ class Trainer:
             keep=self.config.keep_checkpoints,
         )
 
+    def take_up(self, state: dict) -> None:
+        """The same as `restore`.
+
+        Raises:
+            ConfigError: if the state is whole, but its contents do not fit the run.
+        """
+        try:
+            self.restore(state)
+        except Exception as error:  # whatever wrong contents make PyTorch and the pruner stumble over
+            raise ConfigError(
+                f"`resume` must name a run whose checkpoint fits it; got {str(self.folder)!r}, where checkpoint-{state['step']}.pt "
+                f"holds something else ({type(error).__name__}: {str(error).partition(chr(10))[0]}). Delete it to go on from the "
+                "one before."
+            ) from error
+
     def restore(self, state: dict) -> None:
         """Restore a checkpoint of `save_state`."""
         if self.pruner is not None:
@@ -431,6 +449,8 @@ class Trainer:
             self.model.load_state_dict(state["model"])
         parameters = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
         for name, buffer in state["momentum"].items():
+            if buffer.shape != parameters[name].shape:
+                raise ValueError(f"momentum of {name} has the shape {tuple(buffer.shape)}")
             buffer = buffer.to(parameters[name].device, copy=True)
             self.optimizer.state[parameters[name]] = {"momentum_buffer": buffer}
         self.scaler.load_state_dict(state["scaler"])

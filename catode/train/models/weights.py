@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +12,19 @@ from catode.train.models.resnets import ResNet
 
 WRAPPERS = ("state_dict", "model")  # keys of the state dict in files that hold more
 LISTED = 3  # names listed in a message
+
+
+def check_archive(path: str | os.PathLike) -> None:
+    """Compare the checksums in a file of `torch.save`, which `torch.load` does not.
+
+    Raises:
+        zipfile.BadZipFile: if the file is no whole archive.
+        ValueError: if a checksum is wrong.
+    """
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"checksum of {broken} is wrong")
 
 
 def read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -23,6 +37,8 @@ def read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     path = os.fspath(path)
     try:
+        if zipfile.is_zipfile(path):  # older files of torch.save are no archives and hold no checksums
+            check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         reason = error.strerror or type(error).__name__
@@ -30,9 +46,10 @@ def read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             f"`init` must be a file that can be read; got init={path!r}: {reason}. Pass a file of weights."
         ) from None
     except Exception as error:  # unpickling damaged bytes can raise anything
+        reason = str(error) if type(error) is ValueError else type(error).__name__
         raise ValueError(
             f"`init` must be a file of tensors that torch.load reads with weights_only=True; got init={path!r}, where it "
-            f"fails ({type(error).__name__}). Save the state dict again with torch.save(model.state_dict(), FILE)."
+            f"fails ({reason}). Save the state dict again with torch.save(model.state_dict(), FILE)."
         ) from None
     if isinstance(content, Mapping):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)

@@ -178,9 +178,21 @@ def _resumed(resume: str, **given: Any) -> Config:
                 "A resumed run keeps its own settings."
             )
     file = Path(resume) / "config.json"
-    if not file.is_file():
+    if not file.exists():
         raise ConfigError(
             f"`resume` must be the folder of an interrupted run; got resume={resume!r}, which holds no run. "
             "Pass the --out of such a run."
         )
-    return Config.from_json(file.read_text(), **given, out=resume, resume=resume)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"`config.json` must be a text that can be read; got: {reason}. Restore the file from the run. It is {file}."
+        ) from None
+    try:
+        return Config.from_json(text, **given, out=resume, resume=resume, dry_run=False)
+    except ConfigError as error:
+        if any(str(error).startswith(f"`{name}`") for name in given):
+            raise
+        raise ConfigError(f"{error} It stands in {file}.") from None

@@ -163,6 +163,10 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
                 f"`config.json` must be valid JSON; got an error at line {error.lineno}, column {error.colno} "
                 f"({error.msg}). Restore the file from the run."
             ) from None
+        except (ValueError, RecursionError) as error:  # of a number of thousands of digits, of deep nesting
+            raise ConfigError(
+                f"`config.json` must be valid JSON; got: {error}. Restore the file from the run."
+            ) from None
         if not isinstance(values, dict):
             raise ConfigError(
                 f"`config.json` must hold one JSON object; got {type(values).__name__}. Restore the file from the run."
