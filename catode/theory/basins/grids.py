@@ -74,8 +74,8 @@ def basins_of_attraction(
     81 faces), and, where starts remain undecided, their ends. Coming near is no proof unless the attractor attracts
     everything within the `resolution` of the result; `find_attractors` tries that on a few states.
 
-    A start on a boundary is undecided: one whose label changes where it is moved by 3 tolerances towards a neighbour with
-    another label, or, where some coordinates are held, along these.
+    A start on a boundary is undecided: one whose label changes where it is moved by a tenth of the tolerances towards a
+    neighbour with another label, or, where some coordinates are held, along these.
 
     Source: docs/mathematics.md sections 3 and 4.
 
@@ -224,9 +224,9 @@ def _ties(
     rtol: float,
     atol: float,
 ) -> np.ndarray:
-    """Indices of decided starts on a boundary between labels, to within 3 tolerances of the integration."""
+    """Indices of decided starts on a boundary between labels, to within a tenth of the tolerances."""
     places = np.arange(len(starts)).reshape(shape)
-    step = 3.0 * (atol + rtol * np.abs(starts))
+    step = 0.1 * (atol + rtol * np.abs(starts))
     suspects, moves = [], []
     for axis, n in enumerate(shape):
         if n == 1:
@@ -257,7 +257,10 @@ def _ties(
     moved[rows, axes] += np.concatenate([sign for _, sign in moves]) * step[index, axes]
     box = as_box(system)
     open_ = (starts[index, axes] > box.lower[axes]) & (starts[index, axes] < box.upper[axes])  # a face is met exactly
-    index, moved = index[open_], moved[open_]
+    index, moved, axes = index[open_], moved[open_], axes[open_]
+    crossing = np.array([n > 1 for n in shape])[axes]  # towards a neighbour one move is enough for each start
+    _, first = np.unique(np.where(crossing, index, -1 - np.arange(len(index))), return_index=True)
+    index, moved = index[first], moved[first]
     return np.unique(index[label(system.project(moved)) != labels[index]])
 
 
