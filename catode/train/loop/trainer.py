@@ -66,8 +66,7 @@ def run(config: Config, *, progress: bool = True, at_end: Callable[[Path], objec
 
 def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], object] | None = None) -> Path:
     """Like `run`, for a prepared run."""
-    folder = Path(setup.config.out)
-    group = setup.group
+    folder, group = Path(setup.config.out), setup.group
     if group.leads:
         folder.mkdir(parents=True, exist_ok=True)
     with (setup.lock or lock.hold(folder)) if group.leads else nullcontext():
