@@ -1,4 +1,4 @@
-"""What a whole checkpoint must hold to be gone on from: types, ranges, and that its parts agree with each other."""
+"""What a checkpoint must contain to be resumed: types, ranges, and that its parts agree with each other."""
 
 from __future__ import annotations
 
