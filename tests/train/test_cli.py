@@ -438,7 +438,9 @@ def test_a_flipped_bit_in_the_weights_is_found_by_every_reader(place, finished, 
     content = bytearray((tmp_path / "model.pt").read_bytes())
     content[int(place * len(content))] ^= 64
     (tmp_path / "model.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"^`folder` must hold a complete model.pt [^\n]+\(checksum of [^\n]+ is wrong\)"):
+    with pytest.raises(
+        ValueError, match=r"^`folder` must hold a complete model.pt [^\n]+\(checksum of [^\n]+ is wrong\)"
+    ):
         load(tmp_path)
     assert export_main([str(tmp_path), "--format=torch-export"]) == 2
     assert re.fullmatch(r"error: `folder` must hold a complete model.pt .+ is wrong\).+\n", capsys.readouterr().err)
