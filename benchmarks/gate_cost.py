@@ -110,6 +110,7 @@ def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
     config = preset()
     given = dict(estimator=config.estimator, layer_estimator=config.layer_estimator, probe_size=config.probe_size)
     given |= dict(measure_every=config.measure_every, nu=config.nu, alpha=config.alpha)
+    given |= dict(epoch_steps=TRAINING_IMAGES / config.batch_size)
     far = 10**9
     given |= dict(rate_ratio=1.0, steps=far, warmup=far - 1 if settled else 0, check_every=far)
     pruner = Pruner(lane.model, lane.x[:1], optimizer=lane.optimizer, **{**given, **settings})
