@@ -33,8 +33,8 @@ from torch import nn
 from benchmarks import copies
 from benchmarks._common import QUICK_IMAGES, add_quick, guarded, hardware, markdown, publish
 from benchmarks.cifar import read
-from catode.prune.gates import Gates
-from catode.prune.probes import Probe, batch_statistics_only, curvature_corrected, straight_through
+from catode.prune.gated.gates import Gates
+from catode.prune.measure.probes import Probe, batch_statistics_only, curvature_corrected, straight_through
 from catode.structures.inventory import Inventory
 from catode.train import data, load
 from catode.train.loop import learning_rates, make_optimizer

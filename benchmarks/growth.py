@@ -6,7 +6,7 @@
 The ungated ResNet-20 of the main job is trained on the digits by the preset's schedule. After some of its epochs the weights
 are frozen, and batches of many more epochs are drawn as training draws them. The truth of each structure is the product of
 the mean gradients of *different* epochs, which are independent. Beside it: products of batches of one epoch, as they are and
-corrected (`catode.prune.growth`).
+corrected (`catode.prune.measure.growth`).
 
 With --decisions it compares shadow runs before the correction with runs after it, from the same seeds: nothing is removed
 in either before its theta is 0, so that thetas move alike and the decisions alone differ.
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks._common import QUICK, QUICK_IMAGES, add_quick, guarded, hardware, machine, markdown, publish, subset
-from catode.prune.growth import BURST, GradientProducts
-from catode.prune.probes import batch_statistics_only
+from catode.prune.measure.growth import BURST, GradientProducts
+from catode.prune.measure.probes import batch_statistics_only
 from catode.records import read_json, read_structures, structure_key
 from catode.report import compare
 from catode.structures.inventory import Inventory

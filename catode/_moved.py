@@ -38,9 +38,9 @@ MOVED = {
     "catode.train.target": "catode.decisions.target",
     "catode.train.priors": "catode.decisions.priors",
     "catode.train.shadow": "catode.decisions.shadow",
-    "catode.train.gates": "catode.prune.gates",
-    "catode.train.estimators": "catode.prune.probes",
-    "catode.train.compact": "catode.prune.cut",
+    "catode.train.gates": "catode.prune.gated.gates",
+    "catode.train.estimators": "catode.prune.measure.probes",
+    "catode.train.compact": "catode.prune.gated.cut",
     "catode.train.transfer": "catode.prune.devices.transfer",
     "catode.train.prune": "catode.prune.pruner",
     "catode.train.distributed": "catode.prune.devices.distributed",
@@ -73,9 +73,9 @@ ALSO = {
         "Site": "catode.structures.description",
         "Prunable": "catode.prune.describe.protocol",
     },
-    "catode.train.measure": {"GradientProducts": "catode.prune.growth"},
+    "catode.train.measure": {"GradientProducts": "catode.prune.measure.growth"},
     "catode.train.prune": {"rate_ratios": "catode.decisions.motion", "ROW_FIELDS": "catode.prune.checking"},
-    "catode.train.shadow": {"unit_norms": "catode.prune.cut"},
+    "catode.train.shadow": {"unit_norms": "catode.prune.gated.cut"},
 }
 """Names of an old module that are in another module than the rest of it."""
 

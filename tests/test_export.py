@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from catode import export
-from catode.prune.cut import restrict
+from catode.prune.gated.cut import restrict
 from catode.prune.describe.costs import count
 from catode.train import build, load
 from catode.train.loop import checkpoint

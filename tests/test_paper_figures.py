@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import copies
-from catode.prune import cut
+from catode.prune.gated import cut
 from catode.structures.fates import COMMITTED, PRUNED_TOLERANCE, PRUNED_ZERO, REMOVED_WITH_BLOCK, UNDECIDED
 from catode.train import Config, count, models
 from catode.train.loop import checkpoint

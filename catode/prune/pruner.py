@@ -33,18 +33,18 @@ from catode.decisions.priors import PRIORS
 from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE, Shadow
 from catode.decisions.target import Target
-from catode.prune import cut
-from catode.prune.capture import Capture
+from catode.prune.gated import cut
+from catode.prune.measure.capture import Capture
 from catode.prune.checking import Check, Checking
 from catode.prune.describe.costs import Counts, describe
 from catode.prune.describe.protocol import Prunable
 from catode.prune.describe.steptime import MeasuredComplexity, Table
 from catode.prune.devices.distributed import Group, norms_are_shared
 from catode.prune.devices.transfer import DeferredReads, upload
-from catode.prune.draws import GateDraws
-from catode.prune.gates import Gates
-from catode.prune.measuring import Measuring, Probed
-from catode.prune.network import Network
+from catode.prune.gated.draws import GateDraws
+from catode.prune.gated.gates import Gates
+from catode.prune.measure.measuring import Measuring, Probed
+from catode.prune.gated.network import Network
 from catode.prune.optimizers import check_optimizer, ode_time, theta_speed
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
@@ -281,7 +281,7 @@ class Pruner:
         The optimizer's state is not in it.
         """
         self.read()
-        return {"model": self.gates.plain_state(), "pruner": pack(self.state)}
+        return {"model": {name: t.detach().clone() for name, t in self.model.state_dict().items()}, "pruner": pack(self.state)}
 
     def load_state_dict(self, state: dict) -> None:
         """Load the `state_dict` of a pruner with the same arguments; the model must be fresh and whole.
@@ -293,7 +293,7 @@ class Pruner:
         """
         own = self.state
         check_fits(own, state)
-        self.gates.remove()
+        self._network.remove_gates()
         self._capture.detach()
         unpack(own, state["pruner"])
         whole = np.ones_like(own.kept)
@@ -465,7 +465,7 @@ class Pruner:
         removed = self._carry_out(verdict.outcome)
         if (final and not verdict.outcome.watched.any()) or not self.undecided:
             own.finished = True
-            self.gates.remove()
+            self._network.remove_gates()
             self._capture.detach()
         elif self.target is not None:
             self._checking.update_price(own, limits, ode_time(self.optimizer))
@@ -480,7 +480,7 @@ class Pruner:
         fold = np.where(outcome.folded, own.keep_prob, 1.0)
         own.keep_prob = np.where(own.kept, np.where(self._open, own.keep_prob, 1.0), 0.0)
         if changed:
-            self.gates.remove()
+            self._network.remove_gates()
             own.present = self._network.cut(own.kept, before, own.present, self.settings.width_multiple, fold=fold)
             self._install()
         return int((before & ~own.kept).sum())

@@ -9,7 +9,7 @@ from typing import Any
 
 from catode._validate import check_bool, check_choice, check_int, check_interval, check_positive
 from catode.decisions.priors import PRIORS
-from catode.prune.probes import ESTIMATORS
+from catode.prune.measure.probes import ESTIMATORS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class PrunerSettings:
         warmup: Steps before any theta moves. The first part of a long one is trained without gates (if thetas start at 1):
             measuring begins four memories before its end, earlier where many layers share the paired probes.
         initial_keep_prob: Where every theta starts, in (0, 1].
-        estimator: Estimator of the units' benefits, one of `catode.prune.probes.ESTIMATORS`.
+        estimator: Estimator of the units' benefits, one of `catode.prune.measure.probes.ESTIMATORS`.
         layer_estimator: The same for layers.
         per_example: Draw gates for each example instead of each batch; costs passes over activations. The curvature
             correction then uses the batch means of draw and curvature, taken as uncorrelated.

@@ -19,8 +19,8 @@ from catode._saved import saved_fields
 from catode.decisions.evidence import LEAST_EVIDENCE, Evidence
 from catode.decisions.schedule import Turns
 from catode.decisions.shadow import Shadow
-from catode.prune.draws import GateDraws
-from catode.prune.growth import GradientProducts
+from catode.prune.gated.draws import GateDraws
+from catode.prune.measure.growth import GradientProducts
 from catode.prune.settings import PrunerSettings
 from catode.structures import fates
 from catode.structures.inventory import Inventory

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from catode.prune.gates import Gates
+from catode.prune.gated.gates import Gates
 from catode.structures.inventory import Inventory
 from catode.train.models import Architecture, DenseResNet, ResNet, build
 
@@ -371,7 +371,7 @@ def test_only_what_is_asked_for_is_gated(bottleneck_net):
 
 
 def test_a_site_that_was_compacted_keeps_its_units_numbers(bottleneck_net):
-    from catode.prune.cut import keep_units
+    from catode.prune.gated.cut import keep_units
 
     model = network("resnet14", bottleneck_net)
     blocks = model.structures()

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from catode.prune.cut import keep_units
-from catode.prune.growth import GradientProducts
+from catode.prune.gated.cut import keep_units
+from catode.prune.measure.growth import GradientProducts
 from catode.structures.inventory import Inventory
 from catode.train.models import BasicBlock, DenseResNet, build
 

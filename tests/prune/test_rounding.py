@@ -118,7 +118,7 @@ def test_what_is_kept_for_width_are_the_best_and_the_network_stays_what_it_was()
         expected.blocks[0].out.weight[:, :8] = 0.0
         x = torch.randn(16, *EXAMPLE.shape[1:])
         after = expected.eval()(x)
-        momentum = optimizer.state[model.blocks[0].out.parametrizations.weight.original]["momentum_buffer"].clone()
+        momentum = optimizer.state[model.blocks[0].out.weight]["momentum_buffer"].clone()
         final = pruner.finish().eval()
         assert widths(final) == [16, 24, 24] and pruner.kept_for_width == 5
         assert pruner.structure()["blocks.0"]["sites"]["blocks.0.hidden"] == list(range(8, 24))

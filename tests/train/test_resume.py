@@ -703,9 +703,9 @@ KILLS = [  # where, at which call and how; and the newest checkpoint that is the
     ("catode.train.loop.checkpoint:_flush_folder", 1, "before", "checkpoint-4.pt"),
     ("catode.train.loop:CsvTable.add", 1, "after", "checkpoint-4.pt"),
     ("os:fsync", 7, "pause", "checkpoint-4.pt"),
-    ("catode.prune.cut:Change.follow", 2, "before", None),
-    ("catode.prune.gates:Gates.install", 2, "before", None),
-    ("catode.prune.network:Network.cut", 1, "after", None),
+    ("catode.prune.gated.cut:Change.follow", 2, "before", None),
+    ("catode.prune.gated.gates:Gates.install", 2, "before", None),
+    ("catode.prune.gated.network:Network.cut", 1, "after", None),
     ("catode.prune.pruner:Pruner.step", 4, "after", None),
     ("catode.train.loop:Trainer.result", 1, "after", "checkpoint-30.pt"),
     ("pathlib:Path.unlink", 1, "after", "checkpoint-30.pt"),
@@ -750,7 +750,7 @@ def test_twenty_kills_at_random_moments(server, pruned, tmp_path):
         folder = tmp_path / str(runs)
         old = {(part.name, part.stat().st_mtime_ns) for part in folder.glob("checkpoint-*.part")}
         kind, appearances = min(kills, key=kills.get), chance.randint(1, 4)
-        inside = ("catode.prune.cut:Change.follow", chance.randint(1, 3), "before")
+        inside = ("catode.prune.gated.cut:Change.follow", chance.randint(1, 3), "before")
         process = start(server, going_on(folder), inside if kind == "compaction" else None)
         if kind == "anywhere":
             limit = time.monotonic() + chance.uniform(0.0, seconds)

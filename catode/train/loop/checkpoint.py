@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from catode.prune import cut
+from catode.prune.gated import cut
 from catode.records import read_json
 from catode.structures.inventory import Inventory
 from catode.train.models import resnets, weights

@@ -26,7 +26,6 @@ from catode.prune.describe import steptime
 from catode.prune.describe.costs import Counts, count
 from catode.prune.devices import transfer
 from catode.prune.devices.timing import latency_ms
-from catode.prune.gates import plain_name
 from catode.structures import fates
 from catode.structures.inventory import Inventory
 from catode.train import data
@@ -398,7 +397,7 @@ class Trainer:
         right = self.group.sum(self.sums.right)
         if not self.group.leads:
             return
-        names = {parameter: plain_name(name) for name, parameter in self.model.named_parameters()}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
         momentum = {
             names[parameter]: own["momentum_buffer"]
             for parameter, own in self.optimizer.state.items()
@@ -446,7 +445,7 @@ class Trainer:
             self.pruner.load_state_dict(state["pruner"])
         else:
             self.model.load_state_dict(state["model"])
-        parameters = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
+        parameters = dict(self.model.named_parameters())
         for name, buffer in state["momentum"].items():
             if buffer.shape != parameters[name].shape:
                 raise ValueError(f"momentum of {name} has the shape {tuple(buffer.shape)}")

@@ -79,7 +79,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         Raises:
             ConfigError: if a computed value is invalid.
         """
-        from catode.prune.measuring import usual_probe
+        from catode.prune.measure.measuring import usual_probe
         from catode.theory.tolerance.measured import check_steps, pool_memory
 
         decide_steps = round(self.decide_until * steps)

@@ -8,8 +8,8 @@ from torch import nn
 
 from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
-from catode.prune.draws import GateDraws
-from catode.prune.gates import Gates
+from catode.prune.gated.draws import GateDraws
+from catode.prune.gated.gates import Gates
 
 
 class Capture:

@@ -1,7 +1,7 @@
 """Physical removal: slices in convolutions, linear and norm layers, shortcuts in place of dead blocks.
 
-Every function works on a plain network (no gates installed) and replaces `nn.Parameter` objects; the returned `Change`
-lets an optimizer follow. Units are given as positions among those now present.
+Every function works on a network without gates and changes its parameters in place: whoever holds a list of them (an
+optimizer, a gradient clipper) holds the cut ones. Units are given as positions among those now present.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.utils import parametrize
 
 from catode.prune.describe.protocol import slices
 from catode.structures.description import CONSUMER, PRODUCER, Block, Site, Slice
@@ -23,55 +22,61 @@ class Change:
     """Record of a compaction: the operations on each changed parameter, in order, and the removed parameters."""
 
     def __init__(self) -> None:
-        self.changed: dict[nn.Parameter, tuple[nn.Parameter, list[tuple[Callable, int, torch.Tensor]]]] = {}
+        self.changed: dict[nn.Parameter, tuple[torch.Size, list[tuple[Callable, int, torch.Tensor]]]] = {}
         self.removed: set[nn.Parameter] = set()
 
     def slice(self, module: nn.Module, name: str, dim: int, index: torch.Tensor) -> None:
         """Keep `index` along `dim` of the parameter or buffer `module.name`."""
-        old = getattr(module, name)
-        if not isinstance(old, nn.Parameter):
-            setattr(module, name, _take(old, dim, index))
+        tensor = getattr(module, name)
+        if not isinstance(tensor, nn.Parameter):
+            setattr(module, name, _take(tensor, dim, index))
             return
-        new = nn.Parameter(_take(old.detach(), dim, index), old.requires_grad)
-        setattr(module, name, new)
-        self._record(old, new, (_take, dim, index))
+        self._record(tensor, (_take, dim, index))
+        gradient = None if tensor.grad is None else _take(tensor.grad, dim, index)
+        shrink(tensor, _take(tensor.detach(), dim, index))
+        tensor.grad = gradient
 
     def silence(self, module: nn.Module, name: str, dim: int, index: torch.Tensor) -> None:
         """Set `index` along `dim` of the parameter `module.name` to 0, in place."""
-        parameter = getattr(module, name)
-        with torch.no_grad():
-            parameter.copy_(_zero(parameter, dim, index))
-        self._record(parameter, parameter, (_zero, dim, index))
+        self._in_place(getattr(module, name), _zero, dim, index)
 
     def scale(self, module: nn.Module, name: str, dim: int, factors: torch.Tensor) -> None:
         """Multiply the slices of the parameter `module.name` along `dim` by `factors`, in place."""
-        parameter = getattr(module, name)
-        with torch.no_grad():
-            parameter.copy_(_scale(parameter, dim, factors))
-        self._record(parameter, parameter, (_scale, dim, factors))
+        self._in_place(getattr(module, name), _scale, dim, factors)
 
-    def _record(self, old: nn.Parameter, new: nn.Parameter, step: tuple[Callable, int, torch.Tensor]) -> None:
-        first, steps = next(((o, s) for o, (n, s) in self.changed.items() if n is old), (old, []))
-        self.changed[first] = (new, [*steps, step])
+    def _in_place(self, parameter: nn.Parameter, change: Callable, dim: int, by: torch.Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(change(parameter, dim, by))
+        self._record(parameter, (change, dim, by))
+
+    def _record(self, parameter: nn.Parameter, step: tuple[Callable, int, torch.Tensor]) -> None:
+        self.changed.setdefault(parameter, (parameter.shape, []))[1].append(step)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Apply the same operations to the per-parameter optimizer state; drop the removed parameters."""
         for group in optimizer.param_groups:
-            group["params"] = [
-                self.changed[p][0] if p in self.changed else p for p in group["params"] if p not in self.removed
-            ]
+            group["params"] = [p for p in group["params"] if p not in self.removed]
         for parameter in self.removed:
             optimizer.state.pop(parameter, None)
-        for old, (new, steps) in self.changed.items():
-            state = optimizer.state.pop(old, None)
-            if state is None:
-                continue
+            parameter.grad = None
+        for parameter, (shape, steps) in self.changed.items():
+            state = optimizer.state.get(parameter, {})
             for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.shape == old.shape:
+                if isinstance(value, torch.Tensor) and value.shape == shape:
                     for change, dim, index in steps:
                         value = change(value, dim, index)
                     state[key] = value
-            optimizer.state[new] = state
+
+
+def shrink(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """Give a parameter data of another shape, and forget its gradient.
+
+    Autograd keeps a node for the parameter's gradient, of the shape at the time, as long as any graph that used it lives.
+    It is made anew only if the type of the data changes, which is why that changes for a moment.
+    """
+    parameter.grad = None
+    parameter.data = parameter.data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)
+    parameter.data = data
 
 
 def _take(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
@@ -105,7 +110,7 @@ def keep_units(model: nn.Module, site: Site, index: Iterable[int], change: Chang
     index = list(index)
     if not index:
         raise ValueError(f"site `{site.name}` must keep at least one unit; got none. Remove its block instead.")
-    for part in slices(model, site):
+    for part in distinct(model, slices(model, site)):
         module, name = _owner(model, part)
         change.slice(module, name, part.dim, _entries(part, index, getattr(module, name)))
     for names, attributes in (
@@ -147,7 +152,7 @@ def fold_units(model: nn.Module, site: Site, factors: NDArray, change: Change) -
         factors: Shape (units present,).
         change: Record to extend.
     """
-    for part in _with_role(slices(model, site), CONSUMER):
+    for part in distinct(model, _with_role(slices(model, site), CONSUMER)):
         module, name = _owner(model, part)
         change.scale(module, name, part.dim, torch.from_numpy(np.repeat(factors, part.each)))
 
@@ -198,8 +203,7 @@ def unit_norms(model: nn.Module, site: Site) -> NDArray:
         module, name = _owner(model, part)
         if name != "weight":
             continue
-        gated = parametrize.is_parametrized(module, name)
-        weight = (module.parametrizations.weight.original if gated else module.weight).detach()
+        weight = module.weight.detach()
         if weight.dim() > 1:
             filters = filters + weight.flatten(1).double().square().sum(1)
         else:
@@ -240,6 +244,15 @@ def restrict(model: nn.Module, blocks: list[Block], structure: dict) -> nn.Modul
         if len(units) < place.site.width:
             keep_units(model, place.site, units)
     return model
+
+
+def distinct(model: nn.Module, parts: Iterable[Slice]) -> list[Slice]:
+    """The slices without those of a tensor that another name has had already: a shared parameter is cut once."""
+    found = {}
+    for part in parts:
+        module, name = _owner(model, part)
+        found.setdefault((id(getattr(module, name)), part.dim, part.offset, part.each), part)
+    return list(found.values())
 
 
 def _with_role(parts: Iterable[Slice], role: str) -> list[Slice]:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from catode.prune.devices.distributed import Group
-from catode.prune.gates import Gates
+from catode.prune.gated.gates import Gates
 
 ESTIMATORS = ("curvature", "paired", "straight-through")
 

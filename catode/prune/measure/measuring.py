@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from catode.decisions.evidence import Evidence
 from catode.decisions.schedule import Turns
-from catode.prune.capture import Capture
+from catode.prune.measure.capture import Capture
 from catode.prune.devices.distributed import Group
-from catode.prune.losses import recovered_targets
-from catode.prune.probes import Probe, curvature_corrected, straight_through
+from catode.prune.measure.losses import recovered_targets
+from catode.prune.measure.probes import Probe, curvature_corrected, straight_through
 
 LEAST_PROBE = 12  # examples, where the batch has as many
 
@@ -42,7 +42,7 @@ class Measuring:
     Args:
         capture: Hooks of the model.
         is_layer: Which structures are layers, shape (n,).
-        estimators: Estimators of the layers' and of the units' benefits, of `catode.prune.probes.ESTIMATORS`.
+        estimators: Estimators of the layers' and of the units' benefits, of `catode.prune.measure.probes.ESTIMATORS`.
         probe_size: Examples in a probe; None for `usual_probe` of the batch.
         per_probe: Structures whose paired difference one probe takes.
         measure_every: Steps between probes.

@@ -1,0 +1,1 @@
+"""The network under the gates: gates, their draws, and physical removal."""

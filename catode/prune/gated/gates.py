@@ -1,0 +1,263 @@
+"""Bernoulli gates at negligible cost: one draw a step, a multiplication of small tensors.
+
+A layer gate scales the affine of its block's last module; a unit gate scales the input slices of the module that
+*consumes* the unit. (Scaling the norm before the ReLU instead would erase dL/dxi wherever xi = 0, since relu'(0) = 0.)
+A gated module's weight is scaled while its forward pass runs and is the plain parameter at all other times, so that
+names, order and identity of the parameters never change. Every gate reads its value from one flat vector, so that after
+``loss.backward()`` the vector's ``.grad`` holds dL/dxi of every structure at its draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from catode.prune.devices.distributed import Group
+from catode.prune.devices.transfer import upload
+from catode.structures.inventory import Inventory
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a gate of every example acts: an activation before and after it.
+
+    Attributes:
+        structures: Numbers of the structures gated here, shape (channels,), or one for all channels of a layer.
+        mean: Mean of `before` over the batch where a following norm removes what a gate does to it, else None.
+        channels: Dimension of the channels.
+        before: Activation before the gates, detached, shape (batch, ...).
+        after: The same times the draw: a node of the graph.
+    """
+
+    structures: torch.Tensor
+    mean: torch.Tensor | None
+    channels: int
+    before: torch.Tensor
+    after: torch.Tensor
+
+    @torch.no_grad()
+    def derivative(self, gradient: torch.Tensor) -> torch.Tensor:
+        """dL/dxi of each example.
+
+        Args:
+            gradient: dL/d `after`, of its shape.
+
+        Returns:
+            Shape (batch, len(structures)).
+        """
+        x = self.before if self.mean is None else self.before - self.mean
+        own = [0, self.channels] if len(self.structures) > 1 else [0]
+        over = [d for d in range(x.dim()) if d not in own]
+        product = x * gradient
+        return (product.sum(over) if over else product).reshape(len(x), -1)
+
+
+class Copied:
+    """Owner of hooks that a copy of a gated model takes along."""
+
+
+class Gates:
+    """Values of all gates and their installation in a model.
+
+    Structures keep the numbers of the original network, also when units have been cut.
+
+    Args:
+        model: The model.
+        inventory: What can be removed from it, and its numbering.
+        group: Processes over whose batches the model's norms take their statistics; None for this one alone.
+
+    Attributes:
+        draw: Current gate values, shape (n,), float32, a leaf that collects dL/dxi in ``draw.grad``. Always the same
+            tensor, as captured graphs need it.
+        keep_prob: theta, shape (n,), float32; used instead of the draw in eval mode. Always the same tensor.
+        rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
+            scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
+    """
+
+    def __init__(self, model: nn.Module, inventory: Inventory, group: Group | None = None):
+        self.model, self.inventory, self.group = model, inventory, group or Group()
+        self.blocks, device = inventory.blocks, next(model.parameters()).device
+        self.draw = torch.ones(inventory.size, device=device, requires_grad=True)
+        self.keep_prob = torch.ones(inventory.size, device=device)
+        self.rows: torch.Tensor | None = None
+        self._taps: list[Tap] | None = None
+        self._tap_layers = False
+        self._installed: dict[nn.Module, _ModuleGate] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of a gated model holds: theta alone, in train mode too, so that it depends on no pruner."""
+        theta = self.keep_prob.detach().clone()
+        alone = dict(model=None, inventory=None, group=Group(), blocks=(), rows=None, _taps=None, _tap_layers=False)
+        return {**alone, "draw": theta, "keep_prob": theta, "_installed": {}, "_hooks": []}
+
+    @classmethod
+    def at_theta(cls, model: nn.Module, gates: Gates) -> Gates:
+        """Gates of a copy of the model, always at the theta of the model's own `gates`, also in train mode."""
+        own = cls(model, gates.inventory)
+        own.draw = own.keep_prob = gates.keep_prob
+        return own
+
+    @torch.no_grad()
+    def set(self, keep_prob: torch.Tensor | None, draw: torch.Tensor) -> None:
+        """Set theta (None: leave it) and the gate values of the next forward pass, both of shape (n,)."""
+        if keep_prob is not None:
+            self.keep_prob.copy_(keep_prob, non_blocking=True)
+        self.draw.copy_(draw, non_blocking=True)
+        self.draw.grad = None
+
+    def values(self, training: bool) -> torch.Tensor:
+        """Gate values that the forward pass uses, shape (n,)."""
+        return self.draw if training else self.keep_prob
+
+    def install(self, layers: Sequence[bool], sites: Sequence[torch.Tensor | None]) -> None:
+        """Put gates into the model.
+
+        Args:
+            layers: For each block, whether its layer is gated.
+            sites: For each site of each block in order, the numbers of the units that are now present in it, or None
+                where no unit of the site is gated.
+        """
+        for place in self.inventory.places:
+            if sites[place.number] is not None:
+                units = upload(sites[place.number], self.draw.device)
+                for name in place.site.consumers:
+                    gate = self._gate(self.model.get_submodule(name))
+                    gate.units, gate.normalised = units, place.site.normalised
+        for number, block in enumerate(self.blocks):
+            if layers[number]:
+                here = upload(torch.tensor([number]), self.draw.device)
+                self._gate(self.model.get_submodule(block.output)).layer = number, here
+        for module, gate in self._installed.items():
+            self._hooks.append(module.register_forward_pre_hook(gate.before))
+            self._hooks.append(module.register_forward_hook(gate.after, always_call=True))
+
+    @contextmanager
+    def tapped(self, layers: bool = True) -> Iterator[list[Tap]]:
+        """Scale activations by the draw in forward passes inside this context; yields the taps.
+
+        Args:
+            layers: Whether for layers too; without it their weights are scaled as usual.
+        """
+        self._taps, self._tap_layers = [], layers
+        try:
+            yield self._taps
+        finally:
+            self._taps, self._tap_layers = None, False
+
+    def remove(self) -> None:
+        """Remove all gates; the model holds the same parameters as before."""
+        for hook in self._hooks:
+            hook.remove()
+        self._installed, self._hooks = {}, []
+
+    @torch.no_grad()
+    def folded_state(self) -> dict[str, torch.Tensor]:
+        """State dict of the network that eval mode computes: theta folded into the weights."""
+        state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        names = {module: name for name, module in self.model.named_modules()}
+        for module, gate in self._installed.items():
+            for name, weight in gate.scaled(module, self.keep_prob).items():
+                state[f"{names[module]}.{name}"] = weight
+        return state
+
+    def _gate(self, module: nn.Module) -> _ModuleGate:
+        """The gate of a module, a new one if it has none."""
+        return self._installed.setdefault(module, _ModuleGate(self))
+
+
+class _ModuleGate(Copied):
+    """The gates of one module: of the units that it reads, of the layer that it ends, or both.
+
+    Attributes:
+        gates: All gates.
+        units: Numbers of the units that its weight reads, or None.
+        normalised: Whether its output goes straight into a batch norm.
+        layer: Number of the layer that it ends, and the same as a tensor of the device; or None.
+    """
+
+    def __init__(self, gates: Gates):
+        self.gates = gates
+        self.units: torch.Tensor | None = None
+        self.normalised = False
+        self.layer: tuple[int, torch.Tensor] | None = None
+        self._plain: dict[str, nn.Parameter] = {}
+
+    def scaled(self, module: nn.Module, values: torch.Tensor, units: bool = True, layer: bool = True) -> dict:
+        """Scaled parameters of a module by name.
+
+        Args:
+            module: The module.
+            values: Gate values, shape (n,).
+            units: Whether its weight is scaled by the gates of the units.
+            layer: Whether its affine is scaled by the gate of the layer.
+        """
+        found = {}
+        if units and self.units is not None:
+            weight = module._parameters["weight"]
+            found["weight"] = weight * values[self.units].view(1, -1, *[1] * (weight.dim() - 2))
+        if layer and self.layer is not None:
+            for name in ("weight", "bias"):
+                if module._parameters.get(name) is not None:
+                    found[name] = found.get(name, module._parameters[name]) * values[self.layer[0]]
+        return found
+
+    def before(self, module: nn.Module, args: tuple) -> tuple | None:
+        """Put the scaled parameters into the module, or scale what it reads."""
+        gates = self.gates
+        by_example, tapped = gates.rows is not None, gates._taps is not None
+        units, layer = not (by_example or tapped), not (by_example or gates._tap_layers)
+        scaled = self.scaled(module, gates.values(module.training), units, layer)
+        self._plain = {name: module._parameters[name] for name in scaled}
+        module._parameters.update(scaled)
+        if self.units is None or not (by_example or tapped):
+            return None
+        x = args[0]
+        channels = x.dim() - 1 if isinstance(module, nn.Linear) else 1
+        gate = (gates.rows if by_example else gates.draw)[..., self.units]
+        gate = gate.view(-1, *(len(self.units) if d == channels else 1 for d in range(1, x.dim())))
+        # A gate of the whole batch shifts the units' means, which the following norm removes; a gate of one example closes
+        # towards the mean instead.
+        centred = self.normalised and module.training
+        mean = gates.group.mean(x.detach().mean(_all_but(x, channels), keepdim=True)) if centred else None
+        if tapped:
+            gates._taps.append(Tap(self.units, mean, channels, x.detach(), _node(x * gate)))
+            return (gates._taps[-1].after, *args[1:])
+        return (torch.lerp(mean, x, gate.to(x.dtype)) if centred else x * gate, *args[1:])
+
+    def after(self, module: nn.Module, args: tuple, output: torch.Tensor | None) -> torch.Tensor | None:
+        """Put the plain parameters back, also after an error; scale what the module returns."""
+        module._parameters.update(self._plain)
+        self._plain = {}
+        if self.layer is None or output is None:
+            return None
+        gates, (number, here) = self.gates, self.layer
+        if gates._taps is not None and gates._tap_layers:
+            gates._taps.append(Tap(here, None, 1, output.detach(), _node(output * gates.draw[number])))
+            return gates._taps[-1].after
+        if gates.rows is None:
+            return None
+        return output * gates.rows[:, number].view(-1, *[1] * (output.dim() - 1))
+
+
+def _node(x: torch.Tensor) -> torch.Tensor:
+    """A tensor that requires a gradient, also behind frozen weights."""
+    return x if x.requires_grad else x.requires_grad_()
+
+
+def _all_but(x: torch.Tensor, dimension: int) -> list[int]:
+    return [d for d in range(x.dim()) if d != dimension]
+
+
+def drop_copied_hooks(model: nn.Module) -> None:
+    """Remove from a copy of a gated model the hooks that were copied with it."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Copied)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
