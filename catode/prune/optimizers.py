@@ -32,6 +32,35 @@ def ode_time(optimizer: torch.optim.Optimizer) -> float:
     return float(group["lr"]) / (1.0 - group["momentum"])
 
 
+class Clock:
+    """ODE time of the optimizer's steps, in whatever order the user's lines come.
+
+    Args:
+        optimizer: The optimizer.
+
+    Attributes:
+        elapsed: ODE time since the last `take`.
+        steps: The optimizer's steps since then.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.elapsed, self.steps = 0.0, 0
+        self._hook = optimizer.register_step_post_hook(self._stepped)
+
+    def __getstate__(self) -> dict:
+        return {"elapsed": 0.0, "steps": 0, "_hook": None}
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self.elapsed += ode_time(optimizer)
+        self.steps += 1
+
+    def take(self) -> tuple[float, int]:
+        """ODE time and number of the steps since the last call."""
+        taken = self.elapsed, self.steps
+        self.elapsed, self.steps = 0.0, 0
+        return taken
+
+
 def theta_speed(rate_ratio: float | None, steps: int, optimizer: torch.optim.Optimizer) -> float:
     """Speed of every theta, 1/time.
 

@@ -43,9 +43,10 @@ from catode.prune.devices.distributed import Group, norms_are_shared
 from catode.prune.devices.transfer import DeferredReads, upload
 from catode.prune.gated.draws import GateDraws
 from catode.prune.gated.gates import Gates
+from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed
 from catode.prune.gated.network import Network
-from catode.prune.optimizers import check_optimizer, ode_time, theta_speed
+from catode.prune.optimizers import Clock, check_optimizer, ode_time, theta_speed
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
 from catode.structures import fates
@@ -85,6 +86,7 @@ class Pruner:
         example_input: torch.Tensor,
         *,
         optimizer: torch.optim.Optimizer,
+        loss: Loss | None = None,
         step_times: Sequence[Table] | None = None,
         group: Group | None = None,
         **settings: Any,
@@ -117,8 +119,10 @@ class Pruner:
         draws = GateDraws(own.seed, self._device, keep_prob)
         self._capture = Capture(model, self.gates, draws, own.per_example, self.group)
         label_rng = torch.Generator(self._device).manual_seed(own.seed + 1)
+        self._capture.note_random = loss is not None
         self._measuring = Measuring(
             self._capture,
+            Objective(loss),
             self.is_layer,
             estimators=(own.layer_estimator, own.estimator),
             probe_size=own.probe_size,
@@ -141,6 +145,8 @@ class Pruner:
             draws=draws,
             label_rng=label_rng,
         )
+        self.state.products.group = self.group
+        self._clock = Clock(optimizer)
         self._network = Network(model, optimizer, inventory, self.gates, self.state.products)
         self._begin = 0
         if own.initial_keep_prob == 1.0:
@@ -300,56 +306,68 @@ class Pruner:
         own.present = self._network.cut(own.kept, whole, self.inventory.units, stay=own.present)
         self.model.load_state_dict(state["model"])
         if own.started and not own.finished:
-            burst, weights = own.products.burst, own.products.weights  # attaching starts a new burst
+            burst = own.products.burst  # attaching starts a new one
             self._install()
-            own.products.burst, own.products.weights = burst, weights
+            own.products.burst = burst
             own.products.to_device()
             self._capture.attach()
             own.draws.hold(own.draws.rows)
             self.gates.set(self._theta(), own.draws.here)
-            self._capture.batch = {} if own.done % self.settings.measure_every == 0 else None
+            self._listen()
 
     # --- the training loop ------------------------------------------------------------------------------------------
 
-    def step(self, grad_scale: float | torch.Tensor = 1.0, skipped: bool | torch.Tensor = False) -> Check | None:
+    def step(
+        self, batch: Any = None, *, grad_scale: float | torch.Tensor = 1.0, skipped: bool | torch.Tensor | None = None
+    ) -> Check | None:
         """Follow one optimizer step: measure; every `read_every` steps move the thetas; check when due.
 
+        Any number of forward and backward passes may have come before, whose gradients add up to the loss's.
+
         Args:
+            batch: The batch, for the `loss` that the pruner was given: that of the step, or its last micro-batch.
             grad_scale: Factor that the loss was multiplied with before ``backward()`` (a gradient scaler's).
-            skipped: Whether the optimizer skipped the step because the gradient overflowed; then no ODE time passes.
-                Both may be tensors of the device.
+            skipped: Whether the optimizer skipped the step because the gradient overflowed; then no ODE time passes. None:
+                whether its ``step()`` was not called. Both may be tensors of the device.
 
         Returns:
             The check, if this step had one.
 
         Raises:
             RuntimeError: if no backward pass through the gated model came before.
+            ValueError: if the loss that was trained on is not the one that was given.
         """
         own = self.state
         if own.finished:
             return None
-        step_time = ode_time(self.optimizer)
+        elapsed, steps = self._clock.take()
+        skipped = steps == 0 if skipped is None else skipped
         if not isinstance(skipped, torch.Tensor):
             skipped = torch.full((), float(skipped), device=self._device)
         if not own.started:
             own.done += 1
-            self._reads.put(partial(self._advance_time, step_time), skipped)
+            self._reads.put(partial(self._advance_time, elapsed), skipped)
             if own.done % self.settings.read_every == 0:
                 self.read()
             if own.done >= self._begin:
                 self._start()
             return None
         draw, derivative = self._capture.derivative(grad_scale)
+        if self._capture.note_random:
+            self._measuring.check_loss(batch, grad_scale)
+            self._capture.note_random = False
+        due = own.done % self.settings.measure_every == 0
         own.done += 1
-        probed = self._measuring.probe(own.done, self._open, own.turns, grad_scale)
-        record = partial(self._record_step, own.done, step_time, draw, probed)
+        probed = self._measuring.probe(own.done, self._open, own.turns, batch, grad_scale) if due else None
+        record = partial(self._record_step, own.done, elapsed, draw, probed)
         self._reads.put(record, skipped, derivative, *(probed.numbers if probed else ()))
-        self._multiply_gradients(draw)
+        if (own.done - 1) % self.schedule.burst_every in self.schedule.burst:
+            own.products.add(draw, grad_scale)
         check = None
         if self.schedule.reads(own.done):
             self.read()
             if self.schedule.checks(own.done):
-                check = self._check(step_time, own.done >= self.settings.steps)
+                check = self._check(ode_time(self.optimizer), own.done >= self.settings.steps)
         if not own.finished:
             own.draws.drop()
             self._draw()
@@ -401,18 +419,18 @@ class Pruner:
             theta = self._theta()
             own.draws.draw(self.keep_prob, self.schedule.until_read(own.done))
         self.gates.set(theta, own.draws.here)
-        self._capture.batch = {} if own.done % self.settings.measure_every == 0 else None
+        self._listen()
 
-    def _multiply_gradients(self, draw: NDArray) -> None:
-        """Add this step's gradients to the burst that it belongs to, if any."""
-        products, burst, place = self.state.products, self.schedule.burst, self.state.done - 1
-        place %= self.schedule.burst_every
-        if place == 0:
-            products.begin()
-        if place in burst:
-            products.add(draw)
-        if place == burst[1] - 1:
-            products.note_weights()
+    def _listen(self) -> None:
+        """Note what the step to come is measured by."""
+        own, (first, second, _) = self.state, self.schedule.burst
+        self._capture.begin(own.done % self.settings.measure_every == 0 or self._capture.note_random)
+        place = own.done % self.schedule.burst_every
+        if place == first:
+            own.products.begin()
+        own.products.ignore()
+        if place in self.schedule.burst:
+            own.products.listen(weights=place == second)
 
     def _advance_time(self, step_time: float, skipped: NDArray) -> None:
         """Advance the ODE time by one step, unless the optimizer skipped it."""

@@ -186,7 +186,7 @@ def scaled(model, optimizer, pruner, data, overflow):
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        pruner.step(scale, skipped[-1])
+        pruner.step(grad_scale=scale, skipped=skipped[-1])
     return [bool(s) for s in skipped]
 
 

@@ -64,10 +64,16 @@ class GateDraws:
         """Drop the row of the current step."""
         self.rows, self._uploaded = self.rows[1:], self._uploaded[1:]
 
-    def draw_examples(self, batch: int) -> torch.Tensor:
-        """Draw gate values for every example of a whole batch, shape (batch, n)."""
-        self.per_example = torch.bernoulli(self.chances.expand(batch, -1), generator=self.generator)
-        return self.per_example
+    def draw_examples(self, batch: int, more: bool = False) -> torch.Tensor:
+        """Draw gate values for every example of a whole batch, shape (batch, n).
+
+        Args:
+            batch: Examples.
+            more: Whether they are more examples of the current step.
+        """
+        rows = torch.bernoulli(self.chances.expand(batch, -1), generator=self.generator)
+        self.per_example = torch.cat([self.per_example, rows]) if more else rows
+        return rows
 
     def values(self, by_example: bool) -> NDArray[np.float64]:
         """Gate values of the current step, shape (n,); their means over the batch with gates drawn by example."""

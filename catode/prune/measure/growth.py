@@ -17,6 +17,7 @@ from torch import nn
 from catode._saved import UNSAVED
 from catode.decisions.evidence import Pool
 from catode.prune.describe.protocol import slices
+from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import at_once, exact, upload
 from catode.structures.inventory import Inventory
 
@@ -53,7 +54,10 @@ class GradientProducts:
     gain_below: Pool = field(init=False)
     weight_gradient: Pool = field(init=False)
     burst: list[tuple[torch.Tensor, NDArray, NDArray]] = field(init=False)  # gradient, which gates are on, their values
-    weights: torch.Tensor | None = field(init=False)  # that the next step's gradient is taken at
+    group: Group = field(metadata=UNSAVED, default_factory=Group)
+    _arrived: dict[nn.Parameter, torch.Tensor] = field(metadata=UNSAVED, init=False, default_factory=dict)
+    _weights: dict[nn.Parameter, torch.Tensor] = field(metadata=UNSAVED, init=False, default_factory=dict)
+    _hooks: list[torch.utils.hooks.RemovableHandle] = field(metadata=UNSAVED, init=False, default_factory=list)
     _parameters: list[nn.Parameter] = field(metadata=UNSAVED, init=False, default_factory=list)
     _layers: list[tuple[int, slice]] = field(metadata=UNSAVED, init=False, default_factory=list)
     _axes: list[list[tuple[int, torch.Tensor]]] = field(metadata=UNSAVED, init=False, default_factory=list)
@@ -74,6 +78,7 @@ class GradientProducts:
             present: Numbers of the units physically present at each site.
         """
         self._parameters, self._layers, self._axes, start = [], [], [], 0
+        self.ignore()
         self.begin()
         device, units = next(model.parameters()).device, {}
         for place in inventory.standing(kept):
@@ -86,7 +91,7 @@ class GradientProducts:
             for name, module in model.get_submodule(block.name).named_modules(prefix=block.name):
                 if any(name == f or name.startswith(f + ".") for f in block.fixed):
                     continue
-                for key, parameter in sorted(module.named_parameters(recurse=False)):  # gates change the order
+                for key, parameter in sorted(module.named_parameters(recurse=False)):
                     self._parameters.append(parameter)
                     self._axes.append(units.get(f"{name}.{key}", []))
             stop = sum(p.numel() for p in self._parameters)
@@ -95,41 +100,63 @@ class GradientProducts:
 
     def begin(self) -> None:
         """Start a new burst of three steps."""
-        self.burst, self.weights = [], None
+        self.burst = []
 
     def to_device(self) -> None:
         """Move a restored burst to the device of the attached weights."""
         device = self._parameters[0].device if self._parameters else torch.device("cpu")
         self.burst = [(upload(gradient, device), on, scale) for gradient, on, scale in self.burst]
-        self.weights = None if self.weights is None else upload(self.weights, device)
 
-    def note_weights(self) -> None:
-        """Store the weights that the next step's gradient is taken at; call it after the optimizer's step."""
-        if self._parameters:
-            self.weights = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+    def listen(self, weights: bool) -> None:
+        """Note the gradients of the step to come as its backward passes leave them, before anyone changes them.
 
-    def add(self, draw: NDArray) -> None:
-        """Add the gradients of one step, after the optimizer's; call it on three steps close to each other.
+        Args:
+            weights: Whether the weights that they are taken at are noted, too.
+        """
+        for parameter in self._parameters:
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._take_gradient, weights)))
+
+    def _take_gradient(self, weights: bool, parameter: nn.Parameter) -> None:
+        self._arrived[parameter] = parameter.grad.detach().clone()
+        if weights:
+            self._weights[parameter] = parameter.detach().clone()
+
+    def ignore(self) -> None:
+        """End what `listen` began."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._arrived, self._weights = [], {}, {}
+
+    def add(self, draw: NDArray, grad_scale: float | torch.Tensor = 1.0) -> None:
+        """Add the gradients noted; call it on three steps close to each other.
 
         Args:
             draw: Gate values of the step (their means over the batch, for gates of single examples), shape (n,). The
                 gradient of a gated weight carries its gate, which is divided out.
+            grad_scale: Factor that the loss was multiplied with before ``backward()``.
         """
-        if not self._parameters or any(p.grad is None for p in self._parameters):
+        arrived, weights = self._arrived, self._weights
+        self.ignore()
+        if not arrived:
             return
         on = draw > 0.5
         scale = np.where(on, draw, 1.0)
-        gradient = torch.cat([p.grad.reshape(-1) for p in self._parameters])
+        gradient = self.group.mean(self._flat(arrived) / grad_scale)
         wide = exact(gradient.device)
-        if self.weights is not None:
+        if weights:
             take = partial(self._pool_weights, on, scale)
-            self.put(take, self._sum(self.weights.to(wide) * gradient.to(wide)))
-            self.weights = None
+            self.put(take, self._sum(self._flat(weights).to(wide) * gradient.to(wide)))
         self.burst.append((gradient, on, scale))
         if len(self.burst) == BURST:
             gradients, ons, scales = zip(*self.burst, strict=True)
             self._multiply([gradient.to(wide) for gradient in gradients], np.all(ons, axis=0), scales)
             self.burst = []
+
+    def _flat(self, found: dict[nn.Parameter, torch.Tensor]) -> torch.Tensor:
+        """All entries in order; 0 for parameters that are frozen or had no gradient."""
+        parts = [found[p] if p in found else torch.zeros_like(p.detach()) for p in self._parameters]
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def _multiply(self, gradients: Sequence[torch.Tensor], on: NDArray[np.bool_], scales: Sequence[NDArray]) -> None:
         """Pool the mean product of a burst's gradients, and their mean square."""

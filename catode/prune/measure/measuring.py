@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from catode.decisions.evidence import Evidence
 from catode.decisions.schedule import Turns
 from catode.prune.measure.capture import Capture
 from catode.prune.devices.distributed import Group
-from catode.prune.measure.losses import recovered_targets
+from catode.prune.measure.curvature import Curvature
+from catode.prune.measure.losses import Objective, mismatch
 from catode.prune.measure.probes import Probe, curvature_corrected, straight_through
 
 LEAST_PROBE = 12  # examples, where the batch has as many
@@ -41,6 +43,7 @@ class Measuring:
 
     Args:
         capture: Hooks of the model.
+        objective: The loss of the training steps.
         is_layer: Which structures are layers, shape (n,).
         estimators: Estimators of the layers' and of the units' benefits, of `catode.prune.measure.probes.ESTIMATORS`.
         probe_size: Examples in a probe; None for `usual_probe` of the batch.
@@ -53,6 +56,7 @@ class Measuring:
     def __init__(
         self,
         capture: Capture,
+        objective: Objective,
         is_layer: NDArray[np.bool_],
         *,
         estimators: tuple[str, str],
@@ -62,7 +66,8 @@ class Measuring:
         shared: bool,
         label_rng: torch.Generator,
     ):
-        self.capture, self.is_layer, self.estimators, self.label_rng = capture, is_layer, estimators, label_rng
+        self.capture, self.objective, self.is_layer = capture, objective, is_layer
+        self.estimators, self.label_rng, self.curved = estimators, label_rng, Curvature()
         self.probe_size, self.per_probe, self.measure_every, self.shared = probe_size, per_probe, measure_every, shared
 
     @property
@@ -71,26 +76,26 @@ class Measuring:
         return np.where(self.is_layer, *(name == "curvature" for name in self.estimators))
 
     def probe(
-        self, done: int, open_: NDArray[np.bool_], turns: Turns, grad_scale: float | torch.Tensor
+        self, done: int, open_: NDArray[np.bool_], turns: Turns, batch: Any, grad_scale: float | torch.Tensor
     ) -> Probed | None:
-        """Run a probe on part of the captured batch; its numbers stay on the device.
+        """Run a probe on part of a measured step's examples; its numbers stay on the device.
 
         Args:
             done: Training steps, this one included.
             open_: Undecided structures, shape (n,).
             turns: Rotation of the paired differences; advanced.
+            batch: What was given to the pruner's ``step()``.
             grad_scale: Factor that the loss was multiplied with before ``backward()``.
 
         Returns:
-            The probe; None if no gradient came back to the logits.
+            The probe; None for a step that is not measured, or if no gradient came back to the outputs.
         """
-        batch = self.capture.batch
-        if not batch or "gradient" not in batch:
+        calls = self.capture.trained
+        if not calls:
             return None
-        part, group = self._part(len(batch["logits"]), done)
-        scale = len(batch["logits"]) * 1.0 / grad_scale
-        targets, fit = recovered_targets(batch["logits"][part], batch["gradient"][part], scale)
-        flaws = torch.stack([~batch["logits"].isfinite().all(), ~fit]).long()
+        part, group = self._part(self.objective.examples(calls, batch), done)
+        sample = self.objective.sample(calls, batch, part, grad_scale)
+        flaws = torch.stack([~sample.finite, ~sample.fits]).long()
         finite, fit = (self.capture.group.sum(flaws) == 0).unbind()
         # curvature and paired probes take turns, so that no step pays for both
         curved = open_[self.is_layer].any() and self.estimators[0] == "curvature"
@@ -100,7 +105,7 @@ class Measuring:
             return Probed(None, (finite, fit))
         self.capture.paused = True
         try:
-            probe = Probe(self.capture.model, self.capture.gates, batch["inputs"][part], targets, self.label_rng, group)
+            probe = Probe(self.capture.model, self.capture.gates, sample.loss, self.label_rng, group, self.curved)
             if curved and ((done // self.measure_every) % 2 == 0 or not chosen):
                 return Probed(None, (finite, fit, probe.curvature(self.estimators[0] == "curvature")))
             turns.layers += self.per_probe
@@ -108,6 +113,16 @@ class Measuring:
             return Probed(chosen, (finite, fit, probe.paired(chosen)))
         finally:
             self.capture.paused = False
+
+    def check_loss(self, batch: Any, grad_scale: float | torch.Tensor) -> None:
+        """Make sure that the loss trained on in this step is the objective's.
+
+        Raises:
+            ValueError: if it is not, as far as its gradient tells.
+        """
+        found = mismatch(self.objective, self.capture, batch, float(grad_scale))
+        if found:
+            raise ValueError(f"{found}.")
 
     def take(
         self,
@@ -124,7 +139,7 @@ class Measuring:
             probed: The probe.
             evidence: Where the curvature is pooled.
             open_: Undecided structures, shape (n,).
-            finite: Whether all logits were finite, shape ().
+            finite: Whether all outputs were finite, shape ().
             fit: Whether the loss fits, shape ().
             found: The curvature, shape (n,), or the paired benefits of `probed.structures`, nats; nothing if it took neither.
 
@@ -132,14 +147,15 @@ class Measuring:
             Finite paired benefits by structure, nats.
 
         Raises:
-            RuntimeError: if the loss is not a mean softmax cross-entropy.
+            RuntimeError: if no loss was given, and the one trained on is not recognised.
         """
         if not finite:
             return {}
         if not fit:
             raise RuntimeError(
-                "the loss must be a mean softmax cross-entropy over the batch; the gradient of the logits is not one's. "
-                "Use reduction='mean' and pass the loss scale, if any, to step(grad_scale=...)."
+                "`loss` must be given where the training loss is no mean softmax cross-entropy with one label for each example; "
+                "got another gradient of the outputs. Pass Pruner(..., loss=lambda model, batch: ...) and step(batch), and a "
+                "loss scale, if any, to step(grad_scale=...)."
             )
         for values in found:
             if probed.structures is not None:

@@ -17,15 +17,16 @@ paired         exact for any loss, on the probe's examples    one or few  layers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from catode.prune.devices.distributed import Group
-from catode.prune.gated.gates import Gates
+from catode.prune.gated.gates import Gates, Tap
+from catode.prune.measure.capture import differentiable, random_states, set_random_states
+from catode.prune.measure.curvature import Curvature
 
 ESTIMATORS = ("curvature", "paired", "straight-through")
 
@@ -85,51 +86,47 @@ class Probe:
     """Extra evidence about the gates from a few examples, at the current weights and draw.
 
     Batch norms use the statistics of these examples alone: a probe of very few examples is noisy and biased where the
-    images are small (benchmarks/results/estimators.md has figures).
+    images are small (benchmarks/results/estimators.md has figures). All evaluations have the same random numbers, and
+    leave running statistics, other buffers and random number generators as they were.
 
     Args:
         model: The gated model, in train mode.
         gates: Its gates.
-        inputs: Examples, shape (m, ...).
-        targets: Target distribution of each example, shape (m, classes).
-        generator: Source of the sampled labels.
-        group: Processes that probe together, each with m examples of its own; results are means over all.
+        loss: Mean loss of the examples, shape (); takes the model.
+        generator: Source of the random vectors in the outputs.
+        group: Processes that probe together, each with as many examples of its own; results are means over all.
+        curved: What is known of the loss's second derivative; kept from probe to probe.
     """
 
     def __init__(
         self,
         model: nn.Module,
         gates: Gates,
-        inputs: torch.Tensor,
-        targets: torch.Tensor,
+        loss: Callable[[nn.Module], torch.Tensor],
         generator: torch.Generator,
         group: Group | None = None,
+        curved: Curvature | None = None,
     ):
-        self.group = group or Group()
-        self.model, self.gates = model, gates
-        self.inputs, self.targets = inputs, targets
+        self.group, self.curved = group or Group(), curved or Curvature()
+        self.model, self.gates, self.loss = model, gates, loss
         self.draw = gates.draw.detach().clone()
         self.generator = generator
         self._norms = tracking_norms(model)
 
     def curvature(self, layers: bool = True) -> torch.Tensor:
-        """Gauss-Newton curvature of the loss in every gate, shape (n,); 0 for layers without `layers`, which is cheaper.
+        """Gauss-Newton curvature of the mean loss in every gate, shape (n,); 0 for layers without `layers`, which is cheaper.
 
-        The mean over examples of the squared derivative at a label *sampled from the model*, whose expectation is the
-        variance over the model's softmax of dz/dxi. NaN if a logit is not finite.
+        The sum over examples of the products of two derivatives, see `catode.prune.measure.curvature`. NaN if an output
+        is not finite.
         """
-        with self._gates(self.draw), self.gates.tapped(layers) as taps:
-            logits = self.model(self.inputs).float()
-        # labels of all processes' examples are drawn everywhere, so that the generators stay in step
-        chances = logits.new_ones(len(logits) * self.group.size, logits.shape[1])
-        chances[self.group.rank :: self.group.size] = logits.detach().softmax(1)
-        labels = self.group.share(_sampled(chances, self.generator))
-        per_example = self.draw.new_zeros(len(logits), len(self.draw))
+        with self._undisturbed(self.draw), self.gates.tapped(layers) as taps, outputs_of(self.model) as outputs:
+            value = self.loss(self.model)
+        found = torch.zeros_like(self.draw)
         if taps:
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            for tap, gradient in zip(taps, torch.autograd.grad(loss, [tap.after for tap in taps]), strict=True):
-                per_example.index_add_(1, tap.structures, tap.derivative(gradient).to(per_example.dtype))
-        found = per_example.square().mean(0).masked_fill(~logits.isfinite().all(), torch.nan)
+            left, right, ends, known = self.curved.pullbacks(value, outputs, self._normal, self._clocks)
+            found = self._pulled(taps, ends, left, retain=right is not None)
+            found = (found * (found if right is None else self._pulled(taps, ends, right))).sum(0)
+            found = found.masked_fill(~known, torch.nan)
         return self.group.mean(found)
 
     @torch.no_grad()
@@ -137,7 +134,7 @@ class Probe:
         """Loss without minus loss with each of the given structures, shape (len(structures),), nats."""
         blocks = [self.model.get_submodule(block.name) for block in self.gates.blocks]
         with _recorded(blocks) as outputs:
-            base = self._loss(self.draw)
+            base = self._evaluated(self.draw)
         differences = []
         for number in structures:
             other = self.draw.clone()
@@ -145,31 +142,94 @@ class Probe:
             # what comes before a layer is the same with and without it
             before = blocks[:number] if number < len(blocks) else []
             with _replayed(before, outputs):
-                change = self._loss(other) - base
+                change = self._evaluated(other) - base
             differences.append(torch.where(self.draw[number] > 0.5, change, -change))
         return self.group.mean(torch.stack(differences)) if differences else self.draw.new_zeros(0)
 
     @contextmanager
-    def _gates(self, draw: torch.Tensor):
-        """The model with other gate values, its running statistics frozen."""
+    def _undisturbed(self, draw: torch.Tensor) -> Iterator[None]:
+        """The model with other gate values and always the same random numbers; what it changes is put back."""
         before = self.gates.draw, self.gates.rows
         self.gates.draw, self.gates.rows = draw, None
         try:
-            with batch_statistics_only(self.model, self._norms):
+            with undisturbed(self.model, draw.device, self._norms):
                 yield
         finally:
             self.gates.draw, self.gates.rows = before
 
-    def _loss(self, draw: torch.Tensor) -> torch.Tensor:
-        with self._gates(draw):
-            logits = self.model(self.inputs).float()
-        return -(self.targets * logits.log_softmax(1)).sum(1).mean()
+    def _evaluated(self, draw: torch.Tensor) -> torch.Tensor:
+        with self._undisturbed(draw):
+            return self.loss(self.model).float()
+
+    def _pulled(
+        self, taps: Sequence[Tap], outputs: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor], retain: bool = False
+    ) -> torch.Tensor:
+        """J' times vectors of the outputs, of every example, shape (examples, n)."""
+        examples = len(outputs[0])
+        found = self.draw.new_zeros(examples, len(self.draw))
+        nodes = [tap.after for tap in taps]
+        gradients = torch.autograd.grad(outputs, nodes, vectors, retain_graph=retain, allow_unused=True)
+        for tap, gradient in zip(taps, gradients, strict=True):
+            if gradient is not None:
+                found.index_add_(1, tap.structures, tap.derivative(gradient).to(found.dtype))
+        return found
+
+    def _normal(self, like: torch.Tensor) -> torch.Tensor:
+        return self._drawn(like, lambda numbers: numbers.normal_(generator=self.generator))
+
+    def _clocks(self, like: torch.Tensor) -> torch.Tensor:
+        return self._drawn(like, lambda numbers: numbers.exponential_(generator=self.generator))
+
+    def _drawn(self, like: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Random numbers of a tensor's shape; drawn for all processes' examples, so that the generators stay in step."""
+        whole = torch.empty(len(like) * self.group.size, *like.shape[1:], device=like.device)
+        return self.group.share(fill(whole))
 
 
-def _sampled(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One class of each row, shape (m,): as torch.multinomial draws it, whose checks would make the host wait."""
-    clocks = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / clocks).argmax(1)
+@contextmanager
+def outputs_of(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The differentiable outputs of the model's forward passes inside this context, in order."""
+    found: list[torch.Tensor] = []
+    hook = model.register_forward_hook(lambda module, args, output: found.extend(differentiable(output)))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device, norms: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """Leave running statistics, other buffers and random number generators as they are; see `Probe`."""
+    norms, random = tracking_norms(model) if norms is None else norms, random_states(device)
+    try:
+        with batch_statistics_only(model, norms), buffers_kept(model, norms):
+            yield
+    finally:
+        set_random_states(random, device)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module, norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Put buffers that forward passes change back at the end of this context, such as queues.
+
+    Args:
+        model: The network.
+        norms: Its `tracking_norms`, whose buffers are frozen in another way.
+    """
+    frozen = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and id(buffer) not in frozen
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            with torch.no_grad():
+                buffer.copy_(value)
+            module._buffers[name] = buffer
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from catode.prune.devices import distributed
@@ -42,6 +44,13 @@ def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.aut
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+def mean_loss(
+    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Mean cross-entropy of a batch of images, shape (n, C, H, W), and labels, shape (n,) or (n, classes)."""
+    return F.cross_entropy(model(batch[0]).float(), batch[1], label_smoothing=label_smoothing)
+
+
 def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None:
     """The pruner of a run; None without gates (nu = 0)."""
     config = setup.config
@@ -51,6 +60,7 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         setup.model,
         setup.example,
         optimizer=optimizer,
+        loss=partial(mean_loss, label_smoothing=config.label_smoothing),
         nu=config.nu,
         alpha=config.alpha,
         beta=config.beta,

@@ -243,7 +243,7 @@ class Trainer:
             if self.step % self.config.read_every == 0:
                 self.read()
             if self.pruner is not None:
-                self.prune(scale, skipped)
+                self.prune((x, y), scale, skipped)
             self.bar.update()
             if self.step % max(10, self.config.read_every) == 0:
                 self.show()
@@ -331,9 +331,11 @@ class Trainer:
         if self.pruner is not None:
             self.pruner.read()
 
-    def prune(self, scale: float | torch.Tensor, skipped: bool | torch.Tensor) -> None:
+    def prune(
+        self, batch: tuple[torch.Tensor, torch.Tensor], scale: float | torch.Tensor, skipped: bool | torch.Tensor
+    ) -> None:
         """One pruner step; writes the rows of its check and prints its warnings."""
-        check = self.pruner.step(scale, skipped)
+        check = self.pruner.step(batch, grad_scale=scale, skipped=skipped)
         if check is not None:
             self.structures.add(check.rows)
             for warning in check.warnings if self.group.leads else []:
