@@ -15,7 +15,8 @@ Source: docs/mathematics.md sections 2 to 5 (prices, theta step, tolerance, comm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE
 from catode.decisions.target import Target
 from catode.prune import selfcheck
-from catode.prune.checking import Check, Checking
+from catode.prune.checking import Check, Checking, PruningWarning, too_short
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import describe
 from catode.prune.describe.protocol import unwrapped
@@ -48,6 +49,7 @@ from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed
 from catode.prune.optimizers import Clock, check_optimizer, ode_time, theta_speed
 from catode.prune.queries import Queries
+from catode.prune.recalibration import recalibrate_norms
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
 from catode.theory.tolerance.measured import LEAST_PRICE
@@ -114,7 +116,7 @@ class Pruner(Queries):
         self.schedule = Schedule(
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every
         )
-        self._checking = Checking(own, self.schedule, self.complexity, self.target, self.theta_speed)
+        self._checking = Checking(own, self.schedule, self.complexity, self.target, self.theta_speed, self.gated)
         self.self_check = selfcheck.check(model, example_input, self.blocks) if self_check else None
         self._device = next(model.parameters()).device
         shared = norms_are_shared(model)
@@ -158,6 +160,9 @@ class Pruner(Queries):
             self._begin = self.schedule.begin(own.memory, inventory.layers, own.layers_per_probe)
         if self._begin == 0:
             self._start()
+        which = self.gated & (~self.is_layer if self.gated[~self.is_layer].any() else self.is_layer)
+        pool = dict(memory=own.memory, check_every=own.check_every, risk=own.risk)
+        self._say(too_short(own.steps, own.warmup, prices=self.prices()[which], **pool))
 
     # --- queries ----------------------------------------------------------------------------------------------------
 
@@ -304,16 +309,26 @@ class Pruner(Queries):
         self._reads.read()
         self.gates.keep_prob.copy_(self._theta())
 
-    def finish(self) -> nn.Module:
+    def finish(self, recalibrate: Iterable[Any] | None = None) -> nn.Module:
         """Decide what is still undecided by rounding, remove gates and dead channels, return the compact, plain model.
 
-        Train a little further afterwards: the running statistics of batch norms still include what was removed last.
+        The running statistics of batch norms still know what was removed in the last hundred steps: give training batches
+        to recalibrate them, or train on for as long.
+
+        Args:
+            recalibrate: Training batches, to compute the running statistics of all batch norms anew: for a `loss` that was given
+                what it takes, else inputs of the model, or tuples and lists that begin with one. None: leave them.
+
+        Raises:
+            ValueError: if there are no batches.
         """
         own = self.state
         if not own.finished:
             self.read()
             self._check(ode_time(self.optimizer), final=True, last=True)
         own.present = self._network.cut(self.kept, self.kept, own.present)
+        if recalibrate is not None:
+            recalibrate_norms(self.model, recalibrate, self._measuring.objective.given, self.group)
         return self.model
 
     # --- a step's parts ---------------------------------------------------------------------------------------------
@@ -409,7 +424,15 @@ class Pruner(Queries):
             self._capture.detach()
         elif self.target is not None:
             self._checking.update_price(own, limits, ode_time(self.optimizer))
-        return self._checking.report(own, limits, verdict, before, removed, final)
+        check = self._checking.report(own, limits, verdict, before, removed, final)
+        self._say(*check.warnings)
+        return check
+
+    def _say(self, *lines: str) -> None:
+        """Say something aloud, and keep it for the summary."""
+        for line in filter(None, lines):
+            self.state.warnings.append(line)
+            warnings.warn(line, PruningWarning, stacklevel=4)
 
     def _carry_out(self, outcome: Outcome) -> int:
         """Apply the outcome of a check; returns the number of structures removed."""
@@ -423,7 +446,9 @@ class Pruner(Queries):
             self._network.remove_gates()
             own.present = self._network.cut(own.kept, before, own.present, self.settings.width_multiple, fold=fold)
             self._install()
-        return int((before & ~own.kept).sum())
+        removed = int((before & ~own.kept).sum())
+        own.cut_at = own.done if removed else own.cut_at
+        return removed
 
     def _unit_norms(self) -> dict[str, NDArray]:
         """Norms for the shadow's rules by size, shape (n,) each; infinite for layers and removed units."""

@@ -102,6 +102,21 @@ class Queries:
         return int((self.kept & self.state.for_width).sum())
 
     @property
+    def out_of_time(self) -> int:
+        """Structures that were decided only because the deciding phase ended."""
+        return int(np.isin(self.fate, (fates.KEPT_OUT_OF_TIME, fates.REMOVED_OUT_OF_TIME)).sum())
+
+    @property
+    def removed_near_one(self) -> int:
+        """Those of them that were removed with a theta near 1, which a longer run might have kept."""
+        return self.state.removed_near_one
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was said aloud so far, one line each."""
+        return list(self.state.warnings)
+
+    @property
     def decided_by_rule(self) -> float:
         """Share of the gated structures whose fate a measurement decided, in [0, 1]."""
         decided = self.gated & ~np.isin(self.fate, (fates.UNDECIDED, *fates.NOT_BY_RULE))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,9 @@ class PrunerState:
         label_rng: Generator of the labels that probes sample, on the model's device.
         turns: Rotation of the paired differences.
         shadow: Record of a shadow run, None for others.
+        cut_at: Training steps at the last removal.
+        removed_near_one: Structures that were removed because time was out, with a theta near 1.
+        warnings: What was said aloud, one line each.
     """
 
     keep_prob: NDArray
@@ -74,6 +77,9 @@ class PrunerState:
     label_rng: torch.Generator
     turns: Turns
     shadow: Shadow | None
+    cut_at: int = 0
+    removed_near_one: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def fresh(

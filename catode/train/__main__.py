@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 3 for a finished run that missed its
-        target, 128 + its number after a signal.
+        target or was so short that it removed structures with a theta near 1, 128 + its number after a signal.
     """
     try:
         with terminated():
@@ -86,7 +86,7 @@ def _main(argv: Sequence[str] | None) -> int:
             return _end(
                 group, 128 + number, f"{str(stop) or 'interrupted'}; {_how_to_continue(Path(setup.config.out))}"
             )
-        missed = group.leads and bool(_missed(folder))
+        missed = group.leads and bool(_missed(folder) or _removed_unseen(folder))
         return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
 
 
@@ -132,6 +132,11 @@ def _missed(folder: Path) -> str:
     return missed_target(*(json.loads((folder / name).read_text()) for name in ("config.json", "result.json")))
 
 
+def _removed_unseen(folder: Path) -> int:
+    """Structures that a run removed only because its time was out, with a theta near 1."""
+    return json.loads((folder / "result.json").read_text()).get("removed_near_one", 0)
+
+
 def summary(folder: Path) -> str:
     """Results of a finished run, as text."""
     from catode.report.report import waiting
@@ -156,6 +161,7 @@ def summary(folder: Path) -> str:
         lines.append(f"report   {folder / 'report.md'}")
     if missed := _missed(folder):
         lines.append(f"target   missed: {missed}; train longer, or choose a larger share")
+    lines += [f"warning  {line}" for line in result.get("warnings", ())]
     return "\n".join(lines)
 
 

@@ -10,9 +10,11 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from catode.decisions import shadow
-from catode.prune.checking import ROW_FIELDS
+from catode.prune.checking import ROW_FIELDS, PruningWarning
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import Counts, count
 from catode.prune.devices import transfer
@@ -38,6 +40,9 @@ from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
 from catode.train.settings.setting import ConfigError
 from catode.train.stop import Stop, Stopped
+
+FORGOTTEN = 100  # steps after which running statistics no longer know what was removed
+RECALIBRATION = 100  # batches from which they are computed anew
 
 
 class NotFinite(RuntimeError):
@@ -74,7 +79,8 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
         trainer = Trainer(setup, folder, progress)
         try:
             heeded = trainer.stop.heeded() if group.size == 1 else nullcontext()
-            with data.folder.workers_watched(trainer.batches.workers), heeded:
+            with data.folder.workers_watched(trainer.batches.workers), heeded, warnings.catch_warnings():
+                warnings.simplefilter("ignore", PruningWarning)  # printed as lines of the run
                 trainer.train()
         finally:
             trainer.close()
@@ -162,6 +168,7 @@ class Trainer:
         self.metrics = CsvTable(tables, TABLES[0], METRIC_FIELDS, *ends[0])
         self.structures = CsvTable(tables, TABLES[1], ROW_FIELDS, *ends[1])
         self.history: list[float] = []
+        self.executed: int | None = None  # MACs of the last step's forward pass, dead channels included
         self.unread: list[torch.Tensor] = []
         self.loss = math.nan  # of the last step that was read
         self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
@@ -181,6 +188,8 @@ class Trainer:
         )
         for note in setup.notes if self.group.leads else ():
             self.bar.write(f"note: {note}", file=sys.stderr)
+        for line in self.pruner.warnings if self.pruner and self.group.leads and not state else ():
+            self.bar.write(f"warning: {line}", file=sys.stderr)
         self.save()
 
     def close(self) -> None:
@@ -197,11 +206,23 @@ class Trainer:
             self.advance()
             if self.stop and self.epochs_done < self.config.epochs:
                 self.leave()
-        executed = count(self.model, self.setup.example).macs
-        if self.pruner is not None:
-            self.pruner.finish()
+        self.finish()  # does nothing but for a run that was stopped after its last step
         if self.group.leads:
-            self.result(executed)
+            self.result()
+
+    def finish(self) -> None:
+        """End pruning after the last step; compute running statistics anew that may still know what went last."""
+        if self.executed is None:
+            self.executed = count(self.model, self.setup.example).macs
+        if self.pruner is None:
+            return
+        recent = self.pruner.state.cut_at > max(self.step - FORGOTTEN, 0)
+        if self.pruner.finished and not recent:
+            self.pruner.finish()
+            return
+        again = self.batches.epoch(self.config.epochs, self.config.seed)
+        with autocast(self.config.device, self.amp):
+            self.pruner.finish(recalibrate=islice(again, RECALIBRATION))
 
     def advance(self) -> dict:
         """Train one epoch, or the rest of it, and write a checkpoint; returns its row of metrics.csv."""
@@ -259,6 +280,8 @@ class Trainer:
         self.catch_up()
         sums.seconds += time.perf_counter() - mark
         self.group.settle(self.model, step=self.step)
+        if self.step == len(self.setup.schedule):
+            self.finish()
         accuracy = evaluate(self.model, self.test_batches(), self.amp, self.group)
         if math.isnan(accuracy):  # the last loss was finite, but not the network after the last step
             self.not_finite(self.step)
@@ -463,8 +486,8 @@ class Trainer:
         if "cuda" in state["rng"] and torch.device(self.config.device).type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.config.device)
 
-    def result(self, executed: int) -> None:
-        """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""
+    def result(self) -> None:
+        """Write result.json."""
         counts = self.counts()
         layers, units, _ = self.left()
         dense = build_model(self.config, self.setup.images)
@@ -473,7 +496,7 @@ class Trainer:
             "accuracy": self.history[-1],
             "accuracy_history": self.history,
             "macs": counts.macs,
-            "macs_executed": executed,
+            "macs_executed": self.executed,
             "macs_dense": self.dense.macs,
             "params": counts.params,
             "params_dense": self.dense.params,
@@ -486,6 +509,9 @@ class Trainer:
             "decisions": self.pruner.decisions() if self.pruner else {},
             "macs_removed_by_tolerance": self.pruner.macs_removed(fates.PRUNED_TOLERANCE) if self.pruner else 0,
             "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
+            "out_of_time": self.pruner.out_of_time if self.pruner else 0,
+            "removed_near_one": self.pruner.removed_near_one if self.pruner else 0,
+            "warnings": self.pruner.warnings if self.pruner else [],
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "latency_ms": latencies[0][-1],
