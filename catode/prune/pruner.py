@@ -44,6 +44,7 @@ from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
 from catode.prune.gated.gates import Gates
 from catode.prune.gated.network import Cut, Network
+from catode.prune.measure.bounds import project
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed
@@ -271,6 +272,8 @@ class Pruner(Queries):
             return None
         if own.done == 0:
             refuse_wrapped(self.model, self.group)
+        if self.settings.max_norm is not None:
+            project(self.model, self.blocks, own.kept, self.settings.max_norm)
         elapsed, steps = self._clock.take()
         skipped = steps == 0 if skipped is None else skipped
         if not isinstance(skipped, torch.Tensor):
@@ -413,6 +416,7 @@ class Pruner(Queries):
             last: Whether watching ends here too.
         """
         own, limits, before = self.state, self.limits(), self.state.fate
+        own.bounds.see(self.model, self.blocks, own.kept, limits)
         self.group.agree(self.model, self.checksum(), own.done)
         verdict = self._checking.settle(
             own, limits, step_time, final=final, last=last, sizes=self._unit_norms() if own.shadow else None

@@ -112,6 +112,16 @@ class Queries:
         return self.state.removed_near_one
 
     @property
+    def largest_norms(self) -> NDArray:
+        """Largest norm of the weights of each block's branch at any check, shape (layers,)."""
+        return self.state.bounds.norm
+
+    @property
+    def largest_violations(self) -> NDArray:
+        """Largest benefit over what the Lipschitz assumption permits of each layer at any check, shape (layers,); above 1 it fails."""
+        return self.state.bounds.violation
+
+    @property
     def warnings(self) -> list[str]:
         """What was said aloud so far, one line each."""
         return list(self.state.warnings)

@@ -59,6 +59,8 @@ class PrunerSettings:
         round_to: Units leave a site only in groups that leave a multiple of this many, or none; those that wait for a
             group stay gated. What still waits when nothing else is undecided at the site is kept for the width alone, its
             keep probability folded into its weights, so that the network does not change, and trained on without a gate.
+        max_norm: Bound on the norm of the weights of every block's branch, which is scaled down to it after each step while
+            pruning; the theorems assume that there is one. None: no bound.
         shadow: Decide, but remove nothing before its theta is 0; the pruner's `shadow` then holds what several rules
             would have removed and the outcomes (see `catode.decisions.shadow`). Decisions end after `steps`; what is
             undecided then is watched, gated, up to this step. None: remove. Not with a target or `round_to`.
@@ -93,6 +95,7 @@ class PrunerSettings:
     memory: int | None = None
     width_multiple: int = 1
     round_to: int = 1
+    max_norm: float | None = None
     shadow: int | None = None
     seed: int = 0
 
@@ -125,7 +128,7 @@ class PrunerSettings:
         self._set_checked(check_interval, "risk", low=0.0, high=0.5, low_open=True, high_open=True)
         self._set_checked(check_interval, "initial_keep_prob", low=0.0, high=1.0, low_open=True)
         self._set_checked(check_interval, "tolerance", low=0.0, high=1.0)
-        for name in ("rate_ratio", "epoch_steps"):
+        for name in ("rate_ratio", "epoch_steps", "max_norm"):
             self._set_checked(check_positive, name)
         self._set_checked(check_choice, "prior", choices=PRIORS)
         for name in ("layer_estimator", "estimator"):

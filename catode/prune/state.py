@@ -20,6 +20,7 @@ from catode.decisions.evidence import LEAST_EVIDENCE, Evidence
 from catode.decisions.schedule import Turns
 from catode.decisions.shadow import Shadow
 from catode.prune.gated.draws import GateDraws
+from catode.prune.measure.bounds import Bounds
 from catode.prune.measure.growth import GradientProducts
 from catode.prune.settings import PrunerSettings
 from catode.structures import fates
@@ -53,6 +54,7 @@ class PrunerState:
         label_rng: Generator of the labels that probes sample, on the model's device.
         turns: Rotation of the paired differences.
         shadow: Record of a shadow run, None for others.
+        bounds: Largest norms of the blocks' weights, and violations of the Lipschitz assumption.
         cut_at: Training steps at the last removal.
         removed_near_one: Structures that were removed because time was out, with a theta near 1.
         warnings: What was said aloud, one line each.
@@ -77,6 +79,7 @@ class PrunerState:
     label_rng: torch.Generator
     turns: Turns
     shadow: Shadow | None
+    bounds: Bounds
     cut_at: int = 0
     removed_near_one: int = 0
     warnings: list[str] = field(default_factory=list)
@@ -137,6 +140,7 @@ class PrunerState:
             label_rng=label_rng,
             turns=Turns(),
             shadow=None if settings.shadow is None else Shadow(n),
+            bounds=Bounds(inventory.layers),
         )
 
 

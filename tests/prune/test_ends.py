@@ -1,4 +1,4 @@
-"""The end of a run, and runs that are too short: nothing is decided without a word, and the statistics are those of what is left."""
+"""The end of a run, and runs that are too short: nothing is decided without a word; statistics are those of what is left."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ def test_finishing_early_says_how_many_were_decided_by_that_alone():
     with pytest.warns(PruningWarning) as found:
         pruner.finish()
     (line,) = said(found)
-    assert line.startswith("51 of 51 structures were decided because time was out, not by what was measured: 51 kept, 0 removed")
+    assert line.startswith(
+        "51 of 51 structures were decided because time was out, not by what was measured: 51 kept, 0 removed"
+    )
     assert "after 30 steps of 2,000" in line and pruner.warnings[-1] == line
     assert pruner.out_of_time == 51 and pruner.decided_by_rule == 0.0
 
@@ -146,7 +148,7 @@ def test_what_is_removed_near_one_for_a_target_is_never_removed_without_a_word()
 def test_nothing_is_said_where_rules_decided():
     with warnings.catch_warnings():
         warnings.simplefilter("error", PruningWarning)
-        model, optimizer, pruner = make(nu=0.3, steps=300, warmup=20, memory=20, check_every=10, rate_ratio=0.1)
+        model, optimizer, pruner = make(nu=0.1, steps=300, warmup=20, memory=20, target_macs=0.5, rate_ratio=0.1)
         train(model, optimizer, pruner, 300)
     assert pruner.finished and pruner.out_of_time <= 0.1 * pruner.gated.sum() and pruner.warnings == []
 
@@ -173,7 +175,15 @@ FLAGS = ["--arch=resnet14", "--epochs=2", "--batch-size=256", "--hidden-scale=0.
 
 def test_the_trainer_ends_with_what_went_because_time_was_out_and_status_three(tmp_path, capsys):
     out = tmp_path / "run"
-    flags = [*FLAGS, "--memory=10", "--check-every=2", "--target-macs=0.6", "--nu=0.001", "--rate-ratio=1e-3", f"--out={out}"]
+    flags = [
+        *FLAGS,
+        "--memory=10",
+        "--check-every=2",
+        "--target-macs=0.6",
+        "--nu=0.001",
+        "--rate-ratio=1e-3",
+        f"--out={out}",
+    ]
     assert main([*flags, "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("warning: the deciding phase should have about")
     assert main(flags) == 3
@@ -234,7 +244,9 @@ def test_finish_recalibrates_to_the_statistics_of_what_is_left(form):
     found = statistics(final)
     for name, buffer in found.items():
         torch.testing.assert_close(buffer, statistics(expected)[name], rtol=1e-5, atol=1e-6)
-    assert any(buffer.shape != before[name].shape or not torch.equal(buffer, before[name]) for name, buffer in found.items())
+    assert any(
+        buffer.shape != before[name].shape or not torch.equal(buffer, before[name]) for name, buffer in found.items()
+    )
 
 
 def test_recalibration_needs_batches_and_leaves_everything_as_it_was_without():

@@ -95,7 +95,9 @@ class Gates:
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of a gated model holds: theta alone, in train mode too, so that it depends on no pruner."""
         theta = self.keep_prob.detach().clone()
-        alone = dict(model=None, inventory=None, group=Group(), blocks=(), rows=None, traced=False, _taps=None, _tap_layers=False)
+        alone = dict(
+            model=None, inventory=None, group=Group(), blocks=(), rows=None, traced=False, _taps=None, _tap_layers=False
+        )
         return {**alone, "draw": theta, "keep_prob": theta, "_installed": {}, "_hooks": []}
 
     @classmethod

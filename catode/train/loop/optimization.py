@@ -92,6 +92,7 @@ def _pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner:
         memory=config.memory,
         width_multiple=config.width_multiple,
         round_to=config.round_to,
+        max_norm=config.max_norm,
         shadow=len(setup.schedule) if config.shadow else None,
         step_times=setup.step_times,
         seed=config.seed,

@@ -511,6 +511,8 @@ class Trainer:
             "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
             "out_of_time": self.pruner.out_of_time if self.pruner else 0,
             "removed_near_one": self.pruner.removed_near_one if self.pruner else 0,
+            "largest_norm": float(self.pruner.largest_norms.max()) if self.pruner else None,
+            "largest_violation": float(self.pruner.largest_violations.max()) if self.pruner else None,
             "warnings": self.pruner.warnings if self.pruner else [],
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
