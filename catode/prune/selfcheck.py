@@ -382,7 +382,7 @@ class _Trial:
     def _copy(self) -> nn.Module:
         """A copy of the model with random parameters and running statistics."""
         own = copy.deepcopy(self.model).requires_grad_(False)
-        if next(own.parameters()).device.type == "mps":  # has no double precision
+        if next(own.parameters()).device.type not in ("cpu", "cuda"):  # others may have no double precision
             own = own.cpu()
         own = own.to(self.dtype)
         randomise(own, self.seed)

@@ -159,9 +159,9 @@ def summary(folder: Path) -> str:
         lines.append(f"waiting  {waiting(folder)} of the step time, for images")
     if (folder / "report.md").exists():
         lines.append(f"report   {folder / 'report.md'}")
+    lines += [f"warning  {line}" for line in result.get("warnings", ())]
     if missed := _missed(folder):
         lines.append(f"target   missed: {missed}; train longer, or choose a larger share")
-    lines += [f"warning  {line}" for line in result.get("warnings", ())]
     return "\n".join(lines)
 
 
