@@ -64,6 +64,8 @@ def _main(argv: Sequence[str] | None) -> int:
             if setup.config.dry_run:
                 return _end(group, 0, preflight.table(setup), sys.stdout)
             folder = loop.train(setup, at_end=_report)
+            missed = group.leads and bool(_missed(folder))
+            return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
         except ConfigError as error:  # another process uses the folder
             return _end(group, 2, f"error: {error}")
         except (loop.NotFinite, distributed.Disagreement) as error:
@@ -91,8 +93,6 @@ def _main(argv: Sequence[str] | None) -> int:
             return _end(
                 group, 128 + number, f"{str(stop) or 'interrupted'}; {_how_to_continue(Path(setup.config.out))}"
             )
-        missed = group.leads and bool(_missed(folder))
-        return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
 
 
 def _resume(folder: str | Path) -> str:
@@ -104,7 +104,8 @@ def _then_continue(setup: Setup | None) -> str:
     """The end of a message about what stopped a run; empty before there is a run to continue."""
     if setup is None or not (Path(setup.config.out) / "config.json").exists():
         return ""
-    return f". Fix that, then continue with {_resume(setup.config.out)}"
+    how = _how_to_continue(Path(setup.config.out))
+    return f". Fix that, then {how}" if how.startswith("continue") else f"; {how}"
 
 
 def _how_to_continue(folder: Path) -> str:

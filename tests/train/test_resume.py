@@ -899,3 +899,9 @@ def test_a_limit_beyond_all_numbers_is_no_limit(tmp_path):
     flags = ["--dataset=folder", f"--data-dir={tmp_path / 'data'}", "--batch-size=2", "--epochs=1", "--warmup-epochs=0"]
     setup = loop.prepare(parse([*flags, "--array-gib=1e308", f"--out={tmp_path / 'run'}"]))
     assert torch.is_tensor(setup.images.train_images)
+
+
+def test_a_signal_within_the_summary_says_that_the_run_is_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("catode.train.__main__.summary", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert main([*FLAGS, "--epochs=2", f"--out={tmp_path / 'run'}"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped; the run in {tmp_path / 'run'} is finished"
