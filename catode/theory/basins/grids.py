@@ -5,6 +5,7 @@ Source: docs/mathematics.md sections 3 and 4.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -225,25 +226,31 @@ def _ties(
     atol: float,
 ) -> np.ndarray:
     """Indices of decided starts on a boundary between labels, to within a tenth of the tolerances."""
-    places = np.arange(len(starts)).reshape(shape)
-    step = 0.1 * (atol + rtol * np.abs(starts))
+
+    def step(rows: np.ndarray, columns: Any) -> np.ndarray:
+        return 0.1 * (atol + rtol * np.abs(starts[rows, columns]))
+
     suspects, moves = [], []
     for axis, n in enumerate(shape):
         if n == 1:
             continue
-        low, high = np.moveaxis(places, axis, 0)[:-1].ravel(), np.moveaxis(places, axis, 0)[1:].ravel()
+        inner = math.prod(shape[axis + 1 :])  # distance of neighbours in the flat order
+        grid = labels.reshape(-1, n, inner)
+        outer, rest = np.divmod(np.flatnonzero(grid[:, :-1] != grid[:, 1:]), (n - 1) * inner)
+        low = outer * (n * inner) + rest
+        high = low + inner
         rising = np.sign(starts[high, axis] - starts[low, axis])
-        for here, there, sign in ((low, high, rising), (high, low, -rising)):
-            (differ,) = np.nonzero((labels[here] != labels[there]) & (labels[here] >= 0))
-            suspects.append(here[differ])
-            moves.append((axis, sign[differ]))
+        for here, sign in ((low, rising), (high, -rising)):
+            decided = labels[here] >= 0
+            suspects.append(here[decided])
+            moves.append((axis, sign[decided]))
     for axis, n in enumerate(shape):
         if n > 1:
             continue
         some = np.linspace(0, len(starts) - 1, min(len(starts), _SAMPLE)).astype(int)
         for sign in (-1.0, 1.0):
             moved = starts[some].copy()
-            moved[:, axis] += sign * step[some, axis]
+            moved[:, axis] += sign * step(some, axis)
             here = some
             if (label(system.project(moved)) != labels[some]).any():
                 here = np.arange(len(starts))
@@ -254,7 +261,7 @@ def _ties(
     index = np.concatenate(suspects)
     axes = np.repeat([axis for axis, _ in moves], [len(here) for here in suspects])
     moved, rows = starts[index].copy(), np.arange(len(index))
-    moved[rows, axes] += np.concatenate([sign for _, sign in moves]) * step[index, axes]
+    moved[rows, axes] += np.concatenate([sign for _, sign in moves]) * step(index, axes)
     box = as_box(system)
     open_ = (starts[index, axes] > box.lower[axes]) & (starts[index, axes] < box.upper[axes])  # a face is met exactly
     index, moved, axes = index[open_], moved[open_], axes[open_]

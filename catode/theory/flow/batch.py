@@ -118,9 +118,9 @@ def integrate_batch(
     d = problem.lower.size
     starts = check_real("starts", starts, array=True)
     check_shape("starts", starts, f"(n, {d})", starts.ndim == 2 and starts.shape[1] == d)
-    outside = np.argwhere((starts < problem.lower) | (starts > problem.upper))
-    if outside.size:
-        i, j = (int(v) for v in outside[0])
+    columns = zip(starts.T, problem.lower, problem.upper, strict=True)
+    if any(x.min(initial=low) < low or x.max(initial=high) > high for x, low, high in columns):
+        i, j = (int(v) for v in np.argwhere((starts < problem.lower) | (starts > problem.upper))[0])
         box = f"[{problem.lower[j]:g}, {problem.upper[j]:g}]"
         fail("starts", f"lie in the box, coordinate {j} in {box}", float(starts[i, j]), index=(i, j))
     horizon = check_positive("horizon", horizon)
