@@ -44,7 +44,7 @@ import math
 from numba import njit
 
 options = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "no_cfunc_wrapper": True}
-jit = njit(no_cpython_wrapper=True, **options)
+jit = njit(no_cpython_wrapper=True, forceinline=True, **options)
 
 
 @jit
