@@ -27,8 +27,8 @@ UNDECIDED = -1
 _PRUNED, _KEPT, _FAILED, _HORIZON = map(STATUSES.index, ("pruned", "kept", "failed", "horizon"))
 _SAMPLE = 400  # starts from which attractors are searched
 _ROUNDS = 3  # of searches from the ends of undecided starts
-_SEED_FACES = 81  # of the box, searched for stable equilibria
-_SEED_DIMENSION = 4
+_SEED_FACES = 729  # of the box, searched for stable equilibria
+_ALGEBRA_FACES = 81  # of a box, up to which that is done by algebra, some ten times as long
 _TOLERANCES = 300.0  # of the integration, below which two ends count as one
 _LIVES = 1e4  # horizon of a planar system in units of 1 / growth_rate
 
@@ -43,6 +43,8 @@ class Basins:
         attractors: Limits, shape (m, d); `inf` where a coordinate grows without bound, NaN where it is not known.
         names: What to call the attractors.
         failed: Starts whose integration failed; they are among the undecided.
+        left_out: Faces of the box that were not searched for stable equilibria, most frozen coordinates first: an attractor
+            there is known only if a start ended at it.
         resolution: How near to an attractor a start has to come, along each coordinate, shape (d,): attractors nearer to
             each other than this count as one. None where starts are decided on the faces of a keep probability.
     """
@@ -52,6 +54,7 @@ class Basins:
     attractors: np.ndarray
     names: tuple[str, ...]
     failed: int
+    left_out: int = 0
     resolution: np.ndarray | None = None
 
 
@@ -71,9 +74,9 @@ def basins_of_attraction(
 
     For a keep probability (`absorbing`) the labels are 0, pruned, and 1, kept, decided on the faces as
     `catode.theory.flow.batch.integrate_batch` says. Otherwise a start belongs to the attractor near which it comes. Without
-    `attractors` these are the ends of some starts, the stable equilibria of `basins.equilibria.find` (in a box of at most
-    81 faces), and, where starts remain undecided, their ends. Coming near is no proof unless the attractor attracts
-    everything within the `resolution` of the result; `find_attractors` tries that on a few states.
+    `attractors` these are the ends of some starts, the stable equilibria of `basins.equilibria.find` (on at most 729 faces;
+    the result says how many were left out), and, where starts remain undecided, their ends. Coming near is no proof unless
+    the attractor attracts everything within the `resolution` of the result; `find_attractors` tries that on a few states.
 
     A start on a boundary is undecided: one whose label changes where it is moved by a tenth of the tolerances towards a
     neighbour with another label, or, where some coordinates are held, along these.
@@ -127,7 +130,7 @@ def basins_of_attraction(
     starts = np.stack(np.meshgrid(*values, indexing="ij"), axis=-1)
     shape, starts = starts.shape[:-1], starts.reshape(-1, len(values))
     tolerances = {"rtol": rtol, "atol": atol}
-    resolution = None
+    resolution, left_out = None, 0
     if absorbing:
 
         def label(states: np.ndarray) -> tuple[np.ndarray, Batch]:
@@ -144,7 +147,7 @@ def basins_of_attraction(
         if attractors is None:
             near = {"radius": radius, "scale": scale}
             known = find_attractors(system, _sample(starts), horizon, **near, **tolerances)
-            known, others = _add_equilibria(
+            known, others, left_out = _add_equilibria(
                 system, known, np.maximum(radius * scale, _floor(known, rtol, atol).max(axis=0, initial=0.0))
             )
         else:
@@ -177,16 +180,19 @@ def basins_of_attraction(
         warnings.warn(told, stacklevel=2)
     labels = labels.reshape(shape).squeeze(axis=tuple(i for i, v in enumerate(values) if v.ndim == 0))
     failed = int((batch.codes == _FAILED).sum())
-    return Basins(labels.astype(np.int16), values, known, names, failed, resolution)
+    return Basins(labels.astype(np.int16), values, known, names, failed, left_out, resolution)
 
 
 def _add_equilibria(
     system: BoxSystem | PlanarSystem, points: np.ndarray, reach: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Attractors with the stable equilibria that are not among them, and the other equilibria."""
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Attractors with the stable equilibria that are not among them, the other equilibria, and faces not searched."""
+    box = as_box(system)
+    sides = 1 + np.isfinite(box.lower).astype(int) + np.isfinite(box.upper)
+    few = math.prod(sides.tolist()) <= _ALGEBRA_FACES
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of faces that were left out: this is one source of several
-        found = find(system, max_faces=_SEED_FACES) if as_box(system).dimension <= _SEED_DIMENSION else ()
+        warnings.simplefilter("ignore", UserWarning)  # of faces that were left out: the result says it
+        found = find(system, max_faces=_SEED_FACES, algebra=few)
     stable = np.array([e.state for e in found if e.stable]).reshape(-1, points.shape[1])
     others = np.array([e.state for e in found if not e.stable and e.isolated]).reshape(-1, points.shape[1])
     apart = (np.abs(points[:, None] - stable) / reach).max(axis=2, initial=0.0)
@@ -194,7 +200,7 @@ def _add_equilibria(
     for point, row in zip(points, apart, strict=True):  # where Newton ended too, its end is the more exact
         order[tuple((stable[row.argmin()] if row.size and row.min() <= 1.0 else point).tolist())] = None
     order |= dict.fromkeys(map(tuple, stable.tolist()))
-    return np.array(list(order)).reshape(-1, points.shape[1]), others
+    return np.array(list(order)).reshape(-1, points.shape[1]), others, found.left_out
 
 
 def _unlike(points: np.ndarray, known: np.ndarray, reach: np.ndarray) -> np.ndarray:
