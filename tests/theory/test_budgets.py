@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from test_networks import case
@@ -55,6 +57,7 @@ def test_a_whole_separatrix_is_complete_and_a_small_budget_cuts_it():
     assert short.status == "failed" and "the budget of 40 evaluations of the field was used up" in short.message
     assert 2 < len(short) < len(points) and np.allclose(short[:, 1], UNIT.separatrix(short[:, 0]), atol=1e-8)
     assert (2.0 * short).status == "failed"  # what is computed from it says so too
+    assert pickle.loads(pickle.dumps(short)).message == short.message
     with pytest.raises(ValueError, match="`max_evaluations` must be an integer"):
         trace_separatrix(UNIT, max_evaluations=0)
 

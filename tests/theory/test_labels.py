@@ -131,3 +131,16 @@ def test_algebra_and_newton_find_the_same_stable_equilibria():
     stable = [sorted(e.state.round(9).tolist() for e in found if e.stable) for found in (by_algebra, by_newton)]
     assert stable[0] == stable[1] and len(stable[0]) == 3
     assert {e.origin for e in by_newton if e.face.count(0)} == {"searched"}
+
+
+def test_ties_of_two_among_three_are_undecided_whoever_the_third_is():
+    """A neighbour may be a tie too, and its label arbitrary: a move towards it says nothing."""
+    text = "x*(1 - x - 2*y - 2*z), y*(1 - y - 2*x - 2*z), z*(1 - z - 2*x - 2*y)"
+    system = BoxSystem.from_expressions("x, y, z", text, lower=(0, 0, 0), upper=(3, 3, 3))
+    line = np.linspace(0.0, 1.5, 10)
+    basins = basins_of_attraction(system, (line, line, line), 400.0)
+    sizes = np.stack(np.meshgrid(line, line, line, indexing="ij"), axis=-1)
+    ordered = np.sort(sizes, axis=-1)
+    assert np.array_equal(basins.labels == UNDECIDED, ordered[..., 2] == ordered[..., 1])
+    winner = basins.attractors[basins.labels].argmax(axis=-1)
+    assert np.array_equal(winner[basins.labels >= 0], sizes.argmax(axis=-1)[basins.labels >= 0])

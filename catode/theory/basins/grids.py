@@ -270,10 +270,7 @@ def _ties(
     moved[rows, axes] += np.concatenate([sign for _, sign in moves]) * step(index, axes)
     box = as_box(system)
     open_ = (starts[index, axes] > box.lower[axes]) & (starts[index, axes] < box.upper[axes])  # a face is met exactly
-    index, moved, axes = index[open_], moved[open_], axes[open_]
-    crossing = np.array([n > 1 for n in shape])[axes]  # towards a neighbour one move is enough for each start
-    _, first = np.unique(np.where(crossing, index, -1 - np.arange(len(index))), return_index=True)
-    index, moved = index[first], moved[first]
+    index, moved = index[open_], moved[open_]
     return np.unique(index[label(system.project(moved)) != labels[index]])
 
 

@@ -308,6 +308,14 @@ class Separatrix(np.ndarray):
     def __array_finalize__(self, source: Any) -> None:
         self.status, self.message = getattr(source, "status", "complete"), getattr(source, "message", "")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        make, arguments, state = super().__reduce__()
+        return make, arguments, (state, self.status, self.message)
+
+    def __setstate__(self, state: tuple[Any, str, str]) -> None:
+        super().__setstate__(state[0])
+        self.status, self.message = state[1:]
+
 
 def trace_separatrix(
     system: Any,
