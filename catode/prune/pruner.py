@@ -292,7 +292,7 @@ class Pruner:
             ValueError: if the state is of another network, of another kind of run, or of an earlier version.
         """
         own = self.state
-        check_fits(own, state)
+        check_fits(own, state, self.inventory, self.gates.plain_state())
         self.gates.remove()
         self._capture.detach()
         unpack(own, state["pruner"])

@@ -321,32 +321,6 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        dict(model={}),
-        dict(pruner={}),
-        dict(pruner=dict(fate=3)),
-        dict(pruner=dict(keep_prob=None)),
-        dict(pruner=dict(draws=[])),
-    ],
-)
-def test_contents_that_the_pruner_cannot_take_up_are_one_line_and_the_checkpoint_before_it_is_left(
-    part, interrupted, pruned, capsys
-):
-    newest = states(interrupted)[0]
-    inside = torch.load(newest, weights_only=True)["pruner"]
-    for name, changes in part.items():
-        inside[name] = {**inside[name], **changes} if changes else {}
-    change(newest, pruner=inside)
-    assert main(["--resume", str(interrupted), "--threads", "1"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and f"where {newest.name} holds something else (" in error
-    newest.unlink()
-    assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
-    assert_same_end(interrupted, pruned[1])
-
-
 def test_a_dry_run_in_config_json_does_not_stop_a_resumed_run(interrupted, pruned):
     config = json.loads((interrupted / "config.json").read_text())
     (interrupted / "config.json").write_text(json.dumps(config | {"dry_run": True}))
