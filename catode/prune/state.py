@@ -325,13 +325,11 @@ def check_fits(own: PrunerState, state: dict, inventory: Inventory, whole: dict[
             f"`state` must be a state_dict of this version's Pruner; got one with {', '.join(map(str, state))}. "
             "Start a new run, or use the version that wrote it."
         )
-    try:
-        sizes = len(packed["fate"][NAMES]), len(packed["present"])
-    except (TypeError, KeyError):  # not even lists
-        sizes = None
-    if sizes not in (None, (len(own.fate), len(own.present))):
+    names, present = packed["fate"].get(NAMES) if isinstance(packed["fate"], dict) else None, packed["present"]
+    lists = isinstance(names, list) and isinstance(present, list)
+    if lists and (len(names), len(present)) != (len(own.fate), len(own.present)):
         raise ValueError(
-            f"`state` must be of the same network; got one of {sizes[0]} structures instead of {len(own.fate)}. "
+            f"`state` must be of the same network; got one of {len(names)} structures instead of {len(own.fate)}. "
             "Build the model and the pruner with the same arguments."
         )
     if (packed["shadow"] is None) != (own.shadow is None):
