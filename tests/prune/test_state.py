@@ -76,7 +76,7 @@ def allowed(place, bad):
     for number in MAY_BE.get(place[-1], ()):
         if bad is None and number is None:
             return True
-        if torch.is_tensor(tensor) and tensor.is_floating_point() and number is not None and tensor.dim() < 3:
+        if torch.is_tensor(tensor) and tensor.is_floating_point() and number is not None:
             like = torch.full_like(tensor, number)
             if torch.equal(torch.nan_to_num(tensor, nan=7.0), torch.nan_to_num(like, nan=7.0)):
                 return True

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from catode.decisions import shadow
+from catode.prune import measuring
 from catode.prune.checking import ROW_FIELDS
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import Counts, count
@@ -205,7 +206,10 @@ class Trainer:
 
     def advance(self) -> dict:
         """Train one epoch, or the rest of it, and write a checkpoint; returns its row of metrics.csv."""
-        row = self.epoch(self.epochs_done)
+        try:
+            row = self.epoch(self.epochs_done)
+        except measuring.NotFinite as error:  # the loss was finite, but not its gradient
+            self.not_finite(error.step)
         self.epochs_done += 1
         self.sums = self.no_sums()
         self.tick()
@@ -339,9 +343,9 @@ class Trainer:
             for warning in check.warnings if self.group.leads else []:
                 self.bar.write(f"warning: {warning}", file=sys.stderr)
 
-    def not_finite(self, step: int) -> None:
+    def not_finite(self, step: int) -> NoReturn:
         raise NotFinite(
-            f"`loss` must stay finite; got a non-finite loss or logit at step {step} "
+            f"`loss` must stay finite; got a non-finite loss, logit or gradient at step {step} "
             f"(lr {self.optimizer.param_groups[0]['lr']:.3g}). "
             f"The network after step {self.good_step} is kept in {self.folder}; lower --lr or turn --amp off."
         )
