@@ -76,7 +76,7 @@ def _main(argv: Sequence[str] | None) -> int:
         except BrokenPipeError:
             raise
         except OSError as error:  # in the process that writes, or in all of them before the first step
-            hint = f". Fix that, then continue with --resume {setup.config.out}" if setup else ""
+            hint = f". Fix that, then {_how_to_continue(Path(setup.config.out))}" if setup else ""
             print(f"error: {error}{hint}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:

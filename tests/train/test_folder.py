@@ -237,10 +237,16 @@ def test_pictures_are_turned_as_the_camera_was_held(tmp_path, orientation, kind)
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"])
-def test_damaged_metadata_leave_a_picture_as_it_is(tmp_path, exif):
-    path = tmp_path / "a.png"
-    Image.fromarray(pixels(10, 12, 3)).save(path.with_suffix(".jpg"), quality=100, exif=exif)
-    assert folder._decode("a.jpg", path.with_suffix(".jpg").read_bytes(), None).shape == (3, 10, 12)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_metadata_leave_a_picture_as_it_is_without_a_warning(tmp_path, exif, workers, recwarn, capfd):
+    root = write_folder(tmp_path)
+    for name in ("train/ant/0", "train/bee/1", "test/ant/2"):
+        (root / f"{name}.png").unlink()
+        Image.fromarray(pixels(10, 12, 3)).save(root / f"{name}.jpg", quality=100, exif=exif)
+    assert load("folder", root).train_images.shape == (6, 3, 10, 12)
+    files = load("folder", root, array_bytes=0)
+    assert sum(len(x) for x, _ in batches(files, workers, batch_size=6).epoch(0, 0)) == 6
+    assert not recwarn.list and capfd.readouterr() == ("", "")
 
 
 UNREADABLE = {
@@ -332,16 +338,36 @@ def test_other_images_have_another_fingerprint_wherever_they_are_kept(tmp_path, 
     assert len({load("folder", tmp_path / "moved", **more).fingerprint for more in places} | first) == 2
 
 
-def test_of_many_images_every_size_and_the_bytes_of_a_sample_are_in_the_fingerprint(tmp_path, monkeypatch):
+def test_a_changed_picture_anywhere_changes_the_fingerprint(tmp_path, monkeypatch):
+    """Of the same name and size, and outside the sample from which mean and deviation are taken."""
     monkeypatch.setattr(folder, "STATISTICS_IMAGES", 2)
-    read = []
-    monkeypatch.setattr(Path, "read_bytes", lambda path, real=Path.read_bytes: read.append(path.name) or real(path))
     root, places = write_folder(tmp_path), [{}, {"array_bytes": 0}]
-    first = {load("folder", root, image_size=8, **more).fingerprint for more in places}
-    assert len(first) == 1
-    read.clear()
-    load("folder", root, image_size=8, array_bytes=0)
-    assert sorted(read) == ["0.png"] * 3 + ["2.png"] * 3, "two of each split for the fingerprint, of train for its mean"
+    for path in sorted(root.rglob("*.png")):
+        first = {load("folder", root, image_size=8, **more).fingerprint for more in places}
+        assert len(first) == 1
+        content, when = path.read_bytes(), path.stat()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # behind the pixels
+        os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
+        assert not {load("folder", root, image_size=8, **more).fingerprint for more in places} & first
+        path.write_bytes(content)  # at another time
+        assert load("folder", root, image_size=8).fingerprint in first
+
+
+def test_of_very_many_bytes_every_size_and_the_bytes_of_a_sample_are_in_the_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "STATISTICS_IMAGES", 2)
+    root, places = write_folder(tmp_path), [{}, {"array_bytes": 0}]
+    whole = sum(path.stat().st_size for path in (root / "train").rglob("*.png"))
+    for limit, names in ((whole, ["0.png"] * 5 + ["1.png"] * 4 + ["2.png"] * 5), (0, ["0.png"] * 3 + ["2.png"] * 3)):
+        monkeypatch.setattr(folder, "WHOLE_BYTES", limit)
+        read = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Path, "read_bytes", lambda path, real=Path.read_bytes, read=read: read.append(path.name) or real(path)
+            )
+            first = {load("folder", root, image_size=8, array_bytes=0).fingerprint}
+        assert sorted(read) == names, "those of each split for the fingerprint, two of train for its mean"
+        first |= {load("folder", root, image_size=8, **more).fingerprint for more in places}
+        assert len(first) == 1
     repaint(root / "train" / "ant" / "1.png")
     assert {load("folder", root, image_size=8, **more).fingerprint for more in places} == first, "not in the sample"
     repaint(root / "train" / "bee" / "2.png")  # the last one is
@@ -364,16 +390,24 @@ def test_an_unreadable_file_in_a_worker_and_one_of_another_size(tmp_path, monkey
         list(batches(files, 1, batch_size=6).epoch(0, 0))
 
 
-@pytest.mark.parametrize("change", ["deleted", "longer", "shorter"])
+@pytest.mark.parametrize("change", ["deleted", "longer", "shorter", "repainted", "exchanged"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_changes_during_training_is_named(tmp_path, change, workers):
     files = load("folder", write_folder(tmp_path), array_bytes=0)
     path = tmp_path / "train" / "bee" / "1.png"
     content = path.read_bytes()
-    path.unlink()
-    if change != "deleted":
+    expected = "cannot be read"
+    if change == "repainted":
+        repaint(path)
+    elif change == "exchanged":
+        swap(path, path.with_name("2.png"))
+    else:
+        path.unlink()
+    if change in ("longer", "shorter"):
         path.write_bytes(content + b"\0" if change == "longer" else content[:-1])
-    expected = "cannot be read" if change == "deleted" else f"of {path.stat().st_size} bytes instead of {len(content)}"
+    if change != "deleted":
+        same = path.stat().st_size == len(content)
+        expected = "with other contents" if same else f"of {path.stat().st_size} bytes instead of {len(content)}"
     with pytest.raises(DataError, match=rf"bee/1\.png'[^\n]* {expected}[^\n]*$"):
         list(batches(files, workers, batch_size=6).epoch(0, 0))
 
