@@ -374,6 +374,24 @@ def test_wrong_contents_of_the_newest_checkpoint_cost_only_the_steps_since_the_o
     assert_same_end(interrupted, pruned[1])
 
 
+@pytest.mark.parametrize("damage", [lambda env: env, lambda env: {**env, "threads": None}, lambda env: "{"])
+def test_another_number_of_threads_is_told_and_the_run_goes_on(damage, interrupted, pruned, capsys):
+    file = interrupted / "env.json"
+    env = damage(json.loads(file.read_text()))
+    file.write_text(env if isinstance(env, str) else json.dumps(env))
+    try:
+        assert main(["--resume", str(interrupted), "--threads", "2"]) == 0
+    finally:
+        torch.set_num_threads(1)
+    notes = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("note: ")]
+    expected = "note: the run had 1 CPU threads and goes on with 2: "
+    assert [note[: len(expected)] for note in notes] == ([expected] if isinstance(env, dict) and env["threads"] else [])
+    assert json.loads(file.read_text())["threads"] == 2
+    found, whole = (json.loads((folder / "result.json").read_text()) for folder in (interrupted, pruned[1]))
+    assert len(found["accuracy_history"]) == 6
+    assert found["accuracy_history"][:3] == whole["accuracy_history"][:3], "of the epochs before, bit by bit"
+
+
 def test_a_run_without_a_checkpoint_that_fits_is_refused_in_one_line(interrupted, capsys):
     kept = states(interrupted)
     for path in kept:

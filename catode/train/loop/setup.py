@@ -18,6 +18,7 @@ from catode.prune.describe import steptime
 from catode.prune.describe.costs import describe
 from catode.prune.devices import distributed
 from catode.prune.devices.timing import check_compile, keep_freed_memory
+from catode.records import read_json
 from catode.train import data
 from catode.train.loop import board, checkpoint, contents, lock, restoring
 from catode.train.loop.optimization import AMP
@@ -139,6 +140,7 @@ def prepare(config: Config) -> Setup:
     schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
     if state is not None:
         _check_data(state, images, steps, group, config)
+        notes += _of_threads(config)
     config = config.resolved(steps * config.epochs, group.size)
     step_times = _step_times(config, model, example, state)
     setup = Setup(config, images, model, example, steps, schedule, state, tuple(notes), held, step_times, group)
@@ -171,6 +173,21 @@ def _check_data(state: dict, images: data.ImageData, steps: int, group: distribu
             f"`resume` must use as many processes as the run started with, {state['processes']}; got {group.size}. Without "
             "sync_bn the batch norms' statistics, and so the results, depend on that number."
         )
+
+
+def _of_threads(config: Config) -> list[str]:
+    """A note for a run on a CPU that goes on with another number of threads than before."""
+    try:
+        before = read_json(Path(config.resume) / "env.json").get("threads")
+    except (ValueError, OSError):  # damaged; it is written anew
+        return []
+    now = torch.get_num_threads()
+    if config.device != "cpu" or type(before) is not int or before == now:
+        return []
+    return [
+        f"the run had {before} CPU threads and goes on with {now}: sums are rounded in another order, so its results will not be "
+        f"those of an uninterrupted run bit by bit. For that, give --threads {before}."
+    ]
 
 
 def _with_what_fits(setup: Setup) -> Setup:
