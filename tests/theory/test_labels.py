@@ -144,3 +144,16 @@ def test_ties_of_two_among_three_are_undecided_whoever_the_third_is():
     assert np.array_equal(basins.labels == UNDECIDED, ordered[..., 2] == ordered[..., 1])
     winner = basins.attractors[basins.labels].argmax(axis=-1)
     assert np.array_equal(winner[basins.labels >= 0], sizes.argmax(axis=-1)[basins.labels >= 0])
+
+
+def test_a_tie_on_a_face_that_the_flow_leaves_stays_undecided():
+    """Two of three competitors start alike, both on the box's upper faces: the third decides nothing, symmetry keeps them alike."""
+    rates = [f"{a}*(1 - {a} - 2*{b} - 2*{c}) - 1/40" for a, b, c in ("xyz", "yxz", "zxy")]
+    system = BoxSystem.from_expressions("x, y, z", ", ".join(rates), lower=[0] * 3, upper=[2] * 3)
+    basins = basins_of_attraction(system, [np.linspace(0.0, 2.0, 5)] * 3, 400.0)
+    starts = np.stack(np.meshgrid(*basins.axes, indexing="ij"), -1).reshape(-1, 3)
+    labels, ordered = basins.labels.ravel(), np.sort(starts, axis=1)
+    tie = (ordered[:, 2] == ordered[:, 1]) & (ordered[:, 2] > 0)
+    assert (labels[tie] == -1).all()
+    winners = basins.attractors[labels[~tie & (ordered[:, 2] > 0)]].argmax(axis=1)
+    np.testing.assert_array_equal(winners, starts[~tie & (ordered[:, 2] > 0)].argmax(axis=1))

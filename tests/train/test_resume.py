@@ -322,30 +322,85 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        dict(model={}),
-        dict(pruner={}),
-        dict(pruner=dict(fate=3)),
-        dict(pruner=dict(keep_prob=None)),
-        dict(pruner=dict(draws=[])),
-    ],
-)
-def test_contents_that_the_pruner_cannot_take_up_are_one_line_and_the_checkpoint_before_it_is_left(
-    part, interrupted, pruned, capsys
-):
-    newest = states(interrupted)[0]
-    inside = torch.load(newest, weights_only=True)["pruner"]
-    for name, changes in part.items():
-        inside[name] = {**inside[name], **changes} if changes else {}
-    change(newest, pruner=inside)
-    assert main(["--resume", str(interrupted), "--threads", "1"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and f"where {newest.name} holds something else (" in error
-    newest.unlink()
+def inside(change):
+    """A damage that changes what a checkpoint holds, in place."""
+
+    def damage(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return damage
+
+
+def other_burst(state):
+    state["pruner"]["pruner"]["products"]["burst"] = [[torch.zeros(3), state["pruner"]["pruner"]["kept"], 1.0]]
+
+
+def swapped_weights(state):
+    model = state["pruner"]["model"]
+    name = next(name for name in model if name.endswith(".weight"))
+    model[name] = model[name].flatten()
+
+
+UNFIT = [  # whole checkpoints of the run that it cannot take up, and what is said
+    (lambda state: state["pruner"].update(model={}), "(RuntimeError: Error(s) in loading state_dict"),
+    (lambda state: state["pruner"].update(pruner={}), "(ValueError: `state` must be a state_dict of this version's"),
+    (lambda state: state["pruner"]["pruner"].update(fate=3), "something else at pruner.fate"),
+    (lambda state: state["pruner"]["pruner"].update(draws=[]), "something else at pruner.draws"),
+    (lambda state: state["pruner"]["pruner"].update(done=3), "its pruner is at step 3"),
+    (other_burst, "something else at pruner.products.burst"),
+    (swapped_weights, "something else at model."),
+    (lambda state: next(iter(state["momentum"].values())).fill_(float("nan")), "its momentum of "),
+    (lambda state: state.update(momentum={"x": torch.zeros(2)}), "its momentum of x "),
+    (lambda state: state.update(scaler={"scale": 2.0}), "its scaler must hold"),
+    (lambda state: state["rng"].update(cpu=torch.zeros(7, dtype=torch.uint8)), "(RuntimeError: "),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), UNFIT, ids=lambda value: None if callable(value) else value[:30])
+def test_a_checkpoint_that_cannot_be_taken_up_gives_way_to_the_one_before_it(spoil, reason, interrupted, capsys):
+    newest, before = checkpoint.states(interrupted)
+    inside(spoil)(newest)
+    setup = loop.prepare(parse(["--resume", str(interrupted)]))
+    assert before.name == f"checkpoint-{setup.state['step']}.pt" and newest.exists()
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {newest.name} is skipped: the run cannot take it up (") and reason in warning
+    assert len(warning.splitlines()) == 1
+
+
+def test_wrong_contents_of_the_newest_checkpoint_cost_only_the_steps_since_the_one_before(interrupted, pruned):
+    inside(other_burst)(states(interrupted)[0])
     assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
     assert_same_end(interrupted, pruned[1])
+
+
+@pytest.mark.parametrize("damage", [lambda env: env, lambda env: {**env, "threads": None}, lambda env: "{"])
+def test_another_number_of_threads_is_told_and_the_run_goes_on(damage, interrupted, pruned, capsys):
+    file = interrupted / "env.json"
+    env = damage(json.loads(file.read_text()))
+    file.write_text(env if isinstance(env, str) else json.dumps(env))
+    try:
+        assert main(["--resume", str(interrupted), "--threads", "2"]) == 0
+    finally:
+        torch.set_num_threads(1)
+    notes = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("note: ")]
+    expected = "note: the run had 1 CPU threads and goes on with 2: "
+    assert [note[: len(expected)] for note in notes] == ([expected] if isinstance(env, dict) and env["threads"] else [])
+    assert json.loads(file.read_text())["threads"] == 2
+    found, whole = (json.loads((folder / "result.json").read_text()) for folder in (interrupted, pruned[1]))
+    assert len(found["accuracy_history"]) == 6
+    assert found["accuracy_history"][:3] == whole["accuracy_history"][:3], "of the epochs before, bit by bit"
+
+
+def test_a_run_without_a_checkpoint_that_fits_is_refused_in_one_line(interrupted, capsys):
+    kept = states(interrupted)
+    for path in kept:
+        inside(other_burst)(path)
+    assert main(["--resume", str(interrupted), "--threads", "1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: `resume` must name a run with a valid checkpoint; got ") and told.count("\n") == 1
+    assert all(path.name in told for path in kept) and states(interrupted) == kept
 
 
 def test_a_dry_run_in_config_json_does_not_stop_a_resumed_run(interrupted, pruned):

@@ -269,8 +269,11 @@ def _ties(
     moved, rows = starts[index].copy(), np.arange(len(index))
     moved[rows, axes] += np.concatenate([sign for _, sign in moves]) * step(index, axes)
     box = as_box(system)
-    open_ = (starts[index, axes] > box.lower[axes]) & (starts[index, axes] < box.upper[axes])  # a face is met exactly
-    index, moved = index[open_], moved[open_]
+    here = starts[index, axes]
+    leaves = np.where(here <= box.lower[axes], 1.0, np.where(here >= box.upper[axes], -1.0, 0.0))
+    normal = leaves * box.field(starts[index])[rows, axes]
+    free = (leaves == 0.0) | (normal > 0.0)  # a start on a face that the flow does not leave is on it exactly
+    index, moved = index[free], moved[free]
     return np.unique(index[label(system.project(moved)) != labels[index]])
 
 
