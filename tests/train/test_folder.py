@@ -2,6 +2,7 @@
 
 import errno
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -486,6 +487,48 @@ def test_wrong_annotations_are_refused(tmp_path, lines, expected):
 
 
 # What is not read is told
+
+
+def test_a_picture_annotated_twice_is_refused(tmp_path):
+    write_tiny(tmp_path)
+    path = tmp_path / "val" / "val_annotations.txt"
+    lines = path.read_text().splitlines()
+    name = lines[0].split("\t")[0]
+    path.write_text("\n".join([*lines, f"{name}\tother"]))
+    with pytest.raises(DataError, match=rf"line {len(lines) + 1}: {name!r} again, which is in line 1\."):
+        load("folder", tmp_path)
+
+
+def test_a_folder_within_a_class_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    closed = next(path for path in sorted((tmp_path / "train").iterdir())) / "closed"
+    closed.mkdir()
+    scan = os.scandir
+
+    def scandir(path):
+        if os.fspath(path) == str(closed):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(closed))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=rf"got {re.escape(repr(str(closed)))} \(Permission denied\)\."):
+        load("folder", tmp_path)
+
+
+def test_a_picture_of_too_many_pixels_is_refused_in_one_line(tmp_path, monkeypatch, recwarn):
+    write_folder(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"cannot be decoded \(Image size \(\d+ pixels\) exceeds limit of 100 pixels[^\n]*$"):
+        load("folder", tmp_path)
+    assert not recwarn
+
+
+def test_no_more_workers_start_than_there_are_batches(pictures):
+    files = load("folder", pictures, image_size=4, array_bytes=0).test_images
+    stream = folder.stream(files, [(np.array([0]), None), (np.array([1]), None)], 8)
+    next(stream)
+    assert len(multiprocessing.active_children()) == 2
+    assert len(list(stream)) == 1
 
 
 def put(path, content=b"x"):

@@ -6,11 +6,12 @@ import hashlib
 import io
 import math
 import os
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ STATISTICS_IMAGES = 4096
 WHOLE_BYTES = 2**32
 """Most bytes in the image files of a split that are all read when a run begins, to know each of them again; of larger splits
 only `STATISTICS_IMAGES`, evenly spread."""
+LARGE, _LARGE = 2**24, threading.Lock()
+"""Pixels from which images are decoded one at a time, so that a few of them do not fill the memory."""
 PAUSES = 0.5, 3.0
 """Seconds before a file that could not be read is tried again."""
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
@@ -193,6 +196,7 @@ def stream(
     Raises:
         DataError: if a file cannot be decoded, or a worker process is killed.
     """
+    workers = min(workers, len(requests))
     loader = DataLoader(
         _Decoding(files),
         sampler=requests,
@@ -328,7 +332,7 @@ def _decode(path: str, content: bytes, image_size: int | None, crop: np.ndarray 
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content)) as image, _LARGE if math.prod(image.size) > LARGE else nullcontext():
             if image.format not in ("JPEG", "MPO"):
                 image.load()  # TIFF is turned by this
             orientation = _orientation(image)
@@ -377,12 +381,17 @@ def _read(path: str) -> bytes:
 
 @contextmanager
 def _quiet_metadata() -> Iterator[None]:
-    """Silence Pillow's warnings of damaged metadata: they name no file, and only the orientation is read of them.
+    """Silence Pillow's warnings of damaged metadata, which name no file; only the orientation is read of them.
+
+    Its warning of images of more than 89 million pixels becomes an error.
 
     Enter it outside the threads that decode: the filters of warnings are common to all.
     """
+    from PIL import Image
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # more pixels than Pillow takes without a word
         yield
 
 

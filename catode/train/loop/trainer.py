@@ -38,7 +38,7 @@ from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
 from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
-from catode.train.stop import Stop, Stopped
+from catode.train.stop import Stop, Stopped, held_back
 
 
 class NotFinite(RuntimeError):
@@ -82,8 +82,9 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
         if group.leads:
             if at_end is not None:
                 at_end(folder)
-            checkpoint.drop_states(folder)
-            lock.drop(folder)
+            with held_back():  # a signal now is of no use: the run is finished
+                checkpoint.drop_states(folder)
+                lock.drop(folder)
     return folder
 
 
