@@ -518,7 +518,9 @@ def test_a_folder_within_a_class_that_cannot_be_read_is_named(tmp_path, monkeypa
 def test_a_picture_of_too_many_pixels_is_refused_in_one_line(tmp_path, monkeypatch, recwarn):
     write_folder(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match=r"cannot be decoded \(Image size \(\d+ pixels\) exceeds limit of 100 pixels[^\n]*$"):
+    with pytest.raises(
+        DataError, match=r"cannot be decoded \(Image size \(\d+ pixels\) exceeds limit of 100 pixels[^\n]*$"
+    ):
         load("folder", tmp_path)
     assert not recwarn
 
