@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from catode import export
-from catode.prune.gated.cut import restrict
 from catode.prune.describe.costs import count
+from catode.prune.gated.cut import restrict
 from catode.train import build, load
 from catode.train.loop import checkpoint
 from catode.train.settings.config import settings

@@ -33,19 +33,19 @@ from catode.decisions.priors import PRIORS
 from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE, Shadow
 from catode.decisions.target import Target
-from catode.prune.gated import cut
-from catode.prune.measure.capture import Capture
 from catode.prune.checking import Check, Checking
 from catode.prune.describe.costs import Counts, describe
 from catode.prune.describe.protocol import Prunable
 from catode.prune.describe.steptime import MeasuredComplexity, Table
 from catode.prune.devices.distributed import Group, norms_are_shared
 from catode.prune.devices.transfer import DeferredReads, upload
+from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
 from catode.prune.gated.gates import Gates
+from catode.prune.gated.network import Network
+from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed, check_finite
-from catode.prune.gated.network import Network
 from catode.prune.optimizers import Clock, check_optimizer, ode_time, theta_speed
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack

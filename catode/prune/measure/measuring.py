@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from catode.decisions.evidence import Evidence
 from catode.decisions.schedule import Turns
-from catode.prune.measure.capture import Capture
 from catode.prune.devices.distributed import Group
+from catode.prune.measure.capture import Capture
 from catode.prune.measure.curvature import Curvature
 from catode.prune.measure.losses import Objective, mismatch
 from catode.prune.measure.probes import Probe, curvature_corrected, straight_through
