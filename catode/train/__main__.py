@@ -76,8 +76,8 @@ def _main(argv: Sequence[str] | None) -> int:
         except BrokenPipeError:
             raise
         except OSError as error:  # in the process that writes, or in all of them before the first step
-            hint = f". Fix that, then continue with --resume {setup.config.out}" if setup else ""
-            print(f"error: {error}{hint}", file=sys.stderr)
+            then = _how_to_continue(Path(setup.config.out)) if setup else "give the same command again"
+            print(f"error: {error}. Fix that, then {then}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:
             if setup is None:

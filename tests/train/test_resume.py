@@ -474,7 +474,7 @@ def in_place_of_config(content):
 
 
 REFUSED = [
-    (nothing_left, "which has epochs but none"),
+    (nothing_left, "which has epochs in metrics.csv but neither"),
     (all_damaged, "must name a run with a valid checkpoint"),
     (other_seed, "it is of a run with another seed"),
     (short_table, "metrics.csv is shorter than it was then"),

@@ -67,5 +67,8 @@ def hold(folder: Path, name: str = "out") -> TextIO:
 
 
 def drop(folder: Path) -> None:
-    """Delete the lock file of a finished run."""
-    (folder / FILE).unlink()
+    """Delete the lock file of a finished run; nothing depends on it any more, so that a failure costs a warning alone."""
+    try:
+        (folder / FILE).unlink()
+    except OSError as error:
+        print(f"warning: the run is finished, but {folder / FILE} stays: {error.strerror}", file=sys.stderr)
