@@ -1,7 +1,8 @@
 """Reads the files of a run's folder: JSON, and CSV tables, which may be compressed (``.csv.gz``) as in records.
 
-Every function checks what it reads, its checksum too where the folder has a checksums.json; its error messages name the file. `read_config`, `read_structures`, `read_decisions`
-and `read_result` translate the names of earlier versions to those of this one (see CHANGELOG.md).
+Every function checks what it reads, its checksum too where the folder has a checksums.json; its error messages name the
+file. `read_config`, `read_structures`, `read_decisions` and `read_result` translate the names of earlier versions to those
+of this one (see CHANGELOG.md).
 """
 
 from __future__ import annotations

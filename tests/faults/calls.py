@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -107,7 +106,7 @@ class Scene:
 def scenes(folder: Path) -> list[Scene]:
     """The scenes: a run from its start, one that goes on after a kill, and the end of one with the report's pictures."""
     images = runs.make_images(folder / "images")
-    runs.killed(images, folder / "cut", 7)
+    runs.killed(images, folder / "cut", 11)
     made = folder / "made"
 
     def stop() -> None:
@@ -157,7 +156,9 @@ def judge(scene: Scene, folder: Path, said: Said | None, expected: dict[str, str
         again = runs.forked(lambda: runs.catode("report", folder)) if not (folder / "report.md").exists() else None
         good = len(lines) == 1 and lines[0].startswith("warning: ") and (again is None or again.status == 0)
         return (REPORT if good else SILENT), text
-    if said is not None and (len(said.lines()) != 1 or not said.lines()[0].startswith("error: ") or said.status not in (1, 2)):
+    if said is not None and (
+        len(said.lines()) != 1 or not said.lines()[0].startswith("error: ") or said.status not in (1, 2)
+    ):
         return SILENT, f"status {said.status}; {text}"
     resume = (folder / "config.json").exists() if said is None else f"--resume {folder}" in text
     if said is not None and not resume and not re.search(r"same command|Choose another", text):
@@ -236,15 +237,3 @@ def removed(work: Callable[[], tuple], folder: Path) -> tuple:
         return work()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def main() -> int:
-    """For trials: ``LD_PRELOAD=shim.so python -m tests.faults.calls FOLDER JOBS EVERY``."""
-    runs.prepare()
-    tally = campaign(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    print(tally.table("call", (*GOOD, *BAD)))
-    return int(bool(tally.offenders))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -53,9 +53,11 @@ def lines(content: bytes, draw: random.Random, how: str) -> bytes:
     if len(parts) < 3:
         return content + content
     at = draw.randrange(1, len(parts) - 1)
-    parts[at : at + 2] = {"swap": parts[at : at + 2][::-1], "double": [parts[at], *parts[at : at + 2]], "drop": parts[at : at + 1]}[
-        how
-    ]
+    parts[at : at + 2] = {
+        "swap": parts[at : at + 2][::-1],
+        "double": [parts[at], *parts[at : at + 2]],
+        "drop": parts[at : at + 1],
+    }[how]
     return b"".join(parts)
 
 
@@ -80,7 +82,7 @@ def replaced(content: bytes, draw: random.Random, pattern: bytes, by: bytes | Ca
     return content[: match.start()] + (by if isinstance(by, bytes) else by(match[0])) + content[match.end() :]
 
 
-DIGIT, NUMBER, VALUE = rb"\d", rb"-?\d+\.\d+(?:e-?\d+)?|-?\d+", rb'(?<=: )[^\n,\[{]+|(?<=,)[^,\r\n]+(?=,)'
+DIGIT, NUMBER, VALUE = rb"\d", rb"-?\d+\.\d+(?:e-?\d+)?|-?\d+", rb"(?<=: )[^\n,\[{]+|(?<=,)[^,\r\n]+(?=,)"
 
 
 def another_digit(digit: bytes) -> bytes:
@@ -112,7 +114,9 @@ CHANGES: dict[str, Change] = {
     "two lines swapped": partial(lines, how="swap"),
     "a line doubled": partial(lines, how="double"),
     "a line missing": partial(lines, how="drop"),
-    "other line ends": lambda content, draw: content.replace(b"\r\n", b"\n") if b"\r" in content else content.replace(b"\n", b"\r"),
+    "other line ends": lambda content, draw: (
+        content.replace(b"\r\n", b"\n") if b"\r" in content else content.replace(b"\n", b"\r")
+    ),
     "a column missing": partial(column, how="drop"),
     "two columns exchanged": partial(column, how="swap"),
     **{f"another digit, {i}": partial(replaced, pattern=DIGIT, by=another_digit) for i in range(3)},
@@ -184,8 +188,6 @@ def asked(folder: Path, work: Callable[[Path], Any]) -> Said:
         try:
             print(digest(work(folder)))
         except (ValueError, OSError) as error:
-            import sys
-
             print(f"error: {error}", file=sys.stderr)
             return 2
         return 0
@@ -296,7 +298,7 @@ def places(folder: Path) -> list[Place]:
     for name, seed in (("one", "--seed=0"), ("two", "--seed=1")):
         said = runs.forked(partial(runs.whole, images, folder / name / "finished", seed))
         assert said.status == 0, said.err
-        runs.killed(images, folder / name / "killed", 9, seed)
+        runs.killed(images, folder / name / "killed", 15, seed)
         earlier = Path(shutil.copytree(folder / name / "finished", folder / name / "earlier"))
         (earlier / "checksums.json").unlink(missing_ok=True)
     made = {name: (folder / "one" / name, folder / "two" / name) for name in ("finished", "killed", "earlier")}
@@ -401,21 +403,3 @@ def campaign(folder: Path, jobs: int, every: int = 1, say: Callable[[str], None]
                     say(text)
         say(f"{place.name}: {n} of {len(cases)} changes made a difference, {runs.clock() - begun:.0f} s")
     return {"file": by_file, "tool": by_tool}
-
-
-def main() -> int:
-    """For trials: ``python -m tests.faults.damage FOLDER JOBS EVERY``."""
-    import sys
-
-    runs.prepare()
-    folder = Path(sys.argv[1])
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    found = campaign(folder, int(sys.argv[2]), int(sys.argv[3]), lambda text: print(text, flush=True))
-    for first, tally in found.items():
-        print(tally.table(first, (*GOOD, *BAD)))
-    return int(bool(found["file"].offenders))
-
-
-if __name__ == "__main__":
-    os._exit(main())

@@ -21,11 +21,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FLAGS = (
-    "--dataset=folder --arch=resnet14 --hidden-scale=0.25 --batch-size=16 --nu=20 --epochs=2 --warmup-epochs=0.4 --memory=10 "
-    "--measure-every=1 --layers-per-probe=3 --check-every=2 --checkpoint-every=2 --threads=1"
-).split()
-"""Units and layers go; a checkpoint in the middle of each epoch and one at its end."""
+FLAGS = [
+    *(
+        "--dataset=folder",
+        "--arch=resnet14",
+        "--hidden-scale=0.25",
+        "--batch-size=16",
+        "--epochs=3",
+        "--warmup-epochs=0.6",
+    ),
+    *("--nu=20", "--memory=10", "--measure-every=1", "--layers-per-probe=3", "--check-every=2", "--checkpoint-every=4"),
+    "--threads=1",
+]
+"""Most units go; a checkpoint in the middle of each epoch and one at its end."""
 
 LIMIT = 120  # seconds for a case
 MEMORY = 4 << 30  # bytes for a case
@@ -49,7 +57,9 @@ class Said:
     @property
     def clean(self) -> bool:
         """Whether there is no traceback, nor a complaint of Python about an object that could not be closed."""
-        return self.status is not None and not any(w in self.err for w in ("Traceback", "Exception ignored", "Error:\n"))
+        return self.status is not None and not any(
+            w in self.err for w in ("Traceback", "Exception ignored", "Error:\n")
+        )
 
     def lines(self, *, notes: bool = False) -> list[str]:
         """Lines on standard error but for the progress bar, and unless `notes` but for warnings and notes."""
@@ -62,9 +72,16 @@ def prepare() -> None:
     """Import what every fork needs, measure no latencies, and keep to one thread."""
     for name in MODULES:
         importlib.import_module(f"catode.{name}")
-    for name in ("matplotlib.backends.backend_agg", "scipy.stats", "PIL.PngImagePlugin", "torch.export", "torch._dynamo"):
+    for name in (
+        "matplotlib.backends.backend_agg",
+        "scipy.stats",
+        "PIL.PngImagePlugin",
+        "torch.export",
+        "torch._dynamo",
+    ):
         importlib.import_module(name)
     import torch
+
     from catode.train import loop
 
     torch.set_num_threads(1)
