@@ -29,7 +29,7 @@ FAULTS = {
     "rename": (errno.EIO, errno.ENOSPC),
     "unlink": (errno.EACCES, errno.EIO),
 }
-"""Errors of each kind of call; a process is also killed before each."""
+"""Errors of each kind of call, which take turns, as does a kill before it."""
 
 FINISHED, RESUMED, AGAIN = "finished, all right", "one line, then resumed", "one line, then begun again"
 KILLED, REPORT = "killed, then resumed", "finished, one line on the report"
@@ -187,10 +187,13 @@ def compare(folder: Path, expected: dict[str, str]) -> str:
 
 
 def points(calls: list[str]) -> Iterator[tuple[int, int]]:
-    """Pairs of a call's number and an error: of a write each in turn, of the others all."""
+    """Each call's number with one error: the errors of its kind, and a kill, take turns."""
+    turns: dict[str, int] = {}
     for n, call in enumerate(calls):
-        errors = (*FAULTS[call.split()[0]], KILL)
-        yield from ((n, error) for error in (errors[n % len(errors) :][:1] if call.startswith("write ") else errors))
+        kind = call.split()[0]
+        errors = (*FAULTS[kind], KILL)
+        turn = turns[kind] = turns.get(kind, -1) + 1
+        yield n, errors[turn % len(errors)]
 
 
 def campaign(folder: Path, jobs: int, every: int = 1, say: Callable[[str], None] = print) -> Tally:
