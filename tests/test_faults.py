@@ -17,6 +17,7 @@ from catode.report.report import write as write_report
 from catode.train import loop
 from catode.train.__main__ import main as train
 from catode.train.loop import lock
+from catode.train.settings.setting import ConfigError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.faults import __main__ as faults
@@ -235,6 +236,14 @@ def test_a_lock_that_cannot_be_deleted_does_not_cost_a_finished_run(tmp_path, mo
     assert (
         capsys.readouterr().err == f"warning: the run is finished, but {tmp_path / 'lock'} stays: Input/output error\n"
     )
+
+
+def test_a_folder_in_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / lock.FILE).mkdir()
+    with pytest.raises(
+        ConfigError, match=r"`out` must be a folder that can be written; got out=.*, its lock: Is a directory"
+    ):
+        lock.hold(tmp_path)
 
 
 def test_a_run_without_its_result_and_checkpoints_names_both(run, capsys):
