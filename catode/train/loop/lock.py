@@ -39,8 +39,8 @@ def hold(folder: Path, name: str = "out") -> TextIO:
         file = (folder / FILE).open("a+")
     except OSError as error:
         raise ConfigError(
-            f"`{name}` must be a folder that can be written; got {name}={str(folder)!r}, its {FILE}: {error.strerror}. Choose another, or "
-            "change its permissions."
+            f"`{name}` must be a folder that can be written; got {name}={str(folder)!r}, its {FILE}: {error.strerror}. Choose "
+            "another, or change its permissions."
         ) from None
     if fcntl is not None:
         try:
