@@ -127,6 +127,7 @@ def test_a_run_whose_settings_are_null_where_they_follow_from_others_goes_on(pru
     derived = config.pop("derived")
     assert "rate_ratio" in derived and None not in [config[name] for name in derived]
     file.write_text(json.dumps(config | dict.fromkeys(derived)))
+    (tmp_path / "run" / "checksums.json").unlink()
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
     assert_same_end(tmp_path / "run", expected)
 
@@ -406,6 +407,7 @@ def test_a_run_without_a_checkpoint_that_fits_is_refused_in_one_line(interrupted
 def test_a_dry_run_in_config_json_does_not_stop_a_resumed_run(interrupted, pruned):
     config = json.loads((interrupted / "config.json").read_text())
     (interrupted / "config.json").write_text(json.dumps(config | {"dry_run": True}))
+    (interrupted / "checksums.json").unlink()
     assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
     assert_same_end(interrupted, pruned[1])
 
@@ -530,7 +532,7 @@ def in_place_of_config(content):
 
 
 REFUSED = [
-    (nothing_left, "which has epochs but none"),
+    (nothing_left, "which has epochs in metrics.csv but neither"),
     (all_damaged, "must name a run with a valid checkpoint"),
     (other_seed, "it is of a run with another seed"),
     (short_table, "metrics.csv is shorter than it was then"),
@@ -554,6 +556,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(interrupted, tmp_
     for number, (spoil, message) in enumerate(REFUSED):
         copy = tmp_path / str(number)
         shutil.copytree(interrupted, copy)
+        (copy / "checksums.json").unlink()  # which would name the file, but not what is wrong in it
         spoil(copy)
         contents = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
         assert main(["--resume", str(copy)]) == 2
@@ -630,6 +633,9 @@ def test_a_report_is_made_again(ungated, tmp_path, monkeypatch, capsys):
         assert cli.main(["report", str(folder)]) == 0
         assert capsys.readouterr().out == f"report {folder / 'report.md'}\n" and (folder / "report.md").exists()
         (folder / "metrics.csv").write_text("nonsense")
+        assert cli.main(["report", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {folder / 'metrics.csv'} must be as the run wrote it")
+        (folder / "checksums.json").unlink()
         assert cli.main(["report", str(folder)]) == 2
         assert capsys.readouterr().err.startswith(f"error: {folder / 'metrics.csv'} must have the column")
 
@@ -754,11 +760,11 @@ def going_on(folder):
 
 KILLS = [  # where, at which call and how; and the newest checkpoint that is there then, where that is certain
     ("catode.prune.pruner:Pruner.step", 2, "before", ""),
-    ("catode.train.loop.checkpoint:_write_part", 4, "half", "checkpoint-2.pt"),
-    ("catode.train.loop.checkpoint:_write_part", 3, "after", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_write_part", 7, "half", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_write_part", 6, "after", "checkpoint-2.pt"),
     ("catode.train.loop.checkpoint:_flush_folder", 1, "before", "checkpoint-4.pt"),
     ("catode.train.loop:CsvTable.add", 1, "after", "checkpoint-4.pt"),
-    ("os:fsync", 7, "pause", "checkpoint-4.pt"),
+    ("os:fsync", 11, "pause", "checkpoint-4.pt"),
     ("catode.prune.cut:Change.follow", 2, "before", None),
     ("catode.prune.gates:Gates.install", 2, "before", None),
     ("catode.prune.network:Network.cut", 1, "after", None),

@@ -275,8 +275,8 @@ def _load_state(config: Config) -> dict | None:
     # the first epoch's row may have been written before its checkpoint
     if state is None and metrics.exists() and metrics.read_bytes().count(b"\n") > 2:
         raise ValueError(
-            f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs but none. "
-            "Start a new run in another folder."
+            f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs in metrics.csv "
+            "but neither a checkpoint nor, if it was finished, result.json. Restore them, or start a new run in another folder."
         )
     return state
 

@@ -155,10 +155,11 @@ class Trainer:
         if self.group.leads:
             if config.resume is None:
                 checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
-            own = {**environment(config), "processes": self.group.size}
-            (folder / "env.json").write_text(json.dumps(own, indent=2) + "\n")
+            own = json.dumps({**environment(config), "processes": self.group.size}, indent=2) + "\n"
+            checkpoint.write_text(folder / "env.json", own)
             if setup.step_times is not None and state is None:
                 checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
+            checkpoint.seal(folder, "config.json", "env.json", steptime.FILE, anew=True)
         tables = folder if self.group.leads else None
         ends = [*zip(state["lengths"], state["checksums"], strict=True)] if state and self.group.leads else [(), ()]
         self.metrics = CsvTable(tables, TABLES[0], METRIC_FIELDS, *ends[0])
@@ -183,7 +184,6 @@ class Trainer:
         )
         for note in setup.notes if self.group.leads else ():
             self.bar.write(f"note: {note}", file=sys.stderr)
-        self.save()
 
     def close(self) -> None:
         self.bar.close()
@@ -194,6 +194,7 @@ class Trainer:
 
     def train(self) -> None:
         """Train the remaining epochs and write the result."""
+        self.save()
         self.mark = time.perf_counter(), time.process_time()
         while self.epochs_done < self.config.epochs:
             self.advance()
@@ -375,9 +376,8 @@ class Trainer:
         self.good_step = self.step
         if not self.group.leads:
             return
-        state, structure = (
-            self.pruner.snapshot() if self.pruner else (self.model.state_dict(), checkpoint.whole(self.model))
-        )
+        pruner, model = self.pruner, self.model
+        state, structure = pruner.snapshot() if pruner else (model.state_dict(), checkpoint.whole(model))
         images = self.setup.images
         checkpoint.save(
             self.folder,
@@ -440,8 +440,7 @@ class Trainer:
 
     def result(self, executed: int) -> None:
         """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""
-        counts = self.counts()
-        layers, units, _ = self.left()
+        counts, (layers, units, _) = self.counts(), self.left()
         dense = build_model(self.config, self.setup.images)
         latencies = latency_ms([dense, self.model] if self.pruner else [dense], self.setup.example)
         content = {
@@ -474,3 +473,4 @@ class Trainer:
             table.add(self.pruner.shadow.rows(self.pruner.inventory.names()))
             table.close()
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
+        checkpoint.seal(self.folder, *TABLES, shadow.FILE, "result.json")
