@@ -342,6 +342,7 @@ def test_another_number_of_processes_goes_on_only_with_common_norms(one, two, tm
     torch.save({**state, "config": {**state["config"], "sync_bn": False}}, path)
     config = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(json.dumps({**config, "sync_bn": False}))
+    (own / "checksums.json").unlink()
     status, _, err = precisely(["--resume", str(own), "--threads=1"])
     assert status == 2 and "as many processes as the run started with, 2; got 1" in err
 

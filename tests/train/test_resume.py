@@ -379,8 +379,10 @@ def test_wrong_contents_of_the_newest_checkpoint_cost_only_the_steps_since_the_o
 @pytest.mark.parametrize("damage", [lambda env: env, lambda env: {**env, "threads": None}, lambda env: "{"])
 def test_another_number_of_threads_is_told_and_the_run_goes_on(damage, interrupted, pruned, capsys):
     file = interrupted / "env.json"
-    env = damage(json.loads(file.read_text()))
-    file.write_text(env if isinstance(env, str) else json.dumps(env))
+    before = json.loads(file.read_text())
+    env = damage(before)
+    if env != before:
+        file.write_text(env if isinstance(env, str) else json.dumps(env))
     try:
         assert main(["--resume", str(interrupted), "--threads", "2"]) == 0
     finally:
@@ -951,7 +953,9 @@ def test_memory_that_is_lacking_costs_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loop.setup.data, "load", load)
     assert main([*FLAGS, f"--out={tmp_path / 'run'}"]) == 1
-    assert capsys.readouterr().err == "error: not enough memory: Unable to allocate 131. TiB\n"
+    assert capsys.readouterr().err == (
+        "error: not enough memory: Unable to allocate 131. TiB. Fix that, then give the same command again\n"
+    )
     assert not (tmp_path / "run").exists()
 
 
