@@ -155,18 +155,14 @@ def subset(setup: loop.Setup, number: int | None) -> loop.Setup:
 
     Args:
         setup: A prepared run, its images in memory.
-        number: Training images; a fifth as many test images. None: all.
+        number: Training images; a fifth as many validation and test images. None: all.
     """
     if number is None or number >= len(setup.images.train_labels):
         return setup
     images, config = setup.images, setup.config
-    images = dataclasses.replace(
-        images,
-        train_images=images.train_images[:number],
-        train_labels=images.train_labels[:number],
-        test_images=images.test_images[: number // 5],
-        test_labels=images.test_labels[: number // 5],
-    )
+    splits = {"train": number, "test": number // 5} | ({"validation": number // 5} if images.validated else {})
+    names = {f"{split}_{what}": count for split, count in splits.items() for what in ("images", "labels")}
+    images = dataclasses.replace(images, **{name: getattr(images, name)[:count] for name, count in names.items()})
     steps = number // config.batch_size
     # settings derived from the run's length are derived again
     config = dataclasses.replace(config, **dict.fromkeys(config.derived), derived=())

@@ -119,7 +119,7 @@ class Record:
     @property
     def accuracy(self) -> float:
         """Test accuracy at the final epoch, percent."""
-        return 100 * self.result["accuracy"]
+        return 100 * self.result["test_accuracy"]
 
 
 def plan(args: argparse.Namespace) -> Config:
@@ -161,7 +161,7 @@ def read(folder: Path) -> Record:
     config.setdefault(
         "derived", [name for name, value in config.items() if written[name] is None and value is not None]
     )
-    result = read_result(folder, dict(accuracy=float, macs=float, macs_dense=float, params=float))
+    result = read_result(folder, dict(test_accuracy=float, macs=float, macs_dense=float, params=float))
     rows = _structures(folder)
     last = [rows[i] for i in sorted(_last(rows).values())]
     return Record(config, result, read_json(folder / "env.json"), last)
