@@ -454,11 +454,11 @@ def small(monkeypatch):
 
     def few(*args, load=loop.setup.data.load, **kwargs):
         whole = load(*args, **kwargs)
-        names = ("train_images", "train_labels", "test_images", "test_labels")
+        names = [f"{split}_{what}" for split in ("train", "validation", "test") for what in ("images", "labels")]
         return dataclasses.replace(whole, **{name: getattr(whole, name)[:64] for name in names})
 
     monkeypatch.setattr(loop.setup.data, "load", few)
-    monkeypatch.setattr(loop.trainer, "latency_ms", lambda networks, example: [[1.0] * len(networks)] * 2)
+    monkeypatch.setattr(loop.result, "latency_ms", lambda networks, example: [[1.0] * len(networks)] * 2)
 
 
 TINY = dict(dataset="digits", arch="resnet14", nu=0.0, epochs=2, batch_size=32, threads=1)
@@ -510,7 +510,10 @@ def test_the_rival_leaves_a_record_and_goes_on_from_its_trained_half(tmp_path, s
     assert (out / "trained" / "result.json").stat().st_mtime_ns == trained
     made = cifar.read(out)
     assert made.kind == "rival" and made.variant.startswith("Torch-Pruning resnet14")
-    assert 0.3 < made.result["macs"] / made.result["macs_dense"] <= 0.5 and len(made.result["accuracy_history"]) == 2
+    assert (
+        0.3 < made.result["macs"] / made.result["macs_dense"] <= 0.5
+        and len(made.result["validation_accuracy_history"]) == 2
+    )
     assert [float(row["epoch"]) for row in read_rows(out / "metrics.csv")] == [1, 2]
     assert made.variant in cifar.table([made]) and "% of the MACs" in capsys.readouterr().out
     assert read_json(out / "config.json")["tune_epochs"] == 1

@@ -330,7 +330,8 @@ def test_the_decisions_of_an_older_result_are_counted_by_todays_fates(tmp_path):
     write_earlier(tmp_path)
     counts = {"committed": 1, "forced": 4, "promoted": 2, "pruned_tolerance": 1, "pruned_zero": 1, "undecided": 1}
     write_json(tmp_path / "result.json", {"accuracy": 0.5, "decisions": counts})
-    result = records.read_result(tmp_path, {"accuracy": float})
+    result = records.read_result(tmp_path, {"test_accuracy": float})
+    assert result["test_accuracy"] == 0.5 and "accuracy" not in result
     assert result["decisions"] == {
         "committed": 1,
         "kept_for_width": 1,

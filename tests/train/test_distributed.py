@@ -275,7 +275,7 @@ def assert_close_end(found, expected):
         ours, theirs = (np.array([float(r[name]) for r in table]) for table in (rows, known_rows))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weights, known_weights, rtol=1e-7, atol=1e-8)
-    assert result["accuracy_history"] == known["accuracy_history"]
+    assert result["validation_accuracy_history"] == known["validation_accuracy_history"]
 
 
 @pytest.fixture(scope="module")

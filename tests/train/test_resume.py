@@ -67,7 +67,7 @@ def assert_same_end(a: Path, b: Path) -> None:
 def quick():
     """Neither latencies nor pictures are of interest here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.trainer, "latency_ms", lambda *args: [[1.0], [1.0]])
+        patch.setattr("catode.train.loop.result.latency_ms", lambda *args: [[1.0], [1.0]])
         patch.setattr("catode.report.report.write", lambda folder: None)
         yield
 
@@ -115,6 +115,31 @@ def test_a_resumed_run_ends_as_the_whole_one(pruned, step, tmp_path, monkeypatch
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
     assert_same_end(tmp_path / "run", expected)
     assert not [name for name in os.listdir(tmp_path / "run") if name.startswith("checkpoint") or name == "lock"]
+
+
+RECIPES = {
+    "EMA": ["--ema=0.9"],
+    "EMA without gates": ["--ema=0.9", "--nu=0", "--warmup-epochs=0", "--epochs=3"],
+    "EMA, Nesterov, smoothed labels, another split": [
+        "--ema=0.5",
+        "--nesterov",
+        "--label-smoothing=0.1",
+        "--split-seed=3",
+    ],
+    "all training images": ["--validation-share=0"],
+    "many validation images": ["--validation-share=0.4"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_of_another_recipe_goes_on_bit_by_bit(name, tmp_path, monkeypatch):
+    flags = [*FLAGS, *RECIPES[name]]
+    _, expected = run_whole(flags, tmp_path / "whole")
+    for step in (7, 19) if "--nu=0" not in flags else (7,):
+        folder = tmp_path / f"run{step}"
+        cut_off(monkeypatch, flags, folder, step)
+        assert main(["--resume", str(folder), "--threads", "1"]) == 0
+        assert_same_end(folder, expected)
 
 
 def test_a_run_whose_settings_are_null_where_they_follow_from_others_goes_on(pruned, tmp_path, monkeypatch):
@@ -620,7 +645,7 @@ from catode.train.__main__ import main
 
 loop.trainer.latency_ms = lambda *args: [[1.0], [1.0]]
 report.write = lambda folder: None
-data.load("digits", None, seed=0)
+data.load("digits")
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
