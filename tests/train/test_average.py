@@ -16,8 +16,8 @@ from catode.train.models import build
 from catode.train.settings.config import Config
 
 PRUNED = dict(
-    dataset="digits", arch="resnet14", hidden_scale=0.5, batch_size=256, nu=20.0, epochs=6, warmup_epochs=1.4, memory=10,
-    measure_every=1, layers_per_probe=3, check_every=3, threads=1, width_multiple=1,
+    dataset="digits", arch="resnet14", hidden_scale=0.5, batch_size=256, nu=8.0, epochs=8, warmup_epochs=1.4, memory=10,
+    measure_every=1, layers_per_probe=3, check_every=1, threads=1, width_multiple=1,
 )  # fmt: skip
 
 

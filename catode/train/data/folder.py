@@ -257,15 +257,13 @@ def read(
         chosen = held_out(labels["train"], validation_share, split_seed)
         for parts in (names, labels):
             parts["train"], parts["validation"] = parts["train"][~chosen], parts["train"][chosen]
+    sizes = {split: listing.sizes(root, own) for split, own in names.items()}  # before any file is opened
     if image_size:
         height = width = image_size
     else:
         first = os.path.join(root, os.fsdecode(names["train"][0]))
         height, width = _decode(first, _content(first), None).shape[1:]
-    files = {
-        split: ImageFiles(str(root), own, listing.sizes(root, own), height, width, image_size)
-        for split, own in names.items()
-    }
+    files = {split: ImageFiles(str(root), own, sizes[split], height, width, image_size) for split, own in names.items()}
     sample = _sample(len(files["train"]))
     on_disk = {"train"} if whole_pictures and image_size else set()
     need = sum(own.nbytes for split, own in files.items() if split not in on_disk)
