@@ -193,9 +193,9 @@ def test_a_memory_that_the_length_of_the_run_gave_is_resolved(tmp_path, steps_pe
 def test_a_resolved_config_is_left_as_it_is(tmp_path):
     written = write_config(tmp_path, 22, memory=300, check_every=10)
     (tmp_path / "metrics.csv").unlink()  # not needed
-    assert records.read_config(tmp_path) == written
-    write_json(tmp_path / "config.json", {"nu": 0.0})
-    assert records.read_config(tmp_path) == {"nu": 0.0}
+    assert records.read_config(tmp_path) == written | {"validation_share": 0.0}
+    write_json(tmp_path / "config.json", {"nu": 0.0, "validation_share": 0.2})
+    assert records.read_config(tmp_path) == {"nu": 0.0, "validation_share": 0.2}
 
 
 def test_a_run_that_ended_before_its_first_epoch_has_the_least_memory(tmp_path):

@@ -146,7 +146,7 @@ def test_the_folder_holds_what_the_contract_lists(finished):
     assert not any(n.endswith((".part", ".tmp")) for n in names)
     fields, rows = table(finished / "metrics.csv")
     assert fields == METRICS and [row["epoch"] for row in rows] == ["1", "2"]
-    assert [int(row["step"]) for row in rows] == [22, 44]
+    assert [int(row["step"]) for row in rows] == [20, 40]
     assert all(0 <= float(row["wait_share"]) <= 1 for row in rows)
     fields, rows = table(finished / "structures.csv")
     assert fields == STRUCTURES and {row["kind"] for row in rows} == {"layer", "unit"}
@@ -218,7 +218,7 @@ def test_dry_run_prints_the_costs_and_writes_nothing(tmp_path, capsys):
 
 def test_config_json_holds_what_the_run_used(finished):
     config = json.loads((finished / "config.json").read_text())
-    schedule = loop.learning_rates(config["schedule"], config["lr"], 44)
+    schedule = loop.learning_rates(config["schedule"], config["lr"], 40)
     assert config["rate_ratio"] == 1.0 / (0.2 * float(schedule.sum() / (1.0 - config["momentum"])))
     assert config["derived"] == ["rate_ratio"]  # the digits' preset says the others
     assert None not in (config["memory"], config["check_every"], config["probe_size"], config["read_every"])
@@ -341,7 +341,7 @@ def test_a_loss_that_is_not_finite_stops_with_status_one_and_a_good_network(nu, 
 def test_the_kept_network_is_good_when_the_last_step_of_an_epoch_broke_the_weights(tmp_path, capsys):
     """One step an epoch: the loss of the first is finite, its update is not survivable, and an epoch ends there."""
     root = pictures(tmp_path / "images")
-    flags = ["--dataset", "folder", "--data-dir", str(root), "--batch-size", "48", "--lr", "1e38", "--nu", "0"]
+    flags = ["--dataset", "folder", "--data-dir", str(root), "--batch-size", "48", "--lr", "1e38", "--nu", "0", "--validation-share", "0"]
     folder = tmp_path / "run"
     assert main([*SMALL, *flags, "--epochs", "4", "--out", str(folder)]) == 1
     assert_stopped(folder, capsys.readouterr().err, torch.randn(4, 3, 12, 12))
@@ -442,7 +442,7 @@ def test_a_spoilt_structure_json_is_one_line_with_its_name(content, finished, tm
     )
 
 
-@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("place", [0.2, 0.45, 0.8])
 def test_a_flipped_bit_in_the_weights_is_found_by_every_reader(place, finished, tmp_path, capsys):
     names = ("structure.json", "model.pt", "result.json")
     for name in names:

@@ -233,7 +233,7 @@ def command(argv):
     """Exit status, output and errors of the trainer in this process; latencies and figures, which cost some, left out."""
     out, err = io.StringIO(), io.StringIO()
     quick = (
-        mock.patch.object(loop.trainer, "latency_ms", return_value=[[1.0], [1.0]]),
+        mock.patch.object(loop.result, "latency_ms", return_value=[[1.0], [1.0]]),
         mock.patch("catode.report.report.write"),
     )
     with quick[0], quick[1], contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -546,7 +546,11 @@ def test_of_test_and_val_the_one_that_is_read_is_named(tmp_path):
     )
     assert torch.equal(own.train_images, both.train_images) and torch.equal(own.test_images, both.test_images)
     assert torch.equal(own.validation_labels, own.test_labels) and own.fingerprint != both.fingerprint
-    assert (own.validation_images != own.test_images).flatten(1).any(1).tolist() == [True] + [False] * 3
+    assert (own.validation_images != own.test_images).flatten(1).any(1).tolist() == [True] + [False] * 5
+    shutil.rmtree(tmp_path / "both" / "val")
+    (tmp_path / "both" / "val").mkdir()  # no class folders: no labels
+    share = load("folder", tmp_path / "both", validation_share=0.4)
+    assert share.notes == both.notes and len(share.validation_labels) == 2
     shutil.rmtree(tmp_path / "both" / "val")
     alone = load("folder", tmp_path / "both")
     assert alone.notes == () and torch.equal(alone.test_images, both.test_images)

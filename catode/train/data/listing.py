@@ -69,11 +69,13 @@ def splits(root: Path, validation: bool = True) -> tuple[dict[str, dict[str, lis
             f"`data_dir` must hold a folder test/ or val/ beside train/; got data_dir={str(root)!r} with neither. "
             "Lay the held-out images out as test/<class>/..."
         )
-    if len(there) > 1 and not listed and not any(entry.is_dir() for entry in (root / "test").iterdir()):
-        there.reverse()  # without class folders its images have no labels
+    # without class folders images have no labels
+    labelled = [name for name in there if any(e.is_dir() and not e.name.startswith(".") for e in (root / name).iterdir())]
+    if not listed and labelled == ["val"]:
+        there = ["val", *(name for name in there if name != "val")]
     folders, skipped, notes = {"train": "train", "test": there[0]}, Skipped(root), []
     if len(there) > 1:
-        if there[0] == "test" and validation:
+        if labelled == ["test", "val"] and validation:
             folders["validation"] = "val"
             notes.append(f"{str(root)!r} holds test/ and val/: val/ is for validation, test/ is read once, at the end.")
         else:
