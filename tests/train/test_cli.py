@@ -341,7 +341,8 @@ def test_a_loss_that_is_not_finite_stops_with_status_one_and_a_good_network(nu, 
 def test_the_kept_network_is_good_when_the_last_step_of_an_epoch_broke_the_weights(tmp_path, capsys):
     """One step an epoch: the loss of the first is finite, its update is not survivable, and an epoch ends there."""
     root = pictures(tmp_path / "images")
-    flags = ["--dataset", "folder", "--data-dir", str(root), "--batch-size", "48", "--lr", "1e38", "--nu", "0", "--validation-share", "0"]
+    flags = ["--dataset", "folder", "--data-dir", str(root), "--batch-size", "48", "--lr", "1e38", "--nu", "0"]
+    flags += ["--validation-share", "0"]
     folder = tmp_path / "run"
     assert main([*SMALL, *flags, "--epochs", "4", "--out", str(folder)]) == 1
     assert_stopped(folder, capsys.readouterr().err, torch.randn(4, 3, 12, 12))

@@ -70,7 +70,9 @@ def splits(root: Path, validation: bool = True) -> tuple[dict[str, dict[str, lis
             "Lay the held-out images out as test/<class>/..."
         )
     # without class folders images have no labels
-    labelled = [name for name in there if any(e.is_dir() and not e.name.startswith(".") for e in (root / name).iterdir())]
+    labelled = [
+        name for name in there if any(e.is_dir() and not e.name.startswith(".") for e in (root / name).iterdir())
+    ]
     if not listed and labelled == ["val"]:
         there = ["val", *(name for name in there if name != "val")]
     folders, skipped, notes = {"train": "train", "test": there[0]}, Skipped(root), []

@@ -64,8 +64,3 @@ def evaluate(
         Score(math.nan, math.nan) if bad else Score(right / total, loss / total)
         for (right, total, bad), loss in zip(counts, losses, strict=True)
     ]
-
-
-def finite(model: nn.Module) -> bool:
-    """Whether every weight and buffer of a network is finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())

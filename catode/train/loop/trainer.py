@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
@@ -29,7 +29,7 @@ from catode.structures.inventory import Inventory
 from catode.train import data
 from catode.train.loop import board, checkpoint, lock, result
 from catode.train.loop.average import Average
-from catode.train.loop.evaluation import Score, evaluate, finite
+from catode.train.loop.evaluation import Score, evaluate
 from catode.train.loop.optimization import AMP, autocast, make_optimizer, make_pruner
 from catode.train.loop.result import environment, random_state
 from catode.train.loop.setup import PROGRESS, Setup, prepare
@@ -175,8 +175,8 @@ class Trainer:
             if self.stop and self.epochs_done < self.config.epochs:
                 self.leave()
         executed = count(self.model, self.setup.example).macs
-        validation = self.evaluate("validation", both=True) if self.setup.images.validated else None
-        test = self.evaluate("test", both=True)  # their one reading
+        validation = self.scores(self.held_out("validation"), both=True) if self.setup.images.validated else None
+        test = self.scores(self.held_out("test"), both=True)  # their one reading
         if self.pruner is not None:
             self.pruner.finish()
         if self.group.leads:
@@ -242,11 +242,11 @@ class Trainer:
         self.settle()
         scores = {}
         if self.setup.images.validated:
-            [score] = self.evaluate("validation")
+            [score] = self.scores(self.held_out("validation"))
             self.history.append(score.accuracy)
             scores = dict(zip(VALIDATION_FIELDS, (score.loss, score.accuracy), strict=True))
-        elif not finite(self.model):
-            self.not_finite(self.step)
+        else:  # the network is good if its logits are finite
+            self.scores([(x, y if y.ndim == 1 else y.argmax(1))])
         self.save()
         self.show()
         seen = len(losses) * self.config.batch_size
@@ -287,12 +287,15 @@ class Trainer:
         for model in (self.model, self.average.model) if self.average else (self.model,):
             self.group.settle(model, step=self.step)
 
-    def evaluate(self, split: str, both: bool = False) -> list[Score]:
-        """Score of the network, averaged if it is, on the images of a split; with `both`, then without averaging."""
+    def held_out(self, split: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of the images of a split that is not trained on, "validation" or "test"."""
         images, labels = (getattr(self.setup.images, f"{split}_{what}") for what in ("images", "labels"))
-        batches = []
-        if len(labels) > self.group.rank:  # else there are more processes than images
-            batches = self.batches.evaluation(images, labels, max(self.config.batch_size, 256))
+        if len(labels) <= self.group.rank:  # there are more processes than images
+            return []
+        return self.batches.evaluation(images, labels, max(self.config.batch_size, 256))
+
+    def scores(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], both: bool = False) -> list[Score]:
+        """Score of the network, with averaged weights if there are any; with `both`, then without averaging."""
         averaged = [self.average.applied] if self.average else []
         weights = [*averaged, nullcontext] if both or not averaged else averaged
         scores = evaluate(self.model, batches, self.amp, self.group, weights)
