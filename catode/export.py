@@ -289,6 +289,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Mismatch as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        print(
+            f"error: `batch` must be a size whose images fit into the memory; got batch={given.batch} of images in "
+            f"{given.folder!r}. Use a smaller one.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -870,3 +871,62 @@ def test_torch_load_is_never_called_unsafely():
             ):  # it would hide from the above
                 assert not {alias.name for alias in node.names} & {"load", "load_state_dict_from_url"}, where
     assert found
+
+
+def test_a_class_of_another_name_is_named_at_resume(tmp_path, capsys):
+    write_folder(tmp_path / "data")
+    flags = [
+        "--dataset=folder",
+        f"--data-dir={tmp_path / 'data'}",
+        "--arch=resnet14",
+        "--hidden-scale=0.25",
+        "--epochs=2",
+    ]
+    flags += ["--warmup-epochs=0", "--batch-size=2", "--threads=1", "--memory=10", "--check-every=2"]
+    folder = tmp_path / "a run's folder"
+    config = parse([*flags, f"--out={folder}"])
+    trainer = loop.Trainer(loop.prepare(config), folder_made(folder), progress=False)
+    trainer.advance()
+    trainer.close()
+    for split in (path for path in (tmp_path / "data").iterdir() if path.is_dir()):
+        first = min(path for path in split.iterdir() if path.is_dir())
+        first.rename(first.with_name(f"{first.name}2"))
+    capsys.readouterr()
+    assert main(["--resume", str(folder)]) == 2
+    assert f"got the class '{first.name}2' instead of '{first.name}'. Restore them" in capsys.readouterr().err
+
+
+def folder_made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_a_folder_with_spaces_is_named_as_a_shell_reads_it(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a run's folder"
+    monkeypatch.setattr(loop.Trainer, "prune", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert main([*FLAGS, f"--out={folder}"]) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert shlex.split(said.partition("continue with ")[2]) == ["--resume", str(folder)]
+
+
+def test_memory_that_is_lacking_costs_one_line(tmp_path, monkeypatch, capsys):
+    def load(*_, **__):
+        raise MemoryError("Unable to allocate 131. TiB")
+
+    monkeypatch.setattr(loop.setup.data, "load", load)
+    assert main([*FLAGS, f"--out={tmp_path / 'run'}"]) == 1
+    assert capsys.readouterr().err == "error: not enough memory: Unable to allocate 131. TiB\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_limit_beyond_all_numbers_is_no_limit(tmp_path):
+    write_folder(tmp_path / "data")
+    flags = ["--dataset=folder", f"--data-dir={tmp_path / 'data'}", "--batch-size=2", "--epochs=1", "--warmup-epochs=0"]
+    setup = loop.prepare(parse([*flags, "--array-gib=1e308", f"--out={tmp_path / 'run'}"]))
+    assert torch.is_tensor(setup.images.train_images)
+
+
+def test_a_signal_within_the_summary_says_that_the_run_is_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("catode.train.__main__.summary", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert main([*FLAGS, "--epochs=2", f"--out={tmp_path / 'run'}"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped; the run in {tmp_path / 'run'} is finished"

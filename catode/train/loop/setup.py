@@ -117,7 +117,7 @@ def prepare(config: Config) -> Setup:
         split_seed=config.split_seed,
         image_size=config.image_size,
         augment=config.augment,
-        array_bytes=None if config.array_gib is None else int(config.array_gib * 2**30),
+        array_bytes=None if config.array_gib is None else int(min(config.array_gib * 2**30, sys.maxsize)),
         download=config.download,
     )
     initial = weights.read(config.init) if config.init is not None and state is None else None
@@ -139,6 +139,12 @@ def prepare(config: Config) -> Setup:
         )
     example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
     schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
+    if state is not None and state["classes"] != list(images.classes) and len(state["classes"]) == len(images.classes):
+        then, now = next((a, b) for a, b in zip(state["classes"], images.classes, strict=True) if a != b)
+        raise ValueError(
+            f"`data_dir` must hold the images that the run started with; got the class {now!r} instead of {then!r}. Restore "
+            "them, or start a new run."
+        )
     if state is not None and (state["steps_per_epoch"], state["classes"]) != (steps, list(images.classes)):
         raise ValueError(
             f"`data_dir` must hold the images that the run started with; got {steps} steps an epoch and {len(images.classes)} "

@@ -76,6 +76,7 @@ class DataSettings(SettingsGroup):
         "for folder: worker processes that decode images ahead, 0 to decode in the main process; results do not depend on "
         "it; default: one for each core",
         low=0,
+        high=1024,
         optional=True,
         identity=False,
         hint="Leave it out for one for each core.",

@@ -16,6 +16,7 @@ from catode import _validate
 __all__ = ["GROUPS", "LEAST", "ConfigError", "Setting", "SettingsGroup", "helpers", "nearest"]
 
 LEAST = 1e-20  # smallest magnitude of a non-zero number
+MOST = 2**31 - 1  # largest integer of a setting without an upper end: what is counted fits into every integer type
 
 GROUPS = {  # headings of `--help`, in this order
     "data": "data and network",
@@ -93,6 +94,8 @@ class Setting:
             return value
         if self.kind is int:
             value = _validate.check_int(name, value, hint=self.hint)
+            if value > MOST and self.high == math.inf:
+                _validate.fail(name, f"be at most {MOST}", value, hint=self.hint)
         else:
             value = _validate.check_real(name, value, hint=self.hint)
         above = value > self.low if self.low_open else value >= self.low
