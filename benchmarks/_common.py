@@ -183,6 +183,7 @@ FORMER = {"memory": 200, "check_every": 50}
 def differences(config: dict[str, Any]) -> str:
     """Settings of a resolved configuration that change what is computed and differ from the preset, as "a=1, b=x".
 
+    Records from before there were validation images are not marked: `benchmarks.cifar.table` refuses to mix them with others.
     The number of epochs is not among them, nor those named in its `derived`, which follow from the run's length, nor, where
     nothing is pruned, the pruner's settings.
     """
@@ -196,6 +197,8 @@ def differences(config: dict[str, Any]) -> str:
         data_dir=None if config["dataset"] == "digits" else "unused",
     )
     names -= set(config.get("derived", ()))
+    if config.get("validation_share", 0.0) == 0:
+        names -= {"validation_share"}
     names -= {n for n, value in FORMER.items() if config.get(n) == value and getattr(base, n) is None}
     changed = {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n)}
     return ", ".join(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in changed.items())

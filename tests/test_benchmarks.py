@@ -526,3 +526,11 @@ def test_without_torch_pruning_nothing_is_trained(tmp_path, monkeypatch, capsys)
     status, error = told(capsys, monkeypatch, "rival", f"--dataset digits --macs 0.5 --out {tmp_path / 'r'}")
     assert status == 2 and "`torch_pruning` must be installed" in error and "pip install torch-pruning" in error
     assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_records_trained_on_different_images_are_not_compared():
+    one = cifar.read(Path(cifar.__file__).parent / "records" / "dense-s0")
+    other = dataclasses.replace(one, config=one.config | {"validation_share": 0.1, "seed": 1})
+    assert one.config["validation_share"] == 0 and one.variant == other.variant == "dense resnet20"
+    with pytest.raises(ValueError, match="`records` must have one validation_share for each task; got 0 and 0.1 for"):
+        cifar.table([one, other])

@@ -160,6 +160,14 @@ def test_wrong_field_is_refused(name, value):
     assert MESSAGE.match(str(caught.value)), str(caught.value)
 
 
+def test_nesterov_needs_momentum():
+    with pytest.raises(
+        ConfigError, match=r"^`nesterov` must be left out without momentum; got [^\n]+ with momentum=0\. "
+    ):
+        Config(nesterov=True, momentum=0.0)
+    assert Config(nesterov=True).tag != Config().tag
+
+
 def test_every_field_has_a_wrong_value_in_the_table():
     free = {"data_dir", "image_size"}  # refused together with other fields, on the command line
     assert {name for name, _ in WRONG_FIELDS} | free == set(settings())
