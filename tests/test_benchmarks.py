@@ -31,7 +31,7 @@ def record(seed=0, accuracy=0.8, macs=40e6, **settings):
     settings = {"dataset": "cifar10", "data_dir": "d", "memory": 200, "check_every": 50} | settings
     config = json.loads(Config.from_presets(seed=seed, **settings).to_json())
     result = dict(
-        accuracy=accuracy, macs=macs, macs_dense=40e6, params=1e5, layers_kept=9, layers_total=9, units_kept=100
+        test_accuracy=accuracy, macs=macs, macs_dense=40e6, params=1e5, layers_kept=9, layers_total=9, units_kept=100
     )
     result |= dict(units_total=336, decided_by_rule=1.0, latency_ms_128=1.0, latency_dense_ms_128=1.0, seconds=60.0)
     env = dict(processor="p", cores=2, torch="t", threads=1, python="3", pixels=next(iter(copies.KNOWN)))
@@ -417,7 +417,7 @@ def test_the_sentence_of_a_knob_is_the_change_at_equal_other_settings():
     found = []
     for point in sensitivity.points(grid, 1):
         macs = 80 - 5 * point["nu"] + 10 * point["beta"]
-        result = dict(macs=macs, macs_dense=100, params=50, params_dense=100, layers_kept=9, units_kept=5, accuracy=0.9)
+        result = dict(macs=macs, macs_dense=100, params=50, params_dense=100, layers_kept=9, units_kept=5, test_accuracy=0.9)
         found.append((point, result))
     told = sensitivity.table(grid, found)
     assert "- `nu` from 1 to 9: MACs -40.0 points (up in 0 of 2), parameters +0.0 points (up in 0 of 2)" in told
@@ -427,7 +427,7 @@ def test_the_sentence_of_a_knob_is_the_change_at_equal_other_settings():
 def test_values_that_are_no_numbers_are_named():
     grid = sensitivity.parse_grid(["arch=resnet14,resnet20", "tol=none,0.5"])
     assert grid == {"arch": ["resnet14", "resnet20"], "tol": [None, 0.5]}
-    result = dict(macs=1, macs_dense=2, params=1, params_dense=2, layers_kept=9, units_kept=5, accuracy=0.9)
+    result = dict(macs=1, macs_dense=2, params=1, params_dense=2, layers_kept=9, units_kept=5, test_accuracy=0.9)
     told = sensitivity.table(grid, [(point, result) for point in sensitivity.points(grid, 1)])
     assert [row[:2] for row in rows(told, "arch")][:2] == [["resnet14", "derived"], ["resnet14", "0.5"]]
     assert "- `arch` from resnet14 to resnet20: MACs" in told and "- `tol` from derived to 0.5: MACs" in told

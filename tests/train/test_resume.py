@@ -136,7 +136,7 @@ RECIPES = {
 def test_a_run_of_another_recipe_goes_on_bit_by_bit(name, tmp_path, monkeypatch):
     flags = [*FLAGS, *RECIPES[name]]
     _, expected = run_whole(flags, tmp_path / "whole")
-    for step in (7, 19) if "--nu=0" not in flags else (7,):
+    for step in (7, 14) if "--nu=0" not in flags else (7,):
         folder = tmp_path / f"run{step}"
         cut_off(monkeypatch, flags, folder, step)
         assert main(["--resume", str(folder), "--threads", "1"]) == 0
