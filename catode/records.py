@@ -1,13 +1,15 @@
 """Reads the files of a run's folder: JSON, and CSV tables, which may be compressed (``.csv.gz``) as in records.
 
-Every function checks what it reads; its error messages name the file. `read_config`, `read_structures`, `read_decisions`
-and `read_result` translate the names of earlier versions to those of this one (see CHANGELOG.md).
+Every function checks what it reads, its checksum too where the folder has a checksums.json; its error messages name the
+file. `read_config`, `read_structures`, `read_decisions` and `read_result` translate the names of earlier versions to those
+of this one (see CHANGELOG.md).
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import math
 import zlib
@@ -15,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from catode import _checksums
 from catode.structures.fates import (
     COMMITTED,
     FATES,
@@ -66,11 +69,15 @@ def read_json(
         ValueError: if it is damaged, or a required key is missing or of another type.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            _checksums.check(path, file)
+            content = file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path) from None
     except OSError as error:
         raise _unreadable(path, error) from None
+    try:
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold valid JSON; {error}. Restore the file from the run.") from None
     if _depth(value) > _DEEPEST:
@@ -132,11 +139,12 @@ def read_table(path: Path, required: Sequence[str] = ()) -> tuple[list[str], lis
         FileNotFoundError: if it is missing.
         ValueError: if it is damaged or truncated, lacks a column, or has rows of another length than the header.
     """
-    path = packed(path)
+    plain, path = path, packed(path)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", newline="", encoding="utf-8") as stream:
-            rows = [row for row in csv.reader(stream) if row]
+        with opened(path, "rb") as stream:
+            _checksums.check(plain, stream)
+            rows = [row for row in csv.reader(io.TextIOWrapper(stream, encoding="utf-8", newline="")) if row]
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path.with_suffix("") if path.suffix == ".gz" else path) from None
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, csv.Error) as error:

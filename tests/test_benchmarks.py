@@ -417,7 +417,9 @@ def test_the_sentence_of_a_knob_is_the_change_at_equal_other_settings():
     found = []
     for point in sensitivity.points(grid, 1):
         macs = 80 - 5 * point["nu"] + 10 * point["beta"]
-        result = dict(macs=macs, macs_dense=100, params=50, params_dense=100, layers_kept=9, units_kept=5, test_accuracy=0.9)
+        result = dict(
+            macs=macs, macs_dense=100, params=50, params_dense=100, layers_kept=9, units_kept=5, test_accuracy=0.9
+        )
         found.append((point, result))
     told = sensitivity.table(grid, found)
     assert "- `nu` from 1 to 9: MACs -40.0 points (up in 0 of 2), parameters +0.0 points (up in 0 of 2)" in told

@@ -72,7 +72,9 @@ class Capture:
             return
         if not module.training or not torch.is_grad_enabled():
             self.gates.rows = None
-        elif self.per_example:
+            return
+        self.gates.draw.grad = None  # of a batch that the user left out after its backward pass
+        if self.per_example:
             rows = self.group.share(self.draws.draw_examples(len(args[0]) * self.group.size))
             self.gates.rows = upload(rows, self.gates.draw.device).requires_grad_()
 

@@ -18,6 +18,35 @@ from catode.prune.probes import Probe, curvature_corrected, straight_through
 LEAST_PROBE = 12  # examples, where the batch has as many
 
 
+class NotFinite(RuntimeError):
+    """A step was taken whose loss or gradient is not finite.
+
+    Attributes:
+        step: Its number, from 1.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(
+            f"the loss must be finite at every step that the optimizer takes; got a gradient of the gates that is not, at step "
+            f"{step}. Leave such a batch out, or call step(skipped=True) where the optimizer skips it."
+        )
+        self.step = step
+
+
+def check_finite(derivative: NDArray, step: int) -> None:
+    """Make sure that a step which the optimizer took has a finite gradient.
+
+    Args:
+        derivative: dL/dxi at the draw, shape (n,).
+        step: Number of the step.
+
+    Raises:
+        NotFinite: if not.
+    """
+    if not np.isfinite(derivative).all():
+        raise NotFinite(step)
+
+
 def usual_probe(batch: int) -> int:
     """Default number of examples in a probe: a tenth of the batch, at least `LEAST_PROBE` if it has as many."""
     return min(batch, max(LEAST_PROBE, batch // 10))

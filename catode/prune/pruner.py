@@ -43,7 +43,7 @@ from catode.prune.devices.distributed import Group, norms_are_shared
 from catode.prune.devices.transfer import DeferredReads, upload
 from catode.prune.draws import GateDraws
 from catode.prune.gates import Gates
-from catode.prune.measuring import Measuring, Probed
+from catode.prune.measuring import Measuring, Probed, check_finite
 from catode.prune.network import Network
 from catode.prune.optimizers import check_optimizer, ode_time, theta_speed
 from catode.prune.settings import PrunerSettings
@@ -292,7 +292,7 @@ class Pruner:
             ValueError: if the state is of another network, of another kind of run, or of an earlier version.
         """
         own = self.state
-        check_fits(own, state)
+        check_fits(own, state, self.inventory, self.gates.plain_state())
         self.gates.remove()
         self._capture.detach()
         unpack(own, state["pruner"])
@@ -327,7 +327,8 @@ class Pruner:
             The check, if this step had one.
 
         Raises:
-            RuntimeError: if no backward pass through the gated model came before.
+            RuntimeError: if no backward pass through the gated model came before, or, as a `NotFinite`, if the loss of a step
+                that the optimizer took was not finite; no theta has moved since, and nothing was removed.
         """
         own = self.state
         if own.finished:
@@ -433,6 +434,7 @@ class Pruner:
         own, open_ = self.state, self._open
         own.pending += step_time
         derivative, *found = numbers
+        check_finite(derivative, done)
         paired = self._measuring.take(probed, own.evidence, open_, *found) if probed else {}
         self._move(*self._measuring.estimates(own.evidence, open_, draw, derivative, paired), done)
 

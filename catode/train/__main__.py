@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from catode.prune.devices.distributed import Group
     from catode.train.loop import Setup
 
+AGAIN = "give the same command again"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -101,17 +103,15 @@ def _resume(folder: str | Path) -> str:
 
 
 def _then_continue(setup: Setup | None) -> str:
-    """The end of a message about what stopped a run; empty before there is a run to continue."""
-    if setup is None or not (Path(setup.config.out) / "config.json").exists():
-        return ""
-    how = _how_to_continue(Path(setup.config.out))
-    return f". Fix that, then {how}" if how.startswith("continue") else f"; {how}"
+    """The end of a message about what stopped a run."""
+    how = _how_to_continue(Path(setup.config.out)) if setup else AGAIN
+    return f". Fix that, then {how}" if how.startswith(("continue", AGAIN)) else f"; {how}"
 
 
 def _how_to_continue(folder: Path) -> str:
     """What to do after an interruption, as text."""
     if not (folder / "config.json").exists():
-        return "give the same command again"
+        return AGAIN
     if (folder / "result.json").exists() and not list(folder.glob("checkpoint-*.pt")):
         return f"the run in {folder} is finished"
     return f"continue with {_resume(folder)}"

@@ -185,7 +185,7 @@ def test_a_network_that_is_no_longer_finite_is_seen_without_validation_images(tm
     config = Config.from_presets(
         **SMALL | {"nu": 0.0}, warmup_epochs=0.0, validation_share=0.0, out=str(tmp_path / "run")
     )
-    with pytest.raises(loop.NotFinite, match="got a non-finite loss or logit at step 5 "):
+    with pytest.raises(loop.NotFinite, match="got a non-finite loss, logit or gradient at step 5 "):
         loop.run(config, progress=False)
     kept = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in kept.values())

@@ -104,6 +104,7 @@ class DataSettings(SettingsGroup):
         "file of initial weights, saved by torch.save: a state dict of this network, such as torchvision's; a classifier for "
         "another number of classes is not loaded",
         optional=True,
+        path=True,
         hint="Give a file of weights, or leave it out for random ones.",
     )
     hidden_scale: float = number(

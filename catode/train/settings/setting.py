@@ -46,6 +46,7 @@ class Setting:
         high_open: The upper end is excluded.
         optional: None is allowed.
         identity: The setting affects the results, so it is part of the run's identity.
+        path: A text is a path, in which ~ is the home folder.
         negatable: A boolean also gets a flag `--no-...`.
         hint: How to fix an invalid value.
     """
@@ -60,6 +61,7 @@ class Setting:
     high_open: bool = False
     optional: bool = False
     identity: bool = True
+    path: bool = False
     negatable: bool = False
     hint: str | None = None
 
@@ -91,7 +93,7 @@ class Setting:
                 value = os.fspath(value)
             if not isinstance(value, str) or not value:
                 _validate.fail(name, "be a non-empty text", value, hint=self.hint)
-            return value
+            return _validate.expanded(name, value, hint=self.hint) if self.path else value
         if self.kind is int:
             value = _validate.check_int(name, value, hint=self.hint)
             if value > MOST and self.high == math.inf:
