@@ -740,7 +740,7 @@ def test_a_picture_that_changes_stops_the_run_in_one_line_and_its_return_lets_it
 ):
     root, flags = (
         write_folder(tmp_path / "images", per_class=6),
-        ["--array-gib=0", "--workers=0", "--checkpoint-every=1"],
+        ["--array-gib=0", "--workers=0", "--checkpoint-every=1", "--validation-share=0"],
     )
     assert run(root, tmp_path / "whole", *flags) == 0
     late = next(

@@ -415,8 +415,10 @@ def test_another_number_of_threads_is_told_and_the_run_goes_on(damage, interrupt
     assert [note[: len(expected)] for note in notes] == ([expected] if isinstance(env, dict) and env["threads"] else [])
     assert json.loads(file.read_text())["threads"] == 2
     found, whole = (json.loads((folder / "result.json").read_text()) for folder in (interrupted, pruned[1]))
-    assert len(found["accuracy_history"]) == 6
-    assert found["accuracy_history"][:3] == whole["accuracy_history"][:3], "of the epochs before, bit by bit"
+    assert len(found["validation_accuracy_history"]) == 6
+    assert found["validation_accuracy_history"][:3] == whole["validation_accuracy_history"][:3], (
+        "of the epochs before, bit by bit"
+    )
 
 
 def test_a_run_without_a_checkpoint_that_fits_is_refused_in_one_line(interrupted, capsys):
