@@ -61,7 +61,9 @@ KNOWN = {
 
 def fingerprint(images: data.ImageData) -> str | None:
     """The fingerprint of the pixels; None of data sets with more than `MOST_IMAGES` images."""
-    number = len(images.train_labels) + len(images.test_labels)
+    number = (
+        len(images.train_labels) + len(images.test_labels) + (len(images.validation_labels) if images.validated else 0)
+    )
     return pixel_fingerprint(images) if number <= MOST_IMAGES else None
 
 

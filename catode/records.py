@@ -84,15 +84,19 @@ def read_json(
         raise ValueError(f"{path} must be nested at most {_DEEPEST} deep; got more. Restore the file from the run.")
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}. Restore the file from the run.")
-    known = required or {}
-    for key, kind in {**known, **(optional or {})}.items():
+    _check_keys(path, value, required or {}, optional or {})
+    return value
+
+
+def _check_keys(path: Path, value: dict[str, Any], known: Mapping[str, type], optional: Mapping[str, type]) -> None:
+    """Check the keys of a JSON object, as `read_json` describes."""
+    for key, kind in {**known, **optional}.items():
         if key not in known and value.get(key) is None:
             continue
         if key not in value:
             raise ValueError(f"{path} must have the key {key!r}; got none. Restore the file from the run.")
         if not _is(value[key], kind):
             raise ValueError(f"{path} must have {_KINDS[kind]} at {key!r}; got {key}={value[key]!r}.")
-    return value
 
 
 def _depth(value: Any) -> int:
@@ -186,10 +190,11 @@ def number(path: Path, name: str, text: str) -> float:
 def read_config(
     folder: Path, required: Mapping[str, type] | None = None, optional: Mapping[str, type] | None = None
 ) -> dict[str, Any]:
-    """config.json of a run, with `memory` and `check_every` always set.
+    """config.json of a run, with `memory`, `check_every` and `validation_share` always set.
 
-    Earlier versions left both null where they followed from the run's length; they are then computed from metrics.csv.
-    `rate_ratio` and `probe_size`, which no reader needs, stay null.
+    Earlier versions left the first two null where they followed from the run's length; they are then computed from
+    metrics.csv. `rate_ratio` and `probe_size`, which no reader needs, stay null. Before 0.2 no image was held out for
+    validation: the share is 0.
 
     Args:
         folder: The run's folder.
@@ -199,6 +204,7 @@ def read_config(
     from catode.theory.tolerance.measured import check_steps, pool_memory
 
     config = read_json(folder / "config.json", required, optional)
+    config.setdefault("validation_share", 0.0)
     if config.get("memory", 0) is None:
         read_json(folder / "config.json", {"decide_until": float, "epochs": float})
         config["memory"] = pool_memory(round(config["decide_until"] * _steps(folder, config)))
@@ -260,8 +266,12 @@ def read_decisions(folder: Path, required: Sequence[str] = ()) -> list[dict[str,
 def read_result(
     folder: Path, required: Mapping[str, type] | None = None, optional: Mapping[str, type] | None = None
 ) -> dict[str, Any]:
-    """result.json of a run; arguments as in `read_json`."""
-    result = read_json(folder / "result.json", required, optional)
+    """result.json of a run; arguments as in `read_json`. Before 0.2 its accuracies, all on test images, did not say so."""
+    result = read_json(folder / "result.json")
+    for name in ("accuracy", "accuracy_history"):
+        if name in result and f"test_{name}" not in result:
+            result[f"test_{name}"] = result.pop(name)
+    _check_keys(folder / "result.json", result, required or {}, optional or {})
     decisions = result.get("decisions")
     if isinstance(decisions, dict) and {"forced", "promoted"} & set(decisions):  # before 0.2
         last = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ class Network:
         inventory: Numbering of the structures.
         gates: Its gates.
         products: Gradient products, attached again whenever the weights change.
+
+    Attributes:
+        listeners: Called with the `catode.prune.cut.Cut` after every cut, while the model holds no gates.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Network:
     ):
         self.model, self.optimizer, self.inventory, self.gates = model, optimizer, inventory, gates
         self.products = products
+        self.listeners: list[Callable[[cut.Cut], object]] = []
 
     def install(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_], present: Sequence[NDArray[np.int64]]) -> None:
         """Put the gates of what is undecided into the plain model.
@@ -64,39 +68,15 @@ class Network:
         stay: Sequence[NDArray[np.int64]] | None = None,
         fold: NDArray | None = None,
     ) -> list[NDArray[np.int64]]:
-        """Cut the plain model, which must hold no gates, down to what is kept.
+        """Cut the plain model, which must hold no gates, and its optimizer down to what is kept; tell all `listeners`.
 
-        Args:
-            kept: Structures that stay, shape (n,).
-            before: Structures that were kept before, shape (n,).
-            present: Numbers of the units physically present at each site.
-            multiple: Widths are rounded up to a multiple of this by dead channels.
-            stay: Instead, the units that stay at each site, dead channels included.
-            fold: Factors of the weights that read each unit, shape (n,).
-
-        Returns:
-            Numbers of the units now present at each site.
+        Arguments and result are those of `catode.prune.cut.Cut`.
         """
-        change, after = cut.Change(), list(present)
-        for layer, block in enumerate(self.inventory.blocks):
-            if before[layer] and not kept[layer]:
-                cut.drop_block(self.model, block, change)
-        for place in self.inventory.standing(kept):
-            here, site = present[place.number], place.site
-            live = kept[here]
-            dead = np.flatnonzero(~live)
-            cut.check_dead(self.model, site, np.flatnonzero(~before[here]))
-            wanted = np.arange(len(dead)) < -int(live.sum()) % multiple
-            fill = dead[wanted if stay is None else np.isin(here[dead], stay[place.number])]
-            if fold is not None and (fold[here] != 1.0).any():
-                cut.fold_units(self.model, site, fold[here], change)
-            if len(fill):
-                cut.silence_units(self.model, site, fill.tolist(), change)
-            left = np.union1d(np.flatnonzero(live), fill)
-            if len(left) < len(live):
-                cut.keep_units(self.model, site, left.tolist(), change)
-            after[place.number] = here[left]
+        change, done = cut.Change(), cut.Cut(self.inventory, kept, before, present, multiple, stay, fold)
+        after = done.apply(self.model, change)
         change.follow(self.optimizer)
+        for listener in self.listeners:
+            listener(done)
         return after
 
     def snapshot(self, kept: NDArray[np.bool_], present: Sequence[NDArray[np.int64]]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -310,6 +310,10 @@ class Pruner:
             self._capture.batch = {} if own.done % self.settings.measure_every == 0 else None
 
     # --- the training loop ------------------------------------------------------------------------------------------
+
+    def on_cut(self, callback: Callable[[cut.Cut], object]) -> None:
+        """Call back after every removal: ``pruner.on_cut(lambda cut: cut.apply(copy))`` keeps a plain copy of equal structure."""
+        self._network.listeners.append(callback)
 
     def step(self, grad_scale: float | torch.Tensor = 1.0, skipped: bool | torch.Tensor = False) -> Check | None:
         """Follow one optimizer step: measure; every `read_every` steps move the thetas; check when due.

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from catode._output import run
 from catode.train.settings.commandline import parse
@@ -151,13 +151,20 @@ def _missed(folder: Path) -> str:
     return missed_target(*(json.loads((folder / name).read_text()) for name in ("config.json", "result.json")))
 
 
+def _accuracies(result: dict[str, Any]) -> list[str]:
+    """Accuracy on the test images, which were read once, and on those for validation, as text."""
+    splits = [split for split in ("test", "validation") if result[f"{split}_accuracy"] is not None]
+    return [f"{result[f'{split}_accuracy']:.2%} on {result[f'{split}_images']:,} {split} images" for split in splits]
+
+
 def summary(folder: Path) -> str:
     """Results of a finished run, as text."""
     from catode.report.report import waiting
 
     result = json.loads((folder / "result.json").read_text())
+    ema = ", averaged weights" if result["test_accuracy_without_ema"] is not None else ""
     lines = [
-        f"accuracy {result['accuracy']:.2%} (test images, final epoch)",
+        f"accuracy {', '.join(_accuracies(result))}; final epoch{ema}",
         f"MACs     {result['macs_dense']:,} -> {result['macs']:,} ({result['macs'] / result['macs_dense']:.1%})",
         f"params   {result['params_dense']:,} -> {result['params']:,} ({result['params'] / result['params_dense']:.1%})",
         f"layers   {result['layers_total']} -> {result['layers_kept']}, units {result['units_total']} -> {result['units_kept']}",

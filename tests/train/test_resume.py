@@ -68,7 +68,7 @@ def assert_same_end(a: Path, b: Path) -> None:
 def quick():
     """Neither latencies nor pictures are of interest here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.trainer, "latency_ms", lambda *args: [[1.0], [1.0]])
+        patch.setattr("catode.train.loop.result.latency_ms", lambda *args: [[1.0], [1.0]])
         patch.setattr("catode.report.report.write", lambda folder: None)
         yield
 
@@ -116,6 +116,31 @@ def test_a_resumed_run_ends_as_the_whole_one(pruned, step, tmp_path, monkeypatch
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
     assert_same_end(tmp_path / "run", expected)
     assert not [name for name in os.listdir(tmp_path / "run") if name.startswith("checkpoint") or name == "lock"]
+
+
+RECIPES = {
+    "EMA": ["--ema=0.9"],
+    "EMA without gates": ["--ema=0.9", "--nu=0", "--warmup-epochs=0", "--epochs=3"],
+    "EMA, Nesterov, smoothed labels, another split": [
+        "--ema=0.5",
+        "--nesterov",
+        "--label-smoothing=0.1",
+        "--split-seed=3",
+    ],
+    "all training images": ["--validation-share=0"],
+    "many validation images": ["--validation-share=0.4"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_of_another_recipe_goes_on_bit_by_bit(name, tmp_path, monkeypatch):
+    flags = [*FLAGS, *RECIPES[name]]
+    _, expected = run_whole(flags, tmp_path / "whole")
+    for step in (7, 14) if "--nu=0" not in flags else (7,):
+        folder = tmp_path / f"run{step}"
+        cut_off(monkeypatch, flags, folder, step)
+        assert main(["--resume", str(folder), "--threads", "1"]) == 0
+        assert_same_end(folder, expected)
 
 
 def test_a_run_whose_settings_are_null_where_they_follow_from_others_goes_on(pruned, tmp_path, monkeypatch):
@@ -392,8 +417,10 @@ def test_another_number_of_threads_is_told_and_the_run_goes_on(damage, interrupt
     assert [note[: len(expected)] for note in notes] == ([expected] if isinstance(env, dict) and env["threads"] else [])
     assert json.loads(file.read_text())["threads"] == 2
     found, whole = (json.loads((folder / "result.json").read_text()) for folder in (interrupted, pruned[1]))
-    assert len(found["accuracy_history"]) == 6
-    assert found["accuracy_history"][:3] == whole["accuracy_history"][:3], "of the epochs before, bit by bit"
+    assert len(found["validation_accuracy_history"]) == 6
+    assert found["validation_accuracy_history"][:3] == whole["validation_accuracy_history"][:3], (
+        "of the epochs before, bit by bit"
+    )
 
 
 def test_a_run_without_a_checkpoint_that_fits_is_refused_in_one_line(interrupted, capsys):
@@ -682,9 +709,9 @@ from catode.report import report
 from catode.train import data, loop
 from catode.train.__main__ import main
 
-loop.trainer.latency_ms = lambda *args: [[1.0], [1.0]]
+loop.result.latency_ms = lambda *args: [[1.0], [1.0]]
 report.write = lambda folder: None
-data.load("digits", None, seed=0)
+data.load("digits")
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

@@ -34,7 +34,7 @@ STRUCTURE = dict(
     blocks=dict,
 )
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a checkpoint and the step after which it was written
-FORMAT = 7  # of a checkpoint; increase it when its content changes
+FORMAT = 8  # of a checkpoint; increase it when its content changes
 
 
 def write_text(path: Path, text: str) -> None:
@@ -156,10 +156,10 @@ def drop_states(folder: Path) -> None:
         path.unlink()
 
 
-def whole(model: nn.Module) -> dict:
-    """Entry "blocks" of structure.json for a network from which nothing was removed."""
+def whole_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
+    """State dict, and entry "blocks" of structure.json, of a network from which nothing was removed."""
     inventory = Inventory(model.structures())
-    return inventory.record(np.ones(inventory.size, dtype=bool))
+    return model.state_dict(), inventory.record(np.ones(inventory.size, dtype=bool))
 
 
 def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:
