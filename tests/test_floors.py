@@ -15,6 +15,7 @@ CONTRIBUTING = ROOT.parent / "CONTRIBUTING.md"
 FLOORS = {  # what stands higher may import what stands lower
     "_validate": 0,
     "_lazy": 0,
+    "_checksums": 0,
     "_output": 0,
     "_saved": 0,
     "_moved": 0,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -314,6 +314,17 @@ class Pruner:
             own.draws.hold(own.draws.rows)
             self.gates.set(self._theta(), own.draws.here)
             self._listen()
+
+    def on_cut(self, copy: nn.Module | Callable[[Cut], object]) -> None:
+        """Let a copy of the model follow every cut, or call a function with it.
+
+        Args:
+            copy: A copy of the model, such as an average of its weights; its gates are always at theta. Or a function.
+
+        Raises:
+            ValueError: if it is a module with other parameters than the model's.
+        """
+        (self._network.follow if isinstance(copy, nn.Module) else self._network.call)(copy)
 
     # --- the training loop ------------------------------------------------------------------------------------------
 

@@ -105,7 +105,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _headline(run: Run) -> str:
     result = run.result
     rows = [
-        ("Test accuracy, final epoch", _format(result, "accuracy", lambda value: f"{100 * value:.2f} %")),
+        ("Test accuracy, final epoch", _format(result, "test_accuracy", lambda value: f"{100 * value:.2f} %")),
+        (
+            "Validation accuracy, final epoch",
+            _format(result, "validation_accuracy", lambda value: f"{100 * value:.2f} %"),
+        ),
         ("MACs per image, dense → compact", _shrunk(result, "macs_dense", "macs")),
         ("MACs executed (with channels kept only for speed)", _format(result, "macs_executed", "{:,}".format)),
         ("Parameters, dense → compact", _shrunk(result, "params_dense", "params")),

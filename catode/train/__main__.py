@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from catode._output import run
 from catode.train.settings.commandline import parse
@@ -20,6 +20,8 @@ from catode.train.stop import Stopped, terminated
 if TYPE_CHECKING:
     from catode.prune.devices.distributed import Group
     from catode.train.loop import Setup
+
+AGAIN = "give the same command again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,17 +103,15 @@ def _resume(folder: str | Path) -> str:
 
 
 def _then_continue(setup: Setup | None) -> str:
-    """The end of a message about what stopped a run; empty before there is a run to continue."""
-    if setup is None or not (Path(setup.config.out) / "config.json").exists():
-        return ""
-    how = _how_to_continue(Path(setup.config.out))
-    return f". Fix that, then {how}" if how.startswith("continue") else f"; {how}"
+    """The end of a message about what stopped a run."""
+    how = _how_to_continue(Path(setup.config.out)) if setup else AGAIN
+    return f". Fix that, then {how}" if how.startswith(("continue", AGAIN)) else f"; {how}"
 
 
 def _how_to_continue(folder: Path) -> str:
     """What to do after an interruption, as text."""
     if not (folder / "config.json").exists():
-        return "give the same command again"
+        return AGAIN
     if (folder / "result.json").exists() and not list(folder.glob("checkpoint-*.pt")):
         return f"the run in {folder} is finished"
     return f"continue with {_resume(folder)}"
@@ -151,13 +151,20 @@ def _missed(folder: Path) -> str:
     return missed_target(*(json.loads((folder / name).read_text()) for name in ("config.json", "result.json")))
 
 
+def _accuracies(result: dict[str, Any]) -> list[str]:
+    """Accuracy on the test images, which were read once, and on those for validation, as text."""
+    splits = [split for split in ("test", "validation") if result[f"{split}_accuracy"] is not None]
+    return [f"{result[f'{split}_accuracy']:.2%} on {result[f'{split}_images']:,} {split} images" for split in splits]
+
+
 def summary(folder: Path) -> str:
     """Results of a finished run, as text."""
     from catode.report.report import waiting
 
     result = json.loads((folder / "result.json").read_text())
+    ema = ", averaged weights" if result["test_accuracy_without_ema"] is not None else ""
     lines = [
-        f"accuracy {result['accuracy']:.2%} (test images, final epoch)",
+        f"accuracy {', '.join(_accuracies(result))}; final epoch{ema}",
         f"MACs     {result['macs_dense']:,} -> {result['macs']:,} ({result['macs'] / result['macs_dense']:.1%})",
         f"params   {result['params_dense']:,} -> {result['params']:,} ({result['params'] / result['params_dense']:.1%})",
         f"layers   {result['layers_total']} -> {result['layers_kept']}, units {result['units_total']} -> {result['units_kept']}",

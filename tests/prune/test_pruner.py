@@ -24,6 +24,7 @@ from catode.prune.checking import ROW_FIELDS
 from catode.prune.describe.costs import Counts, count
 from catode.prune.gated.cut import restrict, unit_norms
 from catode.prune.measure.measuring import NotFinite
+from catode.prune.optimizers import check_optimizer, ode_time, theta_speed
 from catode.prune.pruner import Pruner
 from catode.prune.state import ARRAY, PrunerState, pack
 from catode.structures.fates import FATES, KEPT_OUT_OF_TIME, REMOVED
@@ -758,3 +759,83 @@ def test_what_has_no_default_must_be_given(name):
     del given[name]
     with pytest.raises(TypeError, match=f"`{name}` must be given"):
         Pruner(model, EXAMPLE, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **given)
+
+
+# --- copies that are cut with the model, Nesterov's momentum -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"width_multiple": 8}, {"round_to": 4}])
+def test_a_copy_is_cut_as_the_model_is(changes):
+    """A copy that has the model's weights before each cut has them afterwards, parameters and buffers."""
+    model, copied, cuts = dense(), dense(), []
+    model, optimizer, pruner = make(model, **changes)
+    carry_out = pruner._carry_out
+
+    def take_weights_first(outcome):
+        copied.load_state_dict(pruner.gates.plain_state())
+        return carry_out(outcome)
+
+    def follow(cut):
+        present = cut.apply(copied)
+        state = copied.state_dict()
+        assert state.keys() == model.state_dict().keys()  # no gates now
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+        cuts.append(sum(map(len, present)))
+
+    pruner._carry_out = take_weights_first
+    pruner.on_cut(follow)
+    loop(model, optimizer, pruner, 500)
+    copied.load_state_dict(pruner.gates.plain_state())
+    final = pruner.finish()
+    assert len(cuts) > 2 and cuts[-1] < cuts[0]
+    x = digits()[2][:16]
+    assert torch.equal(copied.eval()(x), final.eval()(x))
+    assert count(copied, EXAMPLE) == pruner.counts()
+
+
+def test_a_copy_of_a_fresh_model_is_cut_when_a_state_is_loaded():
+    model, optimizer, pruner = make()
+    loop(model, optimizer, pruner, 300)
+    copied = dense(7)
+    _, _, restored = make(dense(7))
+    restored.on_cut(lambda cut: cut.apply(copied))
+    restored.load_state_dict(pruner.state_dict())
+    shapes = {name: tensor.shape for name, tensor in pruner.gates.plain_state().items()}
+    assert {name: tensor.shape for name, tensor in copied.state_dict().items()} == shapes
+    assert count(copied, EXAMPLE).macs < count(dense(), EXAMPLE).macs
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_law_the_ode_time_of_a_step_is_that_of_the_flow_on_a_quadratic(nesterov, momentum):
+    """On ``L = curvature x^2/2`` the flow gives ``exp(-curvature t)``: a step of SGD passes ``-log(shrinkage)/curvature``.
+
+    The shrinkage of a step is the dominant root of the recursion: ``z^2 - (1 + m - h c) z + m (1 - h s) = 0``, h = lr
+    curvature; without Nesterov c = 1, s = 0, with it c = 1 + m, s = 1.
+    """
+    curvature = 2.0
+    errors = []
+    for lr in (1e-4, 1e-5):
+        h = lr * curvature
+        linear, constant = 1 + momentum - h * (1 + momentum * nesterov), momentum * (1 - h * nesterov)
+        root = (linear + math.sqrt(linear**2 - 4 * constant)) / 2
+        x = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+        optimizer = torch.optim.SGD([x], lr=lr, momentum=momentum, nesterov=nesterov)
+        check_optimizer(optimizer)
+        values = []
+        for _ in range(400):
+            optimizer.zero_grad()
+            (curvature * x**2 / 2).backward()
+            optimizer.step()
+            values.append(x.item())
+        assert values[-1] / values[-2] == pytest.approx(root, rel=1e-12)  # what PyTorch does
+        errors.append(abs(-math.log(root) / curvature / ode_time(optimizer) - 1))
+    assert errors[0] < 0.03 and errors[1] == pytest.approx(errors[0] / 10, rel=0.1)  # first order in lr
+
+
+def test_nesterov_is_pruned_at_the_same_speed():
+    speeds = []
+    for nesterov in (False, True):
+        optimizer = torch.optim.SGD(dense().parameters(), lr=0.05, momentum=0.9, nesterov=nesterov)
+        speeds.append((theta_speed(None, 400, optimizer), ode_time(optimizer)))
+    assert speeds[0] == speeds[1] == (pytest.approx(10 / (400 * 0.5)), pytest.approx(0.5))

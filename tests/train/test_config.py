@@ -89,6 +89,12 @@ WRONG_FIELDS = [
     ("weight_decay", -1e-4),
     ("schedule", "linear"),
     ("label_smoothing", 1),
+    ("nesterov", "yes"),
+    ("ema", 1),
+    ("ema", -0.1),
+    ("validation_share", 0.6),
+    ("validation_share", -0.1),
+    ("split_seed", -1),
     ("amp", "fp16"),
     ("sync_bn", "yes"),
     ("amp", "half"),
@@ -152,6 +158,14 @@ def test_wrong_field_is_refused(name, value):
     with pytest.raises(ConfigError, match=f"^`{name}` must ") as caught:
         Config(**{name: value})
     assert MESSAGE.match(str(caught.value)), str(caught.value)
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(
+        ConfigError, match=r"^`nesterov` must be left out without momentum; got [^\n]+ with momentum=0\. "
+    ):
+        Config(nesterov=True, momentum=0.0)
+    assert Config(nesterov=True).tag != Config().tag
 
 
 def test_every_field_has_a_wrong_value_in_the_table():

@@ -619,19 +619,28 @@ def test_of_test_and_val_the_one_that_is_read_is_named(tmp_path):
     write_folder(tmp_path / "both")
     shutil.copytree(tmp_path / "both" / "test", tmp_path / "both" / "val")
     repaint(tmp_path / "both" / "val" / "ant" / "0.png")
-    held_out = load("folder", tmp_path / "both")
-    assert held_out.notes == (
-        f"{str(tmp_path / 'both')!r} holds test/ and val/: the images of test/ are held out, val/ is not read.",
+    both = load("folder", tmp_path / "both")
+    assert both.notes == (f"{str(tmp_path / 'both')!r} holds test/ and val/: test/ is the test, val/ is not read.",)
+    own = load("folder", tmp_path / "both", validation_share=0.1)
+    assert own.notes == (
+        f"{str(tmp_path / 'both')!r} holds test/ and val/: val/ is for validation, test/ is read once, at the end.",
     )
+    assert torch.equal(own.train_images, both.train_images) and torch.equal(own.test_images, both.test_images)
+    assert torch.equal(own.validation_labels, own.test_labels) and own.fingerprint != both.fingerprint
+    assert (own.validation_images != own.test_images).flatten(1).any(1).tolist() == [True] + [False] * 5
+    shutil.rmtree(tmp_path / "both" / "val")
+    (tmp_path / "both" / "val").mkdir()  # no class folders: no labels
+    share = load("folder", tmp_path / "both", validation_share=0.4)
+    assert share.notes == both.notes and len(share.validation_labels) == 2
     shutil.rmtree(tmp_path / "both" / "val")
     alone = load("folder", tmp_path / "both")
-    assert alone.notes == () and torch.equal(alone.test_images, held_out.test_images)
+    assert alone.notes == () and torch.equal(alone.test_images, both.test_images)
     write_tiny(tmp_path / "tiny")
     (unlisted,) = load("folder", tmp_path / "tiny").notes[1:]
     assert unlisted.startswith(
         f"not read in {str(tmp_path / 'tiny')!r}: .txt files (2, such as train/ant/ant_boxes.txt). "
     )
-    assert "the images of val/ are held out, test/ is not read." in load("folder", tmp_path / "tiny").notes[0]
+    assert "val/ is the test, test/ is not read." in load("folder", tmp_path / "tiny").notes[0]
     Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "tiny" / "val" / "images" / "val_9.png")
     shutil.copytree(tmp_path / "tiny" / "train" / "ant", tmp_path / "tiny" / "val" / "ant")
     more = load("folder", tmp_path / "tiny").notes[1]
@@ -645,7 +654,7 @@ def test_of_test_and_val_the_one_that_is_read_is_named(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Runs without latencies and pictures, which take longer than these runs themselves."""
-    monkeypatch.setattr(loop.trainer, "latency_ms", lambda *_: [[1.0], [1.0]])
+    monkeypatch.setattr(loop.result, "latency_ms", lambda *_: [[1.0], [1.0]])
     monkeypatch.setattr("catode.report.report.write", lambda _: None)
 
 
@@ -731,7 +740,7 @@ def test_a_picture_that_changes_stops_the_run_in_one_line_and_its_return_lets_it
 ):
     root, flags = (
         write_folder(tmp_path / "images", per_class=6),
-        ["--array-gib=0", "--workers=0", "--checkpoint-every=1"],
+        ["--array-gib=0", "--workers=0", "--checkpoint-every=1", "--validation-share=0"],
     )
     assert run(root, tmp_path / "whole", *flags) == 0
     late = next(

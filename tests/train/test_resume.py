@@ -68,7 +68,7 @@ def assert_same_end(a: Path, b: Path) -> None:
 def quick():
     """Neither latencies nor pictures are of interest here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.trainer, "latency_ms", lambda *args: [[1.0], [1.0]])
+        patch.setattr("catode.train.loop.result.latency_ms", lambda *args: [[1.0], [1.0]])
         patch.setattr("catode.report.report.write", lambda folder: None)
         yield
 
@@ -118,6 +118,31 @@ def test_a_resumed_run_ends_as_the_whole_one(pruned, step, tmp_path, monkeypatch
     assert not [name for name in os.listdir(tmp_path / "run") if name.startswith("checkpoint") or name == "lock"]
 
 
+RECIPES = {
+    "EMA": ["--ema=0.9"],
+    "EMA without gates": ["--ema=0.9", "--nu=0", "--warmup-epochs=0", "--epochs=3"],
+    "EMA, Nesterov, smoothed labels, another split": [
+        "--ema=0.5",
+        "--nesterov",
+        "--label-smoothing=0.1",
+        "--split-seed=3",
+    ],
+    "all training images": ["--validation-share=0"],
+    "many validation images": ["--validation-share=0.4"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_of_another_recipe_goes_on_bit_by_bit(name, tmp_path, monkeypatch):
+    flags = [*FLAGS, *RECIPES[name]]
+    _, expected = run_whole(flags, tmp_path / "whole")
+    for step in (7, 14) if "--nu=0" not in flags else (7,):
+        folder = tmp_path / f"run{step}"
+        cut_off(monkeypatch, flags, folder, step)
+        assert main(["--resume", str(folder), "--threads", "1"]) == 0
+        assert_same_end(folder, expected)
+
+
 def test_a_run_whose_settings_are_null_where_they_follow_from_others_goes_on(pruned, tmp_path, monkeypatch):
     """As config.json had them before 0.2."""
     flags, expected = pruned
@@ -127,6 +152,7 @@ def test_a_run_whose_settings_are_null_where_they_follow_from_others_goes_on(pru
     derived = config.pop("derived")
     assert "rate_ratio" in derived and None not in [config[name] for name in derived]
     file.write_text(json.dumps(config | dict.fromkeys(derived)))
+    (tmp_path / "run" / "checksums.json").unlink()
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
     assert_same_end(tmp_path / "run", expected)
 
@@ -378,8 +404,10 @@ def test_wrong_contents_of_the_newest_checkpoint_cost_only_the_steps_since_the_o
 @pytest.mark.parametrize("damage", [lambda env: env, lambda env: {**env, "threads": None}, lambda env: "{"])
 def test_another_number_of_threads_is_told_and_the_run_goes_on(damage, interrupted, pruned, capsys):
     file = interrupted / "env.json"
-    env = damage(json.loads(file.read_text()))
-    file.write_text(env if isinstance(env, str) else json.dumps(env))
+    before = json.loads(file.read_text())
+    env = damage(before)
+    if env != before:
+        file.write_text(env if isinstance(env, str) else json.dumps(env))
     try:
         assert main(["--resume", str(interrupted), "--threads", "2"]) == 0
     finally:
@@ -389,8 +417,10 @@ def test_another_number_of_threads_is_told_and_the_run_goes_on(damage, interrupt
     assert [note[: len(expected)] for note in notes] == ([expected] if isinstance(env, dict) and env["threads"] else [])
     assert json.loads(file.read_text())["threads"] == 2
     found, whole = (json.loads((folder / "result.json").read_text()) for folder in (interrupted, pruned[1]))
-    assert len(found["accuracy_history"]) == 6
-    assert found["accuracy_history"][:3] == whole["accuracy_history"][:3], "of the epochs before, bit by bit"
+    assert len(found["validation_accuracy_history"]) == 6
+    assert found["validation_accuracy_history"][:3] == whole["validation_accuracy_history"][:3], (
+        "of the epochs before, bit by bit"
+    )
 
 
 def test_a_run_without_a_checkpoint_that_fits_is_refused_in_one_line(interrupted, capsys):
@@ -406,6 +436,7 @@ def test_a_run_without_a_checkpoint_that_fits_is_refused_in_one_line(interrupted
 def test_a_dry_run_in_config_json_does_not_stop_a_resumed_run(interrupted, pruned):
     config = json.loads((interrupted / "config.json").read_text())
     (interrupted / "config.json").write_text(json.dumps(config | {"dry_run": True}))
+    (interrupted / "checksums.json").unlink()
     assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
     assert_same_end(interrupted, pruned[1])
 
@@ -530,7 +561,7 @@ def in_place_of_config(content):
 
 
 REFUSED = [
-    (nothing_left, "which has epochs but none"),
+    (nothing_left, "which has epochs in metrics.csv but neither"),
     (all_damaged, "must name a run with a valid checkpoint"),
     (other_seed, "it is of a run with another seed"),
     (short_table, "metrics.csv is shorter than it was then"),
@@ -554,6 +585,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(interrupted, tmp_
     for number, (spoil, message) in enumerate(REFUSED):
         copy = tmp_path / str(number)
         shutil.copytree(interrupted, copy)
+        (copy / "checksums.json").unlink()  # which would name the file, but not what is wrong in it
         spoil(copy)
         contents = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
         assert main(["--resume", str(copy)]) == 2
@@ -631,6 +663,9 @@ def test_a_report_is_made_again(ungated, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == f"report {folder / 'report.md'}\n" and (folder / "report.md").exists()
         (folder / "metrics.csv").write_text("nonsense")
         assert cli.main(["report", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {folder / 'metrics.csv'} must be as the run wrote it")
+        (folder / "checksums.json").unlink()
+        assert cli.main(["report", str(folder)]) == 2
         assert capsys.readouterr().err.startswith(f"error: {folder / 'metrics.csv'} must have the column")
 
 
@@ -674,9 +709,9 @@ from catode.report import report
 from catode.train import data, loop
 from catode.train.__main__ import main
 
-loop.trainer.latency_ms = lambda *args: [[1.0], [1.0]]
+loop.result.latency_ms = lambda *args: [[1.0], [1.0]]
 report.write = lambda folder: None
-data.load("digits", None, seed=0)
+data.load("digits")
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -754,11 +789,11 @@ def going_on(folder):
 
 KILLS = [  # where, at which call and how; and the newest checkpoint that is there then, where that is certain
     ("catode.prune.pruner:Pruner.step", 2, "before", ""),
-    ("catode.train.loop.checkpoint:_write_part", 4, "half", "checkpoint-2.pt"),
-    ("catode.train.loop.checkpoint:_write_part", 3, "after", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_write_part", 7, "half", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_write_part", 6, "after", "checkpoint-2.pt"),
     ("catode.train.loop.checkpoint:_flush_folder", 1, "before", "checkpoint-4.pt"),
     ("catode.train.loop:CsvTable.add", 1, "after", "checkpoint-4.pt"),
-    ("os:fsync", 7, "pause", "checkpoint-4.pt"),
+    ("os:fsync", 11, "pause", "checkpoint-4.pt"),
     ("catode.prune.gated.cut:Change.follow", 2, "before", None),
     ("catode.prune.gated.gates:Gates.install", 2, "before", None),
     ("catode.prune.gated.network:Network.cut", 1, "after", None),
@@ -945,7 +980,9 @@ def test_memory_that_is_lacking_costs_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loop.setup.data, "load", load)
     assert main([*FLAGS, f"--out={tmp_path / 'run'}"]) == 1
-    assert capsys.readouterr().err == "error: not enough memory: Unable to allocate 131. TiB\n"
+    assert capsys.readouterr().err == (
+        "error: not enough memory: Unable to allocate 131. TiB. Fix that, then give the same command again\n"
+    )
     assert not (tmp_path / "run").exists()
 
 

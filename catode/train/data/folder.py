@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from catode.train.data import listing
 from catode.train.data.augment import crop_boxes
-from catode.train.data.images import DataError, ImageData, statistics
+from catode.train.data.images import DataError, ImageData, held_out, statistics
 from catode.train.stop import held_back, outlive
 
 ARRAY_SHARE = 0.25
@@ -137,7 +137,7 @@ def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") or 1
 
 
-def _digests(root: Path, names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
+def _digests(root: Path, names: Sequence[bytes], sizes: np.ndarray) -> np.ndarray:
     """Digests of image files, uint64, shape (N,): of all, or of a sample where they hold more than `WHOLE_BYTES`, else 0.
 
     Raises:
@@ -147,7 +147,7 @@ def _digests(root: Path, names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
     which = np.arange(len(names)) if sizes.sum() <= WHOLE_BYTES else _sample(len(names))
 
     def read(part: np.ndarray) -> None:
-        found[part] = [_digest(_content(os.path.join(root, names[i]))) for i in part]
+        found[part] = [_digest(_content(os.path.join(root, os.fsdecode(names[i])))) for i in part]
 
     listing.in_threads(
         read, np.array_split(which, -(-len(which) // 256))
@@ -248,16 +248,25 @@ def workers_watched(workers: int) -> Iterator[None]:
 
 
 def read(
-    root: Path, image_size: int | None, *, whole_pictures: bool = False, array_bytes: int | None = None
+    root: Path,
+    image_size: int | None,
+    *,
+    validation_share: float = 0.0,
+    split_seed: int = 0,
+    whole_pictures: bool = False,
+    array_bytes: int | None = None,
 ) -> ImageData:
-    """Read train/<class>/... and test/ or val/, RGB.
+    """Read train/<class>/... and test/ or val/, RGB; with both, val/ is for validation, else a share of train/ is.
 
-    If the decoded images of both splits take at most `array_bytes` they are arrays in memory, else `ImageFiles`. Mean and
+    If the decoded images of all splits take at most `array_bytes` they are arrays in memory, else `ImageFiles`. Mean and
     standard deviation are those of up to `STATISTICS_IMAGES` training images in both cases, so results do not depend on it.
 
     Args:
         root: The folder.
         image_size: Side to which images are resized and cropped, pixels; None if all images have the same size.
+        validation_share: Share of the training images of every class for validation, where val/ does not hold them; 0 for no
+            validation images.
+        split_seed: Seed of that choice.
         whole_pictures: The training images are needed at their original size, so they stay on the disk if `image_size`
             is given.
         array_bytes: The limit in bytes; None for `ARRAY_SHARE` of the machine's memory.
@@ -265,42 +274,40 @@ def read(
     Raises:
         DataError: if the layout is wrong or an image cannot be decoded.
     """
-    splits, notes = listing.splits(root)
+    splits, notes = listing.splits(root, validation=validation_share > 0)
     classes = tuple(splits["train"])
-    names = [[file for k in classes for file in found[k]] for found in splits.values()]
-    sizes = [listing.sizes(root, part) for part in names]
+    names = {split: np.array([os.fsencode(f) for k in classes for f in found[k]]) for split, found in splits.items()}
+    labels = {
+        split: np.repeat(np.arange(len(classes)), [len(found[k]) for k in classes]) for split, found in splits.items()
+    }
+    if validation_share and "validation" not in splits:
+        chosen = held_out(labels["train"], validation_share, split_seed)
+        for parts in (names, labels):
+            parts["train"], parts["validation"] = parts["train"][~chosen], parts["train"][chosen]
+    sizes = {split: listing.sizes(root, own) for split, own in names.items()}  # before any file is opened
     if image_size:
         height = width = image_size
     else:
-        first = os.path.join(root, names[0][0])
+        first = os.path.join(root, os.fsdecode(names["train"][0]))
         with _quiet_metadata():
             height, width = _decode(first, _content(first), None).shape[1:]
-    train, test = (
-        ImageFiles(
-            str(root),
-            np.array([os.fsencode(f) for f in part]),
-            size,
-            _digests(root, part, size),
-            height,
-            width,
-            image_size,
-        )
-        for part, size in zip(names, sizes, strict=True)
-    )
-    train_labels, test_labels = (
-        torch.from_numpy(np.repeat(np.arange(len(classes)), [len(found[k]) for k in classes]))
-        for found in splits.values()
-    )
-    sample = _sample(len(train))
-    stay = train if whole_pictures and image_size else None
-    need = test.nbytes + (0 if stay else train.nbytes)
-    if need <= (_array_bytes() if array_bytes is None else array_bytes):
-        images = stay or train.array(), test.array()
-    else:
-        images = train, test
-    mean, std = statistics(images[0][sample] if torch.is_tensor(images[0]) else train.array(sample))
-    digest = contents(train) + contents(test)
-    return ImageData("folder", images[0], train_labels, images[1], test_labels, classes, mean, std, digest, notes)
+    files = {
+        split: ImageFiles(str(root), own, sizes[split], _digests(root, own, sizes[split]), height, width, image_size)
+        for split, own in names.items()
+    }
+    sample = _sample(len(files["train"]))
+    on_disk = {"train"} if whole_pictures and image_size else set()
+    need = sum(own.nbytes for split, own in files.items() if split not in on_disk)
+    if need > (_array_bytes() if array_bytes is None else array_bytes):
+        on_disk = set(files)
+    images = {split: own if split in on_disk else own.array() for split, own in files.items()}
+    train = images["train"]
+    mean, std = statistics(train[sample] if torch.is_tensor(train) else train.array(sample))
+    order = ("train", "validation", "test")
+    digest = b"".join(contents(files[split]) for split in order if split in files)
+    parts = {f"{split}_images": own for split, own in images.items()}
+    parts |= {f"{split}_labels": torch.from_numpy(own) for split, own in labels.items()}
+    return ImageData(name="folder", classes=classes, mean=mean, std=std, contents=digest, notes=notes, **parts)
 
 
 def _array_bytes() -> int:

@@ -39,16 +39,19 @@ class Skipped:
         )
 
 
-def splits(root: Path) -> tuple[dict[str, dict[str, list[str]]], tuple[str, ...]]:
-    """The image files of each class of train/ and of the held-out split.
+def splits(root: Path, validation: bool = True) -> tuple[dict[str, dict[str, list[str]]], tuple[str, ...]]:
+    """The image files of each class of the splits.
 
-    That is val/ as Tiny-ImageNet annotates it, else test/, else val/.
+    Training images are in train/. Test images are in val/ as Tiny-ImageNet annotates it, else in the class folders of test/,
+    else in those of val/. Where both test/ and val/ have class folders, val/ is for validation.
 
     Args:
         root: The folder.
+        validation: Whether validation images are wanted; without it val/ beside test/ is not read.
 
     Returns:
-        Paths relative to `root` by split and class, classes and files sorted; and what its user should know, one line each.
+        Paths relative to `root` by split ("train", "test", and "validation" where there is one) and class, classes and files
+        sorted; and what its user should know, one line each.
 
     Raises:
         DataError: if the layout cannot be used.
@@ -66,24 +69,35 @@ def splits(root: Path) -> tuple[dict[str, dict[str, list[str]]], tuple[str, ...]
             f"`data_dir` must hold a folder test/ or val/ beside train/; got data_dir={str(root)!r} with neither. "
             "Lay the held-out images out as test/<class>/..."
         )
-    held_out, skipped, notes = there[0], Skipped(root), []
+    # without class folders images have no labels
+    labelled = [
+        name for name in there if any(e.is_dir() and not e.name.startswith(".") for e in (root / name).iterdir())
+    ]
+    if not listed and labelled == ["val"]:
+        there = ["val", *(name for name in there if name != "val")]
+    folders, skipped, notes = {"train": "train", "test": there[0]}, Skipped(root), []
     if len(there) > 1:
-        notes.append(
-            f"{str(root)!r} holds test/ and val/: the images of {held_out}/ are held out, {there[1]}/ is not read."
-        )
+        if labelled == ["test", "val"] and validation:
+            folders["validation"] = "val"
+            notes.append(f"{str(root)!r} holds test/ and val/: val/ is for validation, test/ is read once, at the end.")
+        else:
+            notes.append(f"{str(root)!r} holds test/ and val/: {there[0]}/ is the test, {there[1]}/ is not read.")
     found = {
-        "train": _class_files(root, "train", skipped),
-        held_out: _annotated_files(root, annotations, skipped) if listed else _class_files(root, held_out, skipped),
+        split: _annotated_files(root, annotations, skipped)
+        if listed and folder == "val"
+        else _class_files(root, folder, skipped)
+        for split, folder in folders.items()
     }
     classes = tuple(found["train"])
-    differing = sorted(set(classes) ^ set(found[held_out]))
-    if differing:
-        where = "train" if differing[0] in classes else held_out
-        raise DataError(
-            f"`data_dir` must have the same class folders in train/ and {held_out}/; "
-            f"got {differing[0]!r} in {str(root / where)!r} only ({len(differing)} differ). "
-            "Add the missing class folders or remove the others."
-        )
+    for split, folder in folders.items():
+        differing = sorted(set(classes) ^ set(found[split]))
+        if differing:
+            where = "train" if differing[0] in classes else folder
+            raise DataError(
+                f"`data_dir` must have the same class folders in train/ and {folder}/; "
+                f"got {differing[0]!r} in {str(root / where)!r} only ({len(differing)} differ). "
+                "Add the missing class folders or remove the others."
+            )
     if len(classes) < 2:
         raise DataError(
             f"`data_dir` must hold at least two classes; got {classes[0]!r} alone in {str(root / 'train')!r}. "
@@ -187,13 +201,13 @@ def _annotated_files(root: Path, annotations: Path, skipped: Skipped) -> dict[st
     return {label: sorted(files) for label, files in sorted(found.items())}
 
 
-def sizes(root: Path, names: Sequence[str]) -> np.ndarray:
+def sizes(root: Path, names: Sequence[bytes]) -> np.ndarray:
     """Sizes of files below `root`, in bytes, int64."""
 
-    def size(names: Sequence[str]) -> list[int]:
+    def size(names: Sequence[bytes]) -> list[int]:
         found = []
         for name in names:
-            path = os.path.join(root, name)
+            path = os.path.join(root, os.fsdecode(name))
             try:
                 status = os.stat(path)
             except OSError as error:

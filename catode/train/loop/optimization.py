@@ -1,8 +1,7 @@
-"""Optimizer, mixed precision, pruner and evaluation of a run."""
+"""Optimizer, mixed precision and pruner of a run."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from catode.prune.devices import distributed
 from catode.prune.pruner import Pruner
 from catode.train.settings.config import Config
 
@@ -31,6 +29,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
         fused=True if fp16 else None,
     )
     if fp16 and config.momentum > 0:
@@ -96,32 +95,3 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         seed=config.seed,
         group=setup.group,
     )
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches, amp: torch.dtype | None = None, group: distributed.Group | None = None
-) -> float:
-    """Accuracy in eval mode, with gates replaced by theta; NaN if a logit is not finite.
-
-    Args:
-        model: The network.
-        batches: Pairs of images (n, C, H, W) and labels (n,); with several processes, this process' part.
-        amp: Type of automatic mixed precision; None for off.
-        group: Processes that evaluate together; None for this process only.
-    """
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    right, total, finite = torch.zeros((), dtype=torch.long, device=device), 0, torch.ones((), dtype=torch.bool)
-    finite = finite.to(device)
-    for x, y in batches:
-        with autocast(x.device, amp):
-            logits = model(x)
-        right += (logits.argmax(1) == y).sum()
-        finite &= logits.isfinite().all()
-        total += len(y)
-    model.train(training)
-    counts = torch.stack([right, torch.full_like(right, total), (~finite).long()])
-    right, total, bad = (group or distributed.Group()).sum(counts).cpu().tolist()
-    return math.nan if bad else right / total

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from catode.prune.pruner import Pruner
+from catode.train.loop.average import Average
 from catode.train.loop.optimization import make_optimizer, make_pruner, make_scaler
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def restore(
     scaler: torch.amp.GradScaler,
     pruner: Pruner | None,
     device: str,
+    *,
+    average: Average | None = None,
 ) -> None:
     """Restore the parts of a run from a checkpoint of `Trainer.save_state`; the parts are fresh.
 
@@ -40,6 +43,10 @@ def restore(
         if odd:
             raise ValueError(f"its model's {odd[0]} has another type or is not finite")
         model.load_state_dict(state["model"])
+    if average is not None:
+        if odd := [name for name, tensor in state["average"].items() if not bool(tensor.isfinite().all())]:
+            raise ValueError(f"its average's {odd[0]} is not finite")
+        average.model.load_state_dict(state["average"])
     parameters = dict(model.named_parameters())
     for name, buffer in state["momentum"].items():
         own = parameters.get(name)
@@ -69,9 +76,12 @@ def check(setup: Setup, model: nn.Module, state: dict) -> None:
         ValueError: if not; the reason in one line.
     """
     optimizer = make_optimizer(model, setup.config)
+    average = Average(model, setup.config.ema) if setup.config.ema else None
     pruner = make_pruner(replace(setup, model=model), optimizer)
+    if average and pruner:
+        pruner.on_cut(average.cut)
     try:
-        restore(state, model, optimizer, make_scaler(setup.config), pruner, setup.config.device)
+        restore(state, model, optimizer, make_scaler(setup.config), pruner, setup.config.device, average=average)
     except (torch.OutOfMemoryError, OSError):
         raise
     except Exception as error:  # whatever wrong contents make PyTorch and the pruner stumble over

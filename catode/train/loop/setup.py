@@ -115,7 +115,8 @@ def prepare(config: Config) -> Setup:
     images = data.load(
         config.dataset,
         config.data_dir,
-        seed=config.seed,
+        validation_share=config.validation_share,
+        split_seed=config.split_seed,
         image_size=config.image_size,
         augment=config.augment,
         array_bytes=None if config.array_gib is None else int(min(config.array_gib * 2**30, sys.maxsize)),
@@ -275,8 +276,8 @@ def _load_state(config: Config) -> dict | None:
     # the first epoch's row may have been written before its checkpoint
     if state is None and metrics.exists() and metrics.read_bytes().count(b"\n") > 2:
         raise ValueError(
-            f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs but none. "
-            "Start a new run in another folder."
+            f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs in metrics.csv "
+            "but neither a checkpoint nor, if it was finished, result.json. Restore them, or start a new run in another folder."
         )
     return state
 
@@ -299,7 +300,7 @@ def _check_state(config: Config, folder: Path, state: dict) -> None:
     Raises:
         ValueError: if not.
     """
-    contents.check(state, gated=config.nu > 0)
+    contents.check(state, gated=config.nu > 0, averaged=config.ema > 0, validated=config.validation_share > 0)
     own = config.identity()
     other = sorted(name for name in own | state["config"] if own.get(name) != state["config"].get(name))
     if other:

@@ -10,9 +10,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,15 +25,16 @@ from catode.prune.checking import ROW_FIELDS
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import Counts, count
 from catode.prune.devices import transfer
-from catode.prune.devices.timing import latency_ms
-from catode.structures import fates
 from catode.structures.inventory import Inventory
 from catode.train import data
-from catode.train.loop import board, checkpoint, lock, restoring
-from catode.train.loop.optimization import AMP, autocast, evaluate, make_optimizer, make_pruner, make_scaler
+from catode.train.loop import board, checkpoint, lock, restoring, result
+from catode.train.loop.average import Average
+from catode.train.loop.evaluation import Score, evaluate
+from catode.train.loop.optimization import AMP, autocast, make_optimizer, make_pruner, make_scaler
 from catode.train.loop.result import environment, random_state
-from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
-from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
+from catode.train.loop.setup import PROGRESS, Setup, prepare
+from catode.train.loop.sums import Sums
+from catode.train.loop.tables import METRIC_FIELDS, TABLES, VALIDATION_FIELDS, CsvTable
 from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
 from catode.train.stop import Stop, Stopped, held_back
@@ -87,34 +87,6 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
     return folder
 
 
-@dataclass
-class _Sums:
-    """Sums over the steps of an epoch so far, for its row in metrics.csv.
-
-    Attributes:
-        right: Correct predictions, a count on the device.
-        losses: Loss of each step, on the device.
-        waited: Seconds spent waiting for batches.
-        seconds: Seconds spent on steps, including waiting.
-    """
-
-    right: torch.Tensor
-    losses: list[torch.Tensor] = field(default_factory=list)
-    waited: float = 0.0
-    seconds: float = 0.0
-
-    def state(self) -> dict:
-        """The sums for a checkpoint."""
-        losses = torch.stack(self.losses) if self.losses else torch.empty(0)
-        return {"right": self.right.cpu(), "losses": losses.cpu(), "waited": self.waited, "seconds": self.seconds}
-
-    @classmethod
-    def of(cls, state: dict, device: str) -> _Sums:
-        """The sums from a checkpoint's `state`."""
-        tensors = {"right": state["right"].to(device, copy=True), "losses": list(state["losses"].to(device).unbind())}
-        return cls(**{**state, **tensors})
-
-
 class Trainer:
     """A run in progress: `train` finishes it, `advance` trains one epoch (benchmarks alternate between two runs).
 
@@ -135,7 +107,10 @@ class Trainer:
         self.scaler = make_scaler(config)
         if self.scaler.is_enabled():  # found_inf is set on the device, and only during the step
             self.optimizer.register_step_pre_hook(lambda sgd, *_: setattr(self, "skipped", sgd.found_inf.clone()))
+        self.average = Average(self.model, config.ema) if config.ema else None
         self.pruner = make_pruner(setup, self.optimizer)
+        if self.average and self.pruner:
+            self.pruner.on_cut(self.average.cut)
         self.compiled = torch.compile(self.model) if config.compile else self.model
         images = setup.images
         common = dict(mean=images.mean, std=images.std, device=config.device, channels_last=config.channels_last)
@@ -154,13 +129,15 @@ class Trainer:
         if self.group.leads:
             if config.resume is None:
                 checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
-            own = {**environment(config), "processes": self.group.size}
-            (folder / "env.json").write_text(json.dumps(own, indent=2) + "\n")
+            own = json.dumps({**environment(config), "processes": self.group.size}, indent=2) + "\n"
+            checkpoint.write_text(folder / "env.json", own)
             if setup.step_times is not None and state is None:
                 checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
+            checkpoint.seal(folder, "config.json", "env.json", steptime.FILE, anew=True)
         tables = folder if self.group.leads else None
         ends = [*zip(state["lengths"], state["checksums"], strict=True)] if state and self.group.leads else [(), ()]
-        self.metrics = CsvTable(tables, TABLES[0], METRIC_FIELDS, *ends[0])
+        fields = [name for name in METRIC_FIELDS if images.validated or name not in VALIDATION_FIELDS]
+        self.metrics = CsvTable(tables, TABLES[0], fields, *ends[0])
         self.structures = CsvTable(tables, TABLES[1], ROW_FIELDS, *ends[1])
         self.history: list[float] = []
         self.unread: list[torch.Tensor] = []
@@ -182,7 +159,6 @@ class Trainer:
         )
         for note in setup.notes if self.group.leads else ():
             self.bar.write(f"note: {note}", file=sys.stderr)
-        self.save()
 
     def close(self) -> None:
         self.bar.close()
@@ -193,16 +169,19 @@ class Trainer:
 
     def train(self) -> None:
         """Train the remaining epochs and write the result."""
+        self.save()
         self.mark = time.perf_counter(), time.process_time()
         while self.epochs_done < self.config.epochs:
             self.advance()
             if self.stop and self.epochs_done < self.config.epochs:
                 self.leave()
         executed = count(self.model, self.setup.example).macs
+        validation = self.scores(self.held_out("validation"), both=True) if self.setup.images.validated else None
+        test = self.scores(self.held_out("test"), both=True)  # their one reading
         if self.pruner is not None:
             self.pruner.finish()
         if self.group.leads:
-            self.result(executed)
+            self.result(executed, validation, test)
 
     def advance(self) -> dict:
         """Train one epoch, or the rest of it, and write a checkpoint; returns its row of metrics.csv."""
@@ -243,6 +222,8 @@ class Trainer:
             scale, skipped = self.update()
             sums.right += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
             self.step += 1
+            if self.average is not None:
+                self.average.update(self.step)
             self.time += rate / (1.0 - self.config.momentum)
             if self.step % self.config.read_every == 0:
                 self.read()
@@ -254,7 +235,7 @@ class Trainer:
             due = self.stop or len(losses) % self.config.checkpoint_every == 0
             if due and len(losses) < self.setup.steps_per_epoch:
                 self.catch_up()
-                self.group.settle(self.model, step=self.step)
+                self.settle()
                 self.save_state()
                 if self.stop:
                     self.leave()
@@ -262,11 +243,14 @@ class Trainer:
             sums.seconds += mark - before
         self.catch_up()
         sums.seconds += time.perf_counter() - mark
-        self.group.settle(self.model, step=self.step)
-        accuracy = evaluate(self.model, self.test_batches(), self.amp, self.group)
-        if math.isnan(accuracy):  # the last loss was finite, but not the network after the last step
-            self.not_finite(self.step)
-        self.history.append(accuracy)
+        self.settle()
+        scores = {}
+        if self.setup.images.validated:
+            [score] = self.scores(self.held_out("validation"))
+            self.history.append(score.accuracy)
+            scores = dict(zip(VALIDATION_FIELDS, (score.loss, score.accuracy), strict=True))
+        else:  # the network is good if its logits are finite
+            self.scores([(x, y if y.ndim == 1 else y.argmax(1))])
         self.save()
         self.show()
         seen = len(losses) * self.config.batch_size
@@ -279,7 +263,7 @@ class Trainer:
             "lr": rate,
             "loss": float(torch.stack(losses).mean()),
             "train_accuracy": float(self.group.sum(sums.right)) / seen,
-            "test_accuracy": accuracy,
+            **scores,
             "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
             "macs": counts.macs,
             "params": counts.params,
@@ -293,8 +277,8 @@ class Trainer:
         """Stop after a signal; a checkpoint has been written."""
         raise Stopped(self.stop.number, f"stopped after step {self.step}")
 
-    def no_sums(self) -> _Sums:
-        return _Sums(torch.zeros((), dtype=torch.long, device=self.config.device))
+    def no_sums(self) -> Sums:
+        return Sums(torch.zeros((), dtype=torch.long, device=self.config.device))
 
     def tick(self) -> None:
         """Add the time since the last call to the run's."""
@@ -302,11 +286,28 @@ class Trainer:
         self.seconds += self.mark[0] - mark[0]
         self.cpu_seconds += self.mark[1] - mark[1]
 
-    def test_batches(self):
-        images = self.setup.images
-        if len(images.test_labels) <= self.group.rank:  # there are more processes than images
+    def settle(self) -> None:
+        """Make the network and its average the same in all processes."""
+        for model in (self.model, self.average.model) if self.average else (self.model,):
+            self.group.settle(model, step=self.step)
+
+    def held_out(self, split: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of the images of a split that is not trained on, "validation" or "test"."""
+        images, labels = (getattr(self.setup.images, f"{split}_{what}") for what in ("images", "labels"))
+        if len(labels) <= self.group.rank:  # there are more processes than images
             return []
-        return self.batches.evaluation(images.test_images, images.test_labels, max(self.config.batch_size, 256))
+        return self.batches.evaluation(images, labels, max(self.config.batch_size, 256))
+
+    def scores(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], both: bool = False) -> list[Score]:
+        """Score of the network, with averaged weights if there are any; with `both`, then without averaging."""
+        averaged = [self.average.applied] if self.average else []
+        weights = [*averaged, nullcontext] if both or not averaged else averaged
+        scores = evaluate(self.model, batches, self.amp, self.group, weights)
+        if any(
+            math.isnan(score.accuracy) for score in scores
+        ):  # the last loss was finite, but not the network after it
+            self.not_finite(self.step)
+        return scores
 
     def update(self) -> tuple[float | torch.Tensor, bool | torch.Tensor]:
         """One optimizer step; returns the loss scale of the gradients, and whether they overflowed and the step was skipped."""
@@ -366,7 +367,7 @@ class Trainer:
         layers, units, undecided = self.left()
         expected = self.pruner.expected_macs if self.pruner else self.dense.macs
         self.bar.set_postfix_str(
-            f"loss {self.loss:.3f}, accuracy {self.history[-1] if self.history else 0:.3f}, "
+            f"loss {self.loss:.3f}, {f'validation accuracy {self.history[-1]:.3f}, ' if self.history else ''}"
             f"expected MACs {expected / self.dense.macs:.0%}, {layers} layers, {units} units, {undecided} undecided",
             refresh=False,
         )
@@ -376,9 +377,11 @@ class Trainer:
         self.good_step = self.step
         if not self.group.leads:
             return
-        state, structure = (
-            self.pruner.snapshot() if self.pruner else (self.model.state_dict(), checkpoint.whole(self.model))
-        )
+        with self.average.applied() if self.average else nullcontext():
+            if self.pruner:
+                state, structure = self.pruner.snapshot()
+            else:
+                state, structure = checkpoint.whole_state(self.model)
         images = self.setup.images
         checkpoint.save(
             self.folder,
@@ -425,6 +428,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "pruner": self.pruner.state_dict() if self.pruner else None,
                 "model": None if self.pruner else self.model.state_dict(),
+                "average": self.average.model.state_dict() if self.average else None,
                 "rng": random_state(self.config.device),
             },
             keep=self.config.keep_checkpoints,
@@ -432,46 +436,27 @@ class Trainer:
 
     def restore(self, state: dict) -> None:
         """Restore a checkpoint of `save_state`."""
-        restoring.restore(state, self.model, self.optimizer, self.scaler, self.pruner, self.config.device)
+        restoring.restore(
+            state, self.model, self.optimizer, self.scaler, self.pruner, self.config.device, average=self.average
+        )
         for name in PROGRESS:
             setattr(self, name, state[name])
-        self.sums = _Sums.of(state["sums"], self.config.device)
+        self.sums = Sums.of(state["sums"], self.config.device)
         if not self.group.leads:  # rank 0 has the sum over all processes
             self.sums.right.zero_()
 
-    def result(self, executed: int) -> None:
-        """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""
-        counts = self.counts()
-        layers, units, _ = self.left()
-        dense = build_model(self.config, self.setup.images)
-        latencies = latency_ms([dense, self.model] if self.pruner else [dense], self.setup.example)
-        content = {
-            "accuracy": self.history[-1],
-            "accuracy_history": self.history,
-            "macs": counts.macs,
-            "macs_executed": executed,
-            "macs_dense": self.dense.macs,
-            "params": counts.params,
-            "params_dense": self.dense.params,
-            "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
-            "layers_kept": layers,
-            "layers_total": self.total[0],
-            "units_kept": units,
-            "units_total": self.total[1],
-            "units_kept_for_rounding": self.pruner.kept_for_width if self.pruner else 0,
-            "decisions": self.pruner.decisions() if self.pruner else {},
-            "macs_removed_by_tolerance": self.pruner.macs_removed(fates.PRUNED_TOLERANCE) if self.pruner else 0,
-            "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
-            "latency_ms": latencies[0][-1],
-            "latency_dense_ms": latencies[0][0],
-            "latency_ms_128": latencies[1][-1],
-            "latency_dense_ms_128": latencies[1][0],
-            "seed": self.config.seed,
-        }
+    def result(self, executed: int, validation: list[Score] | None, test: list[Score]) -> None:
+        """Write result.json, and shadow.csv of a shadow run.
+
+        Args:
+            executed: MACs of the last training step's forward pass, dead channels included.
+            validation: Scores on the validation images, None for none: of the network, then of its weights without averaging.
+            test: The same on the test images.
+        """
         if self.pruner is not None and self.pruner.shadow is not None:
             table = CsvTable(self.folder, shadow.FILE, shadow.FIELDS)
             table.add(self.pruner.shadow.rows(self.pruner.inventory.names()))
             table.close()
+        content = result.content(self, executed, validation, test)
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
+        checkpoint.seal(self.folder, *TABLES, shadow.FILE, "result.json")
