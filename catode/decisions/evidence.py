@@ -172,6 +172,12 @@ class Evidence:
         """Upper limit of the variance of one estimate."""
         return self._estimate.variance * (1.0 + self.z * np.sqrt(2.0 / np.maximum(self._estimate.count, 1.0)))
 
+    def correlation(self) -> NDArray:
+        """Correlation of successive estimates, in [0, 0.99]; 0 where unknown."""
+        variance = np.where(np.isfinite(self._estimate.variance), self._estimate.variance, 0.0)
+        common = np.where(variance > 0.0, self._successive.mean - self._estimate.mean**2, 0.0)
+        return np.clip(np.divide(common, variance, out=np.zeros_like(common), where=variance > 0.0), 0.0, 0.99)
+
     def benefit_noise(self) -> NDArray:
         """Upper limit of the benefit's own diffusion sigma_b, nats per sqrt(time), from successive estimates.
 

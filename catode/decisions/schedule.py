@@ -7,12 +7,45 @@ from dataclasses import dataclass
 from itertools import count, islice
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
 
 from catode.decisions.evidence import LEAST_EVIDENCE
+from catode.theory.tolerance.measured import MEMORIES
 
+NOISE = 1.6e-3  # nats, of one estimate of a unit's benefit, seen early in a ResNet-20 on batches of 128
+CHECKS = 10  # in a deciding phase that is not too short
 LEAD = 4  # memories of measuring before the thetas may move
 LEAST_BURST = 8  # steps from one burst of gradients to the next
+
+
+def needed_memory(noise: ArrayLike, price: ArrayLike, risk: float, correlation: ArrayLike = 0.0) -> NDArray[np.float64]:
+    """Estimates that a pool must hold to tell a benefit of 0 from the price.
+
+    Source: a pool of time constant T has 2 T (1 - phi) / (1 + phi) independent ones, which must be (z noise / price)^2.
+
+    Args:
+        noise: Standard deviation of one estimate, nats.
+        price: Price, nats, of that shape.
+        risk: Accepted probability of a mistake.
+        correlation: Correlation phi of successive estimates, in [0, 1).
+
+    Returns:
+        The time constant, in estimates.
+    """
+    correlation = np.asarray(correlation)
+    draws = (float(ndtri(1.0 - risk)) * np.asarray(noise) / np.asarray(price)) ** 2
+    return np.asarray(draws / 2.0 * (1.0 + correlation) / (1.0 - correlation))
+
+
+def needed_phase(memory: float, check_every: int = 1) -> int:
+    """Steps that a deciding phase should have at least: ten memories of the pools and ten checks.
+
+    Args:
+        memory: Steps over which measurements are pooled.
+        check_every: Steps between checks.
+    """
+    return math.ceil(max(MEMORIES * memory, CHECKS * check_every))
 
 
 @dataclass(frozen=True)

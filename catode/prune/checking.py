@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,8 @@ from catode.decisions.check import Checks, Moment, Verdict
 from catode.decisions.evidence import LEAST_EVIDENCE
 from catode.decisions.limits import QUANTITIES, Limits
 from catode.decisions.outcomes import Outcomes
-from catode.decisions.schedule import Schedule
+from catode.decisions.rules import NEARLY_ONE
+from catode.decisions.schedule import NOISE, Schedule, needed_memory, needed_phase
 from catode.decisions.target import Target
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState
@@ -19,6 +21,8 @@ from catode.records import PLACE
 from catode.structures import fates
 from catode.structures.complexity import Complexity
 
+HOPELESS = 100  # times as many steps as a run has, from which no longer run is proposed
+ALOUD = 0.1  # share of the structures decided because time was out from which a warning says so
 ROW_FIELDS = ("step", "time", *PLACE, *QUANTITIES, "risk", "separatrix", "tolerance", "fate")
 MOST_ROWS = 1_000_000  # of structures.csv, about: a ResNet-50 over 90 epochs of ImageNet would have 50 million, 11 GB
 
@@ -39,6 +43,41 @@ class Check:
     removed: int = 0
 
 
+class PruningWarning(UserWarning):
+    """Something about a pruned run that its user should know."""
+
+
+def too_short(
+    steps: int, warmup: int, *, memory: int, check_every: int, risk: float, prices: NDArray, epochs: float | None = None
+) -> str:
+    """Why a run is too short to decide by rule, before anything was measured, as text; empty if it is not.
+
+    Args:
+        steps: Steps until the deciding phase ends.
+        warmup: Those of them before it begins.
+        memory: Steps over which measurements are pooled.
+        check_every: Steps between checks.
+        risk: Accepted probability of a mistake.
+        prices: Prices of the gated units, or of the layers where there are none, nats.
+        epochs: Epochs of the run, to say how many it needs; None to say how many steps.
+    """
+    phase, price = steps - warmup, float(np.median(prices))
+    by_phase, by_pool = needed_phase(memory, check_every), needed_phase(float(needed_memory(NOISE, price, risk)))
+    needed = max(by_phase, by_pool)
+    if phase >= needed:
+        return ""
+    reason, hint = f"ten times `memory`, {memory}, and `check_every`, {check_every}", "a smaller memory"
+    if by_pool > by_phase:
+        reason, hint = f"at the noise of a ResNet-20, {NOISE:g} nats, and prices of {price:.2g} nats", "a larger nu"
+    longer = (
+        f"steps={warmup + needed} or " if epochs is None else f"about {math.ceil(epochs * needed / phase)} epochs or "
+    )
+    return (
+        f"the deciding phase should have about {needed:,} steps, {reason}; it has {phase:,}. What is undecided at its end is "
+        f"rounded: use {longer if needed < HOPELESS * phase else ''}{hint}."
+    )
+
+
 class Checking:
     """Makes a pruner's decisions and reports them.
 
@@ -48,6 +87,7 @@ class Checking:
         complexity: The network's complexity.
         target: A share of the network to end at, or None.
         theta_speed: Speed of every theta, 1/time.
+        gated: Which structures have gates at all, shape (n,).
     """
 
     def __init__(
@@ -57,7 +97,9 @@ class Checking:
         complexity: Complexity,
         target: Target | None,
         theta_speed: float,
+        gated: NDArray[np.bool_],
     ):
+        self.gated = gated
         self.settings, self.schedule, self.inventory = settings, schedule, complexity.inventory
         self.target, self.theta_speed = target, theta_speed
         outcomes = Outcomes(complexity, settings.round_to, target)
@@ -152,7 +194,7 @@ class Checking:
             values = {name: float(values[s]) for name, values in columns.items()}
             row = same | names[s] | values | {"fate": str(state.fate[s])}
             rows.append({name: row[name] for name in ROW_FIELDS})
-        warnings = []
+        warnings = self._out_of_time(state, limits, before) if final else []
         if verdict.outcome.everything:
             name = "nu" if self.target is None else f"target_{self.target.quantity}"
             value, fault, other = (
@@ -163,6 +205,52 @@ class Checking:
                 f"the present network; choose a {other} {name}."
             )
         return Check(rows, warnings, removed)
+
+    def _out_of_time(self, state: PrunerState, limits: Limits, before: NDArray[np.str_]) -> list[str]:
+        """What was decided only because the deciding phase ended, as text, and how long it should have been."""
+        timeless = (before == fates.UNDECIDED) & np.isin(
+            state.fate, (fates.KEPT_OUT_OF_TIME, fates.REMOVED_OUT_OF_TIME)
+        )
+        removed = timeless & (state.fate == fates.REMOVED_OUT_OF_TIME)
+        near_one = int((removed & (limits.keep_prob >= NEARLY_ONE)).sum())
+        state.removed_near_one += near_one
+        total = int(self.gated.sum())
+        if timeless.sum() <= ALOUD * total and not near_one:
+            return []
+        text = f"{int(timeless.sum()):,} of {total:,} structures were decided because time was out, not by what was measured: "
+        text += f"{int((timeless & ~removed).sum()):,} kept, {int(removed.sum()):,} removed"
+        if near_one:
+            text += f", {near_one:,} of those with a theta of {NEARLY_ONE} or more"
+        done, own = state.done, self.settings
+        text += f", after {done:,} steps" + (f" of {own.steps:,}" if done < own.steps else "")
+        needed = self.needed(state, limits, timeless)
+        if needed is not None:
+            text += (
+                f"; to tell half of them from their prices takes a deciding phase of about {needed:,} steps, this had "
+            )
+            text += f"{max(done - own.warmup, 0):,}"
+        return [f"{text}."]
+
+    def needed(self, state: PrunerState, limits: Limits, where: NDArray[np.bool_]) -> int | None:
+        """Steps that the deciding phase should have, at the noise measured, to decide half of some structures.
+
+        Args:
+            state: The pruner's state.
+            limits: Measured quantities.
+            where: The structures, shape (n,).
+
+        Returns:
+            None if too little was measured.
+        """
+        variance = state.evidence.variance()
+        known = where & np.isfinite(variance) & np.isfinite(limits.step_time) & (limits.step_time > 0)
+        if not known.any() or state.time <= 0:
+            return None
+        every = limits.step_time[known] * state.done / state.time  # steps from one estimate to the next
+        memory = needed_memory(
+            np.sqrt(variance[known]), limits.price[known], self.settings.risk, state.evidence.correlation()[known]
+        )
+        return needed_phase(float(np.median(memory * every)), self.settings.check_every)
 
     def _due(self, open_: NDArray[np.bool_], done: int, final: bool) -> NDArray[np.bool_]:
         """Undecided structures to record: layers at every check, units as often as `MOST_ROWS` permits."""

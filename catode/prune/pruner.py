@@ -15,9 +15,8 @@ Source: docs/mathematics.md sections 2 to 5 (prices, theta step, tolerance, comm
 
 from __future__ import annotations
 
-import zlib
-from collections import Counter
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,29 +30,33 @@ from catode.decisions.motion import rate_ratios
 from catode.decisions.outcomes import Outcome
 from catode.decisions.priors import PRIORS
 from catode.decisions.schedule import Schedule
-from catode.decisions.shadow import FILTER, SCALE, Shadow
+from catode.decisions.shadow import FILTER, SCALE
 from catode.decisions.target import Target
-from catode.prune.checking import Check, Checking
-from catode.prune.describe.costs import Counts, describe
-from catode.prune.describe.protocol import Prunable
+from catode.prune import selfcheck
+from catode.prune.checking import Check, Checking, PruningWarning, too_short
+from catode.prune.describe import consistency
+from catode.prune.describe.costs import describe
+from catode.prune.describe.protocol import unwrapped
 from catode.prune.describe.steptime import MeasuredComplexity, Table
-from catode.prune.devices.distributed import Group, norms_are_shared
+from catode.prune.devices.distributed import Group, current, norms_are_shared, refuse_wrapped
 from catode.prune.devices.transfer import DeferredReads, upload
 from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
 from catode.prune.gated.gates import Gates
-from catode.prune.gated.network import Network
+from catode.prune.gated.network import Cut, Network
+from catode.prune.measure.bounds import project
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed, check_finite
 from catode.prune.optimizers import Clock, check_optimizer, ode_time, theta_speed
+from catode.prune.queries import Queries
+from catode.prune.recalibration import recalibrate_norms
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
-from catode.structures import fates
 from catode.theory.tolerance.measured import LEAST_PRICE
 
 
-class Pruner:
+class Pruner(Queries):
     """Gates a model, moves its keep probabilities, and removes what is safe to remove.
 
     The loss must be a mean softmax cross-entropy over the batch (soft targets allowed): the pruner recovers the targets
@@ -61,19 +64,23 @@ class Pruner:
 
     Args:
         model: A network with a method ``structures()`` (see `catode.prune.describe.protocol`); gated in place.
-        example_input: One input batch; only its shape matters.
+        example_input: One input batch: a tensor, a tuple of arguments or a mapping of keyword arguments; only shapes matter.
         optimizer: The model's optimizer, SGD with one learning rate and momentum, which set the ODE time of a step; its
             state follows every compaction. Where groups differ in weight decay, the smallest one counts.
         step_times: Price by these measured times (see `catode.prune.describe.steptime`) in place of MACs.
         group: Processes that train together, each on its share of every batch (see `catode.prune.devices.distributed`); None for
-            a single process. Gradients must be averaged over them before the optimizer's step. A probe takes its images
-            from the whole batch, or from each share if a batch norm is not synchronised.
+            those of torch.distributed's default group, if there is one. Gradients must be averaged over them before the
+            optimizer's step, as ``pruner.group.join`` does. A probe takes its images from the whole batch, or from each share
+            if a batch norm is not synchronised.
+        self_check: Whether to try the model's description on copies of it, see `catode.prune.selfcheck`.
         **settings: Fields of `catode.prune.settings.PrunerSettings`; `nu` and `steps` are needed.
 
     Attributes:
         settings: The settings.
         complexity: The network's complexity polynomial; its `inventory` numbers the structures.
         gated: Which structures have gates at all, shape (n,).
+        group: Processes that train together.
+        self_check: Result of the self-check; None without one.
 
     Raises:
         ValueError: for settings out of range or a model without ``structures()``.
@@ -83,22 +90,22 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        example_input: torch.Tensor,
+        example_input: Any,
         *,
         optimizer: torch.optim.Optimizer,
         loss: Loss | None = None,
         step_times: Sequence[Table] | None = None,
         group: Group | None = None,
+        self_check: bool = True,
         **settings: Any,
     ):
-        if not isinstance(model, Prunable):
-            raise ValueError(
-                f"`model` must have a method structures(); got {type(model).__name__}. See catode.prune.describe.protocol."
-            )
+        model = unwrapped(model)
         check_optimizer(optimizer)
         own = self.settings = PrunerSettings.of(settings)
-        self.model, self.optimizer, self.group = model, optimizer, group or Group()
+        self.model, self.optimizer, self.group = model, optimizer, group or current()
+        self.group.agree(model, step=0)
         self.blocks = model.structures()
+        consistency.check(model, self.blocks)
         self.complexity = describe(model, self.blocks, example_input)
         self.target = Target.choose(self.complexity, own.target_macs, own.target_params)
         if step_times is not None:
@@ -110,7 +117,8 @@ class Pruner:
         self.schedule = Schedule(
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every
         )
-        self._checking = Checking(own, self.schedule, self.complexity, self.target, self.theta_speed)
+        self._checking = Checking(own, self.schedule, self.complexity, self.target, self.theta_speed, self.gated)
+        self.self_check = selfcheck.check(model, example_input, self.blocks) if self_check else None
         self._device = next(model.parameters()).device
         shared = norms_are_shared(model)
         self.gates = Gates(model, inventory, self.group if shared else None)
@@ -153,102 +161,11 @@ class Pruner:
             self._begin = self.schedule.begin(own.memory, inventory.layers, own.layers_per_probe)
         if self._begin == 0:
             self._start()
+        which = self.gated & (~self.is_layer if self.gated[~self.is_layer].any() else self.is_layer)
+        pool = dict(memory=own.memory, check_every=own.check_every, risk=own.risk)
+        self._say(too_short(own.steps, own.warmup, prices=self.prices()[which], **pool))
 
     # --- queries ----------------------------------------------------------------------------------------------------
-
-    @property
-    def keep_prob(self) -> NDArray:
-        """theta, shape (n,); layers first, then units site by site."""
-        return self.state.keep_prob
-
-    @property
-    def fate(self) -> NDArray[np.str_]:
-        """One of `catode.structures.fates.FATES` of every structure, shape (n,)."""
-        return self.state.fate
-
-    @property
-    def kept(self) -> NDArray[np.bool_]:
-        """Structures in the network, shape (n,)."""
-        return self.state.kept
-
-    @property
-    def nu(self) -> float:
-        """Nats that the whole network may cost at this moment."""
-        return self.state.nu
-
-    @property
-    def shadow(self) -> Shadow | None:
-        """Record of a shadow run."""
-        return self.state.shadow
-
-    @property
-    def started(self) -> bool:
-        """Whether gates are in the model (until it is `finished`)."""
-        return self.state.started
-
-    @property
-    def finished(self) -> bool:
-        """Whether everything is decided and the model has no gates."""
-        return self.state.finished
-
-    @property
-    def expected_complexity(self) -> float:
-        """J at the current thetas, in [0, 1]."""
-        return self.complexity.index(self.keep_prob, self.settings.beta)
-
-    @property
-    def expected_macs(self) -> float:
-        """Expected MACs of the whole network at the current thetas."""
-        return self.complexity.macs(self.keep_prob)
-
-    @property
-    def undecided(self) -> int:
-        """Structures without a decision."""
-        return int(self._open.sum())
-
-    @property
-    def layers_kept(self) -> int:
-        """Residual branches in the network."""
-        return int(self.kept[self.is_layer].sum())
-
-    @property
-    def units_kept(self) -> int:
-        """Units in the network, without dead channels."""
-        return int(self.kept[~self.is_layer].sum())
-
-    @property
-    def kept_for_width(self) -> int:
-        """Units in the network only because of `round_to`."""
-        return int((self.kept & self.state.for_width).sum())
-
-    @property
-    def decided_by_rule(self) -> float:
-        """Share of the gated structures whose fate a measurement decided, in [0, 1]."""
-        decided = self.gated & ~np.isin(self.fate, (fates.UNDECIDED, *fates.NOT_BY_RULE))
-        return float(decided.sum() / self.gated.sum())
-
-    def keep_prob_by_kind(self) -> dict[str, NDArray]:
-        """theta of the gated layers and of the gated units."""
-        kinds = (("layers", self.is_layer), ("units", ~self.is_layer))
-        return {name: self.keep_prob[kind & self.gated] for name, kind in kinds if (kind & self.gated).any()}
-
-    def decisions(self) -> dict[str, int]:
-        """Number of gated structures of each fate."""
-        return dict(sorted(Counter(self.fate[self.gated].tolist()).items()))
-
-    def counts(self) -> Counts:
-        """MACs and parameters of the network as cut so far."""
-        kept = self.kept.astype(float)
-        return Counts(round(self.complexity.macs(kept)), round(self.complexity.params(kept)))
-
-    def macs_removed(self, fate: str) -> int:
-        """MACs that the whole network would lose by removing the structures of one fate alone."""
-        kept = self.inventory.close(self.fate != fate)
-        return round(self.complexity.macs(np.ones(self.complexity.size)) - self.complexity.macs(kept.astype(float)))
-
-    def prices(self) -> NDArray:
-        """Price of every structure at the current thetas, nats, shape (n,)."""
-        return self.complexity.prices(self.keep_prob, nu=self.nu, alpha=self.settings.alpha, beta=self.settings.beta)
 
     def limits(self) -> Limits:
         """Everything measured about every structure."""
@@ -263,23 +180,33 @@ class Pruner:
             weight_decay=min(group["weight_decay"] for group in self.optimizer.param_groups),
         )
 
-    def structure(self) -> dict:
-        """Kept blocks and units in the original numbering, as in structure.json."""
-        return self.inventory.record(self.kept)
-
-    def checksum(self) -> int:
-        """Checksum of what must be the same in all processes: thetas, masks, and the state of the gate draws.
-
-        `read`, `snapshot` and `state_dict` between two readings move the thetas of this process alone: call ``read()`` in
-        all processes first.
-        """
-        generator = self.state.draws.generator.get_state().numpy()
-        return zlib.crc32(generator, zlib.crc32(self.kept, zlib.crc32(self.keep_prob)))
-
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
         """State dict of the compact network in mean field (theta folded into the weights), and its structure."""
         self.read()
         return self._network.snapshot(self.kept, self.state.present), self.structure()
+
+    def on_cut(self, follower: nn.Module | Callable[[Cut], object]) -> None:
+        """Let something follow every cut of the network, such as an average of its weights for evaluation.
+
+        A copy is cut along with the network, and its gates are always at theta, also in train mode. Call it at once when the
+        copy has been made, before or after the gates are in.
+
+        Args:
+            follower: A copy of the model as it is now, or a module that holds it as ``module``, like PyTorch's ``AveragedModel``
+                and timm's ``ModelEma``. Or a function, which is called with every `catode.prune.gated.network.Cut` just made.
+
+        Raises:
+            ValueError: if it is no copy of the model as it is now.
+            TypeError: if it is neither a module nor a function.
+        """
+        if isinstance(follower, nn.Module):
+            self._network.follow(follower)
+        elif callable(follower):
+            self._network.call(follower)
+        else:
+            raise TypeError(
+                f"`on_cut` must be given a copy of the model, or a function; got {type(follower).__name__}. Pass the module."
+            )
 
     def state_dict(self) -> dict:
         """Everything that a pruner on a fresh model needs to resume exactly: tensors, numbers and text.
@@ -287,7 +214,10 @@ class Pruner:
         The optimizer's state is not in it.
         """
         self.read()
-        return {"model": {name: t.detach().clone() for name, t in self.model.state_dict().items()}, "pruner": pack(self.state)}
+        return {
+            "model": {name: t.detach().clone() for name, t in self.model.state_dict().items()},
+            "pruner": pack(self.state),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Load the `state_dict` of a pruner with the same arguments; the model must be fresh and whole.
@@ -315,17 +245,6 @@ class Pruner:
             self.gates.set(self._theta(), own.draws.here)
             self._listen()
 
-    def on_cut(self, copy: nn.Module | Callable[[Cut], object]) -> None:
-        """Let a copy of the model follow every cut, or call a function with it.
-
-        Args:
-            copy: A copy of the model, such as an average of its weights; its gates are always at theta. Or a function.
-
-        Raises:
-            ValueError: if it is a module with other parameters than the model's.
-        """
-        (self._network.follow if isinstance(copy, nn.Module) else self._network.call)(copy)
-
     # --- the training loop ------------------------------------------------------------------------------------------
 
     def step(
@@ -352,6 +271,10 @@ class Pruner:
         own = self.state
         if own.finished:
             return None
+        if own.done == 0:
+            refuse_wrapped(self.model, self.group)
+        if self.settings.max_norm is not None:
+            project(self.model, self.blocks, own.kept, self.settings.max_norm)
         elapsed, steps = self._clock.take()
         skipped = steps == 0 if skipped is None else skipped
         if not isinstance(skipped, torch.Tensor):
@@ -390,24 +313,29 @@ class Pruner:
         self._reads.read()
         self.gates.keep_prob.copy_(self._theta())
 
-    def finish(self) -> nn.Module:
+    def finish(self, recalibrate: Iterable[Any] | None = None) -> nn.Module:
         """Decide what is still undecided by rounding, remove gates and dead channels, return the compact, plain model.
 
-        Train a little further afterwards: the running statistics of batch norms still include what was removed last.
+        The running statistics of batch norms still know what was removed in the last hundred steps: give training batches
+        to recalibrate them, or train on for as long.
+
+        Args:
+            recalibrate: Training batches, to compute the running statistics of all batch norms anew: for a `loss` that was given
+                what it takes, else inputs of the model, or tuples and lists that begin with one. None: leave them.
+
+        Raises:
+            ValueError: if there are no batches.
         """
         own = self.state
         if not own.finished:
             self.read()
             self._check(ode_time(self.optimizer), final=True, last=True)
         own.present = self._network.cut(self.kept, self.kept, own.present)
+        if recalibrate is not None:
+            recalibrate_norms(self.model, recalibrate, self._measuring.objective.given, self.group)
         return self.model
 
     # --- a step's parts ---------------------------------------------------------------------------------------------
-
-    @property
-    def _open(self) -> NDArray[np.bool_]:
-        """Undecided structures, shape (n,)."""
-        return self.state.fate == fates.UNDECIDED
 
     def _start(self) -> None:
         """Install the gates and start measuring."""
@@ -490,6 +418,8 @@ class Pruner:
             last: Whether watching ends here too.
         """
         own, limits, before = self.state, self.limits(), self.state.fate
+        own.bounds.see(self.model, self.blocks, own.kept, limits)
+        self.group.agree(self.model, self.checksum(), own.done)
         verdict = self._checking.settle(
             own, limits, step_time, final=final, last=last, sizes=self._unit_norms() if own.shadow else None
         )
@@ -500,7 +430,15 @@ class Pruner:
             self._capture.detach()
         elif self.target is not None:
             self._checking.update_price(own, limits, ode_time(self.optimizer))
-        return self._checking.report(own, limits, verdict, before, removed, final)
+        check = self._checking.report(own, limits, verdict, before, removed, final)
+        self._say(*check.warnings)
+        return check
+
+    def _say(self, *lines: str) -> None:
+        """Say something aloud, and keep it for the summary."""
+        for line in filter(None, lines):
+            self.state.warnings.append(line)
+            warnings.warn(line, PruningWarning, stacklevel=4)
 
     def _carry_out(self, outcome: Outcome) -> int:
         """Apply the outcome of a check; returns the number of structures removed."""
@@ -514,7 +452,9 @@ class Pruner:
             self._network.remove_gates()
             own.present = self._network.cut(own.kept, before, own.present, self.settings.width_multiple, fold=fold)
             self._install()
-        return int((before & ~own.kept).sum())
+        removed = int((before & ~own.kept).sum())
+        own.cut_at = own.done if removed else own.cut_at
+        return removed
 
     def _unit_norms(self) -> dict[str, NDArray]:
         """Norms for the shadow's rules by size, shape (n,) each; infinite for layers and removed units."""

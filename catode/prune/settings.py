@@ -10,6 +10,9 @@ from typing import Any
 from catode._validate import check_bool, check_choice, check_int, check_interval, check_positive
 from catode.decisions.priors import PRIORS
 from catode.prune.measure.probes import ESTIMATORS
+from catode.theory.tolerance.measured import check_steps, fitting_memory
+
+SHORT = 40  # memory, in steps, below which every step is probed by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +46,21 @@ class PrunerSettings:
             correction then uses the batch means of draw and curvature, taken as uncorrelated.
         probe_size: Examples in a probe; None: a tenth of the batch, at least 12. More where images are small.
         layers_per_probe: Structures (layers by default) whose paired difference one probe takes.
-        measure_every: Steps between probes; probes of curvature and of paired differences take turns.
-        check_every: Steps between checks.
+        measure_every: Steps between probes; probes of curvature and of paired differences take turns. None: 2, and 1 in runs so
+            short that the default of `memory` is below 40.
+        check_every: Steps between checks; None: a quarter of `memory`.
         read_every: Steps after which the host reads what was measured, waiting for the device, moves the thetas step by
             step and checks; 1 on a CPU, about 10 elsewhere. In between thetas do not move.
-        memory: Steps over which measurements are pooled, at least 10.
+        memory: Steps over which measurements are pooled, at least 10; None:
+            `catode.theory.tolerance.measured.fitting_memory`, 200 or a tenth of a short deciding phase.
         width_multiple: While training, a site that loses units keeps dead channels up to a multiple of this width, which
             is faster than an odd one. They are not counted, and `finish` removes them. Needs an activation that maps 0 to
             0 between the site's producers and consumers.
         round_to: Units leave a site only in groups that leave a multiple of this many, or none; those that wait for a
             group stay gated. What still waits when nothing else is undecided at the site is kept for the width alone, its
             keep probability folded into its weights, so that the network does not change, and trained on without a gate.
+        max_norm: Bound on the norm of the weights of every block's branch, which is scaled down to it after each step while
+            pruning; the theorems assume that there is one. None: no bound.
         shadow: Decide, but remove nothing before its theta is 0; the pruner's `shadow` then holds what several rules
             would have removed and the outcomes (see `catode.decisions.shadow`). Decisions end after `steps`; what is
             undecided then is watched, gated, up to this step. None: remove. Not with a target or `round_to`.
@@ -82,12 +89,13 @@ class PrunerSettings:
     per_example: bool = False
     probe_size: int | None = None
     layers_per_probe: int = 1
-    measure_every: int = 2
-    check_every: int = 50
+    measure_every: int | None = None
+    check_every: int | None = None
     read_every: int = 1
-    memory: int = 200
+    memory: int | None = None
     width_multiple: int = 1
     round_to: int = 1
+    max_norm: float | None = None
     shadow: int | None = None
     seed: int = 0
 
@@ -120,7 +128,7 @@ class PrunerSettings:
         self._set_checked(check_interval, "risk", low=0.0, high=0.5, low_open=True, high_open=True)
         self._set_checked(check_interval, "initial_keep_prob", low=0.0, high=1.0, low_open=True)
         self._set_checked(check_interval, "tolerance", low=0.0, high=1.0)
-        for name in ("rate_ratio", "epoch_steps"):
+        for name in ("rate_ratio", "epoch_steps", "max_norm"):
             self._set_checked(check_positive, name)
         self._set_checked(check_choice, "prior", choices=PRIORS)
         for name in ("layer_estimator", "estimator"):
@@ -132,6 +140,7 @@ class PrunerSettings:
             self._set_checked(check_int, name, low=low)
         self._set_checked(check_int, "shadow", low=self.steps)
         self._check_together()
+        self._choose()
 
     @property
     def targeted(self) -> bool:
@@ -142,6 +151,17 @@ class PrunerSettings:
     def watch_until(self) -> int:
         """Steps after which a shadow run ends; `steps` for others."""
         return self.steps if self.shadow is None else self.shadow
+
+    def _choose(self) -> None:
+        """Give a value to what the length of the run decides."""
+        if self.memory is None:
+            object.__setattr__(self, "memory", fitting_memory(self.steps, self.warmup))
+        for name, value in (
+            ("check_every", check_steps(self.memory)),
+            ("measure_every", 1 if self.memory < SHORT else 2),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     def _set_checked(self, check: Callable[..., Any], name: str, **limits: Any) -> None:
         """Replace a setting by its checked, plain Python value; None stays where it is the default."""

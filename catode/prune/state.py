@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from catode.decisions.evidence import LEAST_EVIDENCE, Evidence
 from catode.decisions.schedule import Turns
 from catode.decisions.shadow import NUMBERS, OUTCOMES, RULES, Shadow
 from catode.prune.gated.draws import GateDraws
+from catode.prune.measure.bounds import Bounds
 from catode.prune.measure.growth import BURST, GradientProducts
 from catode.prune.settings import PrunerSettings
 from catode.structures import fates
@@ -54,6 +55,10 @@ class PrunerState:
         label_rng: Generator of the labels that probes sample, on the model's device.
         turns: Rotation of the paired differences.
         shadow: Record of a shadow run, None for others.
+        bounds: Largest norms of the blocks' weights, and violations of the Lipschitz assumption.
+        cut_at: Training steps at the last removal.
+        removed_near_one: Structures that were removed because time was out, with a theta near 1.
+        warnings: What was said aloud, one line each.
     """
 
     keep_prob: NDArray
@@ -75,6 +80,10 @@ class PrunerState:
     label_rng: torch.Generator
     turns: Turns
     shadow: Shadow | None
+    bounds: Bounds
+    cut_at: int = 0
+    removed_near_one: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def fresh(
@@ -132,6 +141,7 @@ class PrunerState:
             label_rng=label_rng,
             turns=Turns(),
             shadow=None if settings.shadow is None else Shadow(n),
+            bounds=Bounds(inventory.layers),
         )
 
 
@@ -218,6 +228,10 @@ def _is_burst(value: Any, n: int) -> bool:
     return len({len(step[0]) for step in value}) < 2
 
 
+def _are_bounds(value: Any, n: int) -> bool:
+    return _is_array(value, torch.float64) and bool(_not_negative(value[ARRAY]).all()) and value[ARRAY].dim() == 1
+
+
 def _is_generator(value: Any, n: int) -> bool:
     """A state that a generator takes; one of an accelerator, which this process may lack, is told by its size alone."""
     if not torch.is_tensor(value) or value.dtype != torch.uint8 or value.dim() != 1 or not len(value):
@@ -301,6 +315,13 @@ SCHEMA: dict[str, Any] = {
     "label_rng": _GENERATOR,
     "turns": dict.fromkeys(("layers", "units"), _COUNT),
     "shadow": _SHADOW,
+    "bounds": dict.fromkeys(("norm", "violation"), Rule("numbers >= 0, float64", _are_bounds)),
+    "cut_at": _COUNT,
+    "removed_near_one": _COUNT,
+    "warnings": Rule(
+        "lines of text",
+        lambda value, n: isinstance(value, list) and all(isinstance(line, str) and "\n" not in line for line in value),
+    ),
 }
 """What every packed value of a pruner's state must be, by the names of the fields."""
 

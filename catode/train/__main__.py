@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 2 for bad input, 1 for a loss that is not finite or a full disk, 3 for a finished run that missed its
-        target, 128 + its number after a signal.
+        target or was so short that it removed structures with a theta near 1, 128 + its number after a signal.
     """
     try:
         with terminated():
@@ -66,7 +66,7 @@ def _main(argv: Sequence[str] | None) -> int:
             if setup.config.dry_run:
                 return _end(group, 0, preflight.table(setup), sys.stdout)
             folder = loop.train(setup, at_end=_report)
-            missed = group.leads and bool(_missed(folder))
+            missed = group.leads and bool(_missed(folder) or _removed_unseen(folder))
             return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
         except ConfigError as error:  # another process uses the folder
             return _end(group, 2, f"error: {error}")
@@ -157,6 +157,11 @@ def _accuracies(result: dict[str, Any]) -> list[str]:
     return [f"{result[f'{split}_accuracy']:.2%} on {result[f'{split}_images']:,} {split} images" for split in splits]
 
 
+def _removed_unseen(folder: Path) -> int:
+    """Structures that a run removed only because its time was out, with a theta near 1."""
+    return json.loads((folder / "result.json").read_text()).get("removed_near_one", 0)
+
+
 def summary(folder: Path) -> str:
     """Results of a finished run, as text."""
     from catode.report.report import waiting
@@ -182,6 +187,7 @@ def summary(folder: Path) -> str:
         lines.append(f"report   {folder / 'report.md'}")
     if missed := _missed(folder):
         lines.append(f"target   missed: {missed}; train longer, or choose a larger share")
+    lines += [f"warning  {line}" for line in result.get("warnings", ())]
     return "\n".join(lines)
 
 

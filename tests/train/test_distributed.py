@@ -226,6 +226,55 @@ def test_a_theta_that_differs_in_its_last_bit_is_found_at_the_next_step(tmp_path
         assert "thetas, masks and gate draws must be the same" in message and "0 and 1 before step 13" in message
 
 
+def left_out(averages, wrapped, same):
+    """A user's loop in processes that have joined, without a word about them to the pruner; its thetas, or what went wrong."""
+    rank = dist.get_rank()
+    torch.manual_seed(0 if same else rank)
+    model = ResNet(Architecture("basic", (1, 1), 4, "A", "cifar"), 1, 10)
+    ddp = nn.parallel.DistributedDataParallel(model) if wrapped == "given" else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    given = dict(nu=1.0, steps=STEPS, warmup=8, rate_ratio=0.3, probe_size=8, memory=10, check_every=5)
+    try:
+        pruner = Pruner(ddp or model, torch.zeros(1, 1, 8, 8), optimizer=optimizer, **given)
+        call = nn.parallel.DistributedDataParallel(model) if wrapped == "called" else model
+        thetas, digits = [], load_digits()
+        x, y = torch.from_numpy(digits.images / 16.0).float()[:, None], torch.from_numpy(digits.target)
+        order = torch.Generator().manual_seed(1)
+        for _ in range(STEPS):
+            rows = torch.randint(len(x), (32,), generator=order)[rank::2]
+            loss = F.cross_entropy(call(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            if averages:
+                pruner.group.join(model.parameters(), loss)
+            optimizer.step()
+            pruner.step()
+            thetas.append(pruner.keep_prob.copy())
+        return np.array(thetas), pruner.group.size
+    except (ValueError, Disagreement) as error:
+        return str(error)
+
+
+def test_processes_are_found_where_the_group_is_left_out(tmp_path):
+    (one, size), (other, _) = together(tmp_path, left_out, True, "", True)
+    assert size == 2 and np.array_equal(one, other) and (one[-1] < 1).any()
+
+
+@pytest.mark.parametrize(
+    ("averages", "wrapped", "same", "message"),
+    [
+        (False, "", True, "weights must be the same in all processes; got different ones in processes 0 and 1 at step 10"),
+        (True, "", False, "weights must be the same in all processes; got different ones in processes 0 and 1 at step 0"),
+        (False, "given", True, "must be the plain network, whose parameters may change their shapes; got DistributedDataParallel"),
+        (False, "called", True, "must not be in DistributedDataParallel"),
+    ],
+    ids=["gradients that are not averaged", "other weights", "DistributedDataParallel", "DistributedDataParallel later"],
+)
+def test_what_several_processes_cannot_do_is_refused_in_all_of_them(averages, wrapped, same, message, tmp_path):
+    for found in together(tmp_path, left_out, averages, wrapped, same):
+        assert message in found and "\n" not in found
+
+
 # the command line
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,14 @@ def inference(model: nn.Module):
             module.training = flag
 
 
-def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
+def called(model: nn.Module, example: Any) -> Any:
+    """What a model returns when it is called with an example: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def _positions(model: nn.Module, example: Any) -> dict[str, int]:
     """Number of output positions per example of every counted module, summed over its calls."""
     found: dict[str, int] = {}
     hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -64,7 +72,7 @@ def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
                     "parameters. Extend catode.prune.describe.costs for other layers."
                 )
         with inference(model):
-            model(example)
+            called(model, example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -100,12 +108,12 @@ def in_width(module: nn.Module) -> int:
     return module.in_features if isinstance(module, nn.Linear) else 0
 
 
-def count(model: nn.Module, example: torch.Tensor) -> Counts:
+def count(model: nn.Module, example: Any) -> Counts:
     """MACs and parameters of a plain network, from its modules' own sizes.
 
     Args:
         model: A network without gates.
-        example: One input batch; only its shape matters.
+        example: One input batch: a tensor, a tuple of arguments, or a mapping of keyword arguments; only shapes matter.
     """
     macs = params = 0
     modules = dict(model.named_modules())
@@ -118,13 +126,13 @@ def count(model: nn.Module, example: torch.Tensor) -> Counts:
     return Counts(macs, params)
 
 
-def describe(model: nn.Module, blocks: Sequence[Block], example: torch.Tensor) -> Complexity:
+def describe(model: nn.Module, blocks: Sequence[Block], example: Any) -> Complexity:
     """Expected MACs and parameters of `model` as a polynomial in its keep probabilities (docs/mathematics.md section 2).
 
     Args:
         model: The whole, ungated network.
         blocks: Its structures.
-        example: One input batch; only its shape matters.
+        example: One input batch: a tensor, a tuple of arguments, or a mapping of keyword arguments; only shapes matter.
 
     Raises:
         ValueError: if the description names a module that is not there or gets a width wrong.

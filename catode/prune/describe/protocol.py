@@ -26,6 +26,34 @@ class Prunable(Protocol):
         ...
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network that can be pruned: what ``torch.compile`` was given, or the model itself.
+
+    Raises:
+        ValueError: for a model without ``structures()``, or one that a wrapper for several processes or devices holds.
+    """
+    model = getattr(model, "_orig_mod", model)
+    kind = type(model).__name__
+    spread = (
+        isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or "FullyShardedDataParallel" in kind
+    )
+    sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    if spread or sharded:
+        raise ValueError(
+            f"`model` must be the plain network, whose parameters may change their shapes; got {'shards' if sharded else kind}. "
+            "Use the network itself, and after backward() call pruner.group.join(model.parameters(), loss)."
+        )
+    for name, part in model.named_modules():
+        if part._compiled_call_impl is not None or hasattr(part, "_orig_mod"):
+            raise ValueError(
+                f"`model` must be compiled as a whole, by torch.compile(model); got one whose {name or 'own call'} is compiled. "
+                "Build the pruner, then call compiled = torch.compile(model) and train that."
+            )
+    if not isinstance(model, Prunable):
+        raise ValueError(f"`model` must have a method structures(); got {kind}. See catode.prune.describe.protocol.")
+    return model
+
+
 def slices(model: nn.Module, site: Site) -> list[Slice]:
     """Every tensor in which the units of a site have entries, and where.
 

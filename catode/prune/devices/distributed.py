@@ -9,6 +9,7 @@ behind the backward pass, but is built for one fixed set of parameters, all of w
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -155,6 +156,25 @@ class Group:
             gradient.copy_(part.view(gradient.shape))
         return values[0].clone()  # a view would keep all gradients of the step alive as long as its loss
 
+    def agree(self, model: nn.Module, checksum: int = 0, step: int = 0) -> None:
+        """Make sure that all processes hold the same parameters; reads each of them once, on its device.
+
+        Args:
+            model: The model.
+            checksum: Of what must be the same besides.
+            step: Number of the step, for the message.
+
+        Raises:
+            Disagreement: if they do not.
+        """
+        if self.size == 1:
+            return
+        own = [_bits(parameter) for parameter in model.parameters()]
+        weights = torch.stack(own).cpu() if own else torch.zeros(0)
+        found = self.gather((checksum, zlib.crc32(weights.numpy())))
+        for what, sums in zip(("thetas, masks and gate draws", "weights"), zip(*found, strict=True), strict=True):
+            self._compare(list(sums), what, f"at step {step}")
+
     def settle(self, model: nn.Module, *, step: int = 0) -> None:
         """Average the running statistics of norms over all processes and make sure that the models are then the same.
 
@@ -175,9 +195,17 @@ class Group:
         wrong = next((rank for rank, own in enumerate(checksums) if own != checksums[0]), None)
         if wrong is not None:
             raise Disagreement(
-                f"{what} must be the same in all processes; got different ones in processes 0 and {wrong} {when}. Resume "
-                "from the last checkpoint with --resume; if that does not help, use processors and software of one kind."
+                f"{what} must be the same in all processes; got different ones in processes 0 and {wrong} {when}. Begin "
+                "with the same weights and average the gradients in every step, as Group.join does; or resume from the last "
+                "checkpoint with --resume, on processors and software of one kind."
             )
+
+
+def _bits(parameter: torch.Tensor) -> torch.Tensor:
+    """Checksum of a tensor's bits, shape (), on its device."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    values = parameter.detach().contiguous().reshape(-1).view(whole)
+    return values.sum(dtype=torch.int64) + 31 * values[::2].sum(dtype=torch.int64)
 
 
 @contextmanager
@@ -191,6 +219,26 @@ def _communication() -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = re.sub(r"^\[\S+\] ", "", reason.split(". ")[0])  # without source location and hints
         raise Lost(f"another process died or stopped answering ({reason})") from error
+
+
+def refuse_wrapped(model: nn.Module, group: Group) -> None:
+    """Refuse a model that DistributedDataParallel holds as well: it expects parameters of fixed shapes.
+
+    Args:
+        model: The network.
+        group: Processes that train it.
+
+    Raises:
+        ValueError: if there is such a wrapper.
+    """
+    if group.size == 1:
+        return
+    for thing in gc.get_objects():
+        if type(thing) is nn.parallel.DistributedDataParallel and thing.module is model:
+            raise ValueError(
+                "`model` must not be in DistributedDataParallel, which needs parameters of fixed shapes; got one that is. Call the "
+                "network itself, and after backward() call pruner.group.join(model.parameters(), loss)."
+            )
 
 
 def current() -> Group:

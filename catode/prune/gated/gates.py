@@ -77,6 +77,7 @@ class Gates:
         keep_prob: theta, shape (n,), float32; used instead of the draw in eval mode. Always the same tensor.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
+        traced: Whether compiled code holds gates.
     """
 
     def __init__(self, model: nn.Module, inventory: Inventory, group: Group | None = None):
@@ -85,6 +86,7 @@ class Gates:
         self.draw = torch.ones(inventory.size, device=device, requires_grad=True)
         self.keep_prob = torch.ones(inventory.size, device=device)
         self.rows: torch.Tensor | None = None
+        self.traced = False
         self._taps: list[Tap] | None = None
         self._tap_layers = False
         self._installed: dict[nn.Module, _ModuleGate] = {}
@@ -93,7 +95,9 @@ class Gates:
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of a gated model holds: theta alone, in train mode too, so that it depends on no pruner."""
         theta = self.keep_prob.detach().clone()
-        alone = dict(model=None, inventory=None, group=Group(), blocks=(), rows=None, _taps=None, _tap_layers=False)
+        alone = dict(
+            model=None, inventory=None, group=Group(), blocks=(), rows=None, traced=False, _taps=None, _tap_layers=False
+        )
         return {**alone, "draw": theta, "keep_prob": theta, "_installed": {}, "_hooks": []}
 
     @classmethod
@@ -210,6 +214,8 @@ class _ModuleGate(Copied):
     def before(self, module: nn.Module, args: tuple) -> tuple | None:
         """Put the scaled parameters into the module, or scale what it reads."""
         gates = self.gates
+        if torch.compiler.is_compiling():
+            gates.traced = True
         by_example, tapped = gates.rows is not None, gates._taps is not None
         units, layer = not (by_example or tapped), not (by_example or gates._tap_layers)
         scaled = self.scaled(module, gates.values(module.training), units, layer)

@@ -92,6 +92,7 @@ class Network:
         self.products = products
         self._copies: list[tuple[nn.Module, Gates]] = []
         self._callbacks: list[Callable[[Cut], object]] = []
+        self._begun = False
         self._placed: tuple[list[bool], list[torch.Tensor | None]] | None = None
 
     def follow(self, copy: nn.Module) -> None:
@@ -142,12 +143,26 @@ class Network:
         self._placed = layers, sites
         for gates in (self.gates, *(gates for _, gates in self._copies)):
             gates.install(layers, sites)
+        self._forget_compiled()
 
     def remove_gates(self) -> None:
         """Remove the gates of the model and of its copies."""
         self._placed = None
         for gates in (self.gates, *(gates for _, gates in self._copies)):
             gates.remove()
+        self._forget_compiled()
+
+    def _forget_compiled(self) -> None:
+        """Make what ``torch.compile`` compiled be compiled anew: it does not notice that gates come and go.
+
+        It also limits how often a function is compiled again for other shapes, which removals may exceed.
+        """
+        every = (self.gates, *(gates for _, gates in self._copies))
+        if not self._begun or any(gates.traced for gates in every):
+            torch.compiler.reset()
+        self._begun = True
+        for gates in every:
+            gates.traced = False
 
     def cut(
         self,

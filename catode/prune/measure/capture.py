@@ -123,6 +123,7 @@ class Capture(Copied):
         finally:
             self.paused, self._replayed, self.gates.rows = before, None, None
 
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         call = next(self._replayed, None) if self._replayed is not None else None
         if call is not None:
@@ -146,6 +147,7 @@ class Capture(Copied):
             call.random = random_states(self.gates.draw.device)
             call.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self.paused or not self.measured or not module.training or not torch.is_grad_enabled():
             return

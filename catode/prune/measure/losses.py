@@ -231,6 +231,6 @@ def _times(factor: float, share: float) -> str:
     if 1 / (1 + share) <= factor <= 1 + share:
         return ""
     return (
-        f"`loss` must be the loss that is trained on; what was trained on is {factor:.3g} times it. Divide micro-batches' losses by "
-        "their number, pass a loss scale to step(grad_scale=...), and any other factor in loss="
+        f"`loss` must be the loss that is trained on; what was trained on is {factor:.3g} times it. Divide micro-batches' losses "
+        "by their number, pass a loss scale to step(grad_scale=...), and any other factor in loss="
     )

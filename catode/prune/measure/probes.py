@@ -162,7 +162,11 @@ class Probe:
             return self.loss(self.model).float()
 
     def _pulled(
-        self, taps: Sequence[Tap], outputs: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor], retain: bool = False
+        self,
+        taps: Sequence[Tap],
+        outputs: Sequence[torch.Tensor],
+        vectors: Sequence[torch.Tensor],
+        retain: bool = False,
     ) -> torch.Tensor:
         """J' times vectors of the outputs, of every example, shape (examples, n)."""
         examples = len(outputs[0])

@@ -11,6 +11,8 @@ import numpy as np
 
 LEAST_PRICE = 1e-12  # nats; below it a price is that of a unit whose layer is all but gone
 LEAST_MEMORY = 200
+SHORTEST_MEMORY = 10  # in the shortest runs
+MEMORIES = 10  # of the pools, in a deciding phase that is not too short
 SHORT_PHASE = 6240  # steps of a deciding phase for which the least memory suffices: 20 epochs of CIFAR-10
 
 
@@ -73,6 +75,16 @@ def pool_memory(deciding_steps: int) -> int:
     return max(LEAST_MEMORY, round(LEAST_MEMORY * (deciding_steps / SHORT_PHASE) ** (2 / 3)))
 
 
+def fitting_memory(deciding_steps: int, warmup: int) -> int:
+    """`pool_memory`, but at most what the deciding phase holds `MEMORIES` times, though that be too few draws to decide much.
+
+    Args:
+        deciding_steps: Steps until the deciding phase ends.
+        warmup: Those of them before it begins.
+    """
+    return max(min(pool_memory(deciding_steps), (deciding_steps - warmup) // MEMORIES), SHORTEST_MEMORY)
+
+
 def check_steps(memory: int) -> int:
     """Steps between checks where no setting says it: a quarter of the memory of the pools, in steps."""
-    return memory // 4
+    return max(memory // 4, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from catode.prune.checking import PruningWarning
 from catode.prune.pruner import Pruner
 from catode.train.settings.config import Config
 
@@ -48,18 +50,22 @@ def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.aut
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def mean_loss(
-    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], label_smoothing: float = 0.0
-) -> torch.Tensor:
+def mean_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], label_smoothing: float = 0.0) -> torch.Tensor:
     """Mean cross-entropy of a batch of images, shape (n, C, H, W), and labels, shape (n,) or (n, classes)."""
     return F.cross_entropy(model(batch[0]).float(), batch[1], label_smoothing=label_smoothing)
 
 
 def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None:
     """The pruner of a run; None without gates (nu = 0)."""
-    config = setup.config
-    if config.nu == 0:
+    if setup.config.nu == 0:
         return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PruningWarning)  # printed as lines of the run
+        return _pruner(setup, optimizer)
+
+
+def _pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner:
+    config = setup.config
     return Pruner(
         setup.model,
         setup.example,
@@ -90,6 +96,7 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         memory=config.memory,
         width_multiple=config.width_multiple,
         round_to=config.round_to,
+        max_norm=config.max_norm,
         shadow=len(setup.schedule) if config.shadow else None,
         step_times=setup.step_times,
         seed=config.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from catode.decisions.target import Target
+from catode.prune.checking import too_short
 from catode.prune.describe.costs import describe
 from catode.prune.describe.steptime import MeasuredComplexity
 from catode.train.loop.setup import Setup
@@ -62,4 +63,9 @@ def table(setup: Setup) -> str:
             f"target: {target.share:.1%} of the {target.quantity}, above the minimum; nu starts as above and is adjusted "
             "while training, and the prices with it"
         )
+    gated = prices[cost.inventory.layers :] if config.alpha < 1 else prices[: cost.inventory.layers]
+    pool = dict(memory=config.memory, check_every=config.check_every, risk=config.risk, epochs=config.epochs)
+    short = too_short(setup.decide_steps, setup.warmup_steps, prices=gated, **pool) if config.nu > 0 else ""
+    if short:
+        lines.append(f"warning: {short}")
     return "\n".join(lines)

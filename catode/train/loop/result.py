@@ -44,12 +44,11 @@ def environment(config: Config) -> dict:
     }
 
 
-def content(run: Trainer, executed: int, validation: list[Score] | None, test: list[Score]) -> dict[str, Any]:
+def content(run: Trainer, validation: list[Score] | None, test: list[Score]) -> dict[str, Any]:
     """Content of result.json.
 
     Args:
         run: The run at its end.
-        executed: MACs of the last training step's forward pass, dead channels included.
         validation: Scores on the validation images, None for none: of the network, then of its weights without averaging.
         test: The same on the test images.
     """
@@ -69,7 +68,7 @@ def content(run: Trainer, executed: int, validation: list[Score] | None, test: l
         "validation_images": len(images.validation_labels) if images.validated else 0,
         "test_images": len(images.test_labels),
         "macs": counts.macs,
-        "macs_executed": executed,
+        "macs_executed": run.executed,
         "macs_dense": run.dense.macs,
         "params": counts.params,
         "params_dense": run.dense.params,
@@ -82,6 +81,11 @@ def content(run: Trainer, executed: int, validation: list[Score] | None, test: l
         "decisions": pruner.decisions() if pruner else {},
         "macs_removed_by_tolerance": pruner.macs_removed(fates.PRUNED_TOLERANCE) if pruner else 0,
         "decided_by_rule": pruner.decided_by_rule if pruner else None,
+        "out_of_time": pruner.out_of_time if pruner else 0,
+        "removed_near_one": pruner.removed_near_one if pruner else 0,
+        "largest_norm": float(pruner.largest_norms.max()) if pruner else None,
+        "largest_violation": float(pruner.largest_violations.max()) if pruner else None,
+        "warnings": pruner.warnings if pruner else [],
         "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds,
         "latency_ms": latencies[0][-1],

@@ -28,7 +28,7 @@ from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
 from catode.train.settings.training import learning_rates, ode_time
 
-PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history")  # attributes of `Trainer`
+PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history", "executed")  # attributes of `Trainer`
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,10 +23,11 @@ from tqdm import tqdm
 
 from catode.decisions import shadow
 from catode.prune import measuring
-from catode.prune.checking import ROW_FIELDS
+from catode.prune.checking import ROW_FIELDS, PruningWarning
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import Counts, count
 from catode.prune.devices import transfer
+from catode.prune.recalibration import recalibrate_norms
 from catode.structures.inventory import Inventory
 from catode.train import data
 from catode.train.loop import board, checkpoint, lock, restoring, result
@@ -38,6 +41,9 @@ from catode.train.loop.tables import METRIC_FIELDS, TABLES, VALIDATION_FIELDS, C
 from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
 from catode.train.stop import Stop, Stopped, held_back
+
+FORGOTTEN = 100  # steps after which running statistics no longer know what was removed
+RECALIBRATION = 100  # batches from which they are computed anew
 
 
 class NotFinite(RuntimeError):
@@ -74,7 +80,8 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
         trainer = Trainer(setup, folder, progress)
         try:
             heeded = trainer.stop.heeded() if group.size == 1 else nullcontext()
-            with data.folder.workers_watched(trainer.batches.workers), heeded:
+            with data.folder.workers_watched(trainer.batches.workers), heeded, warnings.catch_warnings():
+                warnings.simplefilter("ignore", PruningWarning)  # printed as lines of the run
                 trainer.train()
         finally:
             trainer.close()
@@ -140,6 +147,7 @@ class Trainer:
         self.metrics = CsvTable(tables, TABLES[0], fields, *ends[0])
         self.structures = CsvTable(tables, TABLES[1], ROW_FIELDS, *ends[1])
         self.history: list[float] = []
+        self.executed: int | None = None  # MACs of the last step's forward pass, dead channels included
         self.unread: list[torch.Tensor] = []
         self.loss = math.nan  # of the last step that was read
         self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
@@ -159,6 +167,8 @@ class Trainer:
         )
         for note in setup.notes if self.group.leads else ():
             self.bar.write(f"note: {note}", file=sys.stderr)
+        for line in self.pruner.warnings if self.pruner and self.group.leads and not state else ():
+            self.bar.write(f"warning: {line}", file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()
@@ -175,13 +185,26 @@ class Trainer:
             self.advance()
             if self.stop and self.epochs_done < self.config.epochs:
                 self.leave()
-        executed = count(self.model, self.setup.example).macs
+        self.finish()  # does nothing but for a run that was stopped after its last step
         validation = self.scores(self.held_out("validation"), both=True) if self.setup.images.validated else None
         test = self.scores(self.held_out("test"), both=True)  # their one reading
-        if self.pruner is not None:
-            self.pruner.finish()
         if self.group.leads:
-            self.result(executed, validation, test)
+            self.result(validation, test)
+
+    def finish(self) -> None:
+        """End pruning after the last step; compute running statistics anew that may still know what went last."""
+        if self.executed is None:
+            self.executed = count(self.model, self.setup.example).macs
+        if self.pruner is None:
+            return
+        ended = self.pruner.finished
+        self.pruner.finish()
+        if ended and self.pruner.state.cut_at <= max(self.step - FORGOTTEN, 0):
+            return
+        for weights in (nullcontext(), *([self.average.applied()] if self.average else [])):
+            again = self.batches.epoch(self.config.epochs, self.config.seed)
+            with autocast(self.config.device, self.amp), weights:
+                recalibrate_norms(self.model, islice(again, RECALIBRATION), group=self.group)
 
     def advance(self) -> dict:
         """Train one epoch, or the rest of it, and write a checkpoint; returns its row of metrics.csv."""
@@ -244,6 +267,8 @@ class Trainer:
         self.catch_up()
         sums.seconds += time.perf_counter() - mark
         self.settle()
+        if self.step == len(self.setup.schedule):
+            self.finish()
         scores = {}
         if self.setup.images.validated:
             [score] = self.scores(self.held_out("validation"))
@@ -445,11 +470,10 @@ class Trainer:
         if not self.group.leads:  # rank 0 has the sum over all processes
             self.sums.right.zero_()
 
-    def result(self, executed: int, validation: list[Score] | None, test: list[Score]) -> None:
+    def result(self, validation: list[Score] | None, test: list[Score]) -> None:
         """Write result.json, and shadow.csv of a shadow run.
 
         Args:
-            executed: MACs of the last training step's forward pass, dead channels included.
             validation: Scores on the validation images, None for none: of the network, then of its weights without averaging.
             test: The same on the test images.
         """
@@ -457,6 +481,6 @@ class Trainer:
             table = CsvTable(self.folder, shadow.FILE, shadow.FIELDS)
             table.add(self.pruner.shadow.rows(self.pruner.inventory.names()))
             table.close()
-        content = result.content(self, executed, validation, test)
+        content = result.content(self, validation, test)
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
         checkpoint.seal(self.folder, *TABLES, shadow.FILE, "result.json")

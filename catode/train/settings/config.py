@@ -80,10 +80,11 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
             ConfigError: if a computed value is invalid.
         """
         from catode.prune.measure.measuring import usual_probe
-        from catode.theory.tolerance.measured import check_steps, pool_memory
+        from catode.theory.tolerance.measured import check_steps, fitting_memory
 
         decide_steps = round(self.decide_until * steps)
-        memory = pool_memory(decide_steps) if self.memory is None else self.memory
+        warmup = round(self.warmup_epochs * steps / self.epochs)
+        memory = fitting_memory(decide_steps, warmup) if self.memory is None else self.memory
         time = ode_time(learning_rates(self.schedule, self.lr, steps), self.momentum)
         # each process probes its own part of the batch, unless batch norms are synchronised
         batch = self.batch_size if self.sync_bn else self.batch_size // processes

@@ -45,7 +45,8 @@ class GateSettings(SettingsGroup):
     memory: int | None = number(
         None,
         int,
-        "steps over which measurements are averaged; default: 200, and in long runs 200 (deciding steps/6240)^(2/3)",
+        "steps over which measurements are averaged; default: 200, in long runs 200 (deciding steps/6240)^(2/3), and "
+        "in short ones a tenth of the deciding phase",
         low=10,
         optional=True,
         hint="Leave it out for the default.",

@@ -144,6 +144,16 @@ class PruningSettings(SettingsGroup):
         "decide, but remove nothing before its theta is 0: shadow.csv then lists what the tolerances and other rules would "
         "have removed and the outcome (python -m catode.report.compare)",
     )
+    max_norm: float | None = number(
+        None,
+        float,
+        "bound on the norm of the weights of every block's branch, which is scaled down to it after each step while pruning, as "
+        "the theorems assume; default: no bound",
+        low=0,
+        low_open=True,
+        optional=True,
+        hint="Leave it out for no bound.",
+    )
     round_to: int = number(
         1,
         int,

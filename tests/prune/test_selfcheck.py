@@ -1,0 +1,338 @@
+"""The self-check: true descriptions pass it whatever the network holds, and each way to be wrong is told in one line."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from catode.prune.pruner import Pruner
+from catode.prune.selfcheck import Unchecked, check
+from catode.structures.description import Block, Site
+from catode.train.models import Architecture, DenseResNet, ResNet, build
+
+IMAGE = torch.zeros(1, 3, 16, 16)
+
+
+class Branch(nn.Module):
+    """``shortcut(x) + bn2(conv2(relu(bn1(conv1(x)))))``, with a place for whatever a test changes."""
+
+    def __init__(self, shortcut: nn.Module | None = None):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+
+    def inner(self, x):
+        return self.conv2(F.relu(self.bn1(self.conv1(x))))
+
+    def forward(self, x):
+        return self.shortcut(x) + self.bn2(self.inner(x))
+
+    def shortcut_only(self):
+        return self.shortcut
+
+
+class Net(nn.Module):
+    """A stem, two branches and a classifier; `describe` changes the true description."""
+
+    def __init__(self, branch=Branch, describe=lambda blocks: blocks):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 6, 3, padding=1), nn.Sequential(branch(), branch())
+        self.fc, self.describe = nn.Linear(6, 5), describe
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+    def structures(self):
+        blocks = []
+        for name in ("blocks.0", "blocks.1"):
+            site = Site(f"{name}.conv1", 8, (f"{name}.conv1", f"{name}.bn1"), (f"{name}.conv2",))
+            blocks.append(Block(name, f"{name}.bn2", (site,), (f"{name}.shortcut",)))
+        return self.describe(blocks)
+
+
+def change(number=1, site=None, **changes):
+    """A description with other fields of one block, or of its site."""
+
+    def changed(blocks):
+        block = blocks[number]
+        sites = (dataclasses.replace(block.sites[0], **site),) if site else block.sites
+        blocks[number] = dataclasses.replace(block, **{"sites": sites, **changes})
+        return blocks
+
+    return changed
+
+
+# true descriptions
+
+
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [
+        (DenseResNet(64, 10), torch.zeros(2, 1, 8, 8)),
+        (build("resnet20", in_channels=3, classes=10), IMAGE),
+        (ResNet(Architecture("bottleneck", (1, 2), 4, "B", "cifar"), 3, 10), IMAGE),
+        (ResNet(Architecture("basic", (1, 1), 4, "B", "imagenet"), 3, 10), IMAGE),
+        (Net(), (IMAGE,)),
+        (Net(), {"x": IMAGE}),
+    ],
+    ids=["dense", "resnet20", "bottlenecks", "projections", "tuple", "mapping"],
+)
+def test_true_descriptions_agree_to_rounding_and_nothing_is_changed(model, example):
+    model.train()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    found = check(model, example)
+    assert found.difference < 1e-12 and not found.notes and found.seconds > 0
+    assert found.copied_bytes <= 3 * found.model_bytes
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in model.modules())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert str(found).startswith("self-check: differences up to ") and "\n" not in str(found)
+
+
+def test_a_foreign_network_with_two_sites_and_biases_passes(bottleneck_net):
+    assert check(bottleneck_net(), torch.zeros(1, 1, 8, 8)).difference < 1e-12
+
+
+def test_branches_that_begin_at_zero_hide_nothing():
+    def zero():
+        branch = Branch()
+        nn.init.zeros_(branch.bn2.weight)
+        return branch
+
+    assert check(Net(zero), IMAGE).difference < 1e-12
+    with pytest.raises(ValueError, match=r"^site `blocks.1.conv1`"):
+        check(Net(zero, change(site={"producers": ("blocks.1.conv1",)})), IMAGE)
+
+
+def test_dropout_and_stochastic_depth_are_left_out():
+    class Random(Branch):
+        def forward(self, x):
+            kept = torch.rand(len(x), 1, 1, 1) < 0.5 if self.training else 1.0
+            return self.shortcut(x) + kept * self.bn2(F.dropout(self.inner(x), 0.5, self.training))
+
+    found = check(Net(Random), IMAGE)
+    assert found.difference < 1e-12 and "random in train mode" in found.notes[0]
+
+
+# descriptions that lie
+
+
+class Other(Branch):
+    """Its branch ends in something that does not map 0 to 0."""
+
+    def forward(self, x):
+        return self.shortcut(x) + torch.sigmoid(self.bn2(self.inner(x)))
+
+
+class Functional(Branch):
+    def inner(self, x):
+        return F.conv2d(F.relu(self.bn1(self.conv1(x))), self.conv2.weight, padding=1)
+
+
+class Twice(Branch):
+    def inner(self, x):
+        return self.conv2(F.relu(self.bn1(self.conv1(x)))) + self.conv2(x.repeat(1, 2, 1, 1)[:, :8])
+
+
+class Hidden(Branch):
+    """Its units are read a second time, by what the description does not name."""
+
+    def __init__(self):
+        super().__init__()
+        self.also = nn.Conv2d(8, 6, 1)
+
+    def inner(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return self.conv2(y) + self.also(y)
+
+
+class Mixing(Branch):
+    """The units of a site are mixed by a softmax."""
+
+    def inner(self, x):
+        return self.conv2(self.bn1(self.conv1(x)).softmax(1))
+
+
+class Depthwise(Branch):
+    def __init__(self):
+        super().__init__()
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    def inner(self, x):
+        return self.conv2(F.relu(self.depth(self.bn1(self.conv1(x)))))
+
+
+class Nothing(Branch):
+    """Without a method for what is left."""
+
+    shortcut_only = None
+
+
+class Wrong(Branch):
+    """Its shortcut has weights, but what is left does not have them."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(6, 6, 1))
+
+    def shortcut_only(self):
+        return nn.Identity()
+
+
+class Useless(Branch):
+    """Returns its shortcut alone."""
+
+    def forward(self, x):
+        return self.shortcut(x) + 0.0 * self.bn2(self.inner(x))
+
+
+def normed():
+    branch = Branch()
+    weight_norm(branch.conv2)
+    return branch
+
+
+def shared():
+    branch = Branch()
+    branch.conv2.weight = SHARED
+    return branch
+
+
+SHARED = nn.Parameter(torch.randn(6, 8, 3, 3))
+depthwise = change(site={"producers": ("blocks.1.conv1", "blocks.1.bn1", "blocks.1.depth")})
+LIES = {
+    "an inner norm as output": (
+        Branch,
+        change(output="blocks.1.bn1"),
+        r"block `blocks\.1`.*output `blocks\.1\.bn1`.*differs",
+    ),
+    "an output that is not linear": (Other, None, r"^block `blocks\.0` must be its shortcut_only.*`blocks\.0\.bn2`"),
+    "no shortcut_only": (Nothing, None, r"^block `blocks\.0` must have a method shortcut_only"),
+    "a shortcut_only that is none": (Wrong, None, r"^block `blocks\.0` must be its shortcut_only"),
+    "no consumers": (
+        Branch,
+        change(site={"consumers": ()}),
+        r"^site `blocks\.1\.conv1` .*that reads.*`consumers`",
+    ),
+    "no producers": (
+        Branch,
+        change(site={"producers": ()}),
+        r"^site `blocks\.1\.conv1` .*that makes.*`producers`",
+    ),
+    "reversed blocks": (
+        Branch,
+        lambda blocks: blocks[::-1],
+        r"order of the forward pass; got `blocks\.1` before `blocks\.0`",
+    ),
+    "a missing norm": (
+        Branch,
+        change(site={"producers": ("blocks.1.conv1",)}),
+        r"^site `blocks\.1\.conv1`.*fails at `blocks\.1\.bn1`",
+    ),
+    "a block named twice": (Branch, lambda blocks: [*blocks, blocks[0]], r"each block once; got `blocks\.0` twice"),
+    "a weight used functionally": (
+        Functional,
+        None,
+        r"modules that run when the model is called; `blocks\.0\.conv2` does not",
+    ),
+    "a depthwise producer": (Depthwise, depthwise, r"^site `blocks\.1\.conv1`.*`blocks\.1\.depth` is a grouped one"),
+    "a module used twice": (Twice, None, r"^block `blocks\.0` must run.*`blocks\.0\.conv2` runs 2 times"),
+    "a second reader": (Hidden, None, r"^site `blocks\.0\.conv1`.*fails at `blocks\.0\.also`"),
+    "a softmax over the units": (Mixing, None, r"^site `blocks\.0\.conv1`.*differs by"),
+    "weight norm": (normed, None, r"^site `blocks\.0\.conv1`.*`blocks\.0\.conv2` computes it from other parameters"),
+    "a shared consumer": (shared, None, r"`blocks\.0\.conv2\.weight` is `blocks\.1\.conv2\.weight` too"),
+    "a gate without effect": (Useless, None, r"^the gate of block `blocks\.0` must change"),
+    "a module of another block": (
+        Branch,
+        change(site={"consumers": ("blocks.0.conv2",)}),
+        r"consumer once; got `blocks\.0\.conv2`",
+    ),
+    "a module that stays": (
+        Branch,
+        change(fixed=("blocks.1.conv2",)),
+        r"branch of `blocks\.1` alone; got `blocks\.1\.conv2`",
+    ),
+    "a name that is not there": (
+        Branch,
+        change(output="blocks.1.bn3"),
+        r"names `blocks\.1\.bn3`.*`output` of block `blocks\.1`",
+    ),
+    "a norm as consumer": (Branch, change(site={"consumers": ("blocks.1.bn1",)}), r"`blocks\.1\.bn1` is a BatchNorm2d"),
+    "no blocks": (Branch, lambda blocks: [], r"at least one block"),
+}
+
+
+@pytest.mark.parametrize(("branch", "describe", "message"), LIES.values(), ids=LIES)
+def test_a_description_that_lies_is_refused_in_one_line(branch, describe, message):
+    torch.manual_seed(0)
+    model = Net(branch, describe or (lambda blocks: blocks))
+    before = {name: id(p) for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message) as error:
+        Pruner(model, IMAGE, optimizer=optimizer, nu=1.0, steps=100)
+    assert "\n" not in str(error.value)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_check_can_be_left_out():
+    model = Net(Wrong)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert Pruner(model, IMAGE, optimizer=optimizer, nu=1.0, steps=100, self_check=False).self_check is None
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert Pruner(model, IMAGE, optimizer=optimizer, nu=1.0, steps=100).self_check.difference < 1e-12
+
+
+# models that can be checked roughly, or not at all
+
+
+def test_single_precision_inside_is_said_and_allowed_for():
+    class Single(Branch):
+        def inner(self, x):
+            return super().inner(x).float().to(x.dtype)
+
+    found = check(Net(Single), IMAGE)
+    assert found.difference < 1e-4 and "torch.float32" in found.notes[0]
+    with pytest.raises(ValueError, match=r"^site `blocks.1.conv1`"):
+        check(Net(Single, change(site={"producers": ("blocks.1.conv1",)})), IMAGE)
+
+
+def test_a_model_that_does_not_run_in_double_precision_is_checked_in_its_own():
+    class Fixed(Net):
+        def forward(self, x):
+            return super().forward(x + torch.ones(1).float().mean() * 0).matmul(torch.eye(5))
+
+    found = check(Fixed(), IMAGE)
+    assert found.difference < 1e-4 and found.notes[0].startswith("checked in torch.float32")
+
+
+def test_what_cannot_be_copied_or_is_never_the_same_is_told():
+    class Uncopied(Net):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("holds a socket")
+
+    class Noisy(Net):
+        def forward(self, x):
+            return super().forward(x + torch.randn_like(x))
+
+    for model, reason in (
+        (Uncopied(), "cannot be copied (RuntimeError: holds a socket)"),
+        (Noisy(), "something else each time"),
+    ):
+        with pytest.warns(Unchecked, match="not checked") as said:
+            found = check(model, IMAGE)
+        assert reason in found.notes[0] and reason in str(said[0].message) and "\n" not in found.notes[0]
+
+
+def test_no_warning_where_nothing_is_wrong():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(Net(), IMAGE)
