@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from catode.decisions import shadow
-from catode.prune import measuring
 from catode.prune.checking import ROW_FIELDS, PruningWarning
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import Counts, count
 from catode.prune.devices import transfer
+from catode.prune.measure import measuring
 from catode.prune.recalibration import recalibrate_norms
 from catode.structures.inventory import Inventory
 from catode.train import data
