@@ -155,18 +155,14 @@ def subset(setup: loop.Setup, number: int | None) -> loop.Setup:
 
     Args:
         setup: A prepared run, its images in memory.
-        number: Training images; a fifth as many test images. None: all.
+        number: Training images; a fifth as many validation and test images. None: all.
     """
     if number is None or number >= len(setup.images.train_labels):
         return setup
     images, config = setup.images, setup.config
-    images = dataclasses.replace(
-        images,
-        train_images=images.train_images[:number],
-        train_labels=images.train_labels[:number],
-        test_images=images.test_images[: number // 5],
-        test_labels=images.test_labels[: number // 5],
-    )
+    splits = {"train": number, "test": number // 5} | ({"validation": number // 5} if images.validated else {})
+    names = {f"{split}_{what}": count for split, count in splits.items() for what in ("images", "labels")}
+    images = dataclasses.replace(images, **{name: getattr(images, name)[:count] for name, count in names.items()})
     steps = number // config.batch_size
     # settings derived from the run's length are derived again
     config = dataclasses.replace(config, **dict.fromkeys(config.derived), derived=())
@@ -187,6 +183,7 @@ FORMER = {"memory": 200, "check_every": 50}
 def differences(config: dict[str, Any]) -> str:
     """Settings of a resolved configuration that change what is computed and differ from the preset, as "a=1, b=x".
 
+    Records from before there were validation images are not marked: `benchmarks.cifar.table` refuses to mix them with others.
     The number of epochs is not among them, nor those named in its `derived`, which follow from the run's length, nor, where
     nothing is pruned, the pruner's settings.
     """
@@ -200,6 +197,8 @@ def differences(config: dict[str, Any]) -> str:
         data_dir=None if config["dataset"] == "digits" else "unused",
     )
     names -= set(config.get("derived", ()))
+    if config.get("validation_share", 0.0) == 0:
+        names -= {"validation_share"}
     names -= {n for n, value in FORMER.items() if config.get(n) == value and getattr(base, n) is None}
     changed = {n: config[n] for n in sorted(names) if n in config and config[n] != getattr(base, n)}
     return ", ".join(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in changed.items())

@@ -119,7 +119,7 @@ class Record:
     @property
     def accuracy(self) -> float:
         """Test accuracy at the final epoch, percent."""
-        return 100 * self.result["accuracy"]
+        return 100 * self.result["test_accuracy"]
 
 
 def plan(args: argparse.Namespace) -> Config:
@@ -159,9 +159,9 @@ def read(folder: Path) -> Record:
     written = read_json(folder / "config.json")
     config = read_config(folder, dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, hidden_scale=float))
     config.setdefault(
-        "derived", [name for name, value in config.items() if written[name] is None and value is not None]
+        "derived", [name for name, value in config.items() if written.get(name, 0) is None and value is not None]
     )
-    result = read_result(folder, dict(accuracy=float, macs=float, macs_dense=float, params=float))
+    result = read_result(folder, dict(test_accuracy=float, macs=float, macs_dense=float, params=float))
     rows = _structures(folder)
     last = [rows[i] for i in sorted(_last(rows).values())]
     return Record(config, result, read_json(folder / "env.json"), last)
@@ -318,7 +318,19 @@ def _short(value: str, digits: int) -> str:
 
 
 def table(records: list[Record]) -> str:
-    """Records grouped by variant with spread over seeds, then differences paired by seed, as Markdown."""
+    """Records grouped by variant with spread over seeds, then differences paired by seed, as Markdown.
+
+    Raises:
+        ValueError: if records of one task were trained on different images.
+    """
+    shares: dict[tuple, float] = {}
+    for record in records:
+        own = record.config["validation_share"]
+        if (first := shares.setdefault(record.task, own)) != own:
+            raise ValueError(
+                f"`records` must have one validation_share for each task; got {first:g} and {own:g} for {record.task}. "
+                "Make a table of each."
+            )
     lines = [
         f"Final epoch. Accuracy and differences: mean and {CONFIDENCE:.0%} t-interval over n seeds, which for n = 2 is so wide "
         "that only large effects show, and not corrected for the number of differences below. All else: mean (and each seed's "

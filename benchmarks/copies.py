@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._common import guarded
+from catode import _checksums
 from catode.records import read_json
 from catode.train import data
 from catode.train.data.images import pixel_fingerprint
+from catode.train.loop import checkpoint
 from catode.train.settings.commandline import CommandLine
 
 MOST_IMAGES = 200_000
@@ -59,7 +61,9 @@ KNOWN = {
 
 def fingerprint(images: data.ImageData) -> str | None:
     """The fingerprint of the pixels; None of data sets with more than `MOST_IMAGES` images."""
-    number = len(images.train_labels) + len(images.test_labels)
+    number = (
+        len(images.train_labels) + len(images.test_labels) + (len(images.validation_labels) if images.validated else 0)
+    )
     return pixel_fingerprint(images) if number <= MOST_IMAGES else None
 
 
@@ -112,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pixels = fingerprint(data.load(args.dataset, args.data_dir, image_size=args.image_size))
     for folder, env in envs.items():
         (folder / "env.json").write_text(json.dumps(env | {"pixels": pixels}, indent=2) + "\n")
+        if (folder / _checksums.FILE).exists():
+            checkpoint.seal(folder, "env.json")
         print(f"written: {folder / 'env.json'}", file=sys.stderr)
     print(f"{pixels}  {name(args.dataset, args.data_dir, pixels)}")
 

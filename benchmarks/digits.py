@@ -58,7 +58,7 @@ class Pair:
     @property
     def difference(self) -> float:
         """Accuracy of the pruned network minus that of the ungated one."""
-        return self.pruned["accuracy"] - self.ungated["accuracy"]
+        return self.pruned["test_accuracy"] - self.ungated["test_accuracy"]
 
     @property
     def share(self) -> float:
@@ -101,8 +101,8 @@ def row(p: Pair) -> list[str]:
     r = p.pruned
     return [
         str(p.seed),
-        f"{r['accuracy']:.2%}",
-        f"{p.ungated['accuracy']:.2%}",
+        f"{r['test_accuracy']:.2%}",
+        f"{p.ungated['test_accuracy']:.2%}",
         f"{100 * p.difference:+.2f}",
         f"{r['macs'] / r['macs_dense']:.1%}",
         f"{p.units} / {r['units_total'] - r['units_kept']} / {r['units_total']}",
@@ -137,7 +137,7 @@ def summary(pairs: list[Pair], notes: str) -> str:
         ),
         f"mean accuracy within {100 * MOST_LOSS:.0f} point of the ungated runs": abs(mean) <= MOST_LOSS,
     }
-    pruned, ungated = (spread([100 * getattr(p, k)["accuracy"] for p in pairs]) for k in ("pruned", "ungated"))
+    pruned, ungated = (spread([100 * getattr(p, k)["test_accuracy"] for p in pairs]) for k in ("pruned", "ungated"))
     left = spread([p.pruned["macs"] / p.pruned["macs_dense"] for p in pairs], "{:.1f}", 100)
     lines = [
         f"Digits, {notes}; accuracy on the fixed test images at the final epoch; n = {len(pairs)} seeds; "

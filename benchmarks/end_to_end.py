@@ -89,8 +89,8 @@ def report(plain: Epochs, pruned: Epochs) -> tuple[str, dict[str, float]]:
                 f"{plain.cpu[number]:.1f}",
                 f"{cpu:.2f}",
                 f"{wall:.2f}",
-                f"{100 * a['test_accuracy']:.1f}",
-                f"{100 * b['test_accuracy']:.1f}",
+                f"{100 * a['validation_accuracy']:.1f}",
+                f"{100 * b['validation_accuracy']:.1f}",
             ]
         )
     header = ["epoch", "MACs left", "layers", "units", "undecided", "CPU s, ungated", "CPU ratio", "wall ratio"]
@@ -99,10 +99,10 @@ def report(plain: Epochs, pruned: Epochs) -> tuple[str, dict[str, float]]:
         "mean macs": float(np.mean([b["macs"] / a["macs"] for a, b in zip(plain.rows, pruned.rows, strict=True)])),
         "cpu": sum(pruned.cpu) / sum(plain.cpu),
         "wall": sum(pruned.wall) / sum(plain.wall),
-        "plain accuracy": plain.rows[-1]["test_accuracy"],
-        "pruned accuracy": pruned.rows[-1]["test_accuracy"],
+        "plain accuracy": plain.rows[-1]["validation_accuracy"],
+        "pruned accuracy": pruned.rows[-1]["validation_accuracy"],
     }
-    return markdown([*header, "accuracy %, ungated", "pruned"], rows), totals
+    return markdown([*header, "validation accuracy %, ungated", "pruned"], rows), totals
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -304,9 +304,15 @@ def resnet_probes(epochs: int, length: int, seed: int, **sample: int) -> str:
 def run_probes(folder: Path, seed: int, **sample: int) -> str:
     """The same for the network of a finished run, on its own training images."""
     model, record = load(folder), read(folder)
-    names = ("dataset", "arch", "batch_size", "augment", "data_dir", "image_size")
-    config = Config.from_presets(**{name: record.config[name] for name in names})
-    source = data.load(config.dataset, config.data_dir, image_size=config.image_size)
+    names = ("dataset", "arch", "batch_size", "augment", "data_dir", "image_size", "validation_share", "split_seed")
+    config = Config.from_presets(**{name: record.config[name] for name in names if name in record.config})
+    source = data.load(
+        config.dataset,
+        config.data_dir,
+        image_size=config.image_size,
+        validation_share=config.validation_share,
+        split_seed=config.split_seed,
+    )
     model = model.to(memory_format=torch.channels_last).train()
     stream = _stream(source, config)
     name = copies.name(config.dataset, config.data_dir, copies.fingerprint(source))

@@ -31,7 +31,7 @@ from catode.prune.checking import ROW_FIELDS
 from catode.prune.describe.costs import count
 from catode.records import read_json, read_rows
 from catode.train import load
-from catode.train.loop import METRIC_FIELDS, CsvTable, prepare, train
+from catode.train.loop import CsvTable, prepare, train
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config, ConfigError, check_out
 
@@ -129,20 +129,22 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
         "layers_total": a["layers_total"],
         "units_kept": sum(site.width for block in pruned.structures() for site in block.sites),
         "units_total": a["units_total"],
-        "accuracy_history": a["accuracy_history"] + b["accuracy_history"],
+        "validation_accuracy_history": a["validation_accuracy_history"] + b["validation_accuracy_history"],
         **{name: a[name] + b[name] for name in ("seconds", "cpu_seconds")},
     }
-    table = CsvTable(out, "metrics.csv", METRIC_FIELDS)
     rows, more = (read_rows(Path(c.out) / "metrics.csv") for c in (first, second))
     for row in more:
         row |= {name: float(row[name]) + float(rows[-1][name]) for name in ("epoch", "step", "time", "seconds")}
+    table = CsvTable(out, "metrics.csv", list(rows[0]))
     table.add(rows + more)
     table.close()
     CsvTable(out, "structures.csv", ROW_FIELDS).close()
     for name, content in (("config", json.loads(whole.to_json()) | rival), ("result", result)):
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (out / "env.json").write_text((Path(second.out) / "env.json").read_text())
-    print(f"{rival['rival']}: {100 * result['accuracy']:.2f} %, {result['macs'] / a['macs_dense']:.1%} of the MACs")
+    print(
+        f"{rival['rival']}: {100 * result['test_accuracy']:.2f} %, {result['macs'] / a['macs_dense']:.1%} of the MACs"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -99,7 +99,7 @@ def numbers(result: dict[str, Any]) -> dict[str, float]:
     """Numbers shown of a run, shares in percent, keys `SHOWN`."""
     found = {name: 100 * result[name] / result[f"{name}_dense"] for name in ("macs", "params")}
     found |= {name: result[f"{name}_kept"] for name in ("layers", "units")}
-    return found | {"accuracy": 100 * result["accuracy"]}
+    return found | {"accuracy": 100 * result["test_accuracy"]}
 
 
 def table(grid: dict[str, list[Any]], found: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:

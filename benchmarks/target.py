@@ -42,7 +42,7 @@ def row(quantity: str, share: float, result: dict) -> tuple[list[str], float]:
         str(result["seed"]),
         f"{ended:.1%}",
         f"{100 * (ended - share):+.2f}",
-        f"{result['accuracy']:.2%}",
+        f"{result['test_accuracy']:.2%}",
         f"{result['layers_kept']} of {result['layers_total']}",
         f"{result['units_kept']} of {result['units_total']}",
         f"{result['decided_by_rule']:.1%}",

@@ -1,13 +1,15 @@
 """Reads the files of a run's folder: JSON, and CSV tables, which may be compressed (``.csv.gz``) as in records.
 
-Every function checks what it reads; its error messages name the file. `read_config`, `read_structures`, `read_decisions`
-and `read_result` translate the names of earlier versions to those of this one (see CHANGELOG.md).
+Every function checks what it reads, its checksum too where the folder has a checksums.json; its error messages name the
+file. `read_config`, `read_structures`, `read_decisions` and `read_result` translate the names of earlier versions to those
+of this one (see CHANGELOG.md).
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import math
 import zlib
@@ -15,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from catode import _checksums
 from catode.structures.fates import (
     COMMITTED,
     FATES,
@@ -66,26 +69,34 @@ def read_json(
         ValueError: if it is damaged, or a required key is missing or of another type.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            _checksums.check(path, file)
+            content = file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path) from None
     except OSError as error:
         raise _unreadable(path, error) from None
+    try:
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold valid JSON; {error}. Restore the file from the run.") from None
     if _depth(value) > _DEEPEST:
         raise ValueError(f"{path} must be nested at most {_DEEPEST} deep; got more. Restore the file from the run.")
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}. Restore the file from the run.")
-    known = required or {}
-    for key, kind in {**known, **(optional or {})}.items():
+    _check_keys(path, value, required or {}, optional or {})
+    return value
+
+
+def _check_keys(path: Path, value: dict[str, Any], known: Mapping[str, type], optional: Mapping[str, type]) -> None:
+    """Check the keys of a JSON object, as `read_json` describes."""
+    for key, kind in {**known, **optional}.items():
         if key not in known and value.get(key) is None:
             continue
         if key not in value:
             raise ValueError(f"{path} must have the key {key!r}; got none. Restore the file from the run.")
         if not _is(value[key], kind):
             raise ValueError(f"{path} must have {_KINDS[kind]} at {key!r}; got {key}={value[key]!r}.")
-    return value
 
 
 def _depth(value: Any) -> int:
@@ -101,7 +112,10 @@ def _is(value: Any, kind: type) -> bool:
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        try:
+            return isinstance(value, int | float) and math.isfinite(value)
+        except OverflowError:  # an integer of hundreds of digits
+            return False
     return isinstance(value, kind)
 
 
@@ -125,11 +139,12 @@ def read_table(path: Path, required: Sequence[str] = ()) -> tuple[list[str], lis
         FileNotFoundError: if it is missing.
         ValueError: if it is damaged or truncated, lacks a column, or has rows of another length than the header.
     """
-    path = packed(path)
+    plain, path = path, packed(path)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", newline="", encoding="utf-8") as stream:
-            rows = [row for row in csv.reader(stream) if row]
+        with opened(path, "rb") as stream:
+            _checksums.check(plain, stream)
+            rows = [row for row in csv.reader(io.TextIOWrapper(stream, encoding="utf-8", newline="")) if row]
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path.with_suffix("") if path.suffix == ".gz" else path) from None
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, csv.Error) as error:
@@ -175,10 +190,11 @@ def number(path: Path, name: str, text: str) -> float:
 def read_config(
     folder: Path, required: Mapping[str, type] | None = None, optional: Mapping[str, type] | None = None
 ) -> dict[str, Any]:
-    """config.json of a run, with `memory` and `check_every` always set.
+    """config.json of a run, with `memory`, `check_every` and `validation_share` always set.
 
-    Earlier versions left both null where they followed from the run's length; they are then computed from metrics.csv.
-    `rate_ratio` and `probe_size`, which no reader needs, stay null.
+    Earlier versions left the first two null where they followed from the run's length; they are then computed from
+    metrics.csv. `rate_ratio` and `probe_size`, which no reader needs, stay null. Before 0.2 no image was held out for
+    validation: the share is 0.
 
     Args:
         folder: The run's folder.
@@ -188,6 +204,7 @@ def read_config(
     from catode.theory.tolerance.measured import check_steps, pool_memory
 
     config = read_json(folder / "config.json", required, optional)
+    config.setdefault("validation_share", 0.0)
     if config.get("memory", 0) is None:
         read_json(folder / "config.json", {"decide_until": float, "epochs": float})
         config["memory"] = pool_memory(round(config["decide_until"] * _steps(folder, config)))
@@ -249,8 +266,12 @@ def read_decisions(folder: Path, required: Sequence[str] = ()) -> list[dict[str,
 def read_result(
     folder: Path, required: Mapping[str, type] | None = None, optional: Mapping[str, type] | None = None
 ) -> dict[str, Any]:
-    """result.json of a run; arguments as in `read_json`."""
-    result = read_json(folder / "result.json", required, optional)
+    """result.json of a run; arguments as in `read_json`. Before 0.2 its accuracies, all on test images, did not say so."""
+    result = read_json(folder / "result.json")
+    for name in ("accuracy", "accuracy_history"):
+        if name in result and f"test_{name}" not in result:
+            result[f"test_{name}"] = result.pop(name)
+    _check_keys(folder / "result.json", result, required or {}, optional or {})
     decisions = result.get("decisions")
     if isinstance(decisions, dict) and {"forced", "promoted"} & set(decisions):  # before 0.2
         last = {}

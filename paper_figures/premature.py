@@ -105,7 +105,7 @@ def _verdict(harmed: bool) -> str:
 
 
 def _accuracies(group: Sequence[Record]) -> list[float]:
-    return [record.result["accuracy"] for record in group]
+    return [record.result["test_accuracy"] for record in group]
 
 
 def _strip(ax, values: dict[str, list[float]], looks: dict[str, tuple[str, str]]) -> None:

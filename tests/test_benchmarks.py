@@ -31,7 +31,7 @@ def record(seed=0, accuracy=0.8, macs=40e6, **settings):
     settings = {"dataset": "cifar10", "data_dir": "d", "memory": 200, "check_every": 50} | settings
     config = json.loads(Config.from_presets(seed=seed, **settings).to_json())
     result = dict(
-        accuracy=accuracy, macs=macs, macs_dense=40e6, params=1e5, layers_kept=9, layers_total=9, units_kept=100
+        test_accuracy=accuracy, macs=macs, macs_dense=40e6, params=1e5, layers_kept=9, layers_total=9, units_kept=100
     )
     result |= dict(units_total=336, decided_by_rule=1.0, latency_ms_128=1.0, latency_dense_ms_128=1.0, seconds=60.0)
     env = dict(processor="p", cores=2, torch="t", threads=1, python="3", pixels=next(iter(copies.KNOWN)))
@@ -417,7 +417,9 @@ def test_the_sentence_of_a_knob_is_the_change_at_equal_other_settings():
     found = []
     for point in sensitivity.points(grid, 1):
         macs = 80 - 5 * point["nu"] + 10 * point["beta"]
-        result = dict(macs=macs, macs_dense=100, params=50, params_dense=100, layers_kept=9, units_kept=5, accuracy=0.9)
+        result = dict(
+            macs=macs, macs_dense=100, params=50, params_dense=100, layers_kept=9, units_kept=5, test_accuracy=0.9
+        )
         found.append((point, result))
     told = sensitivity.table(grid, found)
     assert "- `nu` from 1 to 9: MACs -40.0 points (up in 0 of 2), parameters +0.0 points (up in 0 of 2)" in told
@@ -427,7 +429,7 @@ def test_the_sentence_of_a_knob_is_the_change_at_equal_other_settings():
 def test_values_that_are_no_numbers_are_named():
     grid = sensitivity.parse_grid(["arch=resnet14,resnet20", "tol=none,0.5"])
     assert grid == {"arch": ["resnet14", "resnet20"], "tol": [None, 0.5]}
-    result = dict(macs=1, macs_dense=2, params=1, params_dense=2, layers_kept=9, units_kept=5, accuracy=0.9)
+    result = dict(macs=1, macs_dense=2, params=1, params_dense=2, layers_kept=9, units_kept=5, test_accuracy=0.9)
     told = sensitivity.table(grid, [(point, result) for point in sensitivity.points(grid, 1)])
     assert [row[:2] for row in rows(told, "arch")][:2] == [["resnet14", "derived"], ["resnet14", "0.5"]]
     assert "- `arch` from resnet14 to resnet20: MACs" in told and "- `tol` from derived to 0.5: MACs" in told
@@ -454,11 +456,11 @@ def small(monkeypatch):
 
     def few(*args, load=loop.setup.data.load, **kwargs):
         whole = load(*args, **kwargs)
-        names = ("train_images", "train_labels", "test_images", "test_labels")
+        names = [f"{split}_{what}" for split in ("train", "validation", "test") for what in ("images", "labels")]
         return dataclasses.replace(whole, **{name: getattr(whole, name)[:64] for name in names})
 
     monkeypatch.setattr(loop.setup.data, "load", few)
-    monkeypatch.setattr(loop.trainer, "latency_ms", lambda networks, example: [[1.0] * len(networks)] * 2)
+    monkeypatch.setattr(loop.result, "latency_ms", lambda networks, example: [[1.0] * len(networks)] * 2)
 
 
 TINY = dict(dataset="digits", arch="resnet14", nu=0.0, epochs=2, batch_size=32, threads=1)
@@ -510,7 +512,10 @@ def test_the_rival_leaves_a_record_and_goes_on_from_its_trained_half(tmp_path, s
     assert (out / "trained" / "result.json").stat().st_mtime_ns == trained
     made = cifar.read(out)
     assert made.kind == "rival" and made.variant.startswith("Torch-Pruning resnet14")
-    assert 0.3 < made.result["macs"] / made.result["macs_dense"] <= 0.5 and len(made.result["accuracy_history"]) == 2
+    assert (
+        0.3 < made.result["macs"] / made.result["macs_dense"] <= 0.5
+        and len(made.result["validation_accuracy_history"]) == 2
+    )
     assert [float(row["epoch"]) for row in read_rows(out / "metrics.csv")] == [1, 2]
     assert made.variant in cifar.table([made]) and "% of the MACs" in capsys.readouterr().out
     assert read_json(out / "config.json")["tune_epochs"] == 1
@@ -523,3 +528,11 @@ def test_without_torch_pruning_nothing_is_trained(tmp_path, monkeypatch, capsys)
     status, error = told(capsys, monkeypatch, "rival", f"--dataset digits --macs 0.5 --out {tmp_path / 'r'}")
     assert status == 2 and "`torch_pruning` must be installed" in error and "pip install torch-pruning" in error
     assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_records_trained_on_different_images_are_not_compared():
+    one = cifar.read(Path(cifar.__file__).parent / "records" / "dense-s0")
+    other = dataclasses.replace(one, config=one.config | {"validation_share": 0.1, "seed": 1})
+    assert one.config["validation_share"] == 0 and one.variant == other.variant == "dense resnet20"
+    with pytest.raises(ValueError, match="`records` must have one validation_share for each task; got 0 and 0.1 for"):
+        cifar.table([one, other])

@@ -147,7 +147,7 @@ def few(monkeypatch):
         )
 
     monkeypatch.setattr(data, "load", first)
-    monkeypatch.setattr("catode.train.loop.trainer.latency_ms", lambda networks, example: [[1.0] * len(networks)] * 2)
+    monkeypatch.setattr("catode.train.loop.result.latency_ms", lambda networks, example: [[1.0] * len(networks)] * 2)
 
 
 @pytest.fixture

@@ -65,7 +65,8 @@ def write_run(out: Path, config) -> Path:
     _table(out / "structures.csv", sorted(rows, key=lambda row: row["step"]))
     done = [epoch * EVERY >= 440 or config.nu == 0 for epoch in range(1, EPOCHS + 1)]
     metrics = [
-        dict(epoch=e, step=e * EVERY, time=e, lr=0.1, loss=1 / e, train_accuracy=0.9, test_accuracy=0.9, expected_complexity=0.5,
+        dict(epoch=e, step=e * EVERY, time=e, lr=0.1, loss=1 / e, train_accuracy=0.9, validation_loss=1 / e,
+             validation_accuracy=0.9, expected_complexity=0.5,
              macs=counts.macs if end else dense.macs, params=counts.params if end else dense.params, wait_share=0.0)
         for e, end in enumerate(done, 1)
     ]  # fmt: skip
@@ -117,7 +118,7 @@ def folder(tmp_path_factory):
         else:
             shutil.copytree(alike[key], out)
             _change(out / "config.json", **dataclasses.asdict(config))
-            _change(out / "result.json", seed=config.seed, accuracy=0.98 - 0.002 * config.seed)
+            _change(out / "result.json", seed=config.seed, test_accuracy=0.98 - 0.002 * config.seed)
     return root
 
 

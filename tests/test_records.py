@@ -51,6 +51,7 @@ def test_a_json_object_is_read_as_it_is(tmp_path):
         ({"epochs": True}, "a.json must have an integer at 'epochs'; got epochs=True"),
         ({"epochs": 1, "tol": "much"}, "a.json must have a number at 'tol'; got tol='much'"),
         ({"epochs": 1, "tol": math.nan}, "a.json must have a number at 'tol'"),
+        ({"epochs": 1, "tol": 10**400}, "a.json must have a number at 'tol'"),
         ({"epochs": 1, "shadow": 0}, "a.json must have true or false at 'shadow'; got shadow=0"),
         ({"epochs": 1, "arch": 20}, "a.json must have a string at 'arch'; got arch=20"),
     ],
@@ -193,9 +194,9 @@ def test_a_memory_that_the_length_of_the_run_gave_is_resolved(tmp_path, steps_pe
 def test_a_resolved_config_is_left_as_it_is(tmp_path):
     written = write_config(tmp_path, 22, memory=300, check_every=10)
     (tmp_path / "metrics.csv").unlink()  # not needed
-    assert records.read_config(tmp_path) == written
-    write_json(tmp_path / "config.json", {"nu": 0.0})
-    assert records.read_config(tmp_path) == {"nu": 0.0}
+    assert records.read_config(tmp_path) == written | {"validation_share": 0.0}
+    write_json(tmp_path / "config.json", {"nu": 0.0, "validation_share": 0.2})
+    assert records.read_config(tmp_path) == {"nu": 0.0, "validation_share": 0.2}
 
 
 def test_a_run_that_ended_before_its_first_epoch_has_the_least_memory(tmp_path):
@@ -330,7 +331,8 @@ def test_the_decisions_of_an_older_result_are_counted_by_todays_fates(tmp_path):
     write_earlier(tmp_path)
     counts = {"committed": 1, "forced": 4, "promoted": 2, "pruned_tolerance": 1, "pruned_zero": 1, "undecided": 1}
     write_json(tmp_path / "result.json", {"accuracy": 0.5, "decisions": counts})
-    result = records.read_result(tmp_path, {"accuracy": float})
+    result = records.read_result(tmp_path, {"test_accuracy": float})
+    assert result["test_accuracy"] == 0.5 and "accuracy" not in result
     assert result["decisions"] == {
         "committed": 1,
         "kept_for_width": 1,

@@ -47,7 +47,7 @@ from catode.prune.gated.network import Cut, Network
 from catode.prune.measure.bounds import project
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
-from catode.prune.measure.measuring import Measuring, Probed
+from catode.prune.measure.measuring import Measuring, Probed, check_finite
 from catode.prune.optimizers import Clock, check_optimizer, ode_time, theta_speed
 from catode.prune.queries import Queries
 from catode.prune.recalibration import recalibrate_norms
@@ -228,7 +228,7 @@ class Pruner(Queries):
             ValueError: if the state is of another network, of another kind of run, or of an earlier version.
         """
         own = self.state
-        check_fits(own, state)
+        check_fits(own, state, self.inventory, self.model.state_dict())
         self._network.remove_gates()
         self._capture.detach()
         unpack(own, state["pruner"])
@@ -264,7 +264,8 @@ class Pruner(Queries):
             The check, if this step had one.
 
         Raises:
-            RuntimeError: if no backward pass through the gated model came before.
+            RuntimeError: if no backward pass through the gated model came before, or, as a `NotFinite`, if the loss of a step
+                that the optimizer took was not finite; no theta has moved since, and nothing was removed.
             ValueError: if the loss that was trained on is not the one that was given.
         """
         own = self.state
@@ -386,6 +387,7 @@ class Pruner(Queries):
         own, open_ = self.state, self._open
         own.pending += step_time
         derivative, *found = numbers
+        check_finite(derivative, done)
         paired = self._measuring.take(probed, own.evidence, open_, *found) if probed else {}
         self._move(*self._measuring.estimates(own.evidence, open_, draw, derivative, paired), done)
 

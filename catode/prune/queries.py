@@ -118,7 +118,7 @@ class Queries:
 
     @property
     def largest_violations(self) -> NDArray:
-        """Largest benefit over what the Lipschitz assumption permits of each layer, shape (layers,); above 1 it fails."""
+        """Largest share of what the Lipschitz assumption permits a layer's benefit, at any check, shape (layers,)."""
         return self.state.bounds.violation
 
     @property

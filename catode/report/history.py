@@ -27,7 +27,6 @@ _METRIC_COLUMNS = (
     "step",
     "loss",
     "train_accuracy",
-    "test_accuracy",
     "expected_complexity",
     "macs",
     "params",

@@ -23,8 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["accuracy_picture", "complexity_picture", "structure_picture", "theta_panel", "theta_picture"]
 
 
+HELD_OUT = ("validation", "test")
+"""What the accuracy of every epoch may be measured on: validation images, or test images before 0.2."""
+_CAPTIONS = {
+    "validation": "Every epoch's accuracy is on the validation images; the test images were read once, after the last epoch.",
+    "test": "The result of the run is the last test accuracy, not the best.",
+    None: "All training images were trained on, none held out for validation; the test images were read once, at the end.",
+}
+
+
 def accuracy_picture(run: Run) -> Picture | None:
-    """Accuracy and training loss by epoch."""
+    """Accuracy and loss by epoch, with the images that they are measured on."""
     metrics = run.metrics
     if not metrics["step"].size:
         return None
@@ -33,22 +42,32 @@ def accuracy_picture(run: Run) -> Picture | None:
     epoch = run.epochs(metrics["step"])
     marker = "o" if epoch.size <= 3 else None
     left.plot(epoch, metrics["train_accuracy"], color=PALETTE["sky"], marker=marker, label="training images")
-    left.plot(epoch, metrics["test_accuracy"], color=PALETTE["blue"], marker=marker, label="test images")
+    shown = next((name for name in HELD_OUT if f"{name}_accuracy" in metrics), None)
+    if shown is not None:
+        accuracy = metrics[f"{shown}_accuracy"]
+        left.plot(epoch, accuracy, color=PALETTE["blue"], marker=marker, label=f"{shown} images")
     left.set_title("Accuracy")
     left.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
     left.legend(loc="lower right")
-    right.plot(epoch, metrics["loss"], color=PALETTE["blue"], marker=marker)
-    right.set_title("Training loss")
+    validated = "validation_loss" in metrics
+    losses = {"training": metrics["loss"], **({"validation": metrics["validation_loss"]} if validated else {})}
+    for name, loss in losses.items():
+        colour = PALETTE["sky" if name == "training" and validated else "blue"]
+        right.plot(epoch, loss, color=colour, marker=marker, label=f"{name} images")
+    right.set_title("Loss" if validated else "Training loss")
+    if validated:
+        right.legend(loc="upper right")
     right.set_ylabel("nats per image")
-    if (metrics["loss"] > 0).all() and metrics["loss"].max() > 20 * metrics["loss"].min():
+    every = np.concatenate(list(losses.values()))
+    if (every > 0).all() and every.max() > 20 * every.min():
         right.set_yscale("log")
     for ax in (left, right):
         _epoch_axis(ax, run)
     caption = (
-        "Share of the images that are classified correctly, and training loss, after every pass "
+        "Share of the images that are classified correctly, and loss, after every pass "
         "over the training images (epoch). Training values are measured while the network still changes and, in "
         "a run with gates, while structures are switched on and off at random, so training accuracy may be below "
-        "test accuracy. The result of the run is the last test accuracy, not the best."
+        f"that on other images. {_CAPTIONS[shown]}"
     )
     return Picture("accuracy", "Accuracy and loss", caption, figure)
 

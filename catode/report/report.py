@@ -62,7 +62,7 @@ def write(folder: Path) -> Path:
         with house_style():
             picture.figure.savefig(run.folder / f"{picture.name}.png")
     path = run.folder / "report.md"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
     return path
 
 
@@ -105,7 +105,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _headline(run: Run) -> str:
     result = run.result
     rows = [
-        ("Test accuracy, final epoch", _format(result, "accuracy", lambda value: f"{100 * value:.2f} %")),
+        ("Test accuracy, final epoch", _format(result, "test_accuracy", lambda value: f"{100 * value:.2f} %")),
+        (
+            "Validation accuracy, final epoch",
+            _format(result, "validation_accuracy", lambda value: f"{100 * value:.2f} %"),
+        ),
         ("MACs per image, dense → compact", _shrunk(result, "macs_dense", "macs")),
         ("MACs executed (with channels kept only for speed)", _format(result, "macs_executed", "{:,}".format)),
         ("Parameters, dense → compact", _shrunk(result, "params_dense", "params")),

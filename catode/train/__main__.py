@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from catode._output import run
 from catode.train.settings.commandline import parse
@@ -18,6 +19,9 @@ from catode.train.stop import Stopped, terminated
 
 if TYPE_CHECKING:
     from catode.prune.devices.distributed import Group
+    from catode.train.loop import Setup
+
+AGAIN = "give the same command again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,22 +66,27 @@ def _main(argv: Sequence[str] | None) -> int:
             if setup.config.dry_run:
                 return _end(group, 0, preflight.table(setup), sys.stdout)
             folder = loop.train(setup, at_end=_report)
+            missed = group.leads and bool(_missed(folder) or _removed_unseen(folder))
+            return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
         except ConfigError as error:  # another process uses the folder
             return _end(group, 2, f"error: {error}")
         except (loop.NotFinite, distributed.Disagreement) as error:
             return _end(group, 1, f"error: {error}")
         except data.DataError as error:  # raised only in the process that reads the image
-            print(f"error: {error} Then continue with --resume {setup.config.out}", file=sys.stderr)
+            print(f"error: {error} Then continue with {_resume(setup.config.out)}", file=sys.stderr)
             return 2
         except distributed.Lost as error:  # every process prints it: rank 0 may be the one that died
-            hint = f" Continue with --resume {setup.config.out}" if setup else ""
+            hint = f" Continue with {_resume(setup.config.out)}" if setup else ""
             print(f"error: process {group.rank} of {group.size}: {error}.{hint}", file=sys.stderr)
             return 1
         except BrokenPipeError:
             raise
         except OSError as error:  # in the process that writes, or in all of them before the first step
-            hint = f". Fix that, then continue with --resume {setup.config.out}" if setup else ""
-            print(f"error: {error}{hint}", file=sys.stderr)
+            print(f"error: {error}{_then_continue(setup)}", file=sys.stderr)
+            return 1
+        except MemoryError as error:  # of huge images or a huge number of steps
+            reason = (str(error).splitlines() or ["no memory is left"])[0]
+            print(f"error: not enough memory: {reason}{_then_continue(setup)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:
             if setup is None:
@@ -86,17 +95,26 @@ def _main(argv: Sequence[str] | None) -> int:
             return _end(
                 group, 128 + number, f"{str(stop) or 'interrupted'}; {_how_to_continue(Path(setup.config.out))}"
             )
-        missed = group.leads and bool(_missed(folder) or _removed_unseen(folder))
-        return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
+
+
+def _resume(folder: str | Path) -> str:
+    """The flag that continues a run, as a shell reads it."""
+    return f"--resume {shlex.quote(str(folder))}"
+
+
+def _then_continue(setup: Setup | None) -> str:
+    """The end of a message about what stopped a run."""
+    how = _how_to_continue(Path(setup.config.out)) if setup else AGAIN
+    return f". Fix that, then {how}" if how.startswith(("continue", AGAIN)) else f"; {how}"
 
 
 def _how_to_continue(folder: Path) -> str:
     """What to do after an interruption, as text."""
     if not (folder / "config.json").exists():
-        return "give the same command again"
+        return AGAIN
     if (folder / "result.json").exists() and not list(folder.glob("checkpoint-*.pt")):
         return f"the run in {folder} is finished"
-    return f"continue with --resume {folder}"
+    return f"continue with {_resume(folder)}"
 
 
 def _single_process() -> bool:
@@ -120,7 +138,8 @@ def _report(folder: Path) -> None:
     except Exception as error:  # of a damaged file, a full disk, a drawing library
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         print(
-            f"warning: the run is finished, but its report failed: {reason}. Make it again with catode report {folder}",
+            f"warning: the run is finished, but its report failed: {reason}. Make it again with catode report "
+            f"{shlex.quote(str(folder))}",
             file=sys.stderr,
         )
 
@@ -130,6 +149,12 @@ def _missed(folder: Path) -> str:
     from catode.report.report import missed_target
 
     return missed_target(*(json.loads((folder / name).read_text()) for name in ("config.json", "result.json")))
+
+
+def _accuracies(result: dict[str, Any]) -> list[str]:
+    """Accuracy on the test images, which were read once, and on those for validation, as text."""
+    splits = [split for split in ("test", "validation") if result[f"{split}_accuracy"] is not None]
+    return [f"{result[f'{split}_accuracy']:.2%} on {result[f'{split}_images']:,} {split} images" for split in splits]
 
 
 def _removed_unseen(folder: Path) -> int:
@@ -142,8 +167,9 @@ def summary(folder: Path) -> str:
     from catode.report.report import waiting
 
     result = json.loads((folder / "result.json").read_text())
+    ema = ", averaged weights" if result["test_accuracy_without_ema"] is not None else ""
     lines = [
-        f"accuracy {result['accuracy']:.2%} (test images, final epoch)",
+        f"accuracy {', '.join(_accuracies(result))}; final epoch{ema}",
         f"MACs     {result['macs_dense']:,} -> {result['macs']:,} ({result['macs'] / result['macs_dense']:.1%})",
         f"params   {result['params_dense']:,} -> {result['params']:,} ({result['params'] / result['params_dense']:.1%})",
         f"layers   {result['layers_total']} -> {result['layers_kept']}, units {result['units_total']} -> {result['units_kept']}",

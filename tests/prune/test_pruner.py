@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 import dataclasses
 import functools
 import io
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +21,10 @@ from torch import nn
 
 from catode._saved import saved_fields
 from catode.prune.checking import ROW_FIELDS
-from catode.prune.gated.cut import restrict, unit_norms
 from catode.prune.describe.costs import Counts, count
+from catode.prune.gated.cut import restrict, unit_norms
+from catode.prune.measure.measuring import NotFinite
+from catode.prune.optimizers import check_optimizer, ode_time, theta_speed
 from catode.prune.pruner import Pruner
 from catode.prune.state import ARRAY, PrunerState, pack
 from catode.structures.fates import FATES, KEPT_OUT_OF_TIME, REMOVED
@@ -616,6 +618,56 @@ def test_a_state_of_another_kind_is_refused_and_the_pruner_left_alone():
     assert any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("read_every", "per_example"), [(1, False), (4, False), (1, True)])
+@pytest.mark.parametrize("spoilt", [61, 62, 121])
+def test_pixels_that_are_not_finite_move_no_theta_and_are_one_line(spoilt, read_every, per_example, bad):
+    """One pixel of one image of one batch, in a loop that steps all the same; at probed, unprobed and burst steps."""
+    model, optimizer, pruner = make(read_every=read_every, per_example=per_example, rate_ratio=0.5)
+    source, done, thetas = batches(0), 0, []
+    with pytest.raises(NotFinite, match=rf"^the loss must be finite [^\n]* at step {spoilt}\.[^\n]*$") as refused:
+        while True:
+            x, y = next(source)
+            done += 1
+            x = x.clone()
+            if done == spoilt:
+                x[3, 0, 2, 2] = bad
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            pruner.step()
+            thetas.append((pruner.keep_prob.copy(), pruner.fate.copy()))
+    assert refused.value.step == spoilt and done - spoilt < read_every
+    assert np.isfinite(pruner.keep_prob).all() and (pruner.keep_prob < 1).any()
+    assert (pruner.fate == thetas[-1][1]).all() and len(thetas) == done - 1
+    if read_every == 1:
+        assert (pruner.keep_prob == thetas[-1][0]).all()
+
+
+def test_a_batch_that_the_user_leaves_out_costs_nothing():
+    """A loop that looks at its loss before the optimizer's step: with skipped=True, or with no step at all."""
+    ends = []
+    for say in (True, False):
+        model, optimizer, pruner = make()
+        for number, (x, y) in zip(range(160), batches(0), strict=False):
+            if number in (70, 71, 130):
+                x = x * math.nan
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            if loss.isfinite():
+                optimizer.step()
+                pruner.step()
+            elif say:
+                pruner.step(skipped=True)
+        ends.append(pruner)
+        assert np.isfinite(pruner.keep_prob).all() and (pruner.keep_prob < 1).any()
+        assert all(np.isfinite(values).all() for values in pruner.state.evidence.limits())
+        assert np.isfinite(pruner.state.products.gain.mean).all()
+    assert [pruner.state.done for pruner in ends] == [160, 157]
+    assert ends[0].state.time == pytest.approx(ends[1].state.time)
+
+
 def test_a_long_warm_up_begins_without_gates_and_trains_as_the_ungated_network_does():
     model, optimizer, pruner = make(warmup=60, memory=10, measure_every=1, layers_per_probe=3)
     plain = dense()
@@ -707,3 +759,83 @@ def test_what_has_no_default_must_be_given(name):
     del given[name]
     with pytest.raises(TypeError, match=f"`{name}` must be given"):
         Pruner(model, EXAMPLE, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **given)
+
+
+# --- copies that are cut with the model, Nesterov's momentum -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"width_multiple": 8}, {"round_to": 4}])
+def test_a_copy_is_cut_as_the_model_is(changes):
+    """A copy that has the model's weights before each cut has them afterwards, parameters and buffers."""
+    model, copied, cuts = dense(), dense(), []
+    model, optimizer, pruner = make(model, **changes)
+    carry_out = pruner._carry_out
+
+    def take_weights_first(outcome):
+        copied.load_state_dict(pruner.gates.plain_state())
+        return carry_out(outcome)
+
+    def follow(cut):
+        present = cut.apply(copied)
+        state = copied.state_dict()
+        assert state.keys() == model.state_dict().keys()  # no gates now
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+        cuts.append(sum(map(len, present)))
+
+    pruner._carry_out = take_weights_first
+    pruner.on_cut(follow)
+    loop(model, optimizer, pruner, 500)
+    copied.load_state_dict(pruner.gates.plain_state())
+    final = pruner.finish()
+    assert len(cuts) > 2 and cuts[-1] < cuts[0]
+    x = digits()[2][:16]
+    assert torch.equal(copied.eval()(x), final.eval()(x))
+    assert count(copied, EXAMPLE) == pruner.counts()
+
+
+def test_a_copy_of_a_fresh_model_is_cut_when_a_state_is_loaded():
+    model, optimizer, pruner = make()
+    loop(model, optimizer, pruner, 300)
+    copied = dense(7)
+    _, _, restored = make(dense(7))
+    restored.on_cut(lambda cut: cut.apply(copied))
+    restored.load_state_dict(pruner.state_dict())
+    shapes = {name: tensor.shape for name, tensor in pruner.gates.plain_state().items()}
+    assert {name: tensor.shape for name, tensor in copied.state_dict().items()} == shapes
+    assert count(copied, EXAMPLE).macs < count(dense(), EXAMPLE).macs
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_law_the_ode_time_of_a_step_is_that_of_the_flow_on_a_quadratic(nesterov, momentum):
+    """On ``L = curvature x^2/2`` the flow gives ``exp(-curvature t)``: a step of SGD passes ``-log(shrinkage)/curvature``.
+
+    The shrinkage of a step is the dominant root of the recursion: ``z^2 - (1 + m - h c) z + m (1 - h s) = 0``, h = lr
+    curvature; without Nesterov c = 1, s = 0, with it c = 1 + m, s = 1.
+    """
+    curvature = 2.0
+    errors = []
+    for lr in (1e-4, 1e-5):
+        h = lr * curvature
+        linear, constant = 1 + momentum - h * (1 + momentum * nesterov), momentum * (1 - h * nesterov)
+        root = (linear + math.sqrt(linear**2 - 4 * constant)) / 2
+        x = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+        optimizer = torch.optim.SGD([x], lr=lr, momentum=momentum, nesterov=nesterov)
+        check_optimizer(optimizer)
+        values = []
+        for _ in range(400):
+            optimizer.zero_grad()
+            (curvature * x**2 / 2).backward()
+            optimizer.step()
+            values.append(x.item())
+        assert values[-1] / values[-2] == pytest.approx(root, rel=1e-12)  # what PyTorch does
+        errors.append(abs(-math.log(root) / curvature / ode_time(optimizer) - 1))
+    assert errors[0] < 0.03 and errors[1] == pytest.approx(errors[0] / 10, rel=0.1)  # first order in lr
+
+
+def test_nesterov_is_pruned_at_the_same_speed():
+    speeds = []
+    for nesterov in (False, True):
+        optimizer = torch.optim.SGD(dense().parameters(), lr=0.05, momentum=0.9, nesterov=nesterov)
+        speeds.append((theta_speed(None, 400, optimizer), ode_time(optimizer)))
+    assert speeds[0] == speeds[1] == (pytest.approx(10 / (400 * 0.5)), pytest.approx(0.5))

@@ -238,6 +238,6 @@ def test_fp16_trains_and_prunes_with_a_scaler(tmp_path, monkeypatch):
     finally:
         trainer.close()
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["accuracy"] > 0.2 and 0 < sum(bool(s) for _, s in skipped) < len(skipped) / 2
+    assert result["test_accuracy"] > 0.2 and 0 < sum(bool(s) for _, s in skipped) < len(skipped) / 2
     assert bool(skipped[0][1]) and not bool(skipped[-1][1]) and float(skipped[-1][0]) < 2.0**30
     assert trainer.pruner.state.time < trainer.time, "no time passed in the skipped steps"

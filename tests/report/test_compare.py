@@ -229,7 +229,7 @@ def change(name, old, new):
         (break_("structures.csv", "step,kind\n1,unit\n"), "structures.csv must have the column 'block'"),
         (change("structures.csv", "1.5", "much"), "structures.csv must hold numbers in column 'gain'"),
         (break_("result.json", "{"), "result.json must hold valid JSON"),
-        (break_("result.json", "{}"), "result.json must have the key 'accuracy'"),
+        (break_("result.json", "{}"), "result.json must have the key 'test_accuracy'"),
         (break_("result.json", "[]"), "result.json must hold a JSON object"),
         (break_("shadow.csv", None), "`folder` must hold shadow.csv"),
         (break_("shadow.csv", "rule,step\nderived,ten\n"), "shadow.csv must have the column 'kind'"),

@@ -41,7 +41,7 @@ WRONG_LINES = [
     ("--resume x --nu 1", "`nu` must be left out with resume; got nu=1.0 and resume='x'."),
     (
         "--resume nowhere",
-        "`resume` must be the folder of an interrupted run; got resume='nowhere', which holds no run.",
+        "`resume` must be the folder of an interrupted run; got resume='nowhere', which holds no config.json.",
     ),
     ("--prior bernoulli", "`prior` must be flattening without --tol"),
     ("--prior concrete --tol 0.1 --shadow", "`prior` must be flattening without --tol, with a target or with shadow"),

@@ -79,12 +79,22 @@ WRONG_FIELDS = [
     ("check_every", 1.5),
     ("epochs", 0),
     ("epochs", 1.0),
+    ("epochs", 2**31),
+    ("epochs", 10**400),
+    ("probe_size", 10**30),
+    ("threads", 2**63),
     ("batch_size", 1),
     ("lr", 0),
     ("momentum", 1),
     ("weight_decay", -1e-4),
     ("schedule", "linear"),
     ("label_smoothing", 1),
+    ("nesterov", "yes"),
+    ("ema", 1),
+    ("ema", -0.1),
+    ("validation_share", 0.6),
+    ("validation_share", -0.1),
+    ("split_seed", -1),
     ("amp", "fp16"),
     ("sync_bn", "yes"),
     ("amp", "half"),
@@ -148,6 +158,14 @@ def test_wrong_field_is_refused(name, value):
     with pytest.raises(ConfigError, match=f"^`{name}` must ") as caught:
         Config(**{name: value})
     assert MESSAGE.match(str(caught.value)), str(caught.value)
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(
+        ConfigError, match=r"^`nesterov` must be left out without momentum; got [^\n]+ with momentum=0\. "
+    ):
+        Config(nesterov=True, momentum=0.0)
+    assert Config(nesterov=True).tag != Config().tag
 
 
 def test_every_field_has_a_wrong_value_in_the_table():

@@ -282,7 +282,7 @@ def command(argv):
     """Exit status, output and errors of the trainer in this process; latencies and figures, which cost some, left out."""
     out, err = io.StringIO(), io.StringIO()
     quick = (
-        mock.patch.object(loop.trainer, "latency_ms", return_value=[[1.0], [1.0]]),
+        mock.patch.object(loop.result, "latency_ms", return_value=[[1.0], [1.0]]),
         mock.patch("catode.report.report.write"),
     )
     with quick[0], quick[1], contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -324,7 +324,7 @@ def assert_close_end(found, expected):
         ours, theirs = (np.array([float(r[name]) for r in table]) for table in (rows, known_rows))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weights, known_weights, rtol=1e-7, atol=1e-8)
-    assert result["accuracy_history"] == known["accuracy_history"]
+    assert result["validation_accuracy_history"] == known["validation_accuracy_history"]
 
 
 @pytest.fixture(scope="module")
@@ -391,6 +391,7 @@ def test_another_number_of_processes_goes_on_only_with_common_norms(one, two, tm
     torch.save({**state, "config": {**state["config"], "sync_bn": False}}, path)
     config = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(json.dumps({**config, "sync_bn": False}))
+    (own / "checksums.json").unlink()
     status, _, err = precisely(["--resume", str(own), "--threads=1"])
     assert status == 2 and "as many processes as the run started with, 2; got 1" in err
 
@@ -425,3 +426,33 @@ def test_a_killed_process_takes_the_job_down_and_the_run_goes_on_to_the_same_end
     (result, rows, weights), (known, known_rows, known_weights) = end(folder), end(whole)
     assert result == known and rows == known_rows
     assert all(torch.equal(weights[name], known_weights[name]) for name in known_weights)
+
+
+def evaluated(shape, batch):
+    """Score of a fixed network over test images shared among the processes, and which of them this one had."""
+    images, labels = (
+        torch.arange(math.prod(shape)).remainder(251).to(torch.uint8).view(shape),
+        torch.arange(shape[0]) % 3,
+    )
+    torch.manual_seed(0)
+    network, group = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 3)), current()
+    batches = data.Batches(
+        images.repeat(6, 1, 1, 1), labels.repeat(6), 6, (0.5,), (0.2,), shard=(group.rank, group.size)
+    )
+    own = batches.evaluation(images, labels, batch) if len(labels) > group.rank else []
+    own = list(own)
+    (score,) = loop.evaluate(network, own, group=group)
+    return score, sum(len(y) for _, y in own)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_shares_of_different_sizes_are_counted_as_one(size, tmp_path):
+    """One image less on some processes, an image for one of them alone, and more batches on one than on another."""
+    cases = [((count, 1, 2, 2), batch) for count in (1, 2, 3, 5, 7) for batch in (1, 2, 8)]
+    alone = several(evaluated, cases)
+    ours = together(tmp_path, several, evaluated, cases, size=size)
+    for (shape, _), (expected, whole), *found in zip(cases, alone, *ours, strict=True):
+        assert whole == shape[0] == sum(part for _, part in found)
+        assert [score.accuracy for score, _ in found] == [expected.accuracy] * size
+        assert [score.loss for score, _ in found] == pytest.approx([expected.loss] * size, rel=1e-6)
+        assert len({part for _, part in found}) == (2 if shape[0] % size else 1)

@@ -66,7 +66,7 @@ def test_a_configuration_trains_or_says_why_not(argv):
     out, err = io.StringIO(), io.StringIO()
     quick = (
         mock.patch.object(loop.setup.data, "load", few),
-        mock.patch.object(loop.trainer, "latency_ms", lambda *args: [[1.0], [1.0]]),
+        mock.patch.object(loop.result, "latency_ms", lambda *args: [[1.0], [1.0]]),
         mock.patch("catode.report.report.write"),
     )
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -67,7 +68,7 @@ def assert_same_end(a: Path, b: Path) -> None:
 def quick():
     """Neither latencies nor pictures are of interest here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.trainer, "latency_ms", lambda *args: [[1.0], [1.0]])
+        patch.setattr("catode.train.loop.result.latency_ms", lambda *args: [[1.0], [1.0]])
         patch.setattr("catode.report.report.write", lambda folder: None)
         yield
 
@@ -117,6 +118,31 @@ def test_a_resumed_run_ends_as_the_whole_one(pruned, step, tmp_path, monkeypatch
     assert not [name for name in os.listdir(tmp_path / "run") if name.startswith("checkpoint") or name == "lock"]
 
 
+RECIPES = {
+    "EMA": ["--ema=0.9"],
+    "EMA without gates": ["--ema=0.9", "--nu=0", "--warmup-epochs=0", "--epochs=3"],
+    "EMA, Nesterov, smoothed labels, another split": [
+        "--ema=0.5",
+        "--nesterov",
+        "--label-smoothing=0.1",
+        "--split-seed=3",
+    ],
+    "all training images": ["--validation-share=0"],
+    "many validation images": ["--validation-share=0.4"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_of_another_recipe_goes_on_bit_by_bit(name, tmp_path, monkeypatch):
+    flags = [*FLAGS, *RECIPES[name]]
+    _, expected = run_whole(flags, tmp_path / "whole")
+    for step in (7, 14) if "--nu=0" not in flags else (7,):
+        folder = tmp_path / f"run{step}"
+        cut_off(monkeypatch, flags, folder, step)
+        assert main(["--resume", str(folder), "--threads", "1"]) == 0
+        assert_same_end(folder, expected)
+
+
 def test_a_run_whose_settings_are_null_where_they_follow_from_others_goes_on(pruned, tmp_path, monkeypatch):
     """As config.json had them before 0.2."""
     flags, expected = pruned
@@ -126,6 +152,7 @@ def test_a_run_whose_settings_are_null_where_they_follow_from_others_goes_on(pru
     derived = config.pop("derived")
     assert "rate_ratio" in derived and None not in [config[name] for name in derived]
     file.write_text(json.dumps(config | dict.fromkeys(derived)))
+    (tmp_path / "run" / "checksums.json").unlink()
     assert main(["--resume", str(tmp_path / "run"), "--threads", "1"]) == 0
     assert_same_end(tmp_path / "run", expected)
 
@@ -321,35 +348,95 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        dict(model={}),
-        dict(pruner={}),
-        dict(pruner=dict(fate=3)),
-        dict(pruner=dict(keep_prob=None)),
-        dict(pruner=dict(draws=[])),
-    ],
-)
-def test_contents_that_the_pruner_cannot_take_up_are_one_line_and_the_checkpoint_before_it_is_left(
-    part, interrupted, pruned, capsys
-):
-    newest = states(interrupted)[0]
-    inside = torch.load(newest, weights_only=True)["pruner"]
-    for name, changes in part.items():
-        inside[name] = {**inside[name], **changes} if changes else {}
-    change(newest, pruner=inside)
-    assert main(["--resume", str(interrupted), "--threads", "1"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and f"where {newest.name} holds something else (" in error
-    newest.unlink()
+def inside(change):
+    """A damage that changes what a checkpoint holds, in place."""
+
+    def damage(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return damage
+
+
+def other_burst(state):
+    state["pruner"]["pruner"]["products"]["burst"] = [[torch.zeros(3), state["pruner"]["pruner"]["kept"], 1.0]]
+
+
+def swapped_weights(state):
+    model = state["pruner"]["model"]
+    name = next(name for name in model if name.endswith(".weight"))
+    model[name] = model[name].flatten()
+
+
+UNFIT = [  # whole checkpoints of the run that it cannot take up, and what is said
+    (lambda state: state["pruner"].update(model={}), "(RuntimeError: Error(s) in loading state_dict"),
+    (lambda state: state["pruner"].update(pruner={}), "(ValueError: `state` must be a state_dict of this version's"),
+    (lambda state: state["pruner"]["pruner"].update(fate=3), "something else at pruner.fate"),
+    (lambda state: state["pruner"]["pruner"].update(draws=[]), "something else at pruner.draws"),
+    (lambda state: state["pruner"]["pruner"].update(done=3), "its pruner is at step 3"),
+    (other_burst, "something else at pruner.products.burst"),
+    (swapped_weights, "something else at model."),
+    (lambda state: next(iter(state["momentum"].values())).fill_(float("nan")), "its momentum of "),
+    (lambda state: state.update(momentum={"x": torch.zeros(2)}), "its momentum of x "),
+    (lambda state: state.update(scaler={"scale": 2.0}), "its scaler must hold"),
+    (lambda state: state["rng"].update(cpu=torch.zeros(7, dtype=torch.uint8)), "(RuntimeError: "),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), UNFIT, ids=lambda value: None if callable(value) else value[:30])
+def test_a_checkpoint_that_cannot_be_taken_up_gives_way_to_the_one_before_it(spoil, reason, interrupted, capsys):
+    newest, before = checkpoint.states(interrupted)
+    inside(spoil)(newest)
+    setup = loop.prepare(parse(["--resume", str(interrupted)]))
+    assert before.name == f"checkpoint-{setup.state['step']}.pt" and newest.exists()
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {newest.name} is skipped: the run cannot take it up (") and reason in warning
+    assert len(warning.splitlines()) == 1
+
+
+def test_wrong_contents_of_the_newest_checkpoint_cost_only_the_steps_since_the_one_before(interrupted, pruned):
+    inside(other_burst)(states(interrupted)[0])
     assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
     assert_same_end(interrupted, pruned[1])
+
+
+@pytest.mark.parametrize("damage", [lambda env: env, lambda env: {**env, "threads": None}, lambda env: "{"])
+def test_another_number_of_threads_is_told_and_the_run_goes_on(damage, interrupted, pruned, capsys):
+    file = interrupted / "env.json"
+    before = json.loads(file.read_text())
+    env = damage(before)
+    if env != before:
+        file.write_text(env if isinstance(env, str) else json.dumps(env))
+    try:
+        assert main(["--resume", str(interrupted), "--threads", "2"]) == 0
+    finally:
+        torch.set_num_threads(1)
+    notes = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("note: ")]
+    expected = "note: the run had 1 CPU threads and goes on with 2: "
+    assert [note[: len(expected)] for note in notes] == ([expected] if isinstance(env, dict) and env["threads"] else [])
+    assert json.loads(file.read_text())["threads"] == 2
+    found, whole = (json.loads((folder / "result.json").read_text()) for folder in (interrupted, pruned[1]))
+    assert len(found["validation_accuracy_history"]) == 6
+    assert found["validation_accuracy_history"][:3] == whole["validation_accuracy_history"][:3], (
+        "of the epochs before, bit by bit"
+    )
+
+
+def test_a_run_without_a_checkpoint_that_fits_is_refused_in_one_line(interrupted, capsys):
+    kept = states(interrupted)
+    for path in kept:
+        inside(other_burst)(path)
+    assert main(["--resume", str(interrupted), "--threads", "1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: `resume` must name a run with a valid checkpoint; got ") and told.count("\n") == 1
+    assert all(path.name in told for path in kept) and states(interrupted) == kept
 
 
 def test_a_dry_run_in_config_json_does_not_stop_a_resumed_run(interrupted, pruned):
     config = json.loads((interrupted / "config.json").read_text())
     (interrupted / "config.json").write_text(json.dumps(config | {"dry_run": True}))
+    (interrupted / "checksums.json").unlink()
     assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
     assert_same_end(interrupted, pruned[1])
 
@@ -474,7 +561,7 @@ def in_place_of_config(content):
 
 
 REFUSED = [
-    (nothing_left, "which has epochs but none"),
+    (nothing_left, "which has epochs in metrics.csv but neither"),
     (all_damaged, "must name a run with a valid checkpoint"),
     (other_seed, "it is of a run with another seed"),
     (short_table, "metrics.csv is shorter than it was then"),
@@ -498,6 +585,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(interrupted, tmp_
     for number, (spoil, message) in enumerate(REFUSED):
         copy = tmp_path / str(number)
         shutil.copytree(interrupted, copy)
+        (copy / "checksums.json").unlink()  # which would name the file, but not what is wrong in it
         spoil(copy)
         contents = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
         assert main(["--resume", str(copy)]) == 2
@@ -575,6 +663,9 @@ def test_a_report_is_made_again(ungated, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == f"report {folder / 'report.md'}\n" and (folder / "report.md").exists()
         (folder / "metrics.csv").write_text("nonsense")
         assert cli.main(["report", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {folder / 'metrics.csv'} must be as the run wrote it")
+        (folder / "checksums.json").unlink()
+        assert cli.main(["report", str(folder)]) == 2
         assert capsys.readouterr().err.startswith(f"error: {folder / 'metrics.csv'} must have the column")
 
 
@@ -618,9 +709,9 @@ from catode.report import report
 from catode.train import data, loop
 from catode.train.__main__ import main
 
-loop.trainer.latency_ms = lambda *args: [[1.0], [1.0]]
+loop.result.latency_ms = lambda *args: [[1.0], [1.0]]
 report.write = lambda folder: None
-data.load("digits", None, seed=0)
+data.load("digits")
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -698,11 +789,11 @@ def going_on(folder):
 
 KILLS = [  # where, at which call and how; and the newest checkpoint that is there then, where that is certain
     ("catode.prune.pruner:Pruner.step", 2, "before", ""),
-    ("catode.train.loop.checkpoint:_write_part", 4, "half", "checkpoint-2.pt"),
-    ("catode.train.loop.checkpoint:_write_part", 3, "after", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_write_part", 7, "half", "checkpoint-2.pt"),
+    ("catode.train.loop.checkpoint:_write_part", 6, "after", "checkpoint-2.pt"),
     ("catode.train.loop.checkpoint:_flush_folder", 1, "before", "checkpoint-4.pt"),
     ("catode.train.loop:CsvTable.add", 1, "after", "checkpoint-4.pt"),
-    ("os:fsync", 7, "pause", "checkpoint-4.pt"),
+    ("os:fsync", 11, "pause", "checkpoint-4.pt"),
     ("catode.prune.gated.cut:Change.follow", 2, "before", None),
     ("catode.prune.gated.gates:Gates.install", 2, "before", None),
     ("catode.prune.gated.network:Network.cut", 1, "after", None),
@@ -845,3 +936,64 @@ def test_torch_load_is_never_called_unsafely():
             ):  # it would hide from the above
                 assert not {alias.name for alias in node.names} & {"load", "load_state_dict_from_url"}, where
     assert found
+
+
+def test_a_class_of_another_name_is_named_at_resume(tmp_path, capsys):
+    write_folder(tmp_path / "data")
+    flags = [
+        "--dataset=folder",
+        f"--data-dir={tmp_path / 'data'}",
+        "--arch=resnet14",
+        "--hidden-scale=0.25",
+        "--epochs=2",
+    ]
+    flags += ["--warmup-epochs=0", "--batch-size=2", "--threads=1", "--memory=10", "--check-every=2"]
+    folder = tmp_path / "a run's folder"
+    config = parse([*flags, f"--out={folder}"])
+    trainer = loop.Trainer(loop.prepare(config), folder_made(folder), progress=False)
+    trainer.advance()
+    trainer.close()
+    for split in (path for path in (tmp_path / "data").iterdir() if path.is_dir()):
+        first = min(path for path in split.iterdir() if path.is_dir())
+        first.rename(first.with_name(f"{first.name}2"))
+    capsys.readouterr()
+    assert main(["--resume", str(folder)]) == 2
+    assert f"got the class '{first.name}2' instead of '{first.name}'. Restore them" in capsys.readouterr().err
+
+
+def folder_made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_a_folder_with_spaces_is_named_as_a_shell_reads_it(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a run's folder"
+    monkeypatch.setattr(loop.Trainer, "prune", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert main([*FLAGS, f"--out={folder}"]) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert shlex.split(said.partition("continue with ")[2]) == ["--resume", str(folder)]
+
+
+def test_memory_that_is_lacking_costs_one_line(tmp_path, monkeypatch, capsys):
+    def load(*_, **__):
+        raise MemoryError("Unable to allocate 131. TiB")
+
+    monkeypatch.setattr(loop.setup.data, "load", load)
+    assert main([*FLAGS, f"--out={tmp_path / 'run'}"]) == 1
+    assert capsys.readouterr().err == (
+        "error: not enough memory: Unable to allocate 131. TiB. Fix that, then give the same command again\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_limit_beyond_all_numbers_is_no_limit(tmp_path):
+    write_folder(tmp_path / "data")
+    flags = ["--dataset=folder", f"--data-dir={tmp_path / 'data'}", "--batch-size=2", "--epochs=1", "--warmup-epochs=0"]
+    setup = loop.prepare(parse([*flags, "--array-gib=1e308", f"--out={tmp_path / 'run'}"]))
+    assert torch.is_tensor(setup.images.train_images)
+
+
+def test_a_signal_within_the_summary_says_that_the_run_is_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("catode.train.__main__.summary", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert main([*FLAGS, "--epochs=2", f"--out={tmp_path / 'run'}"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped; the run in {tmp_path / 'run'} is finished"

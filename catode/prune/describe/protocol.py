@@ -46,8 +46,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     for name, part in model.named_modules():
         if part._compiled_call_impl is not None or hasattr(part, "_orig_mod"):
             raise ValueError(
-                f"`model` must be compiled as a whole, by torch.compile(model); got {name or 'its call'} compiled by itself. Build "
-                "the pruner, then call compiled = torch.compile(model) and train that."
+                f"`model` must be compiled as a whole, by torch.compile(model); got one whose {name or 'own call'} is compiled. "
+                "Build the pruner, then call compiled = torch.compile(model) and train that."
             )
     if not isinstance(model, Prunable):
         raise ValueError(f"`model` must have a method structures(); got {kind}. See catode.prune.describe.protocol.")

@@ -6,7 +6,8 @@ optimizer, a gradient clipper) holds the cut ones. Units are given as positions 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -77,6 +78,63 @@ def shrink(parameter: nn.Parameter, data: torch.Tensor) -> None:
     parameter.grad = None
     parameter.data = parameter.data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)
     parameter.data = data
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What one cut of a `Pruner` removes: applied to its model, and to any plain copy with the same structure.
+
+    Args:
+        inventory: Numbering of the structures.
+        kept: Structures that stay, shape (n,).
+        before: Structures that were kept before, shape (n,).
+        present: Numbers of the units physically present at each site.
+        multiple: Widths are rounded up to a multiple of this by dead channels.
+        stay: Instead, the units that stay at each site, dead channels included.
+        fold: Factors of the weights that read each unit, shape (n,).
+    """
+
+    inventory: Inventory
+    kept: NDArray[np.bool_]
+    before: NDArray[np.bool_]
+    present: Sequence[NDArray[np.int64]]
+    multiple: int = 1
+    stay: Sequence[NDArray[np.int64]] | None = None
+    fold: NDArray | None = None
+
+    def apply(self, model: nn.Module, change: Change | None = None) -> list[NDArray[np.int64]]:
+        """Cut a model in place, its parameters and buffers.
+
+        Args:
+            model: A plain network, without gates, to which all earlier cuts were applied, such as a copy for averaged weights.
+            change: Record to extend; its `follow` then cuts the state of the model's optimizer.
+
+        Returns:
+            Numbers of the units now present at each site.
+
+        Raises:
+            RuntimeError: if a dead channel is no longer dead.
+        """
+        change, after = Change() if change is None else change, list(self.present)
+        for layer, block in enumerate(self.inventory.blocks):
+            if self.before[layer] and not self.kept[layer]:
+                drop_block(model, block, change)
+        for place in self.inventory.standing(self.kept):
+            here, site = self.present[place.number], place.site
+            live = self.kept[here]
+            dead = np.flatnonzero(~live)
+            check_dead(model, site, np.flatnonzero(~self.before[here]))
+            wanted = np.arange(len(dead)) < -int(live.sum()) % self.multiple
+            fill = dead[wanted if self.stay is None else np.isin(here[dead], self.stay[place.number])]
+            if self.fold is not None and (self.fold[here] != 1.0).any():
+                fold_units(model, site, self.fold[here], change)
+            if len(fill):
+                silence_units(model, site, fill.tolist(), change)
+            left = np.union1d(np.flatnonzero(live), fill)
+            if len(left) < len(live):
+                keep_units(model, site, left.tolist(), change)
+            after[place.number] = here[left]
+        return after
 
 
 def _take(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:

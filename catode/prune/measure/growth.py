@@ -103,7 +103,18 @@ class GradientProducts:
         self.burst = []
 
     def to_device(self) -> None:
-        """Move a restored burst to the device of the attached weights."""
+        """Move a restored burst to the device of the attached weights.
+
+        Raises:
+            ValueError: if it is of other weights.
+        """
+        length = sum(p.numel() for p in self._parameters)
+        vectors = [gradient for gradient, _, _ in self.burst]
+        if any(len(vector) != length for vector in vectors):
+            raise ValueError(
+                f"`state` must hold gradients of the network's {length} weights; got {', '.join(str(len(v)) for v in vectors)}. "
+                "Restore it from the run."
+            )
         device = self._parameters[0].device if self._parameters else torch.device("cpu")
         self.burst = [(upload(gradient, device), on, scale) for gradient, on, scale in self.burst]
 

@@ -28,7 +28,13 @@ ASSUMED = ("gain", "drift", "noise")
 MEASURED = (*ASSUMED, "benefit_upper", "price")
 _CONFIG = dict(dataset=str, arch=str, epochs=int, seed=int, nu=float, alpha=float, beta=float, risk=float)
 _RESULT = dict(
-    accuracy=float, macs=float, macs_dense=float, layers_kept=int, layers_total=int, units_kept=int, units_total=int
+    test_accuracy=float,
+    macs=float,
+    macs_dense=float,
+    layers_kept=int,
+    layers_total=int,
+    units_kept=int,
+    units_total=int,
 )
 
 

@@ -91,14 +91,14 @@ def _runs_table(runs: Sequence[Run]) -> str:
                 kind + (", shadow" if run.shadow else ""),
                 f"{c['nu']:g}/{c['alpha']:g}/{c['beta']:g}",
                 str(c["seed"]),
-                f"{100 * r['accuracy']:.2f} %",
+                f"{100 * r['test_accuracy']:.2f} %",
                 _share(r["macs"] / r["macs_dense"]),
                 f"{r['layers_kept']} of {r['layers_total']}",
                 f"{r['units_kept']} of {r['units_total']}",
                 _share(float("nan") if r.get("decided_by_rule") is None else r["decided_by_rule"]),
             ]
         )
-    header = ["run", "network", "decided by", "nu/alpha/beta", "seed", "accuracy", "MACs", "layers", "units"]
+    header = ["run", "network", "decided by", "nu/alpha/beta", "seed", "test accuracy", "MACs", "layers", "units"]
     return markdown_table([*header, "by rule"], rows)
 
 

@@ -115,8 +115,8 @@ def download(root: Path, spec: _Cifar) -> None:
         ) from error
 
 
-def read(root: Path, spec: _Cifar) -> ImageData:
-    """Read the official pickles of CIFAR-10 or CIFAR-100 from their folder or its parent."""
+def read(root: Path, spec: _Cifar, validation_share: float = 0.0, split_seed: int = 0) -> ImageData:
+    """Read the official pickles of CIFAR-10 or CIFAR-100 from their folder or its parent; shares as `assemble` takes them."""
     folder, files = _find(root, spec), spec.files
     if folder is None and root.name == spec.folder:
         folder = root
@@ -142,7 +142,7 @@ def read(root: Path, spec: _Cifar) -> ImageData:
         for split, batch in (("train", spec.train), ("test", spec.test))
     }
     train, test = ((np.concatenate([x for x, _ in p]), np.concatenate([y for _, y in p])) for p in parts.values())
-    return assemble(spec.name, train, test, classes)
+    return assemble(spec.name, train, test, classes, validation_share, split_seed)
 
 
 def _batch(path: Path, key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,8 @@ def load(
     dataset: str,
     data_dir: str | os.PathLike | None = None,
     *,
-    seed: int = 0,
+    validation_share: float = 0.0,
+    split_seed: int = 0,
     image_size: int | None = None,
     augment: str = "none",
     array_bytes: int | None = None,
@@ -34,7 +35,10 @@ def load(
     Args:
         dataset: `digits`, `cifar10`, `cifar100` or `folder`.
         data_dir: Folder with the data; for CIFAR the official folder or its parent. Not used for `digits`.
-        seed: Not used: the splits are the same for every seed, so that accuracies are comparable.
+        validation_share: Share of the training images of every class that is held out for validation, in [0, 1/2]. A `folder`
+            with both val/ and test/ has its validation images in val/, whatever the share; 0 for no validation images.
+        split_seed: Seed of that choice. It is not the run's, so that accuracies of different runs are comparable; the test
+            images never depend on it.
         image_size: For `folder`: the shorter side is resized to this many pixels and the centre cropped to a square.
             Without it all images must share one size.
         augment: Augmentation of `Batches`; `resized-crop` needs the images of a `folder` at their original size.
@@ -43,12 +47,11 @@ def load(
         download: For CIFAR: download the official archive if the data are missing.
 
     Returns:
-        The images and labels of both splits with the training statistics.
+        The images and labels of all splits with the training statistics.
 
     Raises:
         DataError: if the data are missing, malformed or inconsistent, or cannot be downloaded.
     """
-    del seed
     if dataset not in DATASETS:
         raise DataError(
             f"`dataset` must be one of {', '.join(DATASETS)}; got dataset={dataset!r}. Use one of these names."
@@ -65,7 +68,7 @@ def load(
                 "Use the side in pixels, such as 64."
             )
     if dataset == "digits":
-        return _digits()
+        return _digits(validation_share, split_seed)
     if data_dir is None:
         raise DataError(
             f"`data_dir` must be given for dataset={dataset!r}; got data_dir=None. Pass the folder that holds the data."
@@ -86,12 +89,19 @@ def load(
             "Pass the folder that holds the data."
         )
     if dataset == "folder":
-        return folder.read(root, image_size, whole_pictures=augment == "resized-crop", array_bytes=array_bytes)
-    return cifar.read(root, cifar.CIFAR[dataset])
+        return folder.read(
+            root,
+            image_size,
+            validation_share=validation_share,
+            split_seed=split_seed,
+            whole_pictures=augment == "resized-crop",
+            array_bytes=array_bytes,
+        )
+    return cifar.read(root, cifar.CIFAR[dataset], validation_share, split_seed)
 
 
-def _digits() -> ImageData:
-    """scikit-learn's 1,797 digits, 8x8, with a fixed stratified split."""
+def _digits(validation_share: float, split_seed: int) -> ImageData:
+    """scikit-learn's 1,797 digits, 8x8, with a fixed stratified test split."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -103,6 +113,5 @@ def _digits() -> ImageData:
     for k in range(10):
         members = random.permutation(np.flatnonzero(labels == k))
         test[members[: round(DIGITS_TEST_SHARE * len(members))]] = True
-    return assemble(
-        "digits", (images[~test], labels[~test]), (images[test], labels[test]), tuple(str(k) for k in range(10))
-    )
+    train, held = ((images[own], labels[own]) for own in (~test, test))
+    return assemble("digits", train, held, tuple(str(k) for k in range(10)), validation_share, split_seed)

@@ -35,6 +35,8 @@ class ImageData:
         std: Standard deviation of each channel over the training images, in [0, 1]; at least 1/255.
         contents: Digest of the files that the images were read from; None where every pixel is in memory and can be hashed.
         notes: What the user of these images should know, one line each.
+        validation_images: Images for validation, uint8, shape (K, C, H, W); None for none.
+        validation_labels: Class index of each validation image, int64, shape (K,); None for none.
     """
 
     name: str
@@ -47,17 +49,27 @@ class ImageData:
     std: tuple[float, ...]
     contents: bytes | None = None
     notes: tuple[str, ...] = ()
+    validation_images: torch.Tensor | ImageFiles | None = None
+    validation_labels: torch.Tensor | None = None
+
+    @property
+    def validated(self) -> bool:
+        """Whether there are images for validation."""
+        return self.validation_labels is not None
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the class names, the images and the labels in their order: what a run that goes on must find again.
 
-        Of arrays it covers every pixel. Of class folders it covers every file's name, label and size and the whole bytes of
-        a sample (`catode.train.data.folder.contents`), and is the same wherever their pixels are kept. Unlike
-        `pixel_fingerprint`, which tells copies of a data set apart in records, it depends on the order and on the files.
+        Of arrays it covers every pixel. Of class folders it covers every file's name, label, size and bytes, of very large
+        ones the bytes of a sample (`catode.train.data.folder.WHOLE_BYTES`), and is the same wherever their pixels are kept.
+        Unlike `pixel_fingerprint`, which tells copies of a data set apart in records, it depends on the order and on the files.
         """
         whole = hashlib.sha256(repr(self.classes).encode())
-        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
+        parts = [(self.train_images, self.train_labels), (self.test_images, self.test_labels)]
+        if self.validated:
+            parts.insert(1, (self.validation_images, self.validation_labels))
+        for images, labels in parts:
             whole.update(labels.numpy().tobytes())
             if self.contents is None:
                 whole.update(repr(tuple(images.shape)).encode())
@@ -66,20 +78,66 @@ class ImageData:
         return whole.hexdigest()
 
 
-def assemble(name: str, train: tuple, test: tuple, classes: tuple[str, ...]) -> ImageData:
-    """Make an `ImageData` from arrays; computes the training statistics.
+def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Choose a share of the training images of every class.
+
+    The number of images is ``round(share * N)``; each class gives its share rounded down, the rest comes from the classes
+    with the largest remainders. Every class keeps a training image.
+
+    Args:
+        labels: Class index of each training image, shape (N,).
+        share: Share for validation, in (0, 1).
+        seed: Seed of the split; the order of the images and it alone decide.
+
+    Returns:
+        Which images are held out, shape (N,).
+
+    Raises:
+        DataError: if no image would be held out.
+    """
+    # RandomState, not default_rng: its stream is frozen, so the split is the same under every version of numpy.
+    random = np.random.RandomState(seed)
+    counts = np.bincount(labels)
+    wanted = share * counts
+    taken = np.floor(wanted).astype(np.int64)
+    rest = round(share * len(labels)) - int(taken.sum())
+    order = random.permutation(len(counts))  # ties of the remainders
+    order = order[np.argsort(-(wanted - taken)[order], kind="stable")]
+    taken[order[taken[order] + 1 < counts[order]][:rest]] += 1
+    if not taken.any():
+        raise DataError(
+            f"`validation_share` must leave an image for validation, or be 0; got validation_share={share:g} of "
+            f"{len(labels)} training images. Use a larger share, or 0 for none."
+        )
+    chosen = np.zeros(len(labels), dtype=bool)
+    for k, number in enumerate(taken):
+        chosen[random.permutation(np.flatnonzero(labels == k))[:number]] = True
+    return chosen
+
+
+def assemble(
+    name: str, train: tuple, test: tuple, classes: tuple[str, ...], validation_share: float = 0.0, split_seed: int = 0
+) -> ImageData:
+    """Make an `ImageData` from arrays; holds out images for validation and computes the training statistics.
 
     Args:
         name: Name of the data set.
         train: Images, uint8, shape (N, C, H, W), and class indices, shape (N,).
         test: The same for the test images.
         classes: Class names in the order of the labels.
+        validation_share: Share of the training images to hold out (see `held_out`); 0 for none.
+        split_seed: Seed of that choice.
     """
-    (train_images, train_labels), (test_images, test_labels) = (
-        (torch.from_numpy(x), torch.from_numpy(np.asarray(y, dtype=np.int64))) for x, y in (train, test)
+    parts = [train, test]
+    if validation_share:
+        chosen = held_out(np.asarray(train[1], dtype=np.int64), validation_share, split_seed)
+        parts = [*((train[0][own], np.asarray(train[1])[own]) for own in (~chosen, chosen)), test]
+    parts = [(torch.from_numpy(x), torch.from_numpy(np.asarray(y, dtype=np.int64))) for x, y in parts]
+    mean, std = statistics(parts[0][0])
+    validation = (
+        dict(zip(("validation_images", "validation_labels"), parts[1], strict=True)) if validation_share else {}
     )
-    mean, std = statistics(train_images)
-    return ImageData(name, train_images, train_labels, test_images, test_labels, classes, mean, std)
+    return ImageData(name, *parts[0], *parts[-1], classes, mean, std, **validation)
 
 
 def statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -100,8 +158,9 @@ def pixel_fingerprint(data: ImageData) -> str:
     """SHA-256 of all pixels and labels, independent of file names and of the order of the images.
 
     For each image, the SHA-256 of its class index (int64, little-endian) and its uint8 pixels in the order channel, row,
-    column. For each split, training then test, the shape as text and the sorted digests of its images are hashed. A resumed
-    run depends on the order of the images: use `ImageData.fingerprint` there.
+    column. For each split, training then test, the shape as text and the sorted digests of its images are hashed. Validation
+    images count as training images, so that it does not depend on how these are divided. A resumed run depends on the order
+    of the images: use `ImageData.fingerprint` there.
 
     Args:
         data: A data set in memory or on the disk; images on the disk are decoded at the data set's image size.
@@ -113,11 +172,16 @@ def pixel_fingerprint(data: ImageData) -> str:
         DataError: if an image cannot be decoded.
     """
     whole = hashlib.sha256()
-    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+    training = [(data.train_images, data.train_labels)]
+    if data.validated:
+        training.append((data.validation_images, data.validation_labels))
+    for parts in (training, [(data.test_images, data.test_labels)]):
         digests = []
-        for rows in torch.arange(len(labels)).split(4096):
-            part = images[rows] if isinstance(images, torch.Tensor) else images.array(rows.numpy())
-            for pixels, label in zip(part.numpy(), labels[rows].tolist(), strict=True):
-                digests.append(hashlib.sha256(label.to_bytes(8, "little") + pixels.tobytes()).digest())
-        whole.update(repr(tuple(images.shape)).encode() + b"".join(sorted(digests)))
+        for images, labels in parts:
+            for rows in torch.arange(len(labels)).split(4096):
+                part = images[rows] if isinstance(images, torch.Tensor) else images.array(rows.numpy())
+                for pixels, label in zip(part.numpy(), labels[rows].tolist(), strict=True):
+                    digests.append(hashlib.sha256(label.to_bytes(8, "little") + pixels.tobytes()).digest())
+        shape = (len(digests), *data.train_images.shape[1:])
+        whole.update(repr(shape).encode() + b"".join(sorted(digests)))
     return whole.hexdigest()

@@ -39,16 +39,19 @@ class Skipped:
         )
 
 
-def splits(root: Path) -> tuple[dict[str, dict[str, list[str]]], tuple[str, ...]]:
-    """The image files of each class of train/ and of the held-out split.
+def splits(root: Path, validation: bool = True) -> tuple[dict[str, dict[str, list[str]]], tuple[str, ...]]:
+    """The image files of each class of the splits.
 
-    That is val/ as Tiny-ImageNet annotates it, else test/, else val/.
+    Training images are in train/. Test images are in val/ as Tiny-ImageNet annotates it, else in the class folders of test/,
+    else in those of val/. Where both test/ and val/ have class folders, val/ is for validation.
 
     Args:
         root: The folder.
+        validation: Whether validation images are wanted; without it val/ beside test/ is not read.
 
     Returns:
-        Paths relative to `root` by split and class, classes and files sorted; and what its user should know, one line each.
+        Paths relative to `root` by split ("train", "test", and "validation" where there is one) and class, classes and files
+        sorted; and what its user should know, one line each.
 
     Raises:
         DataError: if the layout cannot be used.
@@ -66,24 +69,35 @@ def splits(root: Path) -> tuple[dict[str, dict[str, list[str]]], tuple[str, ...]
             f"`data_dir` must hold a folder test/ or val/ beside train/; got data_dir={str(root)!r} with neither. "
             "Lay the held-out images out as test/<class>/..."
         )
-    held_out, skipped, notes = there[0], Skipped(root), []
+    # without class folders images have no labels
+    labelled = [
+        name for name in there if any(e.is_dir() and not e.name.startswith(".") for e in (root / name).iterdir())
+    ]
+    if not listed and labelled == ["val"]:
+        there = ["val", *(name for name in there if name != "val")]
+    folders, skipped, notes = {"train": "train", "test": there[0]}, Skipped(root), []
     if len(there) > 1:
-        notes.append(
-            f"{str(root)!r} holds test/ and val/: the images of {held_out}/ are held out, {there[1]}/ is not read."
-        )
+        if labelled == ["test", "val"] and validation:
+            folders["validation"] = "val"
+            notes.append(f"{str(root)!r} holds test/ and val/: val/ is for validation, test/ is read once, at the end.")
+        else:
+            notes.append(f"{str(root)!r} holds test/ and val/: {there[0]}/ is the test, {there[1]}/ is not read.")
     found = {
-        "train": _class_files(root, "train", skipped),
-        held_out: _annotated_files(root, annotations, skipped) if listed else _class_files(root, held_out, skipped),
+        split: _annotated_files(root, annotations, skipped)
+        if listed and folder == "val"
+        else _class_files(root, folder, skipped)
+        for split, folder in folders.items()
     }
     classes = tuple(found["train"])
-    differing = sorted(set(classes) ^ set(found[held_out]))
-    if differing:
-        where = "train" if differing[0] in classes else held_out
-        raise DataError(
-            f"`data_dir` must have the same class folders in train/ and {held_out}/; "
-            f"got {differing[0]!r} in {str(root / where)!r} only ({len(differing)} differ). "
-            "Add the missing class folders or remove the others."
-        )
+    for split, folder in folders.items():
+        differing = sorted(set(classes) ^ set(found[split]))
+        if differing:
+            where = "train" if differing[0] in classes else folder
+            raise DataError(
+                f"`data_dir` must have the same class folders in train/ and {folder}/; "
+                f"got {differing[0]!r} in {str(root / where)!r} only ({len(differing)} differ). "
+                "Add the missing class folders or remove the others."
+            )
     if len(classes) < 2:
         raise DataError(
             f"`data_dir` must hold at least two classes; got {classes[0]!r} alone in {str(root / 'train')!r}. "
@@ -124,7 +138,14 @@ def _class_files(root: Path, split: str, skipped: Skipped) -> dict[str, list[str
 def _images_below(root: Path, folder: Path, skipped: Sequence[Skipped]) -> list[str]:
     """Image files below a class folder relative to `root`; links to folders are not followed, what is hidden is left out."""
     images = []
-    for place, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"`data_dir` must hold class folders that can be read; got {error.filename!r} ({error.strerror}). Change its "
+            "permissions, or remove it."
+        )
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
         for name in sorted(folders):
             path = os.path.join(place, name)
             reason = "hidden folders" if name.startswith(".") else "links to folders" if os.path.islink(path) else None
@@ -152,13 +173,20 @@ def _annotated_files(root: Path, annotations: Path, skipped: Skipped) -> dict[st
     found: dict[str, list[str]] = {}
     images = root / "val" / "images"
     there = {entry.name for entry in os.scandir(images)} if images.is_dir() else set()
-    for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
+    first: dict[str, int] = {}
+    for number, line in enumerate(annotations.read_text("utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         name, _, rest = line.partition("\t")
         label = rest.partition("\t")[0].strip()
-        if not label or name not in there:
-            what = f"no file {name!r} in val/images/" if label else f"no class in {line[:40]!r}"
+        what = ""
+        if not label:
+            what = f"no class in {line[:40]!r}"
+        elif name not in there:
+            what = f"no file {name!r} in val/images/"
+        elif (before := first.setdefault(name, number)) != number:
+            what = f"{name!r} again, which is in line {before}"
+        if what:
             raise DataError(
                 f"`data_dir` must hold the images that {ANNOTATIONS} lists as file, tab, class; "
                 f"got {str(annotations)!r}, line {number}: {what}. Unpack the data set again."
@@ -173,13 +201,13 @@ def _annotated_files(root: Path, annotations: Path, skipped: Skipped) -> dict[st
     return {label: sorted(files) for label, files in sorted(found.items())}
 
 
-def sizes(root: Path, names: Sequence[str]) -> np.ndarray:
+def sizes(root: Path, names: Sequence[bytes]) -> np.ndarray:
     """Sizes of files below `root`, in bytes, int64."""
 
-    def size(names: Sequence[str]) -> list[int]:
+    def size(names: Sequence[bytes]) -> list[int]:
         found = []
         for name in names:
-            path = os.path.join(root, name)
+            path = os.path.join(root, os.fsdecode(name))
             try:
                 status = os.stat(path)
             except OSError as error:

@@ -1,6 +1,7 @@
 """A training run from settings to folder: preparation, the loop, checkpoints, signals, tables."""
 
-from catode.train.loop.optimization import AMP, autocast, evaluate, make_optimizer, make_pruner
+from catode.train.loop.evaluation import Score, evaluate
+from catode.train.loop.optimization import AMP, autocast, make_optimizer, make_pruner
 from catode.train.loop.setup import Setup, build_model, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
 from catode.train.loop.trainer import NotFinite, Trainer, run, train
@@ -12,6 +13,7 @@ __all__ = [
     "TABLES",
     "CsvTable",
     "NotFinite",
+    "Score",
     "Setup",
     "Trainer",
     "autocast",

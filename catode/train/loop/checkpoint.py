@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from catode import _checksums
 from catode.prune.gated import cut
 from catode.records import read_json
 from catode.structures.inventory import Inventory
@@ -33,7 +34,7 @@ STRUCTURE = dict(
     blocks=dict,
 )
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a checkpoint and the step after which it was written
-FORMAT = 7  # of a checkpoint; increase it when its content changes
+FORMAT = 8  # of a checkpoint; increase it when its content changes
 
 
 def write_text(path: Path, text: str) -> None:
@@ -155,14 +156,14 @@ def drop_states(folder: Path) -> None:
         path.unlink()
 
 
-def whole(model: nn.Module) -> dict:
-    """Entry "blocks" of structure.json for a network from which nothing was removed."""
+def whole_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
+    """State dict, and entry "blocks" of structure.json, of a network from which nothing was removed."""
     inventory = Inventory(model.structures())
-    return inventory.record(np.ones(inventory.size, dtype=bool))
+    return model.state_dict(), inventory.record(np.ones(inventory.size, dtype=bool))
 
 
 def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:
-    """Write model.pt and structure.json, each by an atomic rename.
+    """Write model.pt and structure.json, each by an atomic rename, and their checksums.
 
     Args:
         folder: The run's folder.
@@ -174,10 +175,33 @@ def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:
         folder / "model.pt": lambda file: torch.save(state, file),
         folder / "structure.json": lambda file: file.write((json.dumps(structure, indent=1) + "\n").encode()),
     }
-    # both are renamed only after both are written, so that they match except between the two renames
+    # all are renamed only after all are written, so that they match except between the renames
     parts = {_write_part(path, write): path for path, write in files.items()}
+    sums = _sums({path.name: part for part, path in parts.items()}, _checksums.listed(folder))
+    parts[_write_part(folder / _checksums.FILE, lambda file: file.write(sums.encode()))] = folder / _checksums.FILE
     for part, path in parts.items():
         os.replace(part, path)
+
+
+def seal(folder: Path, *names: str, anew: bool = False) -> None:
+    """Write the checksums of files of a run's folder, those of them that there are.
+
+    Args:
+        folder: The run's folder.
+        *names: Names of the files.
+        anew: Forget the checksums of all others.
+    """
+    files = {name: folder / name for name in names if (folder / name).exists()}
+    write_text(folder / _checksums.FILE, _sums(files, {} if anew else _checksums.listed(folder)))
+
+
+def _sums(files: dict[str, Path], others: dict[str, str]) -> str:
+    """Content of checksums.json: of files by their names in the end, and of others."""
+    found = {}
+    for name, path in files.items():
+        with path.open("rb") as file:
+            found[name] = _checksums.of(file)
+    return _checksums.text({**others, **found})
 
 
 def read_structure(folder: Path) -> dict:
@@ -243,6 +267,11 @@ def load(folder: str | os.PathLike) -> nn.Module:
     """
     folder = Path(folder)
     structure = read_structure(folder)
+    try:
+        with (folder / "model.pt").open("rb") as file:
+            _checksums.check(folder / "model.pt", file)
+    except OSError as error:
+        raise ValueError(f"{folder / 'model.pt'} must be a file that can be read; got: {error.strerror}.") from None
     try:
         weights.check_archive(folder / "model.pt")
         model = fresh(structure)

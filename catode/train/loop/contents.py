@@ -67,17 +67,20 @@ FIELDS: dict[str, tuple[str, Check]] = {
     "scaler": ("values by name", lambda v: isinstance(v, dict)),
     "pruner": ("a pruner's state or nothing", lambda v: v is None or isinstance(v, dict)),
     "model": ("tensors by name or nothing", lambda v: v is None or _tensors(v)),
+    "average": ("tensors by name or nothing", lambda v: v is None or _tensors(v)),
     "rng": ("states of generators", _random),
 }
 """Every field of a checkpoint: what it must hold, and whether a value is that."""
 
 
-def check(state: dict, gated: bool) -> None:
+def check(state: dict, *, gated: bool, averaged: bool, validated: bool) -> None:
     """Make sure that a checkpoint's fields are what they should be and agree with each other.
 
     Args:
         state: What the file held.
         gated: Whether its run prunes.
+        averaged: Whether its run averages its weights.
+        validated: Whether its run has validation images.
 
     Raises:
         ValueError: if not; the reason in a few words.
@@ -94,7 +97,9 @@ def check(state: dict, gated: bool) -> None:
         raise ValueError(
             f"its step {trained} does not follow from {epochs} epochs of {steps} steps and the sums of one begun"
         )
-    if len(state["history"]) != epochs:
-        raise ValueError(f"its history has {len(state['history'])} epochs instead of {epochs}")
+    if len(state["history"]) != (recorded := epochs if validated else 0):
+        raise ValueError(f"its history has {len(state['history'])} epochs instead of {recorded}")
     if (state["pruner"] is not None) != gated or (state["model"] is None) != gated:
         raise ValueError(f"it must hold {'a pruner' if gated else 'a model'}, and nothing else of the two")
+    if (state["average"] is not None) != averaged:
+        raise ValueError(f"it must hold {'averaged weights' if averaged else 'no averaged weights'}")

@@ -39,8 +39,8 @@ def hold(folder: Path, name: str = "out") -> TextIO:
         file = (folder / FILE).open("a+")
     except OSError as error:
         raise ConfigError(
-            f"`{name}` must be a folder that can be written; got {name}={str(folder)!r}: {error.strerror}. Choose another, or "
-            "change its permissions."
+            f"`{name}` must be a folder that can be written; got {name}={str(folder)!r}, its {FILE}: {error.strerror}. Choose "
+            "another, or change its permissions."
         ) from None
     if fcntl is not None:
         try:
@@ -67,5 +67,8 @@ def hold(folder: Path, name: str = "out") -> TextIO:
 
 
 def drop(folder: Path) -> None:
-    """Delete the lock file of a finished run."""
-    (folder / FILE).unlink()
+    """Delete the lock file of a finished run; nothing depends on it any more, so that a failure costs a warning alone."""
+    try:
+        (folder / FILE).unlink()
+    except OSError as error:
+        print(f"warning: the run is finished, but {folder / FILE} stays: {error.strerror}", file=sys.stderr)

@@ -1,8 +1,7 @@
-"""Optimizer, mixed precision, pruner and evaluation of a run."""
+"""Optimizer, mixed precision and pruner of a run."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from catode.prune.checking import PruningWarning
-from catode.prune.devices import distributed
 from catode.prune.pruner import Pruner
 from catode.train.settings.config import Config
 
@@ -33,12 +31,18 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
         fused=True if fp16 else None,
     )
     if fp16 and config.momentum > 0:
         for parameter in model.parameters():  # a skipped first step would leave the fused buffers uninitialised
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def make_scaler(config: Config) -> torch.amp.GradScaler:
+    """The scaler of the loss, which does nothing without fp16."""
+    return torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp == "fp16")
 
 
 def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
@@ -98,32 +102,3 @@ def _pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner:
         seed=config.seed,
         group=setup.group,
     )
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches, amp: torch.dtype | None = None, group: distributed.Group | None = None
-) -> float:
-    """Accuracy in eval mode, with gates replaced by theta; NaN if a logit is not finite.
-
-    Args:
-        model: The network.
-        batches: Pairs of images (n, C, H, W) and labels (n,); with several processes, this process' part.
-        amp: Type of automatic mixed precision; None for off.
-        group: Processes that evaluate together; None for this process only.
-    """
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    right, total, finite = torch.zeros((), dtype=torch.long, device=device), 0, torch.ones((), dtype=torch.bool)
-    finite = finite.to(device)
-    for x, y in batches:
-        with autocast(x.device, amp):
-            logits = model(x)
-        right += (logits.argmax(1) == y).sum()
-        finite &= logits.isfinite().all()
-        total += len(y)
-    model.train(training)
-    counts = torch.stack([right, torch.full_like(right, total), (~finite).long()])
-    right, total, bad = (group or distributed.Group()).sum(counts).cpu().tolist()
-    return math.nan if bad else right / total

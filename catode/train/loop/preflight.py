@@ -17,7 +17,8 @@ def table(setup: Setup) -> str:
     Args:
         setup: A prepared run.
     """
-    config = setup.config
+    config, images = setup.config, setup.images
+    validation = len(images.validation_labels) if images.validated else 0
     blocks = setup.model.structures()
     cost = describe(setup.model, blocks, setup.example)
     if setup.step_times is not None:
@@ -27,8 +28,8 @@ def table(setup: Setup) -> str:
     macs, params = cost.macs(ones), cost.params(ones)
     lines = [
         *(f"note: {note}" for note in setup.notes),
-        f"{config.dataset}: {len(setup.images.train_labels)} training and {len(setup.images.test_labels)} test images, "
-        f"{len(setup.images.classes)} classes",
+        f"{config.dataset}: {len(images.train_labels)} training, {validation} validation and {len(images.test_labels)} test "
+        f"images, {len(images.classes)} classes",
         f"{config.arch}: {macs:,.0f} MACs, {params:,.0f} parameters; removable {cost.removable_macs / macs:.1%} of the MACs, "
         f"{cost.removable_params / params:.1%} of the parameters",
         f"nu {config.nu:g}, alpha {config.alpha:g}, beta {config.beta:g}; {len(setup.schedule)} steps, ODE time "

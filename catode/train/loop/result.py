@@ -1,16 +1,23 @@
-"""The environment of a run (env.json), and the state of PyTorch's random generators for checkpoints."""
+"""The environment (env.json) and the result (result.json) of a run, and PyTorch's random state for its checkpoints."""
 
 from __future__ import annotations
 
 import os
 import platform
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from catode import __version__
-from catode.prune.devices.timing import processor
+from catode.prune.devices.timing import latency_ms, processor
+from catode.structures import fates
+from catode.train.loop.evaluation import Score
+from catode.train.loop.setup import build_model
 from catode.train.settings.config import Config
+
+if TYPE_CHECKING:
+    from catode.train.loop.trainer import Trainer
 
 
 def random_state(device: str) -> dict[str, torch.Tensor]:
@@ -34,4 +41,56 @@ def environment(config: Config) -> dict:
         "threads": torch.get_num_threads(),
         "device": config.device,
         **({"accelerator": torch.cuda.get_device_name()} if config.device.startswith("cuda") else {}),
+    }
+
+
+def content(run: Trainer, validation: list[Score] | None, test: list[Score]) -> dict[str, Any]:
+    """Content of result.json.
+
+    Args:
+        run: The run at its end.
+        validation: Scores on the validation images, None for none: of the network, then of its weights without averaging.
+        test: The same on the test images.
+    """
+    counts, images, pruner = run.counts(), run.setup.images, run.pruner
+    layers, units, _ = run.left()
+    dense = build_model(run.config, images)
+    latencies = latency_ms([dense, run.model] if pruner else [dense], run.setup.example)
+    return {
+        "test_accuracy": test[0].accuracy,
+        "test_loss": test[0].loss,
+        "validation_accuracy": validation[0].accuracy if validation else None,
+        "validation_loss": validation[0].loss if validation else None,
+        "validation_accuracy_history": run.history,
+        "test_accuracy_without_ema": test[1].accuracy if run.average else None,
+        "validation_accuracy_without_ema": validation[1].accuracy if run.average and validation else None,
+        "training_images": len(images.train_labels),
+        "validation_images": len(images.validation_labels) if images.validated else 0,
+        "test_images": len(images.test_labels),
+        "macs": counts.macs,
+        "macs_executed": run.executed,
+        "macs_dense": run.dense.macs,
+        "params": counts.params,
+        "params_dense": run.dense.params,
+        "expected_complexity": pruner.expected_complexity if pruner else 1.0,
+        "layers_kept": layers,
+        "layers_total": run.total[0],
+        "units_kept": units,
+        "units_total": run.total[1],
+        "units_kept_for_rounding": pruner.kept_for_width if pruner else 0,
+        "decisions": pruner.decisions() if pruner else {},
+        "macs_removed_by_tolerance": pruner.macs_removed(fates.PRUNED_TOLERANCE) if pruner else 0,
+        "decided_by_rule": pruner.decided_by_rule if pruner else None,
+        "out_of_time": pruner.out_of_time if pruner else 0,
+        "removed_near_one": pruner.removed_near_one if pruner else 0,
+        "largest_norm": float(pruner.largest_norms.max()) if pruner else None,
+        "largest_violation": float(pruner.largest_violations.max()) if pruner else None,
+        "warnings": pruner.warnings if pruner else [],
+        "seconds": run.seconds,
+        "cpu_seconds": run.cpu_seconds,
+        "latency_ms": latencies[0][-1],
+        "latency_dense_ms": latencies[0][0],
+        "latency_ms_128": latencies[1][-1],
+        "latency_dense_ms_128": latencies[1][0],
+        "seed": run.config.seed,
     }

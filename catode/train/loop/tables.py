@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-METRIC_FIELDS = [
+METRIC_FIELDS = [  # of metrics.csv; without validation images, those of `VALIDATION_FIELDS` are left out
     "epoch",
     "step",
     "time",
     "lr",
     "loss",
     "train_accuracy",
-    "test_accuracy",
+    "validation_loss",
+    "validation_accuracy",
     "expected_complexity",
     "macs",
     "params",
@@ -27,8 +28,7 @@ METRIC_FIELDS = [
     "seconds",
     "wait_share",
 ]
-
-
+VALIDATION_FIELDS = ("validation_loss", "validation_accuracy")
 TABLES = ("metrics.csv", "structures.csv")
 
 

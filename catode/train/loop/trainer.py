@@ -11,9 +11,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
@@ -27,19 +26,21 @@ from catode.prune.checking import ROW_FIELDS, PruningWarning
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import Counts, count
 from catode.prune.devices import transfer
-from catode.prune.devices.timing import latency_ms
-from catode.structures import fates
+from catode.prune.measure import measuring
+from catode.prune.recalibration import recalibrate_norms
 from catode.structures.inventory import Inventory
 from catode.train import data
-from catode.train.loop import board, checkpoint, lock
-from catode.train.loop.optimization import AMP, autocast, evaluate, make_optimizer, make_pruner
+from catode.train.loop import board, checkpoint, lock, restoring, result
+from catode.train.loop.average import Average
+from catode.train.loop.evaluation import Score, evaluate
+from catode.train.loop.optimization import AMP, autocast, make_optimizer, make_pruner, make_scaler
 from catode.train.loop.result import environment, random_state
-from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
-from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
+from catode.train.loop.setup import PROGRESS, Setup, prepare
+from catode.train.loop.sums import Sums
+from catode.train.loop.tables import METRIC_FIELDS, TABLES, VALIDATION_FIELDS, CsvTable
 from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
-from catode.train.settings.setting import ConfigError
-from catode.train.stop import Stop, Stopped
+from catode.train.stop import Stop, Stopped, held_back
 
 FORGOTTEN = 100  # steps after which running statistics no longer know what was removed
 RECALIBRATION = 100  # batches from which they are computed anew
@@ -87,37 +88,10 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
         if group.leads:
             if at_end is not None:
                 at_end(folder)
-            checkpoint.drop_states(folder)
-            lock.drop(folder)
+            with held_back():  # a signal now is of no use: the run is finished
+                checkpoint.drop_states(folder)
+                lock.drop(folder)
     return folder
-
-
-@dataclass
-class _Sums:
-    """Sums over the steps of an epoch so far, for its row in metrics.csv.
-
-    Attributes:
-        right: Correct predictions, a count on the device.
-        losses: Loss of each step, on the device.
-        waited: Seconds spent waiting for batches.
-        seconds: Seconds spent on steps, including waiting.
-    """
-
-    right: torch.Tensor
-    losses: list[torch.Tensor] = field(default_factory=list)
-    waited: float = 0.0
-    seconds: float = 0.0
-
-    def state(self) -> dict:
-        """The sums for a checkpoint."""
-        losses = torch.stack(self.losses) if self.losses else torch.empty(0)
-        return {"right": self.right.cpu(), "losses": losses.cpu(), "waited": self.waited, "seconds": self.seconds}
-
-    @classmethod
-    def of(cls, state: dict, device: str) -> _Sums:
-        """The sums from a checkpoint's `state`."""
-        tensors = {"right": state["right"].to(device, copy=True), "losses": list(state["losses"].to(device).unbind())}
-        return cls(**{**state, **tensors})
 
 
 class Trainer:
@@ -137,10 +111,13 @@ class Trainer:
         inventory = Inventory(self.model.structures())
         self.total = inventory.layers, inventory.size - inventory.layers
         self.optimizer = make_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp == "fp16")
+        self.scaler = make_scaler(config)
         if self.scaler.is_enabled():  # found_inf is set on the device, and only during the step
             self.optimizer.register_step_pre_hook(lambda sgd, *_: setattr(self, "skipped", sgd.found_inf.clone()))
+        self.average = Average(self.model, config.ema) if config.ema else None
         self.pruner = make_pruner(setup, self.optimizer)
+        if self.average and self.pruner:
+            self.pruner.on_cut(self.average.cut)
         self.compiled = torch.compile(self.model) if config.compile else self.model
         images = setup.images
         common = dict(mean=images.mean, std=images.std, device=config.device, channels_last=config.channels_last)
@@ -159,13 +136,15 @@ class Trainer:
         if self.group.leads:
             if config.resume is None:
                 checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
-            own = {**environment(config), "processes": self.group.size}
-            (folder / "env.json").write_text(json.dumps(own, indent=2) + "\n")
+            own = json.dumps({**environment(config), "processes": self.group.size}, indent=2) + "\n"
+            checkpoint.write_text(folder / "env.json", own)
             if setup.step_times is not None and state is None:
                 checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
+            checkpoint.seal(folder, "config.json", "env.json", steptime.FILE, anew=True)
         tables = folder if self.group.leads else None
         ends = [*zip(state["lengths"], state["checksums"], strict=True)] if state and self.group.leads else [(), ()]
-        self.metrics = CsvTable(tables, TABLES[0], METRIC_FIELDS, *ends[0])
+        fields = [name for name in METRIC_FIELDS if images.validated or name not in VALIDATION_FIELDS]
+        self.metrics = CsvTable(tables, TABLES[0], fields, *ends[0])
         self.structures = CsvTable(tables, TABLES[1], ROW_FIELDS, *ends[1])
         self.history: list[float] = []
         self.executed: int | None = None  # MACs of the last step's forward pass, dead channels included
@@ -176,7 +155,7 @@ class Trainer:
         self.mark = time.perf_counter(), time.process_time()
         self.sums = self.no_sums()
         if state:
-            self.take_up(state)
+            self.restore(state)
         self.board = board.Board(folder, self.step) if config.tensorboard and self.group.leads else None
         self.bar = tqdm(
             total=len(setup.schedule),
@@ -190,7 +169,6 @@ class Trainer:
             self.bar.write(f"note: {note}", file=sys.stderr)
         for line in self.pruner.warnings if self.pruner and self.group.leads and not state else ():
             self.bar.write(f"warning: {line}", file=sys.stderr)
-        self.save()
 
     def close(self) -> None:
         self.bar.close()
@@ -201,14 +179,17 @@ class Trainer:
 
     def train(self) -> None:
         """Train the remaining epochs and write the result."""
+        self.save()
         self.mark = time.perf_counter(), time.process_time()
         while self.epochs_done < self.config.epochs:
             self.advance()
             if self.stop and self.epochs_done < self.config.epochs:
                 self.leave()
         self.finish()  # does nothing but for a run that was stopped after its last step
+        validation = self.scores(self.held_out("validation"), both=True) if self.setup.images.validated else None
+        test = self.scores(self.held_out("test"), both=True)  # their one reading
         if self.group.leads:
-            self.result()
+            self.result(validation, test)
 
     def finish(self) -> None:
         """End pruning after the last step; compute running statistics anew that may still know what went last."""
@@ -216,17 +197,21 @@ class Trainer:
             self.executed = count(self.model, self.setup.example).macs
         if self.pruner is None:
             return
-        recent = self.pruner.state.cut_at > max(self.step - FORGOTTEN, 0)
-        if self.pruner.finished and not recent:
-            self.pruner.finish()
+        ended = self.pruner.finished
+        self.pruner.finish()
+        if ended and self.pruner.state.cut_at <= max(self.step - FORGOTTEN, 0):
             return
-        again = self.batches.epoch(self.config.epochs, self.config.seed)
-        with autocast(self.config.device, self.amp):
-            self.pruner.finish(recalibrate=islice(again, RECALIBRATION))
+        for weights in (nullcontext(), *([self.average.applied()] if self.average else [])):
+            again = self.batches.epoch(self.config.epochs, self.config.seed)
+            with autocast(self.config.device, self.amp), weights:
+                recalibrate_norms(self.model, islice(again, RECALIBRATION), group=self.group)
 
     def advance(self) -> dict:
         """Train one epoch, or the rest of it, and write a checkpoint; returns its row of metrics.csv."""
-        row = self.epoch(self.epochs_done)
+        try:
+            row = self.epoch(self.epochs_done)
+        except measuring.NotFinite as error:  # the loss was finite, but not its gradient
+            self.not_finite(error.step)
         self.epochs_done += 1
         self.sums = self.no_sums()
         self.tick()
@@ -260,6 +245,8 @@ class Trainer:
             scale, skipped = self.update()
             sums.right += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
             self.step += 1
+            if self.average is not None:
+                self.average.update(self.step)
             self.time += rate / (1.0 - self.config.momentum)
             if self.step % self.config.read_every == 0:
                 self.read()
@@ -271,7 +258,7 @@ class Trainer:
             due = self.stop or len(losses) % self.config.checkpoint_every == 0
             if due and len(losses) < self.setup.steps_per_epoch:
                 self.catch_up()
-                self.group.settle(self.model, step=self.step)
+                self.settle()
                 self.save_state()
                 if self.stop:
                     self.leave()
@@ -279,13 +266,16 @@ class Trainer:
             sums.seconds += mark - before
         self.catch_up()
         sums.seconds += time.perf_counter() - mark
-        self.group.settle(self.model, step=self.step)
+        self.settle()
         if self.step == len(self.setup.schedule):
             self.finish()
-        accuracy = evaluate(self.model, self.test_batches(), self.amp, self.group)
-        if math.isnan(accuracy):  # the last loss was finite, but not the network after the last step
-            self.not_finite(self.step)
-        self.history.append(accuracy)
+        scores = {}
+        if self.setup.images.validated:
+            [score] = self.scores(self.held_out("validation"))
+            self.history.append(score.accuracy)
+            scores = dict(zip(VALIDATION_FIELDS, (score.loss, score.accuracy), strict=True))
+        else:  # the network is good if its logits are finite
+            self.scores([(x, y if y.ndim == 1 else y.argmax(1))])
         self.save()
         self.show()
         seen = len(losses) * self.config.batch_size
@@ -298,7 +288,7 @@ class Trainer:
             "lr": rate,
             "loss": float(torch.stack(losses).mean()),
             "train_accuracy": float(self.group.sum(sums.right)) / seen,
-            "test_accuracy": accuracy,
+            **scores,
             "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
             "macs": counts.macs,
             "params": counts.params,
@@ -312,8 +302,8 @@ class Trainer:
         """Stop after a signal; a checkpoint has been written."""
         raise Stopped(self.stop.number, f"stopped after step {self.step}")
 
-    def no_sums(self) -> _Sums:
-        return _Sums(torch.zeros((), dtype=torch.long, device=self.config.device))
+    def no_sums(self) -> Sums:
+        return Sums(torch.zeros((), dtype=torch.long, device=self.config.device))
 
     def tick(self) -> None:
         """Add the time since the last call to the run's."""
@@ -321,11 +311,28 @@ class Trainer:
         self.seconds += self.mark[0] - mark[0]
         self.cpu_seconds += self.mark[1] - mark[1]
 
-    def test_batches(self):
-        images = self.setup.images
-        if len(images.test_labels) <= self.group.rank:  # there are more processes than images
+    def settle(self) -> None:
+        """Make the network and its average the same in all processes."""
+        for model in (self.model, self.average.model) if self.average else (self.model,):
+            self.group.settle(model, step=self.step)
+
+    def held_out(self, split: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of the images of a split that is not trained on, "validation" or "test"."""
+        images, labels = (getattr(self.setup.images, f"{split}_{what}") for what in ("images", "labels"))
+        if len(labels) <= self.group.rank:  # there are more processes than images
             return []
-        return self.batches.evaluation(images.test_images, images.test_labels, max(self.config.batch_size, 256))
+        return self.batches.evaluation(images, labels, max(self.config.batch_size, 256))
+
+    def scores(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], both: bool = False) -> list[Score]:
+        """Score of the network, with averaged weights if there are any; with `both`, then without averaging."""
+        averaged = [self.average.applied] if self.average else []
+        weights = [*averaged, nullcontext] if both or not averaged else averaged
+        scores = evaluate(self.model, batches, self.amp, self.group, weights)
+        if any(
+            math.isnan(score.accuracy) for score in scores
+        ):  # the last loss was finite, but not the network after it
+            self.not_finite(self.step)
+        return scores
 
     def update(self) -> tuple[float | torch.Tensor, bool | torch.Tensor]:
         """One optimizer step; returns the loss scale of the gradients, and whether they overflowed and the step was skipped."""
@@ -364,9 +371,9 @@ class Trainer:
             for warning in check.warnings if self.group.leads else []:
                 self.bar.write(f"warning: {warning}", file=sys.stderr)
 
-    def not_finite(self, step: int) -> None:
+    def not_finite(self, step: int) -> NoReturn:
         raise NotFinite(
-            f"`loss` must stay finite; got a non-finite loss or logit at step {step} "
+            f"`loss` must stay finite; got a non-finite loss, logit or gradient at step {step} "
             f"(lr {self.optimizer.param_groups[0]['lr']:.3g}). "
             f"The network after step {self.good_step} is kept in {self.folder}; lower --lr or turn --amp off."
         )
@@ -385,7 +392,7 @@ class Trainer:
         layers, units, undecided = self.left()
         expected = self.pruner.expected_macs if self.pruner else self.dense.macs
         self.bar.set_postfix_str(
-            f"loss {self.loss:.3f}, accuracy {self.history[-1] if self.history else 0:.3f}, "
+            f"loss {self.loss:.3f}, {f'validation accuracy {self.history[-1]:.3f}, ' if self.history else ''}"
             f"expected MACs {expected / self.dense.macs:.0%}, {layers} layers, {units} units, {undecided} undecided",
             refresh=False,
         )
@@ -395,9 +402,11 @@ class Trainer:
         self.good_step = self.step
         if not self.group.leads:
             return
-        state, structure = (
-            self.pruner.snapshot() if self.pruner else (self.model.state_dict(), checkpoint.whole(self.model))
-        )
+        with self.average.applied() if self.average else nullcontext():
+            if self.pruner:
+                state, structure = self.pruner.snapshot()
+            else:
+                state, structure = checkpoint.whole_state(self.model)
         images = self.setup.images
         checkpoint.save(
             self.folder,
@@ -444,86 +453,34 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "pruner": self.pruner.state_dict() if self.pruner else None,
                 "model": None if self.pruner else self.model.state_dict(),
+                "average": self.average.model.state_dict() if self.average else None,
                 "rng": random_state(self.config.device),
             },
             keep=self.config.keep_checkpoints,
         )
 
-    def take_up(self, state: dict) -> None:
-        """The same as `restore`.
-
-        Raises:
-            ConfigError: if the state is whole, but its contents do not fit the run.
-        """
-        try:
-            self.restore(state)
-        except Exception as error:  # whatever wrong contents make PyTorch and the pruner stumble over
-            raise ConfigError(
-                f"`resume` must name a run whose checkpoint fits it; got {str(self.folder)!r}, where checkpoint-{state['step']}.pt "
-                f"holds something else ({type(error).__name__}: {str(error).partition(chr(10))[0]}). Delete it to go on from the "
-                "one before."
-            ) from error
-
     def restore(self, state: dict) -> None:
         """Restore a checkpoint of `save_state`."""
-        if self.pruner is not None:
-            self.pruner.load_state_dict(state["pruner"])
-        else:
-            self.model.load_state_dict(state["model"])
-        parameters = dict(self.model.named_parameters())
-        for name, buffer in state["momentum"].items():
-            if buffer.shape != parameters[name].shape:
-                raise ValueError(f"momentum of {name} has the shape {tuple(buffer.shape)}")
-            buffer = buffer.to(parameters[name].device, copy=True)
-            self.optimizer.state[parameters[name]] = {"momentum_buffer": buffer}
-        self.scaler.load_state_dict(state["scaler"])
+        restoring.restore(
+            state, self.model, self.optimizer, self.scaler, self.pruner, self.config.device, average=self.average
+        )
         for name in PROGRESS:
             setattr(self, name, state[name])
-        self.sums = _Sums.of(state["sums"], self.config.device)
+        self.sums = Sums.of(state["sums"], self.config.device)
         if not self.group.leads:  # rank 0 has the sum over all processes
             self.sums.right.zero_()
-        torch.set_rng_state(state["rng"]["cpu"])
-        if "cuda" in state["rng"] and torch.device(self.config.device).type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.config.device)
 
-    def result(self) -> None:
-        """Write result.json."""
-        counts = self.counts()
-        layers, units, _ = self.left()
-        dense = build_model(self.config, self.setup.images)
-        latencies = latency_ms([dense, self.model] if self.pruner else [dense], self.setup.example)
-        content = {
-            "accuracy": self.history[-1],
-            "accuracy_history": self.history,
-            "macs": counts.macs,
-            "macs_executed": self.executed,
-            "macs_dense": self.dense.macs,
-            "params": counts.params,
-            "params_dense": self.dense.params,
-            "expected_complexity": self.pruner.expected_complexity if self.pruner else 1.0,
-            "layers_kept": layers,
-            "layers_total": self.total[0],
-            "units_kept": units,
-            "units_total": self.total[1],
-            "units_kept_for_rounding": self.pruner.kept_for_width if self.pruner else 0,
-            "decisions": self.pruner.decisions() if self.pruner else {},
-            "macs_removed_by_tolerance": self.pruner.macs_removed(fates.PRUNED_TOLERANCE) if self.pruner else 0,
-            "decided_by_rule": self.pruner.decided_by_rule if self.pruner else None,
-            "out_of_time": self.pruner.out_of_time if self.pruner else 0,
-            "removed_near_one": self.pruner.removed_near_one if self.pruner else 0,
-            "largest_norm": float(self.pruner.largest_norms.max()) if self.pruner else None,
-            "largest_violation": float(self.pruner.largest_violations.max()) if self.pruner else None,
-            "warnings": self.pruner.warnings if self.pruner else [],
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
-            "latency_ms": latencies[0][-1],
-            "latency_dense_ms": latencies[0][0],
-            "latency_ms_128": latencies[1][-1],
-            "latency_dense_ms_128": latencies[1][0],
-            "seed": self.config.seed,
-        }
+    def result(self, validation: list[Score] | None, test: list[Score]) -> None:
+        """Write result.json, and shadow.csv of a shadow run.
+
+        Args:
+            validation: Scores on the validation images, None for none: of the network, then of its weights without averaging.
+            test: The same on the test images.
+        """
         if self.pruner is not None and self.pruner.shadow is not None:
             table = CsvTable(self.folder, shadow.FILE, shadow.FIELDS)
             table.add(self.pruner.shadow.rows(self.pruner.inventory.names()))
             table.close()
+        content = result.content(self, validation, test)
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
+        checkpoint.seal(self.folder, *TABLES, shadow.FILE, "result.json")

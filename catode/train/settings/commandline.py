@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from catode import _checksums
 from catode.train.settings import presets
 from catode.train.settings.config import Config, settings
 from catode.train.settings.setting import GROUPS, ConfigError, Setting, nearest
@@ -171,6 +172,7 @@ _ALLOWED_WITH_RESUME = (
 
 def _resumed(resume: str, **given: Any) -> Config:
     """The configuration of a run that is resumed."""
+    resume = settings()["resume"].check("resume", resume)
     for name, value in given.items():
         if name not in _ALLOWED_WITH_RESUME:
             raise ConfigError(
@@ -180,16 +182,20 @@ def _resumed(resume: str, **given: Any) -> Config:
     file = Path(resume) / "config.json"
     if not file.exists():
         raise ConfigError(
-            f"`resume` must be the folder of an interrupted run; got resume={resume!r}, which holds no run. "
+            f"`resume` must be the folder of an interrupted run; got resume={resume!r}, which holds no config.json. "
             "Pass the --out of such a run."
         )
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            _checksums.check(file, stream)
+            text = stream.read().decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"`config.json` must be a text that can be read; got: {reason}. Restore the file from the run. It is {file}."
         ) from None
+    except ValueError as error:  # it was changed, or the checksums were
+        raise ConfigError(f"{error} Settings that may change go on the command line, such as --threads.") from None
     try:
         return Config.from_json(text, **given, out=resume, resume=resume, dry_run=False)
     except ConfigError as error:

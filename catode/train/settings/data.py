@@ -17,7 +17,7 @@ class DataSettings(SettingsGroup):
     dataset: str = text(
         "digits",
         "data set: digits ships with scikit-learn; cifar10 and cifar100 are the official python files; "
-        "folder is train/<class>/... and test/ or val/ next to it",
+        "folder is train/<class>/... and test/ or val/ next to it; with both, val/ is for validation",
         choices=("digits", "cifar10", "cifar100", "folder"),
         identity=False,
     )
@@ -27,6 +27,24 @@ class DataSettings(SettingsGroup):
         optional=True,
         identity=False,
         hint="Give the folder that holds the data.",
+    )
+    validation_share: float = number(
+        0.1,
+        float,
+        "share of the training images of every class that is held out for validation: what is shown and chosen while training is "
+        "measured on it, and the test images are read once, at the end; a folder with both test/ and val/ has these images in "
+        "val/; 0 trains on all images and measures nothing on others until the end",
+        low=0,
+        high=0.5,
+        hint="Use 0.1 if in doubt, 0 for none.",
+    )
+    split_seed: int = number(
+        0,
+        int,
+        "seed of the choice of the validation images; the same for all runs that are compared, whatever their --seed",
+        low=0,
+        high=2**32 - 1,
+        hint="Leave it out for the usual split.",
     )
     image_size: int | None = number(
         None,
@@ -58,6 +76,7 @@ class DataSettings(SettingsGroup):
         "for folder: worker processes that decode images ahead, 0 to decode in the main process; results do not depend on "
         "it; default: one for each core",
         low=0,
+        high=1024,
         optional=True,
         identity=False,
         hint="Leave it out for one for each core.",
@@ -85,6 +104,7 @@ class DataSettings(SettingsGroup):
         "file of initial weights, saved by torch.save: a state dict of this network, such as torchvision's; a classifier for "
         "another number of classes is not loaded",
         optional=True,
+        path=True,
         hint="Give a file of weights, or leave it out for random ones.",
     )
     hidden_scale: float = number(

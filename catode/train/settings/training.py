@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from catode.train.settings.setting import SettingsGroup, helpers
+from catode.train.settings.setting import ConfigError, SettingsGroup, helpers
 
 number, text, switch = helpers("training")
 
@@ -19,6 +19,17 @@ class TrainingSettings(SettingsGroup):
     batch_size: int = number(64, int, "images in a step", low=2, hint="Use at least two images.")
     lr: float = number(0.1, float, "peak learning rate", low=0, low_open=True, hint="Use 0.1 if in doubt.")
     momentum: float = number(0.9, float, "momentum of SGD", low=0, high=1, high_open=True, hint="Use 0.9 if in doubt.")
+    nesterov: bool = switch(False, "Nesterov's momentum", negatable=True)
+    ema: float = number(
+        0.0,
+        float,
+        "decay of an exponential moving average of the weights and of the batch norms' statistics, min(ema, n/(n + 9)) at step n; "
+        "the averaged network is validated, tested and saved; 0 is off",
+        low=0,
+        high=1,
+        high_open=True,
+        hint="Use 0.999 if in doubt, 0 for none.",
+    )
     weight_decay: float = number(
         5e-4,
         float,
@@ -56,6 +67,13 @@ class TrainingSettings(SettingsGroup):
         negatable=True,
     )
     channels_last: bool = switch(True, "keep images in the channels-last memory format", negatable=True, identity=False)
+
+    def check(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError(
+                "`nesterov` must be left out without momentum; got nesterov=True with momentum=0. Leave it out, or use --momentum "
+                "0.9."
+            )
 
 
 def learning_rates(schedule: str, peak: float, steps: int) -> np.ndarray:
