@@ -33,19 +33,19 @@ from catode.decisions.priors import PRIORS
 from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE, Shadow
 from catode.decisions.target import Target
-from catode.prune.gated import cut
-from catode.prune.measure.capture import Capture
 from catode.prune.checking import Check, Checking
 from catode.prune.describe.costs import Counts, describe
 from catode.prune.describe.protocol import Prunable
 from catode.prune.describe.steptime import MeasuredComplexity, Table
 from catode.prune.devices.distributed import Group, norms_are_shared
 from catode.prune.devices.transfer import DeferredReads, upload
+from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
 from catode.prune.gated.gates import Gates
+from catode.prune.gated.network import Network
+from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed
-from catode.prune.gated.network import Network
 from catode.prune.optimizers import Clock, check_optimizer, ode_time, theta_speed
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
@@ -117,9 +117,8 @@ class Pruner:
         self._reads = DeferredReads()
         keep_prob = np.where(self.gated, own.initial_keep_prob, 1.0)
         draws = GateDraws(own.seed, self._device, keep_prob)
-        self._capture = Capture(model, self.gates, draws, own.per_example, self.group)
+        self._capture = Capture(model, self.gates, draws, own.per_example, self.group, inputs=loss is None)
         label_rng = torch.Generator(self._device).manual_seed(own.seed + 1)
-        self._capture.note_random = loss is not None
         self._measuring = Measuring(
             self._capture,
             Objective(loss),
@@ -287,7 +286,10 @@ class Pruner:
         The optimizer's state is not in it.
         """
         self.read()
-        return {"model": {name: t.detach().clone() for name, t in self.model.state_dict().items()}, "pruner": pack(self.state)}
+        return {
+            "model": {name: t.detach().clone() for name, t in self.model.state_dict().items()},
+            "pruner": pack(self.state),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Load the `state_dict` of a pruner with the same arguments; the model must be fresh and whole.
@@ -353,9 +355,8 @@ class Pruner:
                 self._start()
             return None
         draw, derivative = self._capture.derivative(grad_scale)
-        if self._capture.note_random:
+        if self._capture.checked:
             self._measuring.check_loss(batch, grad_scale)
-            self._capture.note_random = False
         due = own.done % self.settings.measure_every == 0
         own.done += 1
         probed = self._measuring.probe(own.done, self._open, own.turns, batch, grad_scale) if due else None
@@ -424,7 +425,7 @@ class Pruner:
     def _listen(self) -> None:
         """Note what the step to come is measured by."""
         own, (first, second, _) = self.state, self.schedule.burst
-        self._capture.begin(own.done % self.settings.measure_every == 0 or self._capture.note_random)
+        self._capture.begin(own.done % self.settings.measure_every == 0)
         place = own.done % self.schedule.burst_every
         if place == first:
             own.products.begin()
