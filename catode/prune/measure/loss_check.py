@@ -21,8 +21,8 @@ from torch import nn
 
 from catode.prune.measure import nests
 from catode.prune.measure.capture import Call, Capture, RandomStates
-from catode.prune.measure.curvature import couples_examples
-from catode.prune.measure.losses import NOT_RECOGNISED, Objective, size
+from catode.prune.measure.curvature import couples_examples, second_derivative
+from catode.prune.measure.losses import NOT_RECOGNISED, Objective, scalar, size
 from catode.prune.measure.probes import outputs_of, replaced_forward, undisturbed
 
 SAME, HALF = 0.01, 0.05  # relative deviation up to which gradients are the same, in 32 bits and more, and in fewer
@@ -30,7 +30,7 @@ ROUGH = 0.6  # the same where a loss draws random numbers, or micro-batches may 
 FEW = 8  # examples on which the loss of a model that returns its own is looked at
 
 
-def check(objective: Objective, capture: Capture, batch: Any, grad_scale: float) -> bool:
+def check(objective: Objective, capture: Capture, batch: Any, grad_scale: float, twice: bool) -> bool:
     """Compare the objective with the loss that was trained on in a step.
 
     Args:
@@ -38,6 +38,7 @@ def check(objective: Objective, capture: Capture, batch: Any, grad_scale: float)
         capture: The step's calls, with everything kept.
         batch: What was given to the pruner's ``step()``.
         grad_scale: Factor that the loss was multiplied with before ``backward()``.
+        twice: Whether its second derivative is needed.
 
     Returns:
         Whether this step could tell: not where gradients are infinite (a loss scale that is still too high) or all 0.
@@ -58,7 +59,7 @@ def check(objective: Objective, capture: Capture, batch: Any, grad_scale: float)
         return False
     with undisturbed(capture.model, capture.gates.draw.device):
         if objective.given is not None:
-            return _check_given(objective, capture, trained, batch, grad_scale)
+            return _check_given(objective, capture, trained, batch, grad_scale, twice)
         if all(call.loss is not None for call in trained):
             _check_own(objective, capture, trained, grad_scale)
         elif not bool(objective.sample(trained, None, slice(0, objective.examples(trained, None)), grad_scale).fits):
@@ -91,7 +92,7 @@ def _check_own(objective: Objective, capture: Capture, calls: Sequence[Call], gr
 
 
 def _check_given(
-    objective: Objective, capture: Capture, trained: Sequence[Call], batch: Any, grad_scale: float
+    objective: Objective, capture: Capture, trained: Sequence[Call], batch: Any, grad_scale: float, twice: bool
 ) -> bool:
     """The check for a loss that was given."""
     examples = objective.examples(trained, batch)
@@ -124,6 +125,7 @@ def _check_given(
     if factor is None:
         factor = replay.repeated * float(replay.flat.norm() / first.flat.norm())
     _check_factor(factor / grad_scale, close if sure else ROUGH)
+    replay.evaluate(twice=twice)
     coupled = replay.couples(first, close) if examples > 1 else False
     if coupled:
         raise _couples(objective)
@@ -179,12 +181,15 @@ class _Replay:
         """The gradients that came back in training, in one vector."""
         return _flat([g for call in self.answers for g in _gradients(call)])
 
-    def evaluate(self, answers: Sequence[Call] | None = None, advance: bool = False) -> _Evaluation:
+    def evaluate(
+        self, answers: Sequence[Call] | None = None, advance: bool = False, twice: bool = False
+    ) -> _Evaluation:
         """The loss and its gradients.
 
         Args:
             answers: Other outputs.
             advance: Whether the loss draws other random numbers than before.
+            twice: Whether to make sure that it can be differentiated twice.
 
         Raises:
             ValueError: if the loss is none, or fails.
@@ -221,7 +226,10 @@ class _Replay:
             raise ValueError(
                 f"`loss` must be finite; {self.objective.name} gives {float(value)} on the step's batch. Mend it."
             )
-        found.parts = list(torch.autograd.grad(value, leaves, allow_unused=True))
+        found.parts = list(torch.autograd.grad(value, leaves, allow_unused=True, create_graph=twice))
+        if twice:
+            reached = [(g, z) for g, z in zip(found.parts, leaves, strict=True) if g is not None]
+            second_derivative(*zip(*reached, strict=True), [z.detach() for _, z in reached])
         parts = iter([torch.zeros_like(z) if g is None else g for g, z in zip(found.parts, leaves, strict=True)])
         found.gradients = [[next(parts) for _ in part] for part in found.leaves]
         return found
@@ -324,13 +332,14 @@ def _find(objective: Objective, capture: Capture, trained: Sequence[Call], batch
 def _called(objective: Objective, model: nn.Module, batch: Any) -> torch.Tensor:
     """The loss, with its errors in one line."""
     try:
-        return objective.evaluate(model, batch)
-    except (RuntimeError, IndexError, KeyError, AttributeError, TypeError) as error:
+        value = objective.given(model, batch)
+    except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
         line = (str(error).strip().splitlines() or [""])[0][:160]
         raise ValueError(
             f"`loss` must fit the batch that step() is given and what the model returned; {objective.name} failed with "
             f"{type(error).__name__}: {line}. Pass the step's batch, or its last micro-batch."
         ) from error
+    return scalar(value)
 
 
 @contextmanager

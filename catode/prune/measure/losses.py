@@ -108,13 +108,7 @@ class Objective:
         Raises:
             ValueError: if it is no scalar tensor.
         """
-        value = self.given(model, batch)
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(
-                f"`loss` must return a scalar tensor, the mean loss of the batch; got {found}. Average it."
-            )
-        return value.reshape(())
+        return scalar(self.given(model, batch))
 
     @property
     def name(self) -> str:
@@ -123,6 +117,18 @@ class Objective:
         while isinstance(given, partial):
             given = given.func
         return "the model's own" if given is None else getattr(given, "__name__", type(given).__name__)
+
+
+def scalar(value: Any) -> torch.Tensor:
+    """What a loss returned, of shape ().
+
+    Raises:
+        ValueError: if it is no scalar tensor.
+    """
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"`loss` must return a scalar tensor, the mean loss of the batch; got {found}. Average it.")
+    return value.reshape(())
 
 
 def recovered_labels(

@@ -128,7 +128,7 @@ class Measuring:
         capture = self.capture
         capture.paused = True
         try:
-            found = check(self.objective, capture, batch, float(grad_scale))
+            found = check(self.objective, capture, batch, float(grad_scale), "curvature" in self.estimators)
         except (ValueError, TypeError, RuntimeError) as error:
             found = error
         finally:
