@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from catode.prune.measure import nests
 from catode.prune.pruner import Pruner
 from catode.train.models import DenseResNet
 
@@ -80,7 +75,9 @@ SEPARABLE = {
     "mse": lambda m, b: F.mse_loss(m(b[0]), F.one_hot(b[1], CLASSES).float()),
     "tenth": lambda m, b: 0.1 * F.cross_entropy(m(b[0]), b[1]),
     "auxiliary": lambda m, b: 0.5 * F.cross_entropy(z := m(b[0]), b[1]) + 0.01 * z.square().mean(),
-    "distillation": lambda m, b: 16 * F.kl_div((m(b[0]) / 4).log_softmax(1), (b[0].flatten(1)[:, :10]).softmax(1), reduction="batchmean"),
+    "distillation": lambda m, b: (
+        16 * F.kl_div((m(b[0]) / 4).log_softmax(1), (b[0].flatten(1)[:, :10]).softmax(1), reduction="batchmean")
+    ),
     "two views": lambda m, b: F.cross_entropy(m(b[0]), b[1]) + (m(b[0] + 0.1) - m(b[0])).square().mean(),
     "two views, joined": lambda m, b: consistent(m(torch.cat([b[0], b[0] + 0.1])), b[1]),
     "pseudo-labels": lambda m, b: F.cross_entropy(m(b[0]), torch.no_grad()(m)(b[0] + 0.1).argmax(1)),
@@ -158,7 +155,20 @@ def test_a_loss_without_second_derivative_needs_other_estimators():
 # --- the loss given against the loss trained on ----------------------------------------------------------------------
 
 
-def train(pruner, model, optimizer, loss, size=32, micro=(32,), whole=False, number=4, divide=None, autocast=False, scale=1.0, **given):
+def train(
+    pruner,
+    model,
+    optimizer,
+    loss,
+    size=32,
+    micro=(32,),
+    whole=False,
+    number=4,
+    divide=None,
+    autocast=False,
+    scale=1.0,
+    **given,
+):
     for x, y in batches(number, size):
         optimizer.zero_grad()
         for batch in zip(x.split(list(micro)), y.split(list(micro)), strict=True):
@@ -275,7 +285,11 @@ def test_a_mixed_batch_must_be_given_mixed():
     model, optimizer, pruner = make(soft)
     (batch,) = batches(1)
     made = mixed(*batch)
-    refused(lambda: step(pruner, optimizer, soft(model, made), batch), pruner, "`batch` must be what the model was trained on")
+    refused(
+        lambda: step(pruner, optimizer, soft(model, made), batch),
+        pruner,
+        "`batch` must be what the model was trained on",
+    )
     model, optimizer, pruner = make(soft)
     for x, y in batches(3):
         made = mixed(x, y)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 import dataclasses
 import functools
 import io
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +21,8 @@ from torch import nn
 
 from catode._saved import saved_fields
 from catode.prune.checking import ROW_FIELDS
-from catode.prune.gated.cut import restrict, unit_norms
 from catode.prune.describe.costs import Counts, count
+from catode.prune.gated.cut import restrict, unit_norms
 from catode.prune.pruner import Pruner
 from catode.prune.state import ARRAY, PrunerState, pack
 from catode.structures.fates import FATES, KEPT_OUT_OF_TIME, REMOVED

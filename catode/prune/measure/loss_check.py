@@ -125,10 +125,10 @@ def _check_given(
     if factor is None:
         factor = replay.repeated * float(replay.flat.norm() / first.flat.norm())
     _check_factor(factor / grad_scale, close if sure else ROUGH)
-    replay.evaluate(twice=twice)
     coupled = replay.couples(first, close) if examples > 1 else False
     if coupled:
         raise _couples(objective)
+    replay.evaluate(twice=twice)
     return coupled is not None
 
 
