@@ -269,7 +269,7 @@ def test_outputs_that_hardly_matter_add_no_noise():
         products = torch.stack([((jacobian * a).sum(1) * (jacobian * b).sum(1)).sum() for a, b in pairs])
         return products.mean(), products.std()
 
-    pairs = [curved.pullbacks(loss, [z], normal, normal) for _ in range(2000)]
+    pairs = [curved.pullbacks(loss, [z], normal) for _ in range(2000)]
     mean, noise = spread([(p.left[0], p.right[0]) for p in pairs])
     (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
     plain = [normal(z) for _ in range(2000)]
@@ -301,4 +301,4 @@ def test_a_loss_that_does_not_depend_on_the_outputs_is_refused():
     normal = torch.randn_like
     for loss in (torch.ones(()), (2 * torch.ones((), requires_grad=True))):
         with pytest.raises(ValueError, match="must depend on what the model returns"):
-            Curvature().pullbacks(loss, [z], normal, normal)
+            Curvature().pullbacks(loss, [z], normal)

@@ -42,10 +42,10 @@ class Pullbacks:
 class Curvature:
     """Random vectors a and b with E[a b'] = H, for all examples of a loss at once.
 
-    For a softmax cross-entropy, weighted or not, per example or per position, ``a = b = sqrt(s) (softmax - label)`` with a
-    label sampled from the softmax and s the weight of the example or position in the loss. Else ``a = sqrt(d) v`` and
-    ``b = H v / sqrt(d)``, v normal, and d > 0 of the size of H's entries, so that outputs that hardly matter add no noise.
-    Which of the two is found out when it is first called.
+    With v normal: for a softmax cross-entropy, weighted or not, per example or per position, p the softmax and s the weight
+    of the example or position in the loss, ``a = b = sqrt(s) (r - p sum(r))`` with ``r = sqrt(p) v``, whose covariance is H.
+    Else ``a = sqrt(d) v`` and ``b = H v / sqrt(d)``, d > 0 of the size of H's entries, so that outputs that hardly matter add
+    no noise. Which of the two is found out when it is first called.
 
     Args:
         group: Processes that must find the same.
@@ -64,7 +64,7 @@ class Curvature:
         """Take any loss from now on: it turned out to be no softmax cross-entropy."""
         self.classes, self._known = None, True
 
-    def pullbacks(self, loss: torch.Tensor, outputs: Sequence[torch.Tensor], normal: Noise, clocks: Noise) -> Pullbacks:
+    def pullbacks(self, loss: torch.Tensor, outputs: Sequence[torch.Tensor], normal: Noise) -> Pullbacks:
         """Draw the vectors.
 
         Args:
@@ -72,7 +72,6 @@ class Curvature:
             outputs: The network's outputs z, of a graph; those that the loss does not depend on are left out, and those behind
                 which others of them come.
             normal: Normal random numbers of a tensor's shape.
-            clocks: Exponential random numbers of a tensor's shape.
 
         Raises:
             ValueError: if the loss does not depend on the outputs, or cannot be differentiated twice.
@@ -94,8 +93,8 @@ class Curvature:
             if self._known or self._all(fits & finite):
                 self.classes, self._known = dim, True
                 chances = z.softmax(dim)
-                label = (chances / clocks(chances)).argmax(dim, keepdim=True)
-                pull = weight.sqrt() * (chances - torch.zeros_like(chances).scatter_(dim, label, 1.0))
+                root = chances.sqrt() * drawn[0].float()
+                pull = weight.sqrt() * (root - chances * root.sum(dim, keepdim=True))
                 return Pullbacks(places, [pull.to(outputs[0].dtype)], None, finite & fits)
         self._known = self._known or self._all(finite)
         scales = [_scale(part) for part in curved]

@@ -51,7 +51,7 @@ class Measuring:
         per_probe: Structures whose paired difference one probe takes.
         measure_every: Steps between probes.
         shared: Whether batch norms take their statistics over all processes.
-        label_rng: Generator of the labels that probes sample.
+        label_rng: Generator of the vectors that probes draw.
     """
 
     def __init__(

@@ -131,7 +131,7 @@ class Probe:
             value = self.loss(self.model)
         found = torch.zeros_like(self.draw)
         if taps:
-            drawn = self.curved.pullbacks(value, [leaf for _, leaf in outputs], self._normal, self._clocks)
+            drawn = self.curved.pullbacks(value, [leaf for _, leaf in outputs], self._normal)
             ends = [outputs[place][0] for place in drawn.places]
             left = self._pulled(taps, ends, drawn.left, retain=drawn.right is not None)
             right = left if drawn.right is None else self._pulled(taps, ends, drawn.right)
@@ -191,15 +191,9 @@ class Probe:
         return found
 
     def _normal(self, like: torch.Tensor) -> torch.Tensor:
-        return self._drawn(like, lambda numbers: numbers.normal_(generator=self.generator))
-
-    def _clocks(self, like: torch.Tensor) -> torch.Tensor:
-        return self._drawn(like, lambda numbers: numbers.exponential_(generator=self.generator))
-
-    def _drawn(self, like: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Random numbers of a tensor's shape; drawn for all processes' examples, so that the generators stay in step."""
+        """Normal numbers of a tensor's shape; drawn for all processes' examples, so that the generators stay in step."""
         whole = torch.empty(len(like) * self.group.size, *like.shape[1:], device=like.device)
-        return self.group.share(fill(whole))
+        return self.group.share(whole.normal_(generator=self.generator))
 
 
 @contextmanager
