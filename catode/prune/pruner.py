@@ -46,7 +46,7 @@ from catode.prune.gated.network import Network
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed
-from catode.prune.optimizers import Clock, check_optimizer, ode_time, theta_speed
+from catode.prune.optimizers import Clock, check_optimizer, check_owner, ode_time, theta_speed
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
 from catode.structures import fates
@@ -96,6 +96,7 @@ class Pruner:
                 f"`model` must have a method structures(); got {type(model).__name__}. See catode.prune.describe.protocol."
             )
         check_optimizer(optimizer)
+        check_owner(optimizer, model)
         own = self.settings = PrunerSettings.of(settings)
         self.model, self.optimizer, self.group = model, optimizer, group or Group()
         self.blocks = model.structures()

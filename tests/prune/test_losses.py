@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass, fields
 from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -315,3 +320,302 @@ def test_a_loss_may_come_and_go_with_its_size():
     assert pruner._capture.checked
     step(pruner, optimizer, ce(model, other), other)
     assert not pruner._capture.checked
+
+
+# --- batches and outputs of any form ---------------------------------------------------------------------------------
+
+
+class Named(NamedTuple):
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Made:
+    image: torch.Tensor
+    label: torch.Tensor
+    source: list[str]
+
+
+class Encoding(UserDict):
+    """As tokenizers' batches are: a mapping that is no dict, with attributes."""
+
+    def __getattr__(self, name):
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class ModelOutput(OrderedDict):
+    """As Hugging Face's models return: an ordered dict whose entries are fields of a dataclass, too."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            if getattr(self, field.name) is not None:
+                super().__setitem__(field.name, getattr(self, field.name))
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+    def __reduce__(self):
+        make, _, *rest = super().__reduce__()
+        return make, tuple(getattr(self, field.name) for field in fields(self)), *rest
+
+
+@dataclass
+class Classified(ModelOutput):
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class Plain:
+    logits: torch.Tensor
+    note: str = "none"
+
+
+class Forms(DenseResNet):
+    """Takes and returns what it is told to."""
+
+    returns = "logits"
+
+    def forward(self, image, scale=1.0, label=None, **_):
+        z = super().forward(scale * image)
+        if self.returns == "logits":
+            return z
+        if self.returns == "dict":
+            return {"out": z, "name": "x"}
+        if self.returns == "tuple":
+            return z, None, image.mean()
+        if self.returns == "dataclass":
+            return Plain(z)
+        loss = None if label is None else F.cross_entropy(z, label)
+        if self.returns == "namespace":
+            return SimpleNamespace(loss=loss, logits=z)
+        return Classified(loss, z, (image.flatten(1), z / 2))
+
+
+def forms(returns="logits"):
+    torch.manual_seed(0)
+    model = Forms(64, CLASSES, blocks=2, width=16, hidden=8).train()
+    model.returns = returns
+    return model
+
+
+def thetas(loss, returns, form, trained=None, number=30):
+    """Thetas when batches have a form; `trained` computes the loss from the model and a batch of that form."""
+    model, optimizer, pruner = make(loss, forms(returns), rate_ratio=0.2)
+    for x, y in batches(number):
+        batch = form(x, y)
+        step(pruner, optimizer, (trained or loss)(model, batch), None if loss is None else batch)
+    assert (pruner.keep_prob < 1).any()
+    return pruner.keep_prob
+
+
+TAKEN = {
+    "two arguments": (lambda m, b: F.cross_entropy(m(b[0], 2.0), b[1]), "logits", lambda x, y: (x / 2, y)),
+    "keyword": (lambda m, b: F.cross_entropy(m(image=b[0]), b[1]), "logits", lambda x, y: [x, y]),
+    "dict": (
+        lambda m, b: F.cross_entropy(m(b["image"])["out"], b["label"]),
+        "dict",
+        lambda x, y: {"image": x, "label": y, "source": ["a"] * len(y), "step": torch.tensor(3)},
+    ),
+    "named tuple": (lambda m, b: F.cross_entropy(m(b.image)[0], b.label), "tuple", Named),
+    "dataclass": (
+        lambda m, b: F.cross_entropy(m(b.image).logits, b.label) + (len(b.source) != len(b.label)),
+        "dataclass",
+        lambda x, y: Made(x, y, ["a"] * len(y)),
+    ),
+    "encoding": (
+        lambda m, b: F.cross_entropy(m(b.image).logits, b["label"]),
+        "own",
+        lambda x, y: Encoding(image=x, label=y),
+    ),
+    "own loss, given": (lambda m, b: m(**b).loss, "own", lambda x, y: Encoding(image=x, label=y)),
+    "attributes": (
+        lambda m, b: F.cross_entropy(m(b.image).logits, b.label),
+        "namespace",
+        lambda x, y: SimpleNamespace(image=x, label=y),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return thetas(ce, "logits", lambda x, y: (x, y))
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_batches_and_outputs_of_any_form(name, usual):
+    np.testing.assert_allclose(thetas(*TAKEN[name]), usual, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("returns", "trained"),
+    [
+        ("logits", ce),
+        ("logits", lambda m, b: F.cross_entropy(m(image=b[0] / 2, scale=2.0), b[1])),
+        ("own", lambda m, b: m(**{"image": b[0], "label": b[1]}).loss),
+        ("own", lambda m, b: m(b[0], label=b[1])["loss"]),
+        ("namespace", lambda m, b: m(b[0], 1.0, b[1]).loss),
+    ],
+)
+def test_no_loss_is_needed_for_labels_and_for_models_that_return_their_own(returns, trained, usual):
+    np.testing.assert_allclose(thetas(None, returns, lambda x, y: (x, y), trained), usual, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (lambda m, b: 0.5 * m(b[0], label=b[1]).loss, "is 0.5 times it"),
+        (lambda m, b: (out := m(b[0], label=b[1])).loss + out.logits.square().mean(), "more is trained on"),
+    ],
+)
+def test_a_models_own_loss_must_be_all_that_is_trained_on(loss, match):
+    (batch,) = batches(1)
+    model, optimizer, pruner = make(None, forms("own"))
+    refused(lambda: step(pruner, optimizer, loss(model, batch)), pruner, match)
+    model, optimizer, pruner = make(loss, forms("own"))
+    for batch in batches(6):
+        step(pruner, optimizer, loss(model, batch), batch)
+
+
+def test_a_models_own_loss_may_not_mix_examples():
+    class Own(Forms):
+        def forward(self, image, **_):
+            z = DenseResNet.forward(self, image)
+            return SimpleNamespace(loss=info_nce(lambda z: z, (z,)), logits=z)
+
+    torch.manual_seed(0)
+    model, optimizer, pruner = make(None, Own(64, CLASSES, blocks=2, width=16, hidden=8).train())
+    (batch,) = batches(1)
+    refused(lambda: step(pruner, optimizer, model(batch[0]).loss), pruner, "the model's own, which compares examples")
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "match", "kind"),
+    [
+        (lambda x, y: None, "must be given the batch", ValueError),
+        (lambda x, y: (x, y[:5]), "first dimension counts the examples; got first dimensions \\[5, 32\\]", ValueError),
+        (lambda x, y: (x, y, torch.ones(10)), "first dimensions \\[10, 32\\]", ValueError),
+        (lambda x, y: (x.numpy(), y), "got a ndarray in it", TypeError),
+        (lambda x, y: (object(), x, y), "got a object in it", TypeError),
+        (lambda x, y: {}, "first dimensions \\[\\]", ValueError),
+    ],
+)
+def test_a_batch_that_is_none(batch, match, kind):
+    model, optimizer, pruner = make(ce)
+    (made,) = batches(1)
+    refused(lambda: step(pruner, optimizer, ce(model, made), batch(*made)), pruner, match, kind)
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none"), "must return a scalar tensor.*shape \\(32,\\)"),
+        (lambda m, b: F.cross_entropy(m(b[0]), b[1]).item(), "must return a scalar tensor.*got float"),
+        (lambda m, b: F.cross_entropy(m(b[0]), b[1]).detach(), "must depend on what the model returns"),
+        (lambda m, b: F.cross_entropy(m(b[0]).detach(), b[1]), "must depend on what the model returns"),
+        (lambda m, b: next(m.parameters()).square().mean(), "must depend on what the model returns"),
+        (lambda m, b: F.cross_entropy(m(b[0]), b[1]) * torch.nan, "must be finite"),
+        (lambda m, b: F.cross_entropy(m(b[0]).missing, b[1]), "must fit the batch.*AttributeError"),
+        (lambda m, b: F.cross_entropy(m(b[0]), b[7]), "must fit the batch.*IndexError"),
+        (lambda m, b: F.cross_entropy(m.fc(m(b[0])), b[1]), "must fit the batch"),
+    ],
+)
+def test_a_loss_that_is_none(loss, match):
+    model, optimizer, pruner = make(loss)
+    (batch,) = batches(1)
+    refused(lambda: step(pruner, optimizer, ce(model, batch), batch), pruner, match)
+
+
+@pytest.mark.parametrize("loss", [ce, None])
+def test_a_model_in_eval_mode_and_steps_without_backward_passes(loss):
+    model, optimizer, pruner = make(loss)
+    (batch,) = batches(1)
+    refused(lambda: pruner.step(batch), pruner, "must follow a backward pass", RuntimeError)
+    model.eval()
+    refused(lambda: step(pruner, optimizer, ce(model, batch), batch), pruner, "model in eval mode", RuntimeError)
+    model.train()
+    with torch.no_grad():
+        ce(model, batch)
+    refused(lambda: pruner.step(batch), pruner, "must follow a backward pass", RuntimeError)
+    step(pruner, optimizer, ce(model, batch), batch)
+    refused(lambda: pruner.step(batch), pruner, "must follow a backward pass", RuntimeError)
+
+
+TWICE = pytest.mark.parametrize(
+    ("given", "match", "kind"), [(ce, "is 2 times it", ValueError), (None, "must be given", RuntimeError)]
+)
+
+
+@TWICE
+def test_backward_twice(given, match, kind):
+    (batch,) = batches(1)
+    model, optimizer, pruner = make(given)
+    loss = ce(model, batch)
+    loss.backward(retain_graph=True)
+
+    def run():
+        loss.backward()
+        optimizer.step()
+        pruner.step(batch)
+
+    refused(run, pruner, match, kind)
+
+
+@TWICE
+def test_sam(given, match, kind):
+    """Two forward and backward passes for one step, of which one counts."""
+    (batch,) = batches(1)
+    model, optimizer, pruner = make(given)
+    ce(model, batch).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * p.grad
+    refused(lambda: step(pruner, optimizer, ce(model, batch), batch), pruner, match, kind)
+
+
+def test_a_model_called_by_its_parts():
+    model, optimizer, pruner = make(ce)
+    x, y = next(batches(1))
+
+    def parts(x):
+        return model.fc(model.blocks(model.stem(x.flatten(1))))
+
+    refused(
+        lambda: step(pruner, optimizer, F.cross_entropy(parts(x), y), (x, y)),
+        pruner,
+        "must be called itself",
+        RuntimeError,
+    )
+
+
+def test_an_optimizer_that_never_steps():
+    model, _, pruner = make(ce)
+    other = torch.optim.SGD(model.parameters(), lr=0.05)
+    data = batches(200)
+    for x, y in itertools.islice(data, 99):
+        step(pruner, other, ce(model, (x, y)), (x, y))
+    refused(
+        lambda: step(pruner, other, ce(model, (x, y)), (x, y)),
+        pruner,
+        "`optimizer` must be the one whose step\\(\\) is called",
+        RuntimeError,
+    )
+
+
+def test_another_models_optimizer():
+    model, other = network(), network(1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
+    with pytest.raises(ValueError, match="`optimizer` must hold the model's parameters") as caught:
+        Pruner(model, EXAMPLE, optimizer=optimizer, nu=0.5, steps=100)
+    assert "\n" not in str(caught.value)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not optimizer._optimizer_step_post_hooks

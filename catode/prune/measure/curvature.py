@@ -165,7 +165,7 @@ def last(loss: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[int]:
     Raises:
         ValueError: if there are none.
     """
-    places = [place for place, z in enumerate(outputs) if z.requires_grad and z is not loss]
+    places = [place for place, z in enumerate(outputs) if z.requires_grad]
     if places and loss.requires_grad:
         ends = [outputs[place] for place in places]
         found = torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True)

@@ -80,9 +80,14 @@ def _check_own(objective: Objective, capture: Capture, calls: Sequence[Call], gr
                     "other outputs. Pass Pruner(..., loss=lambda model, batch: ...) and step(batch)."
                 )
     _check_factor(factor, SAME)
-    examples = min(objective.examples(calls, None), FEW)
+    _check_own_examples(objective, capture, calls, None)
+
+
+def _check_own_examples(objective: Objective, capture: Capture, calls: Sequence[Call], batch: Any) -> None:
+    """Make sure that a loss that the model returns does not mix examples, nor can't be differentiated twice."""
+    examples = min(objective.examples(calls, batch), FEW)
     if examples > 1:
-        sample = objective.sample(calls, None, slice(0, examples), 1.0)
+        sample = objective.sample(calls, batch, slice(0, examples), 1.0)
         with outputs_of(capture.model) as outputs:
             value = sample.loss(capture.model)
         generator = torch.Generator(value.device).manual_seed(0)
@@ -125,6 +130,9 @@ def _check_given(
     if factor is None:
         factor = replay.repeated * float(replay.flat.norm() / first.flat.norm())
     _check_factor(factor / grad_scale, close if sure else ROUGH)
+    if any(call.loss is not None for call in replay.answers):
+        _check_own_examples(objective, capture, trained, batch)
+        return True
     coupled = replay.couples(first, close) if examples > 1 else False
     if coupled:
         raise _couples(objective)
@@ -224,7 +232,7 @@ class _Replay:
             )
         if not bool(value.isfinite()):
             raise ValueError(
-                f"`loss` must be finite; {self.objective.name} gives {float(value)} on the step's batch. Mend it."
+                f"`loss` must be finite; {self.objective.name} gives {float(value.detach())} on the step's batch. Mend it."
             )
         found.parts = list(torch.autograd.grad(value, leaves, allow_unused=True, create_graph=twice))
         if twice:

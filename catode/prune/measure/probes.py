@@ -215,9 +215,10 @@ def outputs_of(model: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tens
     def split(module: nn.Module, args: tuple, output: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
-        if own_loss(output) is None:
+        own = own_loss(output)
+        if own is None:
             return nests.mapped(output, part)
-        found.extend((z, z) for z in differentiable(output))
+        found.extend((z, z) for z in differentiable(output) if z is not own)
         return None
 
     hook = model.register_forward_hook(split)
