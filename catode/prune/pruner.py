@@ -344,7 +344,7 @@ class Pruner:
         if own.finished:
             return None
         elapsed, steps = self._clock.take()
-        skipped = steps == 0 if skipped is None else skipped
+        skipped = (steps == 0 and own.done > 0) if skipped is None else skipped  # the first may come before the optimizer's
         if not isinstance(skipped, torch.Tensor):
             skipped = torch.full((), float(skipped), device=self._device)
         if not own.started:
