@@ -28,7 +28,7 @@ class Call:
         args: Positional arguments, detached.
         kwargs: Keyword arguments, detached.
         autocast: Type of automatic mixed precision; None for off.
-        output: What it returned, each tensor as a leaf of its own; None in steps that are not checked.
+        output: What it returned; None in steps that are not checked.
         loss: Place in `outputs` of a loss of its own; None for none.
         outputs: The tensors in what it returned that a loss may depend on, its own loss included, detached.
         gradients: dL/d of each of them as an argument of the loss, whatever it depends on itself; None where none came back.
@@ -154,7 +154,7 @@ class Capture(Copied):
             call.gradients.append(None)
             tensor.register_hook(lambda gradient, place=place: _accumulate(call.gradients, place, gradient))
         if self.checked:
-            call.output = nests.mapped(output, lambda z: z.detach().requires_grad_(z.requires_grad))
+            call.output = output
         return output if several else None
 
 

@@ -50,6 +50,8 @@ def mapped(nest: Any, change: Callable[[torch.Tensor], Any], texts: Callable[[An
 
 def _filled(nest: Mapping, values: dict) -> Mapping:
     """A mapping of another's type, such as a tokenizer's batch, with other values."""
+    if type(nest) is dict:
+        return values
     try:
         found = copy.copy(nest)
         for key, value in values.items():
