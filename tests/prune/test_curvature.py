@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from catode.prune.gated.gates import Gates
 from catode.prune.measure.curvature import Curvature, couples_examples, second_derivative
@@ -252,6 +253,26 @@ def test_a_loss_that_turns_out_to_be_no_cross_entropy_is_measured_as_any():
     assert draws.isnan().all()
     curved.forget_softmax()
     assert drawn("distillation", 2, curved)[0].isfinite().all()
+
+
+def test_examples_that_count_for_nothing_do_not_change_the_kind():
+    """A part of a batch whose labels are all ignored has no loss: infinite, while NaN means another kind of loss."""
+    model, gates, x, y, _, evaluate = case("ignore_index")
+    curved, generator = Curvature(), torch.Generator().manual_seed(0)
+    assert Probe(model, gates, evaluate, len(x), generator, curved=curved).curvature().isfinite().all()
+    ignored = Probe(model, gates, lambda m: F.cross_entropy(m(x), y - y - 100), len(x), generator, curved=curved)
+    assert ignored.curvature().isinf().all() and curved.classes == 1
+
+
+def test_checkpointed_blocks_have_the_same_curvature():
+    found = []
+    for checkpointed in (False, True):
+        model, gates, x, _, _, evaluate = case("bce")
+        for branch in model.branches if checkpointed else ():
+            plain = branch.forward
+            branch.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=False)
+        found.append(Probe(model, gates, evaluate, len(x), torch.Generator().manual_seed(0)).curvature())
+    torch.testing.assert_close(*found)
 
 
 def test_outputs_that_hardly_matter_add_no_noise():

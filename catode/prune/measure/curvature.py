@@ -30,13 +30,15 @@ class Pullbacks:
         places: Places of the outputs that they belong to, among those given.
         left: a, of the outputs' shapes.
         right: b; None where it equals a.
-        known: Whether all is finite and of the kind that the first call found, shape ().
+        finite: Whether all is, shape ().
+        fits: Whether the loss is of the kind that the first call found, shape ().
     """
 
     places: list[int]
     left: list[torch.Tensor]
     right: list[torch.Tensor] | None
-    known: torch.Tensor
+    finite: torch.Tensor
+    fits: torch.Tensor
 
 
 class Curvature:
@@ -83,7 +85,7 @@ class Curvature:
         gradients = torch.autograd.grad(loss, outputs, create_graph=True)
         drawn = [normal(z) for z in outputs]
         curved = second_derivative(gradients, outputs, drawn)
-        finite = torch.stack([z.isfinite().all() for z in (*outputs, *curved)]).all()
+        finite = torch.stack([z.isfinite().all() for z in (loss, *outputs, *curved)]).all()
         z = outputs[0].detach().float()
         dims = [self.classes]
         if not self._known:
@@ -95,13 +97,15 @@ class Curvature:
                 chances = z.softmax(dim)
                 root = chances.sqrt() * drawn[0].float()
                 pull = weight.sqrt() * (root - chances * root.sum(dim, keepdim=True))
-                return Pullbacks(places, [pull.to(outputs[0].dtype)], None, finite & fits)
+                return Pullbacks(places, [pull.to(outputs[0].dtype)], None, finite, fits)
         self._known = self._known or self._all(finite)
         scales = [_scale(part) for part in curved]
         drawn = [normal(z) for z in outputs]
         left = [scale * part for scale, part in zip(scales, drawn, strict=True)]
         right = second_derivative(gradients, outputs, [part / scale for scale, part in zip(scales, drawn, strict=True)])
-        return Pullbacks(places, [a.to(z.dtype) for a, z in zip(left, outputs, strict=True)], right, finite)
+        return Pullbacks(
+            places, [a.to(z.dtype) for a, z in zip(left, outputs, strict=True)], right, finite, torch.ones_like(finite)
+        )
 
     def _all(self, flag: torch.Tensor) -> bool:
         """Whether a flag is set in all processes; the host waits."""

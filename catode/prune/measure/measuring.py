@@ -170,7 +170,7 @@ class Measuring:
             return {}
         if not fit:
             raise RuntimeError(NOT_RECOGNISED)
-        if found and probed.structures is None and not np.isfinite(found[0]).any():
+        if found and probed.structures is None and np.isnan(found[0]).all():
             self.curved.forget_softmax()
         for values in found:
             if probed.structures is not None:

@@ -120,22 +120,22 @@ class Probe:
     def curvature(self, layers: bool = True) -> torch.Tensor:
         """Gauss-Newton curvature of the mean loss in every gate, shape (n,); 0 for layers without `layers`, which is cheaper.
 
-        The sum over examples of the products of two derivatives, see `catode.prune.measure.curvature`. NaN if an output
-        is not finite. Where an activation has not one row for each example, its rows are added up first: the mean is the same,
+        The sum over examples of the products of two derivatives, see `catode.prune.measure.curvature`. Infinite if an output
+        is not finite, NaN if the loss is not of the kind that the first probe found. Where an activation has not one row for each example, its rows are added up first: the mean is the same,
         as the vectors of different examples are independent, the noise larger.
 
         Raises:
             ValueError: if the loss does not depend on the outputs, or cannot be differentiated twice.
         """
         with self._undisturbed(self.draw), self.gates.tapped(layers) as taps, outputs_of(self.model) as outputs:
-            value = self.loss(self.model)
-        found = torch.zeros_like(self.draw)
-        if taps:
-            drawn = self.curved.pullbacks(value, [leaf for _, leaf in outputs], self._normal)
-            ends = [outputs[place][0] for place in drawn.places]
-            left = self._pulled(taps, ends, drawn.left, retain=drawn.right is not None)
-            right = left if drawn.right is None else self._pulled(taps, ends, drawn.right)
-            found = (left * right).sum(0).masked_fill(~drawn.known, torch.nan)
+            value, found = self.loss(self.model), torch.zeros_like(self.draw)
+            taps = list(taps)  # checkpointed modules run again in the backward passes
+            if taps:
+                drawn = self.curved.pullbacks(value, [leaf for _, leaf in outputs], self._normal)
+                ends = [outputs[place][0] for place in drawn.places]
+                left = self._pulled(taps, ends, drawn.left, retain=drawn.right is not None)
+                right = left if drawn.right is None else self._pulled(taps, ends, drawn.right)
+                found = (left * right).sum(0).masked_fill(~drawn.fits, torch.nan).masked_fill(~drawn.finite, torch.inf)
         return self.group.mean(found)
 
     @torch.no_grad()
