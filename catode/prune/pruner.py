@@ -56,14 +56,15 @@ from catode.theory.tolerance.measured import LEAST_PRICE
 class Pruner:
     """Gates a model, moves its keep probabilities, and removes what is safe to remove.
 
-    The loss must be a mean softmax cross-entropy over the batch (soft targets allowed): the pruner recovers the targets
-    from the logits and their gradient, so that its ``step()`` needs no arguments.
+    A mean cross-entropy with one label for each example is recognised from its gradient, and a model's own loss is taken from
+    what it returns: then ``step()`` needs no arguments. Any other loss is given; see docs/loops.md.
 
     Args:
         model: A network with a method ``structures()`` (see `catode.prune.describe.protocol`); gated in place.
         example_input: One input batch; only its shape matters.
         optimizer: The model's optimizer, SGD with one learning rate and momentum, which set the ODE time of a step; its
             state follows every compaction. Where groups differ in weight decay, the smallest one counts.
+        loss: ``loss(model, batch)``, the mean loss over a batch's examples; None for one that is recognised.
         step_times: Price by these measured times (see `catode.prune.describe.steptime`) in place of MACs.
         group: Processes that train together, each on its share of every batch (see `catode.prune.devices.distributed`); None for
             a single process. Gradients must be averaged over them before the optimizer's step. A probe takes its images
@@ -328,7 +329,7 @@ class Pruner:
         Any number of forward and backward passes may have come before, whose gradients add up to the loss's.
 
         Args:
-            batch: The batch, for the `loss` that the pruner was given: that of the step, or its last micro-batch.
+            batch: The batch as it was trained on, or its last micro-batch, where the pruner was given a `loss`.
             grad_scale: Factor that the loss was multiplied with before ``backward()`` (a gradient scaler's).
             skipped: Whether the optimizer skipped the step because the gradient overflowed; then no ODE time passes. None:
                 whether its ``step()`` was not called. Both may be tensors of the device.
@@ -337,14 +338,16 @@ class Pruner:
             The check, if this step had one.
 
         Raises:
-            RuntimeError: if no backward pass through the gated model came before.
-            ValueError: if the loss that was trained on is not the one that was given.
+            RuntimeError: if no backward pass through the gated model came before, or the loss is not recognised.
+            ValueError: if the loss that was trained on is not the one that was given, or mixes examples.
         """
         own = self.state
         if own.finished:
             return None
         elapsed, steps = self._clock.take()
-        skipped = (steps == 0 and own.done > 0) if skipped is None else skipped  # the first may come before the optimizer's
+        skipped = (
+            (steps == 0 and own.done > 0) if skipped is None else skipped
+        )  # the first may come before the optimizer's
         if not isinstance(skipped, torch.Tensor):
             skipped = torch.full((), float(skipped), device=self._device)
         if not own.started:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -320,6 +323,27 @@ def test_labels_are_recovered_from_micro_batches_of_any_size(sizes):
                 torch.testing.assert_close(found.loss(model), ce(model, (x, y)), rtol=1e-5, atol=1e-5)
                 pruner._capture.paused = False
         assert pruner.state.done == 3
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "loops.md"
+
+
+class ReturnsLoss(Network):
+    def forward(self, image, label=None):
+        z = super().forward(image)
+        return SimpleNamespace(loss=None if label is None else F.cross_entropy(z, label), logits=z)
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
+def test_the_loops_of_the_page_run_as_printed(code):
+    model, returns_loss = network(), ReturnsLoss(64, 10, blocks=2, width=16, hidden=8)
+    given = dict(Pruner=Pruner, F=F, torch=torch, device="cpu", example=EXAMPLE, returns_loss=returns_loss)
+    given |= dict(model=model, batches=list(batches(8)))
+    given["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    if "Pruner(" not in code:
+        given["pruner"] = Pruner(model, EXAMPLE, optimizer=given["optimizer"], nu=1.0, steps=400)
+    exec(code, given)
+    assert given["pruner"].state.done == 8 and given["pruner"].state.time > 0
 
 
 @pytest.mark.slow

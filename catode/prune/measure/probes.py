@@ -121,8 +121,8 @@ class Probe:
         """Gauss-Newton curvature of the mean loss in every gate, shape (n,); 0 for layers without `layers`, which is cheaper.
 
         The sum over examples of the products of two derivatives, see `catode.prune.measure.curvature`. Infinite if an output
-        is not finite, NaN if the loss is not of the kind that the first probe found. Where an activation has not one row for each example, its rows are added up first: the mean is the same,
-        as the vectors of different examples are independent, the noise larger.
+        is not finite, NaN if the loss is not of the kind that the first probe found. Where an activation has not one row for
+        each example, all rows are added up first: the mean is the same, as the vectors of different examples are independent.
 
         Raises:
             ValueError: if the loss does not depend on the outputs, or cannot be differentiated twice.
