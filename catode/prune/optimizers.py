@@ -26,10 +26,27 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
             raise ValueError(f"`optimizer` must have one {name}; got {sorted(values)}. Use the same in every group.")
 
 
+def check_owner(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Refuse an optimizer of another model.
+
+    Raises:
+        ValueError: if it holds none of the model's parameters.
+    """
+    own = set(model.parameters())
+    if not any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "`optimizer` must hold the model's parameters; got one that holds none of them. Build it from model.parameters(), "
+            "after the model has been moved or copied."
+        )
+
+
 def ode_time(optimizer: torch.optim.Optimizer) -> float:
     """ODE time of one step at the present learning rate, lr / (1 - momentum)."""
     group = optimizer.param_groups[0]
     return float(group["lr"]) / (1.0 - group["momentum"])
+
+
+MOST_IDLE = 100  # steps of the pruner without one of the optimizer; a gradient scaler skips a few dozen
 
 
 class Clock:
@@ -44,18 +61,28 @@ class Clock:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        self.elapsed, self.steps = 0.0, 0
+        self.elapsed, self.steps, self._idle = 0.0, 0, 0
         self._hook = optimizer.register_step_post_hook(self._stepped)
 
     def __getstate__(self) -> dict:
-        return {"elapsed": 0.0, "steps": 0, "_hook": None}
+        return {"elapsed": 0.0, "steps": 0, "_idle": 0, "_hook": None}
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.elapsed += ode_time(optimizer)
         self.steps += 1
 
     def take(self) -> tuple[float, int]:
-        """ODE time and number of the steps since the last call."""
+        """ODE time and number of the steps since the last call.
+
+        Raises:
+            RuntimeError: at the 100th call in a row without a step.
+        """
+        self._idle = 0 if self.steps else self._idle + 1
+        if self._idle >= MOST_IDLE:
+            raise RuntimeError(
+                f"`optimizer` must be the one whose step() is called; got {MOST_IDLE} steps of the pruner without one of it. Give "
+                "the pruner the optimizer that trains the model."
+            )
         taken = self.elapsed, self.steps
         self.elapsed, self.steps = 0.0, 0
         return taken

@@ -48,7 +48,7 @@ from catode.prune.measure.bounds import project
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed, check_finite
-from catode.prune.optimizers import Clock, check_optimizer, ode_time, theta_speed
+from catode.prune.optimizers import Clock, check_optimizer, check_owner, ode_time, theta_speed
 from catode.prune.queries import Queries
 from catode.prune.recalibration import recalibrate_norms
 from catode.prune.settings import PrunerSettings
@@ -59,14 +59,15 @@ from catode.theory.tolerance.measured import LEAST_PRICE
 class Pruner(Queries):
     """Gates a model, moves its keep probabilities, and removes what is safe to remove.
 
-    The loss must be a mean softmax cross-entropy over the batch (soft targets allowed): the pruner recovers the targets
-    from the logits and their gradient, so that its ``step()`` needs no arguments.
+    A mean cross-entropy with one label for each example is recognised from its gradient, and a model's own loss is taken from
+    what it returns: then ``step()`` needs no arguments. Any other loss is given; see docs/loops.md.
 
     Args:
         model: A network with a method ``structures()`` (see `catode.prune.describe.protocol`); gated in place.
         example_input: One input batch: a tensor, a tuple of arguments or a mapping of keyword arguments; only shapes matter.
         optimizer: The model's optimizer, SGD with one learning rate and momentum, which set the ODE time of a step; its
             state follows every compaction. Where groups differ in weight decay, the smallest one counts.
+        loss: ``loss(model, batch)``, the mean loss over a batch's examples; None for one that is recognised.
         step_times: Price by these measured times (see `catode.prune.describe.steptime`) in place of MACs.
         group: Processes that train together, each on its share of every batch (see `catode.prune.devices.distributed`); None for
             those of torch.distributed's default group, if there is one. Gradients must be averaged over them before the
@@ -101,6 +102,7 @@ class Pruner(Queries):
     ):
         model = unwrapped(model)
         check_optimizer(optimizer)
+        check_owner(optimizer, model)
         own = self.settings = PrunerSettings.of(settings)
         self.model, self.optimizer, self.group = model, optimizer, group or current()
         self.group.agree(model, step=0)
@@ -125,9 +127,8 @@ class Pruner(Queries):
         self._reads = DeferredReads()
         keep_prob = np.where(self.gated, own.initial_keep_prob, 1.0)
         draws = GateDraws(own.seed, self._device, keep_prob)
-        self._capture = Capture(model, self.gates, draws, own.per_example, self.group)
+        self._capture = Capture(model, self.gates, draws, own.per_example, self.group, inputs=loss is None)
         label_rng = torch.Generator(self._device).manual_seed(own.seed + 1)
-        self._capture.note_random = loss is not None
         self._measuring = Measuring(
             self._capture,
             Objective(loss),
@@ -255,7 +256,7 @@ class Pruner(Queries):
         Any number of forward and backward passes may have come before, whose gradients add up to the loss's.
 
         Args:
-            batch: The batch, for the `loss` that the pruner was given: that of the step, or its last micro-batch.
+            batch: The batch as it was trained on, or its last micro-batch, where the pruner was given a `loss`.
             grad_scale: Factor that the loss was multiplied with before ``backward()`` (a gradient scaler's).
             skipped: Whether the optimizer skipped the step because the gradient overflowed; then no ODE time passes. None:
                 whether its ``step()`` was not called. Both may be tensors of the device.
@@ -266,7 +267,7 @@ class Pruner(Queries):
         Raises:
             RuntimeError: if no backward pass through the gated model came before, or, as a `NotFinite`, if the loss of a step
                 that the optimizer took was not finite; no theta has moved since, and nothing was removed.
-            ValueError: if the loss that was trained on is not the one that was given.
+            ValueError: if the loss that was trained on is not the one that was given, or mixes examples.
         """
         own = self.state
         if own.finished:
@@ -276,7 +277,9 @@ class Pruner(Queries):
         if self.settings.max_norm is not None:
             project(self.model, self.blocks, own.kept, self.settings.max_norm)
         elapsed, steps = self._clock.take()
-        skipped = steps == 0 if skipped is None else skipped
+        skipped = (
+            (steps == 0 and own.done > 0) if skipped is None else skipped
+        )  # the first may come before the optimizer's
         if not isinstance(skipped, torch.Tensor):
             skipped = torch.full((), float(skipped), device=self._device)
         if not own.started:
@@ -288,9 +291,8 @@ class Pruner(Queries):
                 self._start()
             return None
         draw, derivative = self._capture.derivative(grad_scale)
-        if self._capture.note_random:
+        if self._capture.checked:
             self._measuring.check_loss(batch, grad_scale)
-            self._capture.note_random = False
         due = own.done % self.settings.measure_every == 0
         own.done += 1
         probed = self._measuring.probe(own.done, self._open, own.turns, batch, grad_scale) if due else None
@@ -364,7 +366,7 @@ class Pruner(Queries):
     def _listen(self) -> None:
         """Note what the step to come is measured by."""
         own, (first, second, _) = self.state, self.schedule.burst
-        self._capture.begin(own.done % self.settings.measure_every == 0 or self._capture.note_random)
+        self._capture.begin(own.done % self.settings.measure_every == 0)
         place = own.done % self.schedule.burst_every
         if place == first:
             own.products.begin()

@@ -52,7 +52,7 @@ class PrunerState:
         evidence: Evidence about the benefits.
         products: Products of gradients.
         draws: Draws of the gates.
-        label_rng: Generator of the labels that probes sample, on the model's device.
+        label_rng: Generator of the vectors that probes draw, on the model's device.
         turns: Rotation of the paired differences.
         shadow: Record of a shadow run, None for others.
         bounds: Largest norms of the blocks' weights, and violations of the Lipschitz assumption.
@@ -112,7 +112,7 @@ class PrunerState:
             burst_every: Steps from one burst of gradients to the next.
             put: Defers a read; see `catode.prune.devices.transfer`.
             draws: Draws of the gates.
-            label_rng: Generator of the labels that probes sample.
+            label_rng: Generator of the vectors that probes draw.
         """
         n, memory = inventory.size, settings.memory
         evidence = Evidence(
