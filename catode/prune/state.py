@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from catode._saved import saved_fields
 from catode.decisions.evidence import LEAST_EVIDENCE, Evidence
 from catode.decisions.schedule import Turns
+from catode.decisions.motion import ThetaSpeed
 from catode.decisions.shadow import Shadow
 from catode.prune.gated.draws import GateDraws
 from catode.prune.measure.growth import GradientProducts
+from catode.prune.optimizers import Updates
 from catode.prune.settings import PrunerSettings
 from catode.structures import fates
 from catode.structures.inventory import Inventory
@@ -37,7 +39,8 @@ class PrunerState:
         keep_prob: theta.
         fate: One of `catode.structures.fates.FATES` of every structure.
         kept: Structures in the network.
-        rate_ratio: Speeds of theta, 1/(nats time).
+        rate_ratio: Speeds of theta at base time 1 (`ThetaSpeed`), 1/(nats time); see `rates`.
+        speed: Speed of all thetas.
         zero: Undecided structures whose theta was absorbed at 0; removed at the next check.
         pending: ODE time since each structure's last estimate.
         for_width: Units kept for a round width alone.
@@ -59,6 +62,7 @@ class PrunerState:
     fate: NDArray[np.str_]
     kept: NDArray[np.bool_]
     rate_ratio: NDArray
+    speed: ThetaSpeed
     zero: NDArray[np.bool_]
     pending: NDArray
     for_width: NDArray[np.bool_]
@@ -84,6 +88,8 @@ class PrunerState:
         *,
         gated: NDArray[np.bool_],
         rate_ratio: NDArray,
+        speed: ThetaSpeed,
+        updates: Updates,
         corrected: NDArray[np.bool_],
         burst_every: int,
         put: Callable[..., None],
@@ -97,7 +103,9 @@ class PrunerState:
             inventory: Numbering of the structures.
             keep_prob: theta at the start, shape (n,).
             gated: Which structures have gates, shape (n,).
-            rate_ratio: Speeds of theta, shape (n,).
+            rate_ratio: Speeds of theta at base time 1, shape (n,).
+            speed: Speed of all thetas.
+            updates: What the optimizer does with gradients.
             corrected: Structures whose estimates contain half the pooled curvature, shape (n,).
             burst_every: Steps from one burst of gradients to the next.
             put: Defers a read; see `catode.prune.devices.transfer`.
@@ -116,6 +124,7 @@ class PrunerState:
             fate=np.where(gated, fates.UNDECIDED, fates.COMMITTED).astype(FATE_TYPE),
             kept=np.ones(n, dtype=bool),
             rate_ratio=rate_ratio,
+            speed=speed,
             zero=np.zeros(n, dtype=bool),
             pending=np.zeros(n),
             for_width=np.zeros(n, dtype=bool),
@@ -126,12 +135,17 @@ class PrunerState:
             started=False,
             finished=False,
             evidence=evidence,
-            products=GradientProducts(n, max(memory / burst_every, 20), put, settings.epoch_steps),
+            products=GradientProducts(n, max(memory / burst_every, 20), put, settings.epoch_steps, updates),
             draws=draws,
             label_rng=label_rng,
             turns=Turns(),
             shadow=None if settings.shadow is None else Shadow(n),
         )
+
+    @property
+    def rates(self) -> NDArray:
+        """Speeds of theta, 1/(nats time)."""
+        return self.rate_ratio * self.speed.per_unit
 
 
 def pack(thing: Any) -> Any:

@@ -12,34 +12,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import MEASURED, limits
 
-from catode.decisions.evidence import Evidence, Pool
+from catode.decisions.evidence import Evidence
+from catode.decisions.growth import GrowthPools
 from catode.decisions.limits import QUANTITIES, Limits, measure
 
 CENTRE = 0.5 - 1e-9  # at this risk limits are the estimates themselves
 
 
-def pools(estimates, gains, pulls, *, gains_below=None, window=60.0, elapsed=0.5, risk=0.05):
+def pools(
+    estimates, gains, pulls, *, gains_below=None, window=60.0, elapsed=0.5, risk=0.05, law=0.0, weight_decay=0.03
+):
     """Evidence and pools filled with series of shape (steps, n)."""
     n = estimates.shape[1]
     everything = np.ones(n, bool)
     evidence = Evidence(np.full(n, window), 10.0, np.zeros(n, bool), risk)
-    gain, gain_below, weight_gradient = (Pool(n, window) for _ in range(3))
+    growth = GrowthPools(n, window, law)
     series = estimates, gains, gains if gains_below is None else gains_below, pulls
     for step, (estimate, norm, below, pull) in enumerate(zip(*series, strict=True), start=1):
         evidence.add(estimate, everything, step * elapsed, np.full(n, elapsed))
-        gain.add(norm, everything)
-        gain_below.add(below, everything)
-        weight_gradient.add(pull, everything)
-    return evidence, gain, gain_below, weight_gradient
+        growth.gain.add(norm, everything)
+        growth.gain_below.add(below, everything)
+        growth.pull.add(weight_decay * pull, everything)
+    return evidence, growth
 
 
-def measured(estimates, gains, pulls, *, keep_prob=0.5, price=0.1, rate_ratio=2.0, weight_decay=0.03, **how) -> Limits:
+def measured(estimates, gains, pulls, *, keep_prob=0.5, price=0.1, rate_ratio=2.0, **how) -> Limits:
     n = estimates.shape[1]
     full = {"keep_prob": keep_prob, "price": price, "rate_ratio": rate_ratio}
     return measure(
         *pools(estimates, gains, pulls, **how),
         **{name: np.full(n, value) for name, value in full.items()},
-        weight_decay=weight_decay,
     )
 
 
@@ -105,11 +107,11 @@ def test_drift_is_an_upper_limit_from_the_lower_limit_of_the_gain():
 
 
 def test_a_gain_seen_once_explains_nothing_of_a_growth():
-    evidence, _, _, weight_gradient = pools(-0.02 * np.arange(1, 201)[:, None], constant(1.0), constant(0.0))
-    once = Pool(1, 60.0)
-    once.add(np.ones(1), np.ones(1, bool))
-    common = dict(keep_prob=np.ones(1), price=np.full(1, 0.1), rate_ratio=np.ones(1), weight_decay=0.03)
-    found = measure(evidence, once, once, weight_gradient, **common)
+    evidence, _ = pools(-0.02 * np.arange(1, 201)[:, None], constant(1.0), constant(0.0))
+    once = GrowthPools(1, 60.0)
+    for pool in (once.gain, once.gain_below):
+        pool.add(np.ones(1), np.ones(1, bool))
+    found = measure(evidence, once, keep_prob=np.ones(1), price=np.full(1, 0.1), rate_ratio=np.ones(1))
     assert np.isinf(found.gain).all() and 0.04 < found.drift[0] < np.inf and not found.known.any()
 
 
