@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks._common import add_quick, guarded, hardware, load, markdown, publish, quartiles
-from catode.prune.gated import cut as compaction
 from catode.prune.describe.costs import count
 from catode.prune.devices.timing import keep_freed_memory
+from catode.prune.gated import cut as compaction
 from catode.prune.pruner import Pruner
 from catode.train import models
 from catode.train.settings.commandline import CommandLine

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 CLOSED = 141
 """Exit status then: 128 and the number of SIGPIPE, as of any program that the signal ends."""
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors, without a file's name, of an output that is a file on a full disk."""
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
@@ -20,6 +24,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     Returns:
         The exit status.
     """
+    _replace_closed()
     try:
         try:
             return main(argv)
@@ -29,5 +34,23 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard()
         return CLOSED
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        _discard()
+        print(f"error: the output cannot be written: {error.strerror}. Write it elsewhere.", file=sys.stderr)
+        return 1
+
+
+def _replace_closed() -> None:
+    """Write to nowhere where the process was started without standard output or error, as by ``>&-``."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  open until the process ends
+
+
+def _discard() -> None:
+    """Send what is still to be written, and what follows, to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

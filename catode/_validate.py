@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,8 +29,26 @@ __all__ = [
     "check_real",
     "check_shape",
     "check_state",
+    "expanded",
     "fail",
 ]
+
+
+def expanded(name: str, path: str | os.PathLike, *, hint: str | None = None) -> str:
+    """A path as text, a leading ~ or ~user replaced by the home folder, as a shell does, which skips ``--flag=~/path``.
+
+    Args:
+        name: Name of the argument, as the caller spells it.
+        path: The path.
+        hint: A full sentence that says how to fix it.
+
+    Raises:
+        ValueError: if the home folder is not known.
+    """
+    try:
+        return str(Path(path).expanduser()) if str(path).startswith("~") else os.fspath(path)
+    except RuntimeError:
+        fail(name, "be a path whose home folder is known", os.fspath(path), hint=hint or "Write the path out.")
 
 
 def fail(

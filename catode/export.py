@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from catode._output import run
-from catode._validate import check_int, fail
+from catode._validate import check_int, expanded, fail
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.run import check_device
 
@@ -280,6 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input, 1 if the exported program differs from the network)."""
     try:
         given = build_parser().parse_args(argv)
+        for name in ("folder", "out"):
+            if getattr(given, name) is not None:
+                setattr(given, name, expanded(name, getattr(given, name)))
         _run(given, *_checked(given))
     except BrokenPipeError:
         raise
@@ -288,6 +291,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except Mismatch as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        print(
+            f"error: `batch` must be a size whose images fit into the memory; got batch={given.batch} of images in "
+            f"{given.folder!r}. Use a smaller one.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from catode import export
-from catode.prune.gated.cut import restrict
 from catode.prune.describe.costs import count
+from catode.prune.gated.cut import restrict
 from catode.train import build, load
 from catode.train.loop import checkpoint
 from catode.train.settings.config import settings
@@ -237,3 +237,17 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):
     assert export.main([str(tmp_path), "--format", "onnx"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "without the package onnx" in error and "catode[export]" in error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_batch_beyond_the_memory_is_one_line(error, tmp_path, monkeypatch, capsys):
+    save(tmp_path, "resnet14", *compacted("resnet14"))
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(export, "write", fails)
+    assert export.main([str(tmp_path), "--format=torch-export", "--batch=999999999999"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: `batch` must be a size whose images fit into the memory; got batch=999999999999")
+    assert told.count("\n") == 1

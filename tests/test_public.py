@@ -174,6 +174,27 @@ def test_output_that_is_closed_early_ends_a_program_without_a_word(line, tmp_pat
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("line", ["catode --help", "catode train --help", f"catode theory {THEORY}"])
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_program_that_is_started_without_an_output_runs_all_the_same(line, stream, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    code = f"import os, sys; os.close({stream}); os.execv(sys.executable, [sys.executable, '-m', *{line.split()!r}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (0, "") and bool(done.stdout) == (stream == 2)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("line", ["catode --help", "catode --version"])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_an_output_on_a_full_disk_is_one_line(line, buffered, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": buffered}
+    with open("/dev/full", "w") as full:
+        options = dict(stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+        done = subprocess.run([sys.executable, "-m", *line.split()], **options)
+    assert done.returncode == 1
+    assert done.stderr == "error: the output cannot be written: No space left on device. Write it elsewhere.\n"
+
+
 def test_a_picture_is_replaced_only_where_it_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("theory.png", "theory-2.png", "theory-3.png"):

@@ -51,6 +51,7 @@ def test_a_json_object_is_read_as_it_is(tmp_path):
         ({"epochs": True}, "a.json must have an integer at 'epochs'; got epochs=True"),
         ({"epochs": 1, "tol": "much"}, "a.json must have a number at 'tol'; got tol='much'"),
         ({"epochs": 1, "tol": math.nan}, "a.json must have a number at 'tol'"),
+        ({"epochs": 1, "tol": 10**400}, "a.json must have a number at 'tol'"),
         ({"epochs": 1, "shadow": 0}, "a.json must have true or false at 'shadow'; got shadow=0"),
         ({"epochs": 1, "arch": 20}, "a.json must have a string at 'arch'; got arch=20"),
     ],

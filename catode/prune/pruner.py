@@ -33,19 +33,19 @@ from catode.decisions.priors import PRIORS
 from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE, Shadow
 from catode.decisions.target import Target
-from catode.prune.gated import cut
-from catode.prune.measure.capture import Capture
 from catode.prune.checking import Check, Checking
 from catode.prune.describe.costs import Counts, describe
 from catode.prune.describe.protocol import Prunable
 from catode.prune.describe.steptime import MeasuredComplexity, Table
 from catode.prune.devices.distributed import Group, norms_are_shared
 from catode.prune.devices.transfer import DeferredReads, upload
+from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
 from catode.prune.gated.gates import Gates
-from catode.prune.measure.losses import Loss, Objective
-from catode.prune.measure.measuring import Measuring, Probed
 from catode.prune.gated.network import Network
+from catode.prune.measure.capture import Capture
+from catode.prune.measure.losses import Loss, Objective
+from catode.prune.measure.measuring import Measuring, Probed, check_finite
 from catode.prune.optimizers import Clock, Updates, check_optimizer, ode_time
 from catode.prune.settings import PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
@@ -297,7 +297,7 @@ class Pruner:
             ValueError: if the state is of another network, of another kind of run, or of an earlier version.
         """
         own = self.state
-        check_fits(own, state)
+        check_fits(own, state, self.inventory, self.model.state_dict())
         self._network.remove_gates()
         self._capture.detach()
         unpack(own, state["pruner"])
@@ -333,7 +333,8 @@ class Pruner:
             The check, if this step had one.
 
         Raises:
-            RuntimeError: if no backward pass through the gated model came before.
+            RuntimeError: if no backward pass through the gated model came before, or, as a `NotFinite`, if the loss of a step
+                that the optimizer took was not finite; no theta has moved since, and nothing was removed.
             ValueError: if the loss that was trained on is not the one that was given.
         """
         own = self.state
@@ -446,6 +447,7 @@ class Pruner:
         own, open_ = self.state, self._open
         own.pending += step_time
         derivative, *found = numbers
+        check_finite(derivative, done)
         paired = self._measuring.take(probed, own.evidence, open_, *found) if probed else {}
         self._move(*self._measuring.estimates(own.evidence, open_, draw, derivative, paired), done)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from catode._output import run
+from catode._validate import expanded
 from catode.train.settings.commandline import CommandLine
 
 __all__ = ["main"]
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder of a finished run")
     try:
-        folder = parser.parse_args(argv).folder
+        folder = expanded("folder", parser.parse_args(argv).folder)
         from catode.report import report
 
         print(f"report {report.write(Path(folder))}")

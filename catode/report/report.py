@@ -62,7 +62,7 @@ def write(folder: Path) -> Path:
         with house_style():
             picture.figure.savefig(run.folder / f"{picture.name}.png")
     path = run.folder / "report.md"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
     return path
 
 

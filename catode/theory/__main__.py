@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from catode._output import run
+from catode._validate import expanded
 from catode.records import PLACE, number, packed, read_config, read_structures, structure_key
 from catode.theory import tolerance
 from catode.theory.flow.paths import integrate
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for bad input."""
     try:
         args = build_parser().parse_args(argv)
+        for name in ("from_run", "out"):
+            if getattr(args, name) is not None:
+                setattr(args, name, Path(expanded(name, getattr(args, name))))
         given = {k: v for k, v in vars(args).items() if v is not None and k not in ("from_run", "out")}
         out = args.out or _free(Path("theory.png"))
         if out.suffix not in (".png", ".pdf", ".svg"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from catode.train.stop import Stopped, terminated
 
 if TYPE_CHECKING:
     from catode.prune.devices.distributed import Group
+    from catode.train.loop import Setup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,22 +64,27 @@ def _main(argv: Sequence[str] | None) -> int:
             if setup.config.dry_run:
                 return _end(group, 0, preflight.table(setup), sys.stdout)
             folder = loop.train(setup, at_end=_report)
+            missed = group.leads and bool(_missed(folder))
+            return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
         except ConfigError as error:  # another process uses the folder
             return _end(group, 2, f"error: {error}")
         except (loop.NotFinite, distributed.Disagreement) as error:
             return _end(group, 1, f"error: {error}")
         except data.DataError as error:  # raised only in the process that reads the image
-            print(f"error: {error} Then continue with --resume {setup.config.out}", file=sys.stderr)
+            print(f"error: {error} Then continue with {_resume(setup.config.out)}", file=sys.stderr)
             return 2
         except distributed.Lost as error:  # every process prints it: rank 0 may be the one that died
-            hint = f" Continue with --resume {setup.config.out}" if setup else ""
+            hint = f" Continue with {_resume(setup.config.out)}" if setup else ""
             print(f"error: process {group.rank} of {group.size}: {error}.{hint}", file=sys.stderr)
             return 1
         except BrokenPipeError:
             raise
         except OSError as error:  # in the process that writes, or in all of them before the first step
-            hint = f". Fix that, then continue with --resume {setup.config.out}" if setup else ""
-            print(f"error: {error}{hint}", file=sys.stderr)
+            print(f"error: {error}{_then_continue(setup)}", file=sys.stderr)
+            return 1
+        except MemoryError as error:  # of huge images or a huge number of steps
+            reason = (str(error).splitlines() or ["no memory is left"])[0]
+            print(f"error: not enough memory: {reason}{_then_continue(setup)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:
             if setup is None:
@@ -86,8 +93,19 @@ def _main(argv: Sequence[str] | None) -> int:
             return _end(
                 group, 128 + number, f"{str(stop) or 'interrupted'}; {_how_to_continue(Path(setup.config.out))}"
             )
-        missed = group.leads and bool(_missed(folder))
-        return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
+
+
+def _resume(folder: str | Path) -> str:
+    """The flag that continues a run, as a shell reads it."""
+    return f"--resume {shlex.quote(str(folder))}"
+
+
+def _then_continue(setup: Setup | None) -> str:
+    """The end of a message about what stopped a run; empty before there is a run to continue."""
+    if setup is None or not (Path(setup.config.out) / "config.json").exists():
+        return ""
+    how = _how_to_continue(Path(setup.config.out))
+    return f". Fix that, then {how}" if how.startswith("continue") else f"; {how}"
 
 
 def _how_to_continue(folder: Path) -> str:
@@ -96,7 +114,7 @@ def _how_to_continue(folder: Path) -> str:
         return "give the same command again"
     if (folder / "result.json").exists() and not list(folder.glob("checkpoint-*.pt")):
         return f"the run in {folder} is finished"
-    return f"continue with --resume {folder}"
+    return f"continue with {_resume(folder)}"
 
 
 def _single_process() -> bool:
@@ -120,7 +138,8 @@ def _report(folder: Path) -> None:
     except Exception as error:  # of a damaged file, a full disk, a drawing library
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         print(
-            f"warning: the run is finished, but its report failed: {reason}. Make it again with catode report {folder}",
+            f"warning: the run is finished, but its report failed: {reason}. Make it again with catode report "
+            f"{shlex.quote(str(folder))}",
             file=sys.stderr,
         )
 

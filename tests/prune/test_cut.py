@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from catode.prune.gated.cut import Change, drop_block, keep_units, keep_units_of_state, restrict, silence_units
 from catode.prune.describe.costs import count, describe
+from catode.prune.gated.cut import Change, drop_block, keep_units, keep_units_of_state, restrict, silence_units
 from catode.prune.gated.gates import Gates
 from catode.structures.inventory import Inventory
 from catode.train.models import Architecture, DenseResNet, ResNet, build

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from catode.prune.gated.cut import restrict
 from catode.prune.describe.costs import Counts, count, describe, inference
 from catode.prune.describe.protocol import Prunable
+from catode.prune.gated.cut import restrict
 from catode.structures.description import Block, Site
 from catode.train.models import ARCHITECTURES, Architecture, DenseResNet, ResNet, build
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 import dataclasses
 import functools
 import io
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +21,9 @@ from torch import nn
 
 from catode._saved import saved_fields
 from catode.prune.checking import ROW_FIELDS
-from catode.prune.gated.cut import restrict, unit_norms
 from catode.prune.describe.costs import Counts, count
+from catode.prune.gated.cut import restrict, unit_norms
+from catode.prune.measure.measuring import NotFinite
 from catode.prune.pruner import Pruner
 from catode.prune.state import ARRAY, PrunerState, pack
 from catode.structures.fates import FATES, KEPT_OUT_OF_TIME, REMOVED
@@ -614,6 +615,56 @@ def test_a_state_of_another_kind_is_refused_and_the_pruner_left_alone():
             pruner.load_state_dict(state)
         assert (pruner.checksum(), pruner.shadow) == before
     assert any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("read_every", "per_example"), [(1, False), (4, False), (1, True)])
+@pytest.mark.parametrize("spoilt", [61, 62, 121])
+def test_pixels_that_are_not_finite_move_no_theta_and_are_one_line(spoilt, read_every, per_example, bad):
+    """One pixel of one image of one batch, in a loop that steps all the same; at probed, unprobed and burst steps."""
+    model, optimizer, pruner = make(read_every=read_every, per_example=per_example, rate_ratio=0.5)
+    source, done, thetas = batches(0), 0, []
+    with pytest.raises(NotFinite, match=rf"^the loss must be finite [^\n]* at step {spoilt}\.[^\n]*$") as refused:
+        while True:
+            x, y = next(source)
+            done += 1
+            x = x.clone()
+            if done == spoilt:
+                x[3, 0, 2, 2] = bad
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            pruner.step()
+            thetas.append((pruner.keep_prob.copy(), pruner.fate.copy()))
+    assert refused.value.step == spoilt and done - spoilt < read_every
+    assert np.isfinite(pruner.keep_prob).all() and (pruner.keep_prob < 1).any()
+    assert (pruner.fate == thetas[-1][1]).all() and len(thetas) == done - 1
+    if read_every == 1:
+        assert (pruner.keep_prob == thetas[-1][0]).all()
+
+
+def test_a_batch_that_the_user_leaves_out_costs_nothing():
+    """A loop that looks at its loss before the optimizer's step: with skipped=True, or with no step at all."""
+    ends = []
+    for say in (True, False):
+        model, optimizer, pruner = make()
+        for number, (x, y) in zip(range(160), batches(0), strict=False):
+            if number in (70, 71, 130):
+                x = x * math.nan
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            if loss.isfinite():
+                optimizer.step()
+                pruner.step()
+            elif say:
+                pruner.step(skipped=True)
+        ends.append(pruner)
+        assert np.isfinite(pruner.keep_prob).all() and (pruner.keep_prob < 1).any()
+        assert all(np.isfinite(values).all() for values in pruner.state.evidence.limits())
+        assert np.isfinite(pruner.state.products.gain.mean).all()
+    assert [pruner.state.done for pruner in ends] == [160, 157]
+    assert ends[0].state.time == pytest.approx(ends[1].state.time)
 
 
 def test_a_long_warm_up_begins_without_gates_and_trains_as_the_ungated_network_does():

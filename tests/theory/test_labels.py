@@ -9,6 +9,7 @@ import pytest
 
 from catode.theory import BoxSystem
 from catode.theory.basins import UNDECIDED, basins_fractions, basins_of_attraction
+from catode.theory.basins.equilibria import find
 
 
 def harvested(loss, names="x, y"):
@@ -103,3 +104,56 @@ def test_ties_in_the_plane_and_on_the_line(compiled):
     assert np.array_equal(basins.labels, np.where(x == y, UNDECIDED, np.where(x > y, first, 1 - first)))
     bistable = BoxSystem.from_expressions("x", "x*(1 - x)*(x - 1/2)", lower=(0,), upper=(1,))
     assert basins_of_attraction(bistable, ([0.25, 0.5, 0.75],), 200.0).labels[1] == UNDECIDED
+
+
+@pytest.mark.parametrize("d", [5, 6, 7])
+def test_attractors_off_the_grid_are_found_in_many_dimensions(d):
+    """Of d competitors, each harvested, one survives or none; the grid sees two of them alone."""
+    names = [f"x{i}" for i in range(d)]
+    text = [f"{n}*(1 - {n} - {' - '.join(f'2*{m}' for m in names if m != n)}) - 1/40" for n in names]
+    system = BoxSystem.from_expressions(", ".join(names), ", ".join(text), lower=[0] * d, upper=[2] * d)
+    basins = basins_of_attraction(system, [np.linspace(0.0, 2.0, 5)] * 2 + [0.0] * (d - 2), 200.0)
+    survivor = 0.5 + np.sqrt(0.25 - 0.025)
+    right = [[0.0] * d, *(survivor * np.eye(d))]
+    assert len(basins.attractors) == d + 1
+    for state in right:
+        assert np.abs(basins.attractors - state).max(axis=1).min() < 1e-5
+    assert basins.left_out == max(0, 3**d - 729)
+    alone = basins.labels[1:, 0], basins.labels[0, 1:]  # at 0.5, above the lower root of x (1 - x) = 1/40
+    for labels, axis in zip(alone, (0, 1), strict=True):
+        assert np.allclose(basins.attractors[labels, axis], survivor, atol=1e-5)
+    assert not basins.attractors[basins.labels[0, 0]].any()
+
+
+def test_algebra_and_newton_find_the_same_stable_equilibria():
+    system = harvested("1/20")
+    by_algebra, by_newton = (find(system, algebra=way) for way in (True, False))
+    stable = [sorted(e.state.round(9).tolist() for e in found if e.stable) for found in (by_algebra, by_newton)]
+    assert stable[0] == stable[1] and len(stable[0]) == 3
+    assert {e.origin for e in by_newton if e.face.count(0)} == {"searched"}
+
+
+def test_ties_of_two_among_three_are_undecided_whoever_the_third_is():
+    """A neighbour may be a tie too, and its label arbitrary: a move towards it says nothing."""
+    text = "x*(1 - x - 2*y - 2*z), y*(1 - y - 2*x - 2*z), z*(1 - z - 2*x - 2*y)"
+    system = BoxSystem.from_expressions("x, y, z", text, lower=(0, 0, 0), upper=(3, 3, 3))
+    line = np.linspace(0.0, 1.5, 10)
+    basins = basins_of_attraction(system, (line, line, line), 400.0)
+    sizes = np.stack(np.meshgrid(line, line, line, indexing="ij"), axis=-1)
+    ordered = np.sort(sizes, axis=-1)
+    assert np.array_equal(basins.labels == UNDECIDED, ordered[..., 2] == ordered[..., 1])
+    winner = basins.attractors[basins.labels].argmax(axis=-1)
+    assert np.array_equal(winner[basins.labels >= 0], sizes.argmax(axis=-1)[basins.labels >= 0])
+
+
+def test_a_tie_on_a_face_that_the_flow_leaves_stays_undecided():
+    """Two of three competitors start alike, both on the box's upper faces: the third decides nothing, symmetry keeps them alike."""
+    rates = [f"{a}*(1 - {a} - 2*{b} - 2*{c}) - 1/40" for a, b, c in ("xyz", "yxz", "zxy")]
+    system = BoxSystem.from_expressions("x, y, z", ", ".join(rates), lower=[0] * 3, upper=[2] * 3)
+    basins = basins_of_attraction(system, [np.linspace(0.0, 2.0, 5)] * 3, 400.0)
+    starts = np.stack(np.meshgrid(*basins.axes, indexing="ij"), -1).reshape(-1, 3)
+    labels, ordered = basins.labels.ravel(), np.sort(starts, axis=1)
+    tie = (ordered[:, 2] == ordered[:, 1]) & (ordered[:, 2] > 0)
+    assert (labels[tie] == -1).all()
+    winners = basins.attractors[labels[~tie & (ordered[:, 2] > 0)]].argmax(axis=1)
+    np.testing.assert_array_equal(winners, starts[~tie & (ordered[:, 2] > 0)].argmax(axis=1))

@@ -376,3 +376,31 @@ def test_a_killed_process_takes_the_job_down_and_the_run_goes_on_to_the_same_end
     (result, rows, weights), (known, known_rows, known_weights) = end(folder), end(whole)
     assert result == known and rows == known_rows
     assert all(torch.equal(weights[name], known_weights[name]) for name in known_weights)
+
+
+def evaluated(shape, batch):
+    """Accuracy of a fixed network over test images shared among the processes, and which of them this one had."""
+    images, labels = (
+        torch.arange(math.prod(shape)).remainder(251).to(torch.uint8).view(shape),
+        torch.arange(shape[0]) % 3,
+    )
+    torch.manual_seed(0)
+    network, group = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 3)), current()
+    batches = data.Batches(
+        images.repeat(6, 1, 1, 1), labels.repeat(6), 6, (0.5,), (0.2,), shard=(group.rank, group.size)
+    )
+    own = batches.evaluation(images, labels, batch) if len(labels) > group.rank else []
+    own = list(own)
+    return loop.evaluate(network, own, group=group), sum(len(y) for _, y in own)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_shares_of_different_sizes_are_counted_as_one(size, tmp_path):
+    """One image less on some processes, an image for one of them alone, and more batches on one than on another."""
+    cases = [((count, 1, 2, 2), batch) for count in (1, 2, 3, 5, 7) for batch in (1, 2, 8)]
+    alone = several(evaluated, cases)
+    ours = together(tmp_path, several, evaluated, cases, size=size)
+    for (shape, _), (expected, whole), *found in zip(cases, alone, *ours, strict=True):
+        assert whole == shape[0] == sum(part for _, part in found)
+        assert [accuracy for accuracy, _ in found] == [expected] * size
+        assert len({part for _, part in found}) == (2 if shape[0] % size else 1)

@@ -196,6 +196,30 @@ def test_a_download_that_is_killed_at_any_step_is_completed_by_the_next(tmp_path
     assert step > 20, "each of the files that are unpacked, at least, is a step"
 
 
+STOPPED_IN = [(download.tqdm, "update"), (os, "fsync"), (os, "replace"), (shutil, "copyfileobj"), (Path, "rmdir")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("place", "name"), STOPPED_IN, ids=lambda value: getattr(value, "__name__", value))
+def test_a_signal_in_a_download_is_one_line_and_the_next_start_completes_it(
+    tmp_path, serve, monkeypatch, capsys, place, name, number
+):
+    server = serve()
+    expected = load("cifar10", tmp_path / "whole", download=True).fingerprint
+    flags = ["--dataset=cifar10", f"--data-dir={tmp_path / 'root'}", "--download", f"--out={tmp_path / 'run'}"]
+    real = getattr(place, name)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, lambda *a, **k: (real(*a, **k), signal.raise_signal(number))[0])
+        assert main(flags) == 128 + number
+    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line and "B/s" not in line]
+    assert [x for x in told if "%|" not in x] == ["stopped before the run began; give the same command again"]
+    before = len(server.asked)
+    assert not (tmp_path / "run").exists()
+    assert load("cifar10", tmp_path / "root", download=True).fingerprint == expected
+    assert len(server.asked) <= before + 1
+
+
 def refused(root, *expected):
     with pytest.raises(DataError) as caught:
         load("cifar10", root, download=True)

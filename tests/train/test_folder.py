@@ -2,7 +2,9 @@
 
 import errno
 import math
+import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -17,12 +19,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from test_data import cut, pixels, write_folder
+from test_data import cut, pixels, write_cifar10, write_folder
 from test_distributed import command, several, together
 
 from catode.train import loop
 from catode.train.__main__ import main
 from catode.train.data import Batches, DataError, folder, load
+from catode.train.data.augment import draw
 from catode.train.data.folder import ImageFiles
 
 
@@ -237,10 +240,16 @@ def test_pictures_are_turned_as_the_camera_was_held(tmp_path, orientation, kind)
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"])
-def test_damaged_metadata_leave_a_picture_as_it_is(tmp_path, exif):
-    path = tmp_path / "a.png"
-    Image.fromarray(pixels(10, 12, 3)).save(path.with_suffix(".jpg"), quality=100, exif=exif)
-    assert folder._decode("a.jpg", path.with_suffix(".jpg").read_bytes(), None).shape == (3, 10, 12)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_metadata_leave_a_picture_as_it_is_without_a_warning(tmp_path, exif, workers, recwarn, capfd):
+    root = write_folder(tmp_path)
+    for name in ("train/ant/0", "train/bee/1", "test/ant/2"):
+        (root / f"{name}.png").unlink()
+        Image.fromarray(pixels(10, 12, 3)).save(root / f"{name}.jpg", quality=100, exif=exif)
+    assert load("folder", root).train_images.shape == (6, 3, 10, 12)
+    files = load("folder", root, array_bytes=0)
+    assert sum(len(x) for x, _ in batches(files, workers, batch_size=6).epoch(0, 0)) == 6
+    assert not recwarn.list and capfd.readouterr() == ("", "")
 
 
 UNREADABLE = {
@@ -332,16 +341,36 @@ def test_other_images_have_another_fingerprint_wherever_they_are_kept(tmp_path, 
     assert len({load("folder", tmp_path / "moved", **more).fingerprint for more in places} | first) == 2
 
 
-def test_of_many_images_every_size_and_the_bytes_of_a_sample_are_in_the_fingerprint(tmp_path, monkeypatch):
+def test_a_changed_picture_anywhere_changes_the_fingerprint(tmp_path, monkeypatch):
+    """Of the same name and size, and outside the sample from which mean and deviation are taken."""
     monkeypatch.setattr(folder, "STATISTICS_IMAGES", 2)
-    read = []
-    monkeypatch.setattr(Path, "read_bytes", lambda path, real=Path.read_bytes: read.append(path.name) or real(path))
     root, places = write_folder(tmp_path), [{}, {"array_bytes": 0}]
-    first = {load("folder", root, image_size=8, **more).fingerprint for more in places}
-    assert len(first) == 1
-    read.clear()
-    load("folder", root, image_size=8, array_bytes=0)
-    assert sorted(read) == ["0.png"] * 3 + ["2.png"] * 3, "two of each split for the fingerprint, of train for its mean"
+    for path in sorted(root.rglob("*.png")):
+        first = {load("folder", root, image_size=8, **more).fingerprint for more in places}
+        assert len(first) == 1
+        content, when = path.read_bytes(), path.stat()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # behind the pixels
+        os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
+        assert not {load("folder", root, image_size=8, **more).fingerprint for more in places} & first
+        path.write_bytes(content)  # at another time
+        assert load("folder", root, image_size=8).fingerprint in first
+
+
+def test_of_very_many_bytes_every_size_and_the_bytes_of_a_sample_are_in_the_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "STATISTICS_IMAGES", 2)
+    root, places = write_folder(tmp_path), [{}, {"array_bytes": 0}]
+    whole = sum(path.stat().st_size for path in (root / "train").rglob("*.png"))
+    for limit, names in ((whole, ["0.png"] * 5 + ["1.png"] * 4 + ["2.png"] * 5), (0, ["0.png"] * 3 + ["2.png"] * 3)):
+        monkeypatch.setattr(folder, "WHOLE_BYTES", limit)
+        read = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Path, "read_bytes", lambda path, real=Path.read_bytes, read=read: read.append(path.name) or real(path)
+            )
+            first = {load("folder", root, image_size=8, array_bytes=0).fingerprint}
+        assert sorted(read) == names, "those of each split for the fingerprint, two of train for its mean"
+        first |= {load("folder", root, image_size=8, **more).fingerprint for more in places}
+        assert len(first) == 1
     repaint(root / "train" / "ant" / "1.png")
     assert {load("folder", root, image_size=8, **more).fingerprint for more in places} == first, "not in the sample"
     repaint(root / "train" / "bee" / "2.png")  # the last one is
@@ -364,16 +393,24 @@ def test_an_unreadable_file_in_a_worker_and_one_of_another_size(tmp_path, monkey
         list(batches(files, 1, batch_size=6).epoch(0, 0))
 
 
-@pytest.mark.parametrize("change", ["deleted", "longer", "shorter"])
+@pytest.mark.parametrize("change", ["deleted", "longer", "shorter", "repainted", "exchanged"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_changes_during_training_is_named(tmp_path, change, workers):
     files = load("folder", write_folder(tmp_path), array_bytes=0)
     path = tmp_path / "train" / "bee" / "1.png"
     content = path.read_bytes()
-    path.unlink()
-    if change != "deleted":
+    expected = "cannot be read"
+    if change == "repainted":
+        repaint(path)
+    elif change == "exchanged":
+        swap(path, path.with_name("2.png"))
+    else:
+        path.unlink()
+    if change in ("longer", "shorter"):
         path.write_bytes(content + b"\0" if change == "longer" else content[:-1])
-    expected = "cannot be read" if change == "deleted" else f"of {path.stat().st_size} bytes instead of {len(content)}"
+    if change != "deleted":
+        same = path.stat().st_size == len(content)
+        expected = "with other contents" if same else f"of {path.stat().st_size} bytes instead of {len(content)}"
     with pytest.raises(DataError, match=rf"bee/1\.png'[^\n]* {expected}[^\n]*$"):
         list(batches(files, workers, batch_size=6).epoch(0, 0))
 
@@ -450,6 +487,50 @@ def test_wrong_annotations_are_refused(tmp_path, lines, expected):
 
 
 # What is not read is told
+
+
+def test_a_picture_annotated_twice_is_refused(tmp_path):
+    write_tiny(tmp_path)
+    path = tmp_path / "val" / "val_annotations.txt"
+    lines = path.read_text().splitlines()
+    name = lines[0].split("\t")[0]
+    path.write_text("\n".join([*lines, f"{name}\tother"]))
+    with pytest.raises(DataError, match=rf"line {len(lines) + 1}: {name!r} again, which is in line 1\."):
+        load("folder", tmp_path)
+
+
+def test_a_folder_within_a_class_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    closed = next(path for path in sorted((tmp_path / "train").iterdir())) / "closed"
+    closed.mkdir()
+    scan = os.scandir
+
+    def scandir(path):
+        if os.fspath(path) == str(closed):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(closed))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=rf"got {re.escape(repr(str(closed)))} \(Permission denied\)\."):
+        load("folder", tmp_path)
+
+
+def test_a_picture_of_too_many_pixels_is_refused_in_one_line(tmp_path, monkeypatch, recwarn):
+    write_folder(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(
+        DataError, match=r"cannot be decoded \(Image size \(\d+ pixels\) exceeds limit of 100 pixels[^\n]*$"
+    ):
+        load("folder", tmp_path)
+    assert not recwarn
+
+
+def test_no_more_workers_start_than_there_are_batches(pictures):
+    files = load("folder", pictures, image_size=4, array_bytes=0).test_images
+    stream = folder.stream(files, [(np.array([0]), None), (np.array([1]), None)], 8)
+    next(stream)
+    assert len(multiprocessing.active_children()) == 2
+    assert len(list(stream)) == 1
 
 
 def put(path, content=b"x"):
@@ -631,6 +712,99 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path, quick, monkeypatch, ca
         shutil.rmtree(root)
         os.rename(aside, root)
     assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 0
+
+
+CHANGES = {
+    "repainted": repaint,
+    "exchanged": lambda path: swap(path, path.with_name(f"{(int(path.stem) + 1) % 6}.png")),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:50]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "removed": Path.unlink,
+    "in place of it a folder": lambda path: [path.unlink(), path.mkdir()],
+}
+
+
+@pytest.mark.parametrize("when", ["between epochs", "within an epoch", "in the evaluation"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_picture_that_changes_stops_the_run_in_one_line_and_its_return_lets_it_go_on(
+    tmp_path, quick, monkeypatch, capsys, change, when
+):
+    root, flags = (
+        write_folder(tmp_path / "images", per_class=6),
+        ["--array-gib=0", "--workers=0", "--checkpoint-every=1"],
+    )
+    assert run(root, tmp_path / "whole", *flags) == 0
+    late = next(
+        i for i in draw("crop-flip", 12, 1, 0).order[8:].tolist() if i < 6
+    )  # in the last batch of the second epoch
+    path = root / ("test" if when == "in the evaluation" else "train") / "ant" / f"{late}.png"
+    shutil.copytree(root, tmp_path / "good")
+    save, done = loop.Trainer.save_state, []
+
+    def changing(self):
+        save(self)
+        if not done and self.step == (4 if when == "within an epoch" else 3):
+            done.append(CHANGES[change](path))
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "save_state", changing)
+        assert run(root, tmp_path / "run", *flags) == 2
+    lines = [x for x in capsys.readouterr().err.replace("\r", "\n").splitlines() if x.startswith("error: ")]
+    named = {late, (late + 1) % 6} if change == "exchanged" else {late}
+    assert len(lines) == 1 and any(f"ant/{number}.png" in lines[0] for number in named)
+    assert lines[0].endswith(f"Then continue with --resume {tmp_path / 'run'}")
+    assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 2, "and is refused before it is mended"
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    shutil.rmtree(root)
+    os.rename(tmp_path / "good", root)
+    assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 0
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_does_not_go_on_with_permuted_labels(tmp_path, quick, monkeypatch, capsys):
+    """The same pixels of CIFAR: labels permuted within a file, two of them exchanged, and the classes' names permuted."""
+    root = tmp_path / "cifar"
+    write_cifar10(root)
+    flags = ["--dataset=cifar10", "--arch=resnet14", "--hidden-scale=0.25", "--threads=1", "--nu=0", "--epochs=2"]
+    flags += ["--batch-size=10", f"--data-dir={root}", f"--out={tmp_path / 'run'}"]
+    save = loop.Trainer.save_state
+
+    def leave(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "save_state", leave)
+        assert main(flags) == 130
+    for name, key, permute in (
+        ("data_batch_2", b"labels", lambda values: values[1:] + values[:1]),
+        ("data_batch_1", b"labels", lambda values: [values[1], values[0], *values[2:]]),
+        ("test_batch", b"labels", lambda values: values[::-1]),
+        ("batches.meta", b"label_names", lambda values: values[::-1]),
+    ):
+        content = (root / name).read_bytes()
+        held = pickle.loads(content, encoding="bytes")
+        key = key if key in held else key.decode()
+        assert permute(held[key]) != held[key]
+        (root / name).write_bytes(pickle.dumps({**held, key: permute(held[key])}))
+        capsys.readouterr()
+        assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: `data_dir` must hold the images that the run ") and told.count("\n") == 1
+        (root / name).write_bytes(content)
+    assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 0
+
+
+def test_a_dry_run_tells_what_the_run_tells(tmp_path, quick, capsys):
+    root = write_folder(tmp_path / "images", per_class=6)
+    put(root / "train" / "ant" / "a.heic")
+    (root / "val").mkdir()
+    assert run(root, tmp_path / "run") == 0
+    told = [x for x in capsys.readouterr().err.replace("\r", "\n").splitlines() if x.startswith("note: ")]
+    assert run(root, tmp_path / "dry", "--dry-run") == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")] == told
+    assert len(told) == 2 and not (tmp_path / "dry").exists()
 
 
 def test_a_run_that_met_an_unreadable_picture_goes_on_when_it_is_mended(tmp_path, quick, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -321,30 +322,85 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        dict(model={}),
-        dict(pruner={}),
-        dict(pruner=dict(fate=3)),
-        dict(pruner=dict(keep_prob=None)),
-        dict(pruner=dict(draws=[])),
-    ],
-)
-def test_contents_that_the_pruner_cannot_take_up_are_one_line_and_the_checkpoint_before_it_is_left(
-    part, interrupted, pruned, capsys
-):
-    newest = states(interrupted)[0]
-    inside = torch.load(newest, weights_only=True)["pruner"]
-    for name, changes in part.items():
-        inside[name] = {**inside[name], **changes} if changes else {}
-    change(newest, pruner=inside)
-    assert main(["--resume", str(interrupted), "--threads", "1"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and f"where {newest.name} holds something else (" in error
-    newest.unlink()
+def inside(change):
+    """A damage that changes what a checkpoint holds, in place."""
+
+    def damage(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return damage
+
+
+def other_burst(state):
+    state["pruner"]["pruner"]["products"]["burst"] = [[torch.zeros(3), state["pruner"]["pruner"]["kept"], 1.0]]
+
+
+def swapped_weights(state):
+    model = state["pruner"]["model"]
+    name = next(name for name in model if name.endswith(".weight"))
+    model[name] = model[name].flatten()
+
+
+UNFIT = [  # whole checkpoints of the run that it cannot take up, and what is said
+    (lambda state: state["pruner"].update(model={}), "(RuntimeError: Error(s) in loading state_dict"),
+    (lambda state: state["pruner"].update(pruner={}), "(ValueError: `state` must be a state_dict of this version's"),
+    (lambda state: state["pruner"]["pruner"].update(fate=3), "something else at pruner.fate"),
+    (lambda state: state["pruner"]["pruner"].update(draws=[]), "something else at pruner.draws"),
+    (lambda state: state["pruner"]["pruner"].update(done=3), "its pruner is at step 3"),
+    (other_burst, "something else at pruner.products.burst"),
+    (swapped_weights, "something else at model."),
+    (lambda state: next(iter(state["momentum"].values())).fill_(float("nan")), "its momentum of "),
+    (lambda state: state.update(momentum={"x": torch.zeros(2)}), "its momentum of x "),
+    (lambda state: state.update(scaler={"scale": 2.0}), "its scaler must hold"),
+    (lambda state: state["rng"].update(cpu=torch.zeros(7, dtype=torch.uint8)), "(RuntimeError: "),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), UNFIT, ids=lambda value: None if callable(value) else value[:30])
+def test_a_checkpoint_that_cannot_be_taken_up_gives_way_to_the_one_before_it(spoil, reason, interrupted, capsys):
+    newest, before = checkpoint.states(interrupted)
+    inside(spoil)(newest)
+    setup = loop.prepare(parse(["--resume", str(interrupted)]))
+    assert before.name == f"checkpoint-{setup.state['step']}.pt" and newest.exists()
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {newest.name} is skipped: the run cannot take it up (") and reason in warning
+    assert len(warning.splitlines()) == 1
+
+
+def test_wrong_contents_of_the_newest_checkpoint_cost_only_the_steps_since_the_one_before(interrupted, pruned):
+    inside(other_burst)(states(interrupted)[0])
     assert main(["--resume", str(interrupted), "--threads", "1"]) == 0
     assert_same_end(interrupted, pruned[1])
+
+
+@pytest.mark.parametrize("damage", [lambda env: env, lambda env: {**env, "threads": None}, lambda env: "{"])
+def test_another_number_of_threads_is_told_and_the_run_goes_on(damage, interrupted, pruned, capsys):
+    file = interrupted / "env.json"
+    env = damage(json.loads(file.read_text()))
+    file.write_text(env if isinstance(env, str) else json.dumps(env))
+    try:
+        assert main(["--resume", str(interrupted), "--threads", "2"]) == 0
+    finally:
+        torch.set_num_threads(1)
+    notes = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("note: ")]
+    expected = "note: the run had 1 CPU threads and goes on with 2: "
+    assert [note[: len(expected)] for note in notes] == ([expected] if isinstance(env, dict) and env["threads"] else [])
+    assert json.loads(file.read_text())["threads"] == 2
+    found, whole = (json.loads((folder / "result.json").read_text()) for folder in (interrupted, pruned[1]))
+    assert len(found["accuracy_history"]) == 6
+    assert found["accuracy_history"][:3] == whole["accuracy_history"][:3], "of the epochs before, bit by bit"
+
+
+def test_a_run_without_a_checkpoint_that_fits_is_refused_in_one_line(interrupted, capsys):
+    kept = states(interrupted)
+    for path in kept:
+        inside(other_burst)(path)
+    assert main(["--resume", str(interrupted), "--threads", "1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: `resume` must name a run with a valid checkpoint; got ") and told.count("\n") == 1
+    assert all(path.name in told for path in kept) and states(interrupted) == kept
 
 
 def test_a_dry_run_in_config_json_does_not_stop_a_resumed_run(interrupted, pruned):
@@ -845,3 +901,62 @@ def test_torch_load_is_never_called_unsafely():
             ):  # it would hide from the above
                 assert not {alias.name for alias in node.names} & {"load", "load_state_dict_from_url"}, where
     assert found
+
+
+def test_a_class_of_another_name_is_named_at_resume(tmp_path, capsys):
+    write_folder(tmp_path / "data")
+    flags = [
+        "--dataset=folder",
+        f"--data-dir={tmp_path / 'data'}",
+        "--arch=resnet14",
+        "--hidden-scale=0.25",
+        "--epochs=2",
+    ]
+    flags += ["--warmup-epochs=0", "--batch-size=2", "--threads=1", "--memory=10", "--check-every=2"]
+    folder = tmp_path / "a run's folder"
+    config = parse([*flags, f"--out={folder}"])
+    trainer = loop.Trainer(loop.prepare(config), folder_made(folder), progress=False)
+    trainer.advance()
+    trainer.close()
+    for split in (path for path in (tmp_path / "data").iterdir() if path.is_dir()):
+        first = min(path for path in split.iterdir() if path.is_dir())
+        first.rename(first.with_name(f"{first.name}2"))
+    capsys.readouterr()
+    assert main(["--resume", str(folder)]) == 2
+    assert f"got the class '{first.name}2' instead of '{first.name}'. Restore them" in capsys.readouterr().err
+
+
+def folder_made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_a_folder_with_spaces_is_named_as_a_shell_reads_it(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a run's folder"
+    monkeypatch.setattr(loop.Trainer, "prune", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert main([*FLAGS, f"--out={folder}"]) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert shlex.split(said.partition("continue with ")[2]) == ["--resume", str(folder)]
+
+
+def test_memory_that_is_lacking_costs_one_line(tmp_path, monkeypatch, capsys):
+    def load(*_, **__):
+        raise MemoryError("Unable to allocate 131. TiB")
+
+    monkeypatch.setattr(loop.setup.data, "load", load)
+    assert main([*FLAGS, f"--out={tmp_path / 'run'}"]) == 1
+    assert capsys.readouterr().err == "error: not enough memory: Unable to allocate 131. TiB\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_limit_beyond_all_numbers_is_no_limit(tmp_path):
+    write_folder(tmp_path / "data")
+    flags = ["--dataset=folder", f"--data-dir={tmp_path / 'data'}", "--batch-size=2", "--epochs=1", "--warmup-epochs=0"]
+    setup = loop.prepare(parse([*flags, "--array-gib=1e308", f"--out={tmp_path / 'run'}"]))
+    assert torch.is_tensor(setup.images.train_images)
+
+
+def test_a_signal_within_the_summary_says_that_the_run_is_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("catode.train.__main__.summary", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert main([*FLAGS, "--epochs=2", f"--out={tmp_path / 'run'}"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped; the run in {tmp_path / 'run'} is finished"

@@ -104,10 +104,20 @@ class GradientProducts:
         self.burst, self.metric = [], []
 
     def to_device(self) -> None:
-        """Move a restored burst to the device of the attached weights."""
-        device = self._owned.device
+        """Move a restored burst to the device of the attached weights.
+
+        Raises:
+            ValueError: if it is of other weights.
+        """
+        device, length = self._owned.device, sum(p.numel() for p in self._owned.parameters)
+        vectors = [gradient for gradient, _ in self.burst] + self.metric[1:]
+        if any(len(vector) != length for vector in vectors):
+            raise ValueError(
+                f"`state` must hold gradients of the network's {length} weights; got {', '.join(str(len(v)) for v in vectors)}. "
+                "Restore it from the run."
+            )
         self.burst = [(upload(gradient, device), draw) for gradient, draw in self.burst]
-        self.metric = [upload(part, device) for part in self.metric]
+        self.metric = self.metric[:1] + [upload(part, device) for part in self.metric[1:]]
 
     def listen(self, weights: bool) -> None:
         """Note the gradients of the step to come as its backward passes leave them, before anyone changes them.

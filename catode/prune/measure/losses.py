@@ -205,9 +205,8 @@ def _again(
     model, calls, device = capture.model, capture.trained[-number:], capture.gates.draw.device
     dtype = calls[0].autocast
     precision = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-    with undisturbed(model, device), capture.replaying(calls):
-        with outputs_of(model) as outputs, precision:
-            value = objective.evaluate(model, batch)
+    with undisturbed(model, device), capture.replaying(calls), outputs_of(model) as outputs, precision:
+        value = objective.evaluate(model, batch)
     if not value.requires_grad:
         raise ValueError("`loss` must depend on what the model returns; got a loss without a gradient. Don't detach it.")
     found = torch.autograd.grad(value, outputs, allow_unused=True)

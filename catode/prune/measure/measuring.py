@@ -11,13 +11,42 @@ from numpy.typing import NDArray
 
 from catode.decisions.evidence import Evidence
 from catode.decisions.schedule import Turns
-from catode.prune.measure.capture import Capture
 from catode.prune.devices.distributed import Group
+from catode.prune.measure.capture import Capture
 from catode.prune.measure.curvature import Curvature
 from catode.prune.measure.losses import Objective, mismatch
 from catode.prune.measure.probes import Probe, curvature_corrected, straight_through
 
 LEAST_PROBE = 12  # examples, where the batch has as many
+
+
+class NotFinite(RuntimeError):
+    """A step was taken whose loss or gradient is not finite.
+
+    Attributes:
+        step: Its number, from 1.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(
+            f"the loss must be finite at every step that the optimizer takes; got a gradient of the gates that is not, at step "
+            f"{step}. Leave such a batch out, or call step(skipped=True) where the optimizer skips it."
+        )
+        self.step = step
+
+
+def check_finite(derivative: NDArray, step: int) -> None:
+    """Make sure that a step which the optimizer took has a finite gradient.
+
+    Args:
+        derivative: dL/dxi at the draw, shape (n,).
+        step: Number of the step.
+
+    Raises:
+        NotFinite: if not.
+    """
+    if not np.isfinite(derivative).all():
+        raise NotFinite(step)
 
 
 def usual_probe(batch: int) -> int:

@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         args = parser.parse_args(argv)
+        args.folders = [Path(_validate.expanded("folders", folder)) for folder in args.folders]
+        args.out = args.out and Path(_validate.expanded("out", args.out))
         if args.out is not None and args.out.exists() and not args.out.is_dir():
             _validate.fail("out", "be a folder", str(args.out), hint="Choose another --out.")
         runs = read_all(args.folders)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from catode._validate import check_int
+from catode._validate import check_bool, check_int
 from catode.theory.systems.box import BoxSystem, as_box
 from catode.theory.systems.planar import PlanarSystem
 
@@ -102,7 +102,9 @@ class Equilibria(tuple[Equilibrium, ...]):
         )
 
 
-def find(system: BoxSystem | PlanarSystem, *, starts: int = 64, max_faces: int = 729) -> Equilibria:
+def find(
+    system: BoxSystem | PlanarSystem, *, starts: int = 64, max_faces: int = 729, algebra: bool = True
+) -> Equilibria:
     """Equilibria of the projected flow, in the interior and on every face of the box.
 
     Where the system knows its expressions and they are small polynomials, a face is solved by a Groebner basis, which
@@ -116,6 +118,7 @@ def find(system: BoxSystem | PlanarSystem, *, starts: int = 64, max_faces: int =
         starts: Number of Newton starts on each face.
         max_faces: Number of faces to search: the interior, then those with most frozen coordinates. A box in d
             dimensions has up to 3^d. Where some are left out, a warning says so and the result names them.
+        algebra: Whether to solve by a Groebner basis where that is possible. Newton iterations alone are faster.
 
     Returns:
         The equilibria, those with most frozen coordinates first. Where a face holds a continuum, one of its singular
@@ -133,6 +136,7 @@ def find(system: BoxSystem | PlanarSystem, *, starts: int = 64, max_faces: int =
     box = as_box(system)
     starts = check_int("starts", starts, low=1)
     max_faces = check_int("max_faces", max_faces, low=1)
+    algebra = check_bool("algebra", algebra)
     sides = [(0, *(s for s, end in ((-1, low), (1, up)) if np.isfinite(end))) for low, up in _ends(box)]
     count = int(np.prod([len(s) for s in sides], dtype=float))
     interior = (0,) * box.dimension
@@ -145,7 +149,7 @@ def find(system: BoxSystem | PlanarSystem, *, starts: int = 64, max_faces: int =
     reached = interior
     with np.errstate(all="ignore"):
         for face in order:
-            _add_face(found, box, face, size, starts)
+            _add_face(found, box, face, size, starts, algebra)
             reached = face if any(face) else reached
     result = Equilibria(found)
     result.faces = count
@@ -180,12 +184,16 @@ def _sizes(system: BoxSystem | PlanarSystem, box: BoxSystem) -> np.ndarray:
 # Zeros of the free components on one face
 
 
-def _add_face(found: list[Equilibrium], box: BoxSystem, face: tuple[int, ...], size: np.ndarray, starts: int) -> None:
+def _add_face(
+    found: list[Equilibrium], box: BoxSystem, face: tuple[int, ...], size: np.ndarray, starts: int, algebra: bool
+) -> None:
     """Append the equilibria on one face or its edges that are not there yet."""
     side = np.array(face)
     free = np.flatnonzero(side == 0)
     sown = _sow(box, side, size, starts)
-    states, origin = (_solve(box, side) if free.size else sown[:1]), "solved"
+    states, origin = sown[:1], "solved"  # a corner is all there is of it
+    if free.size:
+        states = _solve(box, side) if algebra else None
     if states is None:
         states, origin = sown, "searched"
     pace, steep = np.median(np.abs(box.field(sown)), axis=0), np.median(np.abs(box.jacobian(sown)), axis=0)

@@ -5,6 +5,7 @@ Source: docs/mathematics.md sections 3 and 4.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ UNDECIDED = -1
 _PRUNED, _KEPT, _FAILED, _HORIZON = map(STATUSES.index, ("pruned", "kept", "failed", "horizon"))
 _SAMPLE = 400  # starts from which attractors are searched
 _ROUNDS = 3  # of searches from the ends of undecided starts
-_SEED_FACES = 81  # of the box, searched for stable equilibria
-_SEED_DIMENSION = 4
+_SEED_FACES = 729  # of the box, searched for stable equilibria
+_ALGEBRA_FACES = 81  # of a box, up to which that is done by algebra, some ten times as long
 _TOLERANCES = 300.0  # of the integration, below which two ends count as one
 _LIVES = 1e4  # horizon of a planar system in units of 1 / growth_rate
 
@@ -42,6 +43,8 @@ class Basins:
         attractors: Limits, shape (m, d); `inf` where a coordinate grows without bound, NaN where it is not known.
         names: What to call the attractors.
         failed: Starts whose integration failed; they are among the undecided.
+        left_out: Faces of the box that were not searched for stable equilibria, most frozen coordinates first: an attractor
+            there is known only if a start ended at it.
         resolution: How near to an attractor a start has to come, along each coordinate, shape (d,): attractors nearer to
             each other than this count as one. None where starts are decided on the faces of a keep probability.
     """
@@ -51,6 +54,7 @@ class Basins:
     attractors: np.ndarray
     names: tuple[str, ...]
     failed: int
+    left_out: int = 0
     resolution: np.ndarray | None = None
 
 
@@ -70,9 +74,9 @@ def basins_of_attraction(
 
     For a keep probability (`absorbing`) the labels are 0, pruned, and 1, kept, decided on the faces as
     `catode.theory.flow.batch.integrate_batch` says. Otherwise a start belongs to the attractor near which it comes. Without
-    `attractors` these are the ends of some starts, the stable equilibria of `basins.equilibria.find` (in a box of at most
-    81 faces), and, where starts remain undecided, their ends. Coming near is no proof unless the attractor attracts
-    everything within the `resolution` of the result; `find_attractors` tries that on a few states.
+    `attractors` these are the ends of some starts, the stable equilibria of `basins.equilibria.find` (on at most 729 faces;
+    the result says how many were left out), and, where starts remain undecided, their ends. Coming near is no proof unless
+    the attractor attracts everything within the `resolution` of the result; `find_attractors` tries that on a few states.
 
     A start on a boundary is undecided: one whose label changes where it is moved by a tenth of the tolerances towards a
     neighbour with another label, or, where some coordinates are held, along these.
@@ -126,7 +130,7 @@ def basins_of_attraction(
     starts = np.stack(np.meshgrid(*values, indexing="ij"), axis=-1)
     shape, starts = starts.shape[:-1], starts.reshape(-1, len(values))
     tolerances = {"rtol": rtol, "atol": atol}
-    resolution = None
+    resolution, left_out = None, 0
     if absorbing:
 
         def label(states: np.ndarray) -> tuple[np.ndarray, Batch]:
@@ -143,7 +147,7 @@ def basins_of_attraction(
         if attractors is None:
             near = {"radius": radius, "scale": scale}
             known = find_attractors(system, _sample(starts), horizon, **near, **tolerances)
-            known, others = _add_equilibria(
+            known, others, left_out = _add_equilibria(
                 system, known, np.maximum(radius * scale, _floor(known, rtol, atol).max(axis=0, initial=0.0))
             )
         else:
@@ -176,16 +180,19 @@ def basins_of_attraction(
         warnings.warn(told, stacklevel=2)
     labels = labels.reshape(shape).squeeze(axis=tuple(i for i, v in enumerate(values) if v.ndim == 0))
     failed = int((batch.codes == _FAILED).sum())
-    return Basins(labels.astype(np.int16), values, known, names, failed, resolution)
+    return Basins(labels.astype(np.int16), values, known, names, failed, left_out, resolution)
 
 
 def _add_equilibria(
     system: BoxSystem | PlanarSystem, points: np.ndarray, reach: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Attractors with the stable equilibria that are not among them, and the other equilibria."""
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Attractors with the stable equilibria that are not among them, the other equilibria, and faces not searched."""
+    box = as_box(system)
+    sides = 1 + np.isfinite(box.lower).astype(int) + np.isfinite(box.upper)
+    few = math.prod(sides.tolist()) <= _ALGEBRA_FACES
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of faces that were left out: this is one source of several
-        found = find(system, max_faces=_SEED_FACES) if as_box(system).dimension <= _SEED_DIMENSION else ()
+        warnings.simplefilter("ignore", UserWarning)  # of faces that were left out: the result says it
+        found = find(system, max_faces=_SEED_FACES, algebra=few)
     stable = np.array([e.state for e in found if e.stable]).reshape(-1, points.shape[1])
     others = np.array([e.state for e in found if not e.stable and e.isolated]).reshape(-1, points.shape[1])
     apart = (np.abs(points[:, None] - stable) / reach).max(axis=2, initial=0.0)
@@ -193,7 +200,7 @@ def _add_equilibria(
     for point, row in zip(points, apart, strict=True):  # where Newton ended too, its end is the more exact
         order[tuple((stable[row.argmin()] if row.size and row.min() <= 1.0 else point).tolist())] = None
     order |= dict.fromkeys(map(tuple, stable.tolist()))
-    return np.array(list(order)).reshape(-1, points.shape[1]), others
+    return np.array(list(order)).reshape(-1, points.shape[1]), others, found.left_out
 
 
 def _unlike(points: np.ndarray, known: np.ndarray, reach: np.ndarray) -> np.ndarray:
@@ -225,25 +232,31 @@ def _ties(
     atol: float,
 ) -> np.ndarray:
     """Indices of decided starts on a boundary between labels, to within a tenth of the tolerances."""
-    places = np.arange(len(starts)).reshape(shape)
-    step = 0.1 * (atol + rtol * np.abs(starts))
+
+    def step(rows: np.ndarray, columns: Any) -> np.ndarray:
+        return 0.1 * (atol + rtol * np.abs(starts[rows, columns]))
+
     suspects, moves = [], []
     for axis, n in enumerate(shape):
         if n == 1:
             continue
-        low, high = np.moveaxis(places, axis, 0)[:-1].ravel(), np.moveaxis(places, axis, 0)[1:].ravel()
+        inner = math.prod(shape[axis + 1 :])  # distance of neighbours in the flat order
+        grid = labels.reshape(-1, n, inner)
+        outer, rest = np.divmod(np.flatnonzero(grid[:, :-1] != grid[:, 1:]), (n - 1) * inner)
+        low = outer * (n * inner) + rest
+        high = low + inner
         rising = np.sign(starts[high, axis] - starts[low, axis])
-        for here, there, sign in ((low, high, rising), (high, low, -rising)):
-            (differ,) = np.nonzero((labels[here] != labels[there]) & (labels[here] >= 0))
-            suspects.append(here[differ])
-            moves.append((axis, sign[differ]))
+        for here, sign in ((low, rising), (high, -rising)):
+            decided = labels[here] >= 0
+            suspects.append(here[decided])
+            moves.append((axis, sign[decided]))
     for axis, n in enumerate(shape):
         if n > 1:
             continue
         some = np.linspace(0, len(starts) - 1, min(len(starts), _SAMPLE)).astype(int)
         for sign in (-1.0, 1.0):
             moved = starts[some].copy()
-            moved[:, axis] += sign * step[some, axis]
+            moved[:, axis] += sign * step(some, axis)
             here = some
             if (label(system.project(moved)) != labels[some]).any():
                 here = np.arange(len(starts))
@@ -254,13 +267,13 @@ def _ties(
     index = np.concatenate(suspects)
     axes = np.repeat([axis for axis, _ in moves], [len(here) for here in suspects])
     moved, rows = starts[index].copy(), np.arange(len(index))
-    moved[rows, axes] += np.concatenate([sign for _, sign in moves]) * step[index, axes]
+    moved[rows, axes] += np.concatenate([sign for _, sign in moves]) * step(index, axes)
     box = as_box(system)
-    open_ = (starts[index, axes] > box.lower[axes]) & (starts[index, axes] < box.upper[axes])  # a face is met exactly
-    index, moved, axes = index[open_], moved[open_], axes[open_]
-    crossing = np.array([n > 1 for n in shape])[axes]  # towards a neighbour one move is enough for each start
-    _, first = np.unique(np.where(crossing, index, -1 - np.arange(len(index))), return_index=True)
-    index, moved = index[first], moved[first]
+    here = starts[index, axes]
+    leaves = np.where(here <= box.lower[axes], 1.0, np.where(here >= box.upper[axes], -1.0, 0.0))
+    normal = leaves * box.field(starts[index])[rows, axes]
+    free = (leaves == 0.0) | (normal > 0.0)  # a start on a face that the flow does not leave is on it exactly
+    index, moved = index[free], moved[free]
     return np.unique(index[label(system.project(moved)) != labels[index]])
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import sys
 import tempfile
@@ -43,7 +44,7 @@ import math
 from numba import njit
 
 options = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "no_cfunc_wrapper": True}
-jit = njit(no_cpython_wrapper=True, **options)
+jit = njit(no_cpython_wrapper=True, forceinline=True, **options)
 
 
 @jit
@@ -188,11 +189,17 @@ def solve(
 
 
 @lru_cache(maxsize=64)
-def write_solver(lines: tuple[str, ...], bounded: tuple[bool, ...], n_values: int) -> str:
-    """Source of the solver: every coordinate a scalar, every loop over coordinates and stages written out."""
+def write_solver(lines: tuple[str, ...], bounded: tuple[tuple[bool, bool], ...], n_values: int) -> str:
+    """Source of the solver: every coordinate a scalar, every loop over coordinates and stages written out.
+
+    Args:
+        lines: The field, from y0, y1, .. and p0, p1, .. to f0, f1, ..
+        bounded: Whether each coordinate has a lower and an upper face.
+        n_values: How many numbers p0, p1, .. there are.
+    """
     from scipy.integrate import RK45
 
-    d, faces = len(bounded), [i for i, b in enumerate(bounded) if b]
+    d, faces = len(bounded), [i for i, sides in enumerate(bounded) if any(sides)]
     dims = range(d)
 
     def names(prefix: str, indices: Any = dims) -> str:
@@ -220,15 +227,16 @@ def write_solver(lines: tuple[str, ...], bounded: tuple[bool, ...], n_values: in
     stages += [f"e{i} = {e}" for i, e in enumerate(errors)]
     stages += [f"error = max({names('e')}, 0.0) + 0.0 * ({' + '.join(f'e{i}' for i in dims)})"]  # NaN if one is
 
-    outside = [
-        f"v = max(v, (max(lo{i} - z{i}, z{i} - hi{i}) if a{i} == 0.0 else -a{i} * q{i} * h) * w{i})" for i in faces
-    ]
+    def either(i: int, low: str, high: str, both: str) -> str:
+        return both.format(low, high) if all(bounded[i]) else low if bounded[i][0] else high
+
+    beyond = {i: either(i, f"lo{i} - z{i}", f"z{i} - hi{i}", "max({}, {})") for i in faces}
+    outside = [f"v = max(v, ({beyond[i]} if a{i} == 0.0 else -a{i} * q{i} * h) * w{i})" for i in faces]
     guess, dips, update, refreeze = [], [], [], []
     for i in faces:
-        for face, sign in (("lo", "1.0"), ("hi", "-1.0")):
-            beyond = f"(z{i} - {face}{i}) * {sign} < 0.0"
+        for face, sign in itertools.compress((("lo", "1.0"), ("hi", "-1.0")), bounded[i]):
             guess += [
-                f"if a{i} == 0.0 and {beyond}:",
+                f"if a{i} == 0.0 and (z{i} - {face}{i}) * {sign} < 0.0:",
                 f"    guess = min(guess, cross(y{i}, k{i}, z{i}, q{i}, h, {face}{i} - {sign} * aim / w{i}))",
             ]
             # It turns once, from outwards to inwards, or twice: then only if its speed at an end could carry it out.
@@ -237,13 +245,14 @@ def write_solver(lines: tuple[str, ...], bounded: tuple[bool, ...], n_values: in
             ends = f"(z{i} - {face}{i}) * {sign} >= 0.0 and ({early} or {late})"
             test = f"dip(y{i}, k{i}, z{i}, q{i}, h, {face}{i}, {sign}, slack)"
             dips += [f"if a{i} == 0.0 and {ends}:", f"    turn = min(turn, {test})"]
+        met = either(i, f"y{i} <= lo{i}", f"y{i} >= hi{i}", "{} or {}")
         update += [
             f"if a{i} != 0.0:",
             f"    if -a{i} * k{i} > 0.0:",
             f"        a{i} = 0.0",
-            f"elif y{i} <= lo{i} or y{i} >= hi{i}:",
-            f"    y{i} = lo{i} if y{i} <= lo{i} else hi{i}",
-            f"    a{i} = -1.0 if y{i} == lo{i} else 1.0",
+            f"elif {met}:",
+            f"    y{i} = {either(i, f'lo{i}', f'hi{i}', f'{{}} if y{i} <= lo{i} else {{}}')}",
+            f"    a{i} = {either(i, '-1.0', '1.0', f'{{}} if y{i} == lo{i} else {{}}')}",
             f"    new{i} = True",
         ]
         refreeze += [f"if new{i} and -a{i} * k{i} > 0.0:", f"    a{i} = 0.0"]
@@ -252,8 +261,8 @@ def write_solver(lines: tuple[str, ...], bounded: tuple[bool, ...], n_values: in
     load = [f"lo{i}, hi{i} = lower[{i}], upper[{i}]" for i in faces] + [f"p{i} = values[{i}]" for i in range(n_values)]
     begin = [f"y{i} = ends[item, {i}]" for i in dims] + ["<k> = field(<y>, <p,>)"]
     for i in faces:
-        low, high = f"y{i} <= lo{i} and k{i} < 0.0", f"y{i} >= hi{i} and k{i} > 0.0"
-        begin += [f"a{i} = -1.0 if {low} else (1.0 if {high} else 0.0)"]
+        low, high = f"-1.0 if y{i} <= lo{i} and k{i} < 0.0 else 0.0", f"1.0 if y{i} >= hi{i} and k{i} > 0.0 else 0.0"
+        begin += [f"a{i} = {either(i, low, high, '({}) + ({})')}"]
     first = [f"c{i} = 1.0 / (atol + rtol * abs(y{i}))" for i in dims]
     first += [f"m{i} = {hold('k', i)}" for i in dims]
     first += [f"d0 = max({', '.join(f'abs(y{i}) * c{i}' for i in dims)}, 0.0)"]
@@ -264,7 +273,7 @@ def write_solver(lines: tuple[str, ...], bounded: tuple[bool, ...], n_values: in
     first += [f"d2 = max(d1, {', '.join(change)})"]
     first += ["h = min(100.0 * h, 0.3 / math.sqrt(math.sqrt(d2))) if d2 > 1e-15 else 100.0 * h"]
     absorbed = []
-    if bounded[-1]:
+    if all(bounded[-1]):
         e = d - 1
         rising = " and ".join(f"({hold('k', i)}) >= 0.0" for i in range(e)) or "True"
         absorbed = [

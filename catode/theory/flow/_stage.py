@@ -69,6 +69,8 @@ def solve_stage(
     from scipy.integrate import DOP853, OdeSolution
     from scipy.optimize import brentq
 
+    if not np.isfinite(field(span[0], start)).all():  # the solver would look for a first step without end
+        return _unmoved(span[0], start, len(events), "the field is not finite at the start.")
     solver = DOP853(field, span[0], start, span[1], rtol=rtol, atol=atol)
     times, states, pieces = [span[0]], [start], []
     values = [event(span[0], start) for event in events]
@@ -114,14 +116,20 @@ def solve_stage(
         if budget.left <= 0:
             status, message = -1, f"the budget of {budget.evaluations} evaluations of the field was used up."
             break
+    stage = _unmoved(span[0], start, len(events), message)  # what it is where an event lies on the very start
+    stage.t_events, stage.status = [np.array(f) for f in found], status
     if pieces:
-        sol: Callable[[Any], np.ndarray] = OdeSolution(times, pieces)
-    else:  # an event on the very start
+        stage.t, stage.y, stage.sol = np.array(times), np.array(states).T, OdeSolution(times, pieces)
+    return stage
 
-        def sol(at: Any) -> np.ndarray:
-            return np.asarray(start) if np.ndim(at) == 0 else np.repeat(np.asarray(start)[:, None], len(at), axis=1)
 
-    return Stage(np.array(times), np.array(states).T, [np.array(f) for f in found], sol, status, message)
+def _unmoved(t: float, start: np.ndarray, n_events: int, message: str) -> Stage:
+    """A stage that failed where it began."""
+
+    def sol(at: Any) -> np.ndarray:
+        return np.asarray(start) if np.ndim(at) == 0 else np.repeat(np.asarray(start)[:, None], len(at), axis=1)
+
+    return Stage(np.array([t]), np.array([start]).T, [np.empty(0) for _ in range(n_events)], sol, -1, message)
 
 
 def first_crossing(stage: Stage, value: Callable[[np.ndarray], np.ndarray], end: float, slack: float) -> float | None:

@@ -118,9 +118,9 @@ def integrate_batch(
     d = problem.lower.size
     starts = check_real("starts", starts, array=True)
     check_shape("starts", starts, f"(n, {d})", starts.ndim == 2 and starts.shape[1] == d)
-    outside = np.argwhere((starts < problem.lower) | (starts > problem.upper))
-    if outside.size:
-        i, j = (int(v) for v in outside[0])
+    columns = zip(starts.T, problem.lower, problem.upper, strict=True)
+    if any(x.min(initial=low) < low or x.max(initial=high) > high for x, low, high in columns):
+        i, j = (int(v) for v in np.argwhere((starts < problem.lower) | (starts > problem.upper))[0])
         box = f"[{problem.lower[j]:g}, {problem.upper[j]:g}]"
         fail("starts", f"lie in the box, coordinate {j} in {box}", float(starts[i, j]), index=(i, j))
     horizon = check_positive("horizon", horizon)
@@ -193,7 +193,7 @@ def _parametrise(system: BoxSystem) -> tuple[str | None, np.ndarray]:
         lines += [f"f{i} = 1.0 * ({sympy.pycode(component)})" for i, component in enumerate(components)]
     except NotImplementedError:
         lines = ["Not supported"]
-    bounded = tuple(bool(b) for b in np.isfinite(system.lower) | np.isfinite(system.upper))
+    bounded = tuple(zip(np.isfinite(system.lower).tolist(), np.isfinite(system.upper).tolist(), strict=True))
     if any("Not supported" in line for line in lines):  # as older versions of sympy say it
         return None, np.empty(0)
     return write_solver(tuple(lines), bounded, len(floats)), np.array([float(f) for f in floats])
@@ -233,4 +233,11 @@ def _pose_planar(system: PlanarSystem) -> _Problem:
     for i, row in enumerate(shape):
         lines.append(f"f{i} = " + " + ".join(f"p{len(values) + j} * {t}" for j, t in enumerate(row)))
         values += [found[i][t] for t in row]
-    return _Problem(field, lower, upper, holds, write_solver(tuple(lines), (True, True), len(values)), np.array(values))
+    return _Problem(
+        field,
+        lower,
+        upper,
+        holds,
+        write_solver(tuple(lines), ((True, False), (True, True)), len(values)),
+        np.array(values),
+    )

@@ -20,9 +20,7 @@ from catode.theory.flow.faces import ActiveSetRun
 from catode.theory.flow.trajectory import FaceEvent, Trajectory
 from catode.theory.systems.box import BoxSystem
 
-__all__ = ["Flow", "integrate", "trace_separatrix"]
-
-"""How a trajectory can end; see `Trajectory`."""
+__all__ = ["Flow", "Separatrix", "integrate", "trace_separatrix"]
 
 # scipy.integrate and scipy.optimize take most of a second to import, so the functions that need them import them.
 _REFINE = 4  # points returned per solver step
@@ -295,6 +293,30 @@ class _Run:
         return Trajectory(times, states, status, message, tuple(self.events))
 
 
+class Separatrix(np.ndarray):
+    """Points that `trace_separatrix` found, shape (n, 2), and how the tracing ended.
+
+    Attributes:
+        status: "complete" (both ends were reached), "horizon" (time was up before) or "failed" (a numerical failure, or
+            the budget was used up; the points up to there are valid).
+        message: One sentence that says the same, with numbers.
+    """
+
+    status: str = "complete"
+    message: str = ""
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.status, self.message = getattr(source, "status", "complete"), getattr(source, "message", "")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make, arguments, state = super().__reduce__()
+        return make, arguments, (state, self.status, self.message)
+
+    def __setstate__(self, state: tuple[Any, str, str]) -> None:
+        super().__setstate__(state[0])
+        self.status, self.message = state[1:]
+
+
 def trace_separatrix(
     system: Any,
     *,
@@ -302,7 +324,8 @@ def trace_separatrix(
     high: float = 3.0,
     rtol: float = 1e-10,
     atol: float = 1e-12,
-) -> np.ndarray:
+    max_evaluations: int = MAX_EVALUATIONS,
+) -> Separatrix:
     """Follow the stable manifold of the saddle backwards in time, along the raw field.
 
     It needs no closed form: the start lies on the stable eigenvector, a distance of 1e-6 from the saddle, and backward
@@ -314,39 +337,45 @@ def trace_separatrix(
         high: Where to stop on the right, likewise.
         rtol: Relative tolerance of the solver.
         atol: Absolute tolerance of the solver.
+        max_evaluations: Evaluations of the field after which each of the two branches ends.
 
     Returns:
-        Points (size, theta) with increasing size, the saddle among them, shape (n, 2); theta may leave [0, 1].
+        Points (size, theta) with increasing size, the saddle among them, shape (n, 2); theta may leave [0, 1]. A
+        numerical failure is its `status`, never an exception.
 
     Raises:
         ValueError: if `low` or `high` lies on the wrong side of 1, or the equilibrium is not a saddle.
     """
-    from scipy.integrate import solve_ivp
-
     low = check_interval("low", low, 0.0, 1.0, False, True)
     high = check_interval("high", high, 1.0, np.inf, True, True)
+    rtol, atol = check_interval("rtol", rtol, 0.0, 0.1, True), check_positive("atol", atol)
+    max_evaluations = check_int("max_evaluations", max_evaluations, low=1)
     saddle = np.asarray(system.saddle)
     values, vectors = np.linalg.eig(system.jacobian(saddle))
     if np.iscomplexobj(values) or not values.min() < 0.0 < values.max():
         fail("system", "have a saddle with one stable direction", tuple(values.tolist()))
     rate, stable = -values.min(), vectors[:, values.argmin()]
     stable = stable / stable[0] * saddle[0]
-    branches = []
+
+    def field(t: float, y: np.ndarray) -> np.ndarray:
+        return -np.asarray(system.field(y))
+
+    branches, status, message = [], "complete", f"From {low:g} to {high:g} times the saddle's first coordinate."
     for sign, limit in ((-1.0, low), (1.0, high)):
-        bound = limit * saddle[0]
+        start, bound = saddle + sign * 1e-6 * stable, limit * saddle[0]
 
         def reach(t: float, y: np.ndarray, bound: float = bound) -> float:
             return y[0] - bound
 
-        reach.terminal = True
-        solution = solve_ivp(
-            lambda t, y: -system.field(y),
-            (0.0, 1e3 / rate),
-            saddle + sign * 1e-6 * stable,
-            method="DOP853",
-            rtol=rtol,
-            atol=atol * min(1.0, saddle[0]),
-            events=reach,
-        )
-        branches.append(solution.y.T)
-    return np.concatenate([branches[0][::-1], saddle[None], branches[1]])
+        reach.direction = 0.0
+        budget, span = Budget(max_evaluations), (0.0, 1e3 / rate)
+        with np.errstate(all="ignore"):
+            stage = solve_stage(field, span, start, (reach,), budget, rtol=rtol, atol=atol * min(1.0, saddle[0]))
+        finite = np.logical_and.accumulate(np.isfinite(stage.y).all(axis=0))
+        branches.append(stage.y.T[finite])
+        if stage.status != 1:
+            at = f"The {'left' if sign < 0.0 else 'right'} branch ended at {branches[-1][-1, 0]:.6g}, short of {bound:.6g}"
+            status, message = "failed" if stage.status < 0 else "horizon", f"{at}: {stage.message}"
+    points = np.concatenate([branches[0][::-1], saddle[None], branches[1]]).view(Separatrix)
+    points.status, points.message = status, message
+    return points

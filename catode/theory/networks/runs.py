@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from catode._validate import check_positive, check_shape, fail
+from catode._validate import check_int, check_positive, check_shape, fail
 from catode.theory.networks.bounds import Bounds
 from catode.theory.networks.structure import Structure, box_starts
 
@@ -22,9 +22,9 @@ class Runs:
     """How the real projected flow ended from many starts.
 
     Args:
-        labels: 1 pruned, 0 not, -1 undecided at the horizon, shape (n,).
+        labels: 1 pruned, 0 not, -1 undecided at the horizon or when its steps were used up, shape (n,).
         ends: Last states of the network, shape (n, d).
-        times: Their times, shape (n,).
+        times: Their times, shape (n,); below the horizon where the steps were used up.
         widest: Largest norm r on the way, shape (n,).
     """
 
@@ -34,7 +34,15 @@ class Runs:
     widest: np.ndarray
 
 
-def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: float = 1e-5, settle: bool = True) -> Runs:
+def follow(
+    structure: Structure,
+    states: Any,
+    horizon: float = 1e3,
+    *,
+    rtol: float = 1e-5,
+    settle: bool = True,
+    max_steps: int = 100_000,
+) -> Runs:
     """Follow the real projected flow of the network, all its moving weights and keep probabilities, from many starts.
 
     Runge-Kutta 5(4), each start with its own step. A start ends as pruned once theta = 0 and A r^2 / 2 < g: there b < g,
@@ -50,6 +58,7 @@ def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: flo
         horizon: Time at which a start is given up as undecided.
         rtol: Relative tolerance, also absolute.
         settle: Stop a start at its proof; otherwise go on to the horizon, and judge the last state.
+        max_steps: Steps, those tried in vain included, after which a start is given up as undecided.
 
     Returns:
         Labels, last states and times.
@@ -62,6 +71,7 @@ def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: flo
     states = structure.check_states("states", states)
     check_shape("states", states, f"(n, {len(structure.network.state)})", states.ndim == 2)
     horizon, rtol = check_positive("horizon", horizon), check_positive("rtol", rtol)
+    max_steps = check_int("max_steps", max_steps, low=1)
     network, moves, theta = structure.network, structure.moves, structure.theta
     faces = slice(len(network.weights), None)
     rest = 0.0
@@ -96,7 +106,9 @@ def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: flo
     active = np.arange(len(states))
     y, step = states.copy(), np.full(len(states), 1e-3)
     speed = moves * network.projected_field(y)
-    while active.size:
+    for count in range(1, max_steps + 1):
+        if not active.size:
+            break
         h = np.minimum(step, horizon - times[active])
         stages = np.empty((7, *y.shape))
         stages[0] = speed
@@ -112,7 +124,7 @@ def follow(structure: Structure, states: Any, horizon: float = 1e3, *, rtol: flo
         widest[active] = np.maximum(widest[active], structure.norm(y))
         late = times[active] >= horizon * (1.0 - 1e-12)
         found = judge(y, speed) if settle or late.any() else np.full(len(y), -1)
-        over = late | (settle & (found >= 0))
+        over = late | (settle & (found >= 0)) | (count == max_steps)
         labels[active[over]], ends[active[over]] = found[over], y[over]
         active, y, speed, step = (array[~over] for array in (active, y, speed, step))
     return Runs(labels, ends, times, widest)

@@ -6,10 +6,12 @@ import hashlib
 import io
 import math
 import os
+import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +27,12 @@ from catode.train.stop import held_back, outlive
 ARRAY_SHARE = 0.25
 """Largest share of the memory for decoded images; more stay on the disk."""
 STATISTICS_IMAGES = 4096
-"""Training images, evenly spread over the classes, from which mean and standard deviation are taken, and images of each
-split whose bytes the fingerprint covers."""
+"""Training images, evenly spread over the classes, from which mean and standard deviation are taken."""
+WHOLE_BYTES = 2**32
+"""Most bytes in the image files of a split that are all read when a run begins, to know each of them again; of larger splits
+only `STATISTICS_IMAGES`, evenly spread."""
+LARGE, _LARGE = 2**24, threading.Lock()
+"""Pixels from which images are decoded one at a time, so that a few of them do not fill the memory."""
 PAUSES = 0.5, 3.0
 """Seconds before a file that could not be read is tried again."""
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
@@ -44,6 +50,7 @@ class ImageFiles:
         names: Path of each image as the file system's bytes, shape (N,): one array, as a million `Path`s would take
             half a gigabyte, copied into every worker.
         sizes: Size of each file in bytes when the run began, int64, shape (N,).
+        digests: Digest of each file's bytes when the run began, uint64, shape (N,); 0 where it was not read.
         height: Height of a decoded image.
         width: Its width.
         image_size: Side to which images are resized and cropped; None for images that share one size.
@@ -52,6 +59,7 @@ class ImageFiles:
     root: str
     names: np.ndarray
     sizes: np.ndarray
+    digests: np.ndarray
     height: int
     width: int
     image_size: int | None
@@ -82,16 +90,17 @@ class ImageFiles:
                 centre.
 
         Raises:
-            DataError: if the file cannot be decoded or has changed its size, or if the image has another size and
+            DataError: if the file cannot be decoded or has changed since the run began, or if the image has another size and
                 `image_size` is None.
         """
         path = self.path(i)
         content = _content(path)
         image = _decode(path, content, self.image_size, crop)
-        if len(content) != self.sizes[i]:
+        if len(content) != self.sizes[i] or self.digests[i] not in (0, _digest(content)):
+            size = f" of {len(content)} bytes instead of {self.sizes[i]}" if len(content) != self.sizes[i] else ""
             raise DataError(
-                f"`data_dir` must hold images that do not change while a run uses them; got {path!r} of {len(content)} bytes "
-                f"instead of {self.sizes[i]}. Restore the file, or start anew."
+                f"`data_dir` must hold images that do not change while a run uses them; got {path!r}"
+                f"{size or ' with other contents'}. Restore the file, or start anew."
             )
         if image.shape != (3, self.height, self.width):
             raise DataError(
@@ -109,25 +118,41 @@ class ImageFiles:
         def fill(k: int) -> None:
             out[k] = self.decode(int(rows[k]))
 
-        with ThreadPoolExecutor(max_workers=min(listing.READERS, os.cpu_count() or 1)) as pool:
+        with _quiet_metadata(), ThreadPoolExecutor(max_workers=min(listing.READERS, os.cpu_count() or 1)) as pool:
             for _ in pool.map(fill, range(len(rows))):
                 pass
         return torch.from_numpy(out)
 
 
 def contents(files: ImageFiles) -> bytes:
-    """Digest of image files: every name and size, and the bytes of a sample of up to `STATISTICS_IMAGES`, evenly spread.
+    """Digest of image files: every name and size, and the bytes of those that were read when the run began."""
+    whole = hashlib.sha256(b"\0".join(files.names.tolist()))
+    whole.update(files.sizes.tobytes())
+    whole.update(files.digests.tobytes())
+    return whole.digest()
 
-    The sample is all files where there are no more. It costs reading these files once; nothing is decoded.
+
+def _digest(content: bytes) -> int:
+    """64 bits of a file's SHA-256, not 0."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") or 1
+
+
+def _digests(root: Path, names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
+    """Digests of image files, uint64, shape (N,): of all, or of a sample where they hold more than `WHOLE_BYTES`, else 0.
 
     Raises:
         DataError: if a file cannot be read.
     """
-    whole = hashlib.sha256(b"\0".join(files.names.tolist()))
-    whole.update(files.sizes.tobytes())
-    for digest in listing.in_threads(lambda i: hashlib.sha256(_content(files.path(i))).digest(), _sample(len(files))):
-        whole.update(digest)
-    return whole.digest()
+    found = np.zeros(len(names), dtype=np.uint64)
+    which = np.arange(len(names)) if sizes.sum() <= WHOLE_BYTES else _sample(len(names))
+
+    def read(part: np.ndarray) -> None:
+        found[part] = [_digest(_content(os.path.join(root, names[i]))) for i in part]
+
+    listing.in_threads(
+        read, np.array_split(which, -(-len(which) // 256))
+    )  # a task for each file would cost more than it
+    return found
 
 
 def _sample(count: int) -> np.ndarray:
@@ -149,8 +174,9 @@ class _Decoding(Dataset):
         rows, crops = request
         out = np.empty((len(rows), *self.files.shape[1:]), dtype=np.uint8)
         try:
-            for k, i in enumerate(rows):
-                out[k] = self.files.decode(int(i), None if crops is None else crops[k])
+            with _quiet_metadata():
+                for k, i in enumerate(rows):
+                    out[k] = self.files.decode(int(i), None if crops is None else crops[k])
         except DataError as error:
             return error
         return torch.from_numpy(out)
@@ -170,6 +196,7 @@ def stream(
     Raises:
         DataError: if a file cannot be decoded, or a worker process is killed.
     """
+    workers = min(workers, len(requests))
     loader = DataLoader(
         _Decoding(files),
         sampler=requests,
@@ -246,9 +273,18 @@ def read(
         height = width = image_size
     else:
         first = os.path.join(root, names[0][0])
-        height, width = _decode(first, _content(first), None).shape[1:]
+        with _quiet_metadata():
+            height, width = _decode(first, _content(first), None).shape[1:]
     train, test = (
-        ImageFiles(str(root), np.array([os.fsencode(f) for f in part]), size, height, width, image_size)
+        ImageFiles(
+            str(root),
+            np.array([os.fsencode(f) for f in part]),
+            size,
+            _digests(root, part, size),
+            height,
+            width,
+            image_size,
+        )
         for part, size in zip(names, sizes, strict=True)
     )
     train_labels, test_labels = (
@@ -296,7 +332,7 @@ def _decode(path: str, content: bytes, image_size: int | None, crop: np.ndarray 
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content)) as image, _LARGE if math.prod(image.size) > LARGE else nullcontext():
             if image.format not in ("JPEG", "MPO"):
                 image.load()  # TIFF is turned by this
             orientation = _orientation(image)
@@ -341,6 +377,22 @@ def _read(path: str) -> bytes:
         except OSError:
             time.sleep(pause)
     return Path(path).read_bytes()
+
+
+@contextmanager
+def _quiet_metadata() -> Iterator[None]:
+    """Silence Pillow's warnings of damaged metadata, which name no file; only the orientation is read of them.
+
+    Its warning of images of more than 89 million pixels becomes an error.
+
+    Enter it outside the threads that decode: the filters of warnings are common to all.
+    """
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # more pixels than Pillow takes without a word
+        yield
 
 
 def _orientation(image) -> int:

@@ -52,9 +52,9 @@ class ImageData:
     def fingerprint(self) -> str:
         """SHA-256 of the class names, the images and the labels in their order: what a run that goes on must find again.
 
-        Of arrays it covers every pixel. Of class folders it covers every file's name, label and size and the whole bytes of
-        a sample (`catode.train.data.folder.contents`), and is the same wherever their pixels are kept. Unlike
-        `pixel_fingerprint`, which tells copies of a data set apart in records, it depends on the order and on the files.
+        Of arrays it covers every pixel. Of class folders it covers every file's name, label, size and bytes, of very large
+        ones the bytes of a sample (`catode.train.data.folder.WHOLE_BYTES`), and is the same wherever their pixels are kept.
+        Unlike `pixel_fingerprint`, which tells copies of a data set apart in records, it depends on the order and on the files.
         """
         whole = hashlib.sha256(repr(self.classes).encode())
         for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):

@@ -124,7 +124,14 @@ def _class_files(root: Path, split: str, skipped: Skipped) -> dict[str, list[str
 def _images_below(root: Path, folder: Path, skipped: Sequence[Skipped]) -> list[str]:
     """Image files below a class folder relative to `root`; links to folders are not followed, what is hidden is left out."""
     images = []
-    for place, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"`data_dir` must hold class folders that can be read; got {error.filename!r} ({error.strerror}). Change its "
+            "permissions, or remove it."
+        )
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
         for name in sorted(folders):
             path = os.path.join(place, name)
             reason = "hidden folders" if name.startswith(".") else "links to folders" if os.path.islink(path) else None
@@ -152,13 +159,20 @@ def _annotated_files(root: Path, annotations: Path, skipped: Skipped) -> dict[st
     found: dict[str, list[str]] = {}
     images = root / "val" / "images"
     there = {entry.name for entry in os.scandir(images)} if images.is_dir() else set()
-    for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
+    first: dict[str, int] = {}
+    for number, line in enumerate(annotations.read_text("utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         name, _, rest = line.partition("\t")
         label = rest.partition("\t")[0].strip()
-        if not label or name not in there:
-            what = f"no file {name!r} in val/images/" if label else f"no class in {line[:40]!r}"
+        what = ""
+        if not label:
+            what = f"no class in {line[:40]!r}"
+        elif name not in there:
+            what = f"no file {name!r} in val/images/"
+        elif (before := first.setdefault(name, number)) != number:
+            what = f"{name!r} again, which is in line {before}"
+        if what:
             raise DataError(
                 f"`data_dir` must hold the images that {ANNOTATIONS} lists as file, tab, class; "
                 f"got {str(annotations)!r}, line {number}: {what}. Unpack the data set again."

@@ -39,6 +39,11 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return optimizer
 
 
+def make_scaler(config: Config) -> torch.amp.GradScaler:
+    """The scaler of the loss, which does nothing without fp16."""
+    return torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp == "fp16")
+
+
 def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
     """Automatic mixed precision in `dtype`; off with None."""
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -17,8 +18,9 @@ from catode.prune.describe import steptime
 from catode.prune.describe.costs import describe
 from catode.prune.devices import distributed
 from catode.prune.devices.timing import check_compile, keep_freed_memory
+from catode.records import read_json
 from catode.train import data
-from catode.train.loop import board, checkpoint, contents, lock
+from catode.train.loop import board, checkpoint, contents, lock, restoring
 from catode.train.loop.optimization import AMP
 from catode.train.loop.tables import TABLES, checksum
 from catode.train.models import resnets, weights
@@ -116,7 +118,7 @@ def prepare(config: Config) -> Setup:
         seed=config.seed,
         image_size=config.image_size,
         augment=config.augment,
-        array_bytes=None if config.array_gib is None else int(config.array_gib * 2**30),
+        array_bytes=None if config.array_gib is None else int(min(config.array_gib * 2**30, sys.maxsize)),
         download=config.download,
     )
     initial = weights.read(config.init) if config.init is not None and state is None else None
@@ -127,10 +129,8 @@ def prepare(config: Config) -> Setup:
             f"{len(images.train_labels)} images. Choose a smaller one."
         )
     torch.manual_seed(config.seed)
-    model = build_model(config, images)
+    model = _network(config, images, group)
     notes = [*images.notes, *(weights.fill(model, initial, config.init) if initial is not None else ())]
-    if config.sync_bn and group.size > 1:
-        distributed.synchronise_norms(model)
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
         raise data.DataError(
             f"`warmup_epochs` must end before the deciding phase does; got warmup_epochs={config.warmup_epochs:g} with "
@@ -138,20 +138,9 @@ def prepare(config: Config) -> Setup:
         )
     example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
     schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
-    if state is not None and (state["steps_per_epoch"], state["classes"]) != (steps, list(images.classes)):
-        raise ValueError(
-            f"`data_dir` must hold the images that the run started with; got {steps} steps an epoch and {len(images.classes)} "
-            f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start a new run."
-        )
-    if state is not None and state["images"] != images.fingerprint:
-        raise ValueError(
-            "`data_dir` must hold the images that the run began with; got others. Restore them, or start anew."
-        )
-    if state is not None and state["processes"] != group.size and not config.sync_bn:
-        raise ValueError(
-            f"`resume` must use as many processes as the run started with, {state['processes']}; got {group.size}. Without "
-            "sync_bn the batch norms' statistics, and so the results, depend on that number."
-        )
+    if state is not None:
+        _check_data(state, images, steps, group, config)
+        notes += _of_threads(config)
     config = config.resolved(steps * config.epochs, group.size)
     step_times = _step_times(config, model, example, state)
     setup = Setup(config, images, model, example, steps, schedule, state, tuple(notes), held, step_times, group)
@@ -161,7 +150,81 @@ def prepare(config: Config) -> Setup:
         if step_times is not None:
             complexity = steptime.MeasuredComplexity(complexity, step_times)
         rate_ratios(complexity, nu=config.nu, alpha=config.alpha, beta=config.beta, theta_speed=config.rate_ratio)
+    return setup if state is None else _with_what_fits(setup)
+
+
+def _check_data(state: dict, images: data.ImageData, steps: int, group: distributed.Group, config: Config) -> None:
+    """Check that a checkpoint is of a run on these images with as many processes.
+
+    Raises:
+        ValueError: if not.
+    """
+    if state["classes"] != list(images.classes) and len(state["classes"]) == len(images.classes):
+        then, now = next((a, b) for a, b in zip(state["classes"], images.classes, strict=True) if a != b)
+        raise ValueError(
+            f"`data_dir` must hold the images that the run started with; got the class {now!r} instead of {then!r}. Restore "
+            "them, or start a new run."
+        )
+    if (state["steps_per_epoch"], state["classes"]) != (steps, list(images.classes)):
+        raise ValueError(
+            f"`data_dir` must hold the images that the run started with; got {steps} steps an epoch and {len(images.classes)} "
+            f"classes instead of {state['steps_per_epoch']} and {len(state['classes'])}. Restore them, or start a new run."
+        )
+    if state["images"] != images.fingerprint:
+        raise ValueError(
+            "`data_dir` must hold the images that the run began with; got others. Restore them, or start anew."
+        )
+    if state["processes"] != group.size and not config.sync_bn:
+        raise ValueError(
+            f"`resume` must use as many processes as the run started with, {state['processes']}; got {group.size}. Without "
+            "sync_bn the batch norms' statistics, and so the results, depend on that number."
+        )
+
+
+def _of_threads(config: Config) -> list[str]:
+    """A note for a run on a CPU that goes on with another number of threads than before."""
+    try:
+        before = read_json(Path(config.resume) / "env.json").get("threads")
+    except (ValueError, OSError):  # damaged; it is written anew
+        return []
+    now = torch.get_num_threads()
+    if config.device != "cpu" or type(before) is not int or before == now:
+        return []
+    return [
+        f"the run had {before} CPU threads and goes on with {now}: sums are rounded in another order, so its results will not be "
+        f"those of an uninterrupted run bit by bit. For that, give --threads {before}."
+    ]
+
+
+def _with_what_fits(setup: Setup) -> Setup:
+    """A resumed run's setup with the newest checkpoint that its network and pruner can take up.
+
+    Raises:
+        ValueError: if none can be.
+    """
+    config, images, group = setup.config, setup.images, setup.group
+
+    def fits(state: dict) -> None:
+        restoring.check(setup, _network(config, images, group), state)
+
+    def check(state: dict) -> None:
+        _check_state(config, Path(config.resume), state)
+        _check_data(state, images, setup.steps_per_epoch, group, config)
+        fits(state)
+
+    try:
+        fits(setup.state)
+    except ValueError:
+        return replace(setup, state=_newest(Path(config.resume), check))
     return setup
+
+
+def _network(config: Config, images: data.ImageData, group: distributed.Group) -> nn.Module:
+    """A newly initialised network as the run trains it, with norms over all processes if it has any."""
+    model = build_model(config, images)
+    if config.sync_bn and group.size > 1:
+        distributed.synchronise_norms(model)
+    return model
 
 
 def _step_times(
@@ -207,9 +270,7 @@ def _load_state(config: Config) -> dict | None:
     """
     _check_unfinished(config)
     folder = Path(config.resume)
-    state, skipped = checkpoint.load_state(folder, lambda state: _check_state(config, folder, state))
-    for name, reason in skipped.items() if distributed.current().leads else ():
-        print(f"warning: {name} is skipped: {reason}", file=sys.stderr)
+    state = _newest(folder, lambda state: _check_state(config, folder, state))
     metrics = folder / "metrics.csv"
     # the first epoch's row may have been written before its checkpoint
     if state is None and metrics.exists() and metrics.read_bytes().count(b"\n") > 2:
@@ -217,6 +278,18 @@ def _load_state(config: Config) -> dict | None:
             f"`resume` must be the folder of a run with a checkpoint; got {config.resume!r}, which has epochs but none. "
             "Start a new run in another folder."
         )
+    return state
+
+
+def _newest(folder: Path, check: Callable[[dict], None]) -> dict | None:
+    """The newest checkpoint that passes a check; a warning for each that does not.
+
+    Raises:
+        ValueError: if there are checkpoints, but none passes.
+    """
+    state, skipped = checkpoint.load_state(folder, check)
+    for name, reason in skipped.items() if distributed.current().leads else ():
+        print(f"warning: {name} is skipped: {reason}", file=sys.stderr)
     return state
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from catode.decisions import shadow
+from catode.prune import measuring
 from catode.prune.checking import ROW_FIELDS
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import Counts, count
@@ -29,15 +30,14 @@ from catode.prune.devices.timing import latency_ms
 from catode.structures import fates
 from catode.structures.inventory import Inventory
 from catode.train import data
-from catode.train.loop import board, checkpoint, lock
-from catode.train.loop.optimization import AMP, autocast, evaluate, make_optimizer, make_pruner
+from catode.train.loop import board, checkpoint, lock, restoring
+from catode.train.loop.optimization import AMP, autocast, evaluate, make_optimizer, make_pruner, make_scaler
 from catode.train.loop.result import environment, random_state
 from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, CsvTable
 from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
-from catode.train.settings.setting import ConfigError
-from catode.train.stop import Stop, Stopped
+from catode.train.stop import Stop, Stopped, held_back
 
 
 class NotFinite(RuntimeError):
@@ -81,8 +81,9 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
         if group.leads:
             if at_end is not None:
                 at_end(folder)
-            checkpoint.drop_states(folder)
-            lock.drop(folder)
+            with held_back():  # a signal now is of no use: the run is finished
+                checkpoint.drop_states(folder)
+                lock.drop(folder)
     return folder
 
 
@@ -131,7 +132,7 @@ class Trainer:
         inventory = Inventory(self.model.structures())
         self.total = inventory.layers, inventory.size - inventory.layers
         self.optimizer = make_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp == "fp16")
+        self.scaler = make_scaler(config)
         if self.scaler.is_enabled():  # found_inf is set on the device, and only during the step
             self.optimizer.register_step_pre_hook(lambda sgd, *_: setattr(self, "skipped", sgd.found_inf.clone()))
         self.pruner = make_pruner(setup, self.optimizer)
@@ -169,7 +170,7 @@ class Trainer:
         self.mark = time.perf_counter(), time.process_time()
         self.sums = self.no_sums()
         if state:
-            self.take_up(state)
+            self.restore(state)
         self.board = board.Board(folder, self.step) if config.tensorboard and self.group.leads else None
         self.bar = tqdm(
             total=len(setup.schedule),
@@ -205,7 +206,10 @@ class Trainer:
 
     def advance(self) -> dict:
         """Train one epoch, or the rest of it, and write a checkpoint; returns its row of metrics.csv."""
-        row = self.epoch(self.epochs_done)
+        try:
+            row = self.epoch(self.epochs_done)
+        except measuring.NotFinite as error:  # the loss was finite, but not its gradient
+            self.not_finite(error.step)
         self.epochs_done += 1
         self.sums = self.no_sums()
         self.tick()
@@ -341,9 +345,9 @@ class Trainer:
             for warning in check.warnings if self.group.leads else []:
                 self.bar.write(f"warning: {warning}", file=sys.stderr)
 
-    def not_finite(self, step: int) -> None:
+    def not_finite(self, step: int) -> NoReturn:
         raise NotFinite(
-            f"`loss` must stay finite; got a non-finite loss or logit at step {step} "
+            f"`loss` must stay finite; got a non-finite loss, logit or gradient at step {step} "
             f"(lr {self.optimizer.param_groups[0]['lr']:.3g}). "
             f"The network after step {self.good_step} is kept in {self.folder}; lower --lr or turn --amp off."
         )
@@ -426,42 +430,14 @@ class Trainer:
             keep=self.config.keep_checkpoints,
         )
 
-    def take_up(self, state: dict) -> None:
-        """The same as `restore`.
-
-        Raises:
-            ConfigError: if the state is whole, but its contents do not fit the run.
-        """
-        try:
-            self.restore(state)
-        except Exception as error:  # whatever wrong contents make PyTorch and the pruner stumble over
-            raise ConfigError(
-                f"`resume` must name a run whose checkpoint fits it; got {str(self.folder)!r}, where checkpoint-{state['step']}.pt "
-                f"holds something else ({type(error).__name__}: {str(error).partition(chr(10))[0]}). Delete it to go on from the "
-                "one before."
-            ) from error
-
     def restore(self, state: dict) -> None:
         """Restore a checkpoint of `save_state`."""
-        if self.pruner is not None:
-            self.pruner.load_state_dict(state["pruner"])
-        else:
-            self.model.load_state_dict(state["model"])
-        parameters = dict(self.model.named_parameters())
-        for name, buffer in state["momentum"].items():
-            if buffer.shape != parameters[name].shape:
-                raise ValueError(f"momentum of {name} has the shape {tuple(buffer.shape)}")
-            buffer = buffer.to(parameters[name].device, copy=True)
-            self.optimizer.state[parameters[name]] = {"momentum_buffer": buffer}
-        self.scaler.load_state_dict(state["scaler"])
+        restoring.restore(state, self.model, self.optimizer, self.scaler, self.pruner, self.config.device)
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.sums = _Sums.of(state["sums"], self.config.device)
         if not self.group.leads:  # rank 0 has the sum over all processes
             self.sums.right.zero_()
-        torch.set_rng_state(state["rng"]["cpu"])
-        if "cuda" in state["rng"] and torch.device(self.config.device).type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.config.device)
 
     def result(self, executed: int) -> None:
         """Write result.json; `executed` are the MACs of the last training step's forward pass, dead channels included."""

@@ -171,6 +171,7 @@ _ALLOWED_WITH_RESUME = (
 
 def _resumed(resume: str, **given: Any) -> Config:
     """The configuration of a run that is resumed."""
+    resume = settings()["resume"].check("resume", resume)
     for name, value in given.items():
         if name not in _ALLOWED_WITH_RESUME:
             raise ConfigError(

@@ -58,6 +58,7 @@ class DataSettings(SettingsGroup):
         "for folder: worker processes that decode images ahead, 0 to decode in the main process; results do not depend on "
         "it; default: one for each core",
         low=0,
+        high=1024,
         optional=True,
         identity=False,
         hint="Leave it out for one for each core.",
@@ -85,6 +86,7 @@ class DataSettings(SettingsGroup):
         "file of initial weights, saved by torch.save: a state dict of this network, such as torchvision's; a classifier for "
         "another number of classes is not loaded",
         optional=True,
+        path=True,
         hint="Give a file of weights, or leave it out for random ones.",
     )
     hidden_scale: float = number(

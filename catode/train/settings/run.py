@@ -66,6 +66,7 @@ class RunSettings(SettingsGroup):
         "folder of the run; default: runs/<dataset>-<arch>-<tag>-s<seed>, where the tag is a hash of the settings that differ "
         "from the preset",
         optional=True,
+        path=True,
         identity=False,
         hint="Leave it out for a folder under runs/.",
     )
@@ -91,6 +92,7 @@ class RunSettings(SettingsGroup):
         "those that do not affect its results may be given: --threads, --device, --compile, --tensorboard, --data-dir, "
         "--array-gib, --workers, --checkpoint-every, --keep-checkpoints",
         optional=True,
+        path=True,
         identity=False,
         hint="Leave it out to start a run.",
     )

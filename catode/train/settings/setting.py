@@ -16,6 +16,7 @@ from catode import _validate
 __all__ = ["GROUPS", "LEAST", "ConfigError", "Setting", "SettingsGroup", "helpers", "nearest"]
 
 LEAST = 1e-20  # smallest magnitude of a non-zero number
+MOST = 2**31 - 1  # largest integer of a setting without an upper end: what is counted fits into every integer type
 
 GROUPS = {  # headings of `--help`, in this order
     "data": "data and network",
@@ -45,6 +46,7 @@ class Setting:
         high_open: The upper end is excluded.
         optional: None is allowed.
         identity: The setting affects the results, so it is part of the run's identity.
+        path: A text is a path, in which ~ is the home folder.
         negatable: A boolean also gets a flag `--no-...`.
         hint: How to fix an invalid value.
     """
@@ -59,6 +61,7 @@ class Setting:
     high_open: bool = False
     optional: bool = False
     identity: bool = True
+    path: bool = False
     negatable: bool = False
     hint: str | None = None
 
@@ -90,9 +93,11 @@ class Setting:
                 value = os.fspath(value)
             if not isinstance(value, str) or not value:
                 _validate.fail(name, "be a non-empty text", value, hint=self.hint)
-            return value
+            return _validate.expanded(name, value, hint=self.hint) if self.path else value
         if self.kind is int:
             value = _validate.check_int(name, value, hint=self.hint)
+            if value > MOST and self.high == math.inf:
+                _validate.fail(name, f"be at most {MOST}", value, hint=self.hint)
         else:
             value = _validate.check_real(name, value, hint=self.hint)
         above = value > self.low if self.low_open else value >= self.low
