@@ -161,7 +161,7 @@ def check_optimizer(optimizer: optim.Optimizer) -> None:
     if any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(f"`optimizer` must have a learning rate `lr` in every group; got {name} without. Use another.")
     if any(group.get("maximize") for group in optimizer.param_groups):
-        raise ValueError("`optimizer` must minimize; got one with maximize. Negate the loss in its place.")
+        raise ValueError("`optimizer` must minimize the loss; got one with maximize. Negate the loss in its place.")
     for group in optimizer.param_groups:
         if not 0.0 <= _momentum(family_of(optimizer), group) < 1.0:
             raise ValueError(

@@ -394,7 +394,7 @@ def exact_growth(make, keep_prob, steps=900, wait=250, noise=1.0, seed=1):
     from the same weights and an optimizer state that went on, is its derivative along the optimizer's mean path.
 
     Returns:
-        The pools; mean growth of each structure by the gradients, and by weight decay, nats/time.
+        What was measured; mean growth of each structure, nats/time; share of the steps with the gates on.
     """
     torch.manual_seed(0)
     model = OneBlock().double()
@@ -405,7 +405,7 @@ def exact_growth(make, keep_prob, steps=900, wait=250, noise=1.0, seed=1):
     truth = {n: normal(p) for n, p in model.named_parameters()}
     fixed = {n: p.detach().clone() for n, p in model.named_parameters()}
     parameters, clock = dict(model.named_parameters()), Updates(optimizer).step_time()
-    moved, counted = {n: torch.zeros_like(w) for n, w in fixed.items()}, 0
+    moved, counted, opened = {n: torch.zeros_like(w) for n, w in fixed.items()}, 0, 0.0
     for step in range(steps):
         on = float(torch.rand((), generator=generator) < keep_prob)
         if step == wait:
@@ -422,15 +422,16 @@ def exact_growth(make, keep_prob, steps=900, wait=250, noise=1.0, seed=1):
                     moved[n] += p - fixed[n]
                 p.copy_(fixed[n])
         counted += step >= wait
+        opened += on * (step >= wait)
     growth = by_hand(model.block, named(model, {n: -truth[n] * moved[n] / counted / clock for n in truth}))
-    return products, growth
+    return products, growth, opened / counted
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("keep_prob", [1.0, 0.4])
 def test_law_growth_is_the_derivative_along_the_mean_path(name, keep_prob):
     """Oracle: the growth that the optimizer's own steps cause. Decay is not growth: its part is measured apart."""
-    products, growth = exact_growth(OPTIMIZERS[name], keep_prob)
+    products, growth, keep_prob = exact_growth(OPTIMIZERS[name], keep_prob)
     pools = products.pools
     gain, pull = pools.gain.mean, pools.pull.mean
     by_steps = pools.displaced.mean / np.where(pools.share.mean > 0, pools.share.mean, 1.0)
@@ -451,9 +452,10 @@ def test_law_growth_is_the_derivative_along_the_mean_path(name, keep_prob):
 @pytest.mark.parametrize("name", ["adamw", "rmsprop", "adamax", "momentum"])
 def test_law_growth_falls_with_theta_no_slower_than_its_square_root(name):
     """At most ``gain * (theta + law * theta_0)`` at every theta, the gain measured at theta_0."""
-    pools, at_first = exact_growth(OPTIMIZERS[name], 0.6)[0].pools, 0.6
+    first, _, at_first = exact_growth(OPTIMIZERS[name], 0.6)
+    pools = first.pools
     for theta in (1.0, 0.3, 0.15):
-        products, growth = exact_growth(OPTIMIZERS[name], theta)
+        products, growth, theta = exact_growth(OPTIMIZERS[name], theta)
         bound = pools.gain.mean * (theta + pools.law * at_first)
         assert (growth - products.pools.pull.mean < bound * 1.1).all(), theta
         if name == "adamw":

@@ -87,7 +87,7 @@ def test_an_optimizer_with_steps_of_its_own_is_not_taken_for_the_one_it_is_deriv
     [
         (lambda p: optim.LBFGS(p), "`optimizer` must take one gradient a step; got LBFGS"),
         (lambda p: optim.Adafactor(p), "`optimizer` must have a state that can be cut; got Adafactor"),
-        (lambda p: optim.SGD(p, 0.1, maximize=True), "`optimizer` must minimize; got one with maximize"),
+        (lambda p: optim.SGD(p, 0.1, maximize=True), "`optimizer` must minimize the loss; got one with maximize"),
         (lambda p: "sgd", "`optimizer` must be a torch.optim.Optimizer; got str"),
         (lambda p: optim.SGD(p, 0.1, momentum=1.0), r"`optimizer` must have a momentum in \[0, 1\); got 1"),
     ],
