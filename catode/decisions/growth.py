@@ -1,6 +1,6 @@
 """How fast an optimizer's steps make the benefit of every structure grow: two estimates, and the limit that both permit.
 
-Source: docs/theory.md section 3.
+Source: docs/theory.md section 8.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def measure(
     gain, decay = growth.upper(z), growth.decay(z) / np.maximum(upper, price)
     # growth of the benefit beyond what the gain of its own weights explains
     drift = np.maximum(slope + z * slope_error - keep_prob * growth.lower(z), 0.0)
-    if growth.law > 0.0:  # growth falls more slowly than theta: its tangent, docs/theory.md section 3
+    if growth.law > 0.0:  # growth falls more slowly than theta: its tangent, docs/theory.md section 8
         here = keep_prob > 0.0
         drift = drift + growth.law * keep_prob * np.where(here, gain, 0.0)
     elapsed = evidence.step_time

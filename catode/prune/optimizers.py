@@ -1,6 +1,6 @@
 """What the pruner needs of an optimizer: the ODE time of its steps, and what a step does with a gradient.
 
-Source: docs/theory.md section 3.
+Source: docs/theory.md section 8.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Pruner:
         model: A network with a method ``structures()`` (see `catode.prune.describe.protocol`); gated in place.
         example_input: One input batch; only its shape matters.
         optimizer: The model's optimizer, whose group that learns fastest sets the ODE time of a step; its state follows
-            every compaction. See docs/theory.md section 3 for what is known of which.
+            every compaction. See docs/theory.md section 8 for what is known of which.
         step_times: Price by these measured times (see `catode.prune.describe.steptime`) in place of MACs.
         group: Processes that train together, each on its share of every batch (see `catode.prune.devices.distributed`); None for
             a single process. Gradients must be averaged over them before the optimizer's step. A probe takes its images

@@ -1,6 +1,6 @@
 """How fast an optimizer's steps make the benefit of every structure grow, from the gradients of training itself.
 
-Source: docs/mathematics.md section 5; docs/theory.md section 3.
+Source: docs/mathematics.md section 5; docs/theory.md section 8.
 """
 
 from __future__ import annotations
@@ -209,7 +209,12 @@ class GradientProducts:
 
     @torch.no_grad()
     def _add(self, draw: NDArray, grad_scale: float | torch.Tensor) -> None:
-        gradient = self.group.mean(self._owned.flat(self._arrived) / grad_scale)
+        gradient = self._owned.flat(self._arrived)
+        if isinstance(grad_scale, torch.Tensor) or grad_scale != 1.0:
+            gradient /= grad_scale
+        if gradient.dtype in (torch.float16, torch.bfloat16):
+            gradient = gradient.float()
+        gradient = self.group.mean(gradient)
         self._add_state(draw, grad_scale)
         if not self.pools.products_known:
             return
@@ -262,12 +267,16 @@ class GradientProducts:
         for both in (pairs, [(i, i) for i in range(BURST)] if squares else []):
             if not both:
                 continue
-            parts, counts = [left[i] * gradients[j] for i, j in both], [on[i] & on[j] for i, j in both]
+            counts = [(on[i] & on[j]).astype(float) for i, j in both]
             if plain:
-                weights.append((self._owned.of_flat(sum(parts)), np.ones(self.size), sum(c.astype(float) for c in counts)))
+                total = torch.zeros_like(left[0])
+                for i, j in both:
+                    total.addcmul_(left[i], gradients[j])
+                weights.append((self._owned.of_flat(total), np.ones(self.size), sum(counts)))
             else:
-                for part, count, (i, j) in zip(parts, counts, both, strict=True):
-                    weights.append((self._owned.of_flat(part), count / (scale[i] * scale[j]), count.astype(float)))
+                for count, (i, j) in zip(counts, both, strict=True):
+                    part = self._owned.of_flat(left[i] * gradients[j])
+                    weights.append((part, count / (scale[i] * scale[j]), count))
         take = partial(self._pool_products, [(factor, count) for _, factor, count in weights], 1 if plain else BURST)
         self.put(take, *(sums for sums, _, _ in weights))
 

@@ -1,6 +1,6 @@
 """What an optimizer makes of the gradients of a burst: P in ``g P g``.
 
-Source: docs/theory.md section 3.
+Source: docs/theory.md section 8.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class Metric:
                 return list(gradients)
             scale = torch.cat([g.new_full((p.numel(),), r) for g, p, r in self._each(gradients[0], rates)])
             return [gradient * scale for gradient in gradients]
-        squares = sum(gradient.square() for gradient in gradients) / len(gradients)
-        scales = []
-        for second, square, rate, own, small in zip(
-            self.owned.split(self.parts[1]), self.owned.split(squares), rates, owns, eps, strict=True
+        scale = torch.zeros_like(gradients[0])
+        for gradient in gradients:
+            scale.addcmul_(gradient, gradient, value=1.0 / len(gradients))
+        for part, second, rate, own, small in zip(
+            self.owned.split(scale), self.owned.split(self.parts[1]), rates, owns, eps, strict=True
         ):
-            scaled = rate / ((second + own * square).clamp_(min=0.0).sqrt_() + small)
-            scales.append(torch.where(second.isnan(), torch.full_like(scaled, rate), scaled).reshape(-1))
-        scale = torch.cat(scales)
-        return [torch.where(gradient == 0.0, gradient, gradient * scale) for gradient in gradients]
+            part.mul_(own).add_(second).clamp_(min=0.0).sqrt_().add_(small).reciprocal_().mul_(rate)
+            part.masked_fill_(second.isnan(), rate)
+        return [(gradient * scale).masked_fill_(gradient == 0.0, 0.0) for gradient in gradients]
 
     def _each(self, gradient: torch.Tensor, rates: Sequence[float]):
         return ((gradient, p, rate) for p, rate in zip(self.owned.parameters, rates, strict=True))

@@ -66,12 +66,11 @@ class Owned:
 
     def reduce(self, place: int, values: torch.Tensor) -> Sums:
         """Sums of the values of one parameter, by structure."""
-        wide = exact(values.device)
-        axes = []
+        values, axes = values.to(exact(values.device)), []  # at once: a sum that converts is several times slower
         for axis, _ in self._axes[place]:
             other = [k for k in range(values.dim()) if k != axis]
-            axes.append(values.sum(other, dtype=wide) if other else values.to(wide))
-        return (axes[0].sum() if axes else values.sum(dtype=wide)), tuple(axes)
+            axes.append(values.sum(other) if other else values)
+        return (axes[0] if axes else values).sum(), tuple(axes)
 
     def gather(self, sums: dict[int, Sums]) -> torch.Tensor:
         """Sums over the weights of each structure, shape (n,); in the same order every time.
@@ -89,7 +88,8 @@ class Owned:
 
     def of_flat(self, flat: torch.Tensor) -> torch.Tensor:
         """Sums over the weights of each structure, shape (n,), of what `flat` made."""
-        return self.gather({place: self.reduce(place, part) for place, part in enumerate(self.split(flat))})
+        parts = self.split(flat.to(exact(flat.device)))
+        return self.gather({place: self.reduce(place, part) for place, part in enumerate(parts)})
 
     def owners(self, parameters: Sequence[nn.Parameter]) -> NDArray[np.bool_]:
         """Structures with an entry in one of some parameters, shape (n,)."""
