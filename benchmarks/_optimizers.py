@@ -143,7 +143,7 @@ def measured(name: str, keep_prob: float, warm: int, window: int, windows: int, 
             by_steps, known = pools.by_displacement(0.0)
             rows = (
                 training.before.gain.mean, training.before.upper(), pools.gain.mean, pools.upper(Z),
-                np.where(known, pools.displaced.mean / np.where(known, pools.share.mean, 1.0), np.nan),
+                np.where(known, by_steps, np.nan),
             )  # fmt: skip
             found.append(np.array([truth, *rows])[:, training.gated])
     truth, old, old_limit, new, limit, steps = np.moveaxis(np.array(found), 1, 0)

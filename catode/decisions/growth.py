@@ -67,12 +67,13 @@ class GrowthPools:
     def by_displacement(self, z: float) -> tuple[NDArray, NDArray[np.bool_]]:
         """Upper limit of the displacement's growth per keep probability, nats/time, and where it is known.
 
-        Sums are divided by sums: a ratio of single observations has no mean.
+        Sums are divided by sums: a ratio of single observations has no mean. Past gradients of the same epoch make it low
+        as they do products, so that it is corrected by as much, which is too much for those of the epoch before.
         """
         known = (self.displaced.count >= LEAST_EVIDENCE) & (self.share.mean > 0.0)
         share = np.where(known, self.share.mean, 1.0)
-        limit = np.maximum(self.displaced.mean, 0.0) + z * np.where(known, self.displaced.error, 0.0)
-        return limit / share, known
+        found = self.displaced.mean / share + self.gain.mean - self.gain_below.mean
+        return np.maximum(found, 0.0) + z * np.where(known, self.displaced.error, 0.0) / share, known
 
     def lower(self, z: float) -> NDArray:
         """Lower limit of the growth per keep probability, nats/time; 0 where unknown."""

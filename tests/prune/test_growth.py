@@ -211,6 +211,32 @@ def test_law_the_truth_lies_between_where_batches_vary_for_other_reasons_too():
     assert (below.mean - 4 * below.error < exact).all() and (above.mean - 4 * above.error > exact).all()
 
 
+@pytest.mark.parametrize("count", [6, 12])
+def test_displacement_by_batches_of_the_same_epoch_is_corrected_too(count):
+    """Stationary weights: the past gradients in the momentum are of the epoch that the step is of, or of the one before."""
+    torch.manual_seed(0)
+    model = OneBlock().double()
+    optimizer = optim.SGD(model.parameters(), 1e-3, momentum=0.5)
+    generator = torch.Generator().manual_seed(1)
+    batches, whole = epoch_of_batches(model, count, seed=2)
+    products, size = attached(model, window=1e12, epoch_steps=count, optimizer=optimizer)
+    fixed = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(1800 // count):
+        for number, place in enumerate(torch.randperm(count, generator=generator).tolist()):
+            if number % 3 == 0:
+                products.begin()
+            follow(products, model, batches[place], np.ones(size), True, between=optimizer.step)
+            with torch.no_grad():
+                for n, p in model.named_parameters():
+                    p.copy_(fixed[n])
+    exact = by_hand(model.block, named(model, {n: g.square() for n, g in whole.items()}))
+    pools = products.pools
+    error = 4 * pools.displaced.error
+    assert (pools.displaced.mean + error < exact).all(), "as it is, it is low"
+    found = pools.by_displacement(0.0)[0]
+    assert (found > exact - error).all() and (found < 1.6 * exact).all()
+
+
 def test_independent_batches_need_no_correction():
     model = OneBlock().double()
     products, size = attached(model)
