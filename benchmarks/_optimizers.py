@@ -215,7 +215,9 @@ def by_optimizer(seeds: int, quick: bool) -> Sequence[str]:
         "optimizer", "theta", "before / exact", "noise", "limit",
         "products / exact", "noise", "displacement / exact", "noise", "limit",
     )  # fmt: skip
-    costs = [cost(name, 3 if quick else 15) for name in ("SGD, momentum .9", "AdamW, weight decay 1e-2") if name in names]
+    costs = [
+        cost(name, 3 if quick else 15) for name in ("SGD, momentum .9", "AdamW, weight decay 1e-2") if name in names
+    ]
     return [
         f"In training, where the weights move: a branch of 12 units of a network on {EXAMPLES} examples, batches of {BATCH} "
         f"by epochs, {windows} windows of {window} steps after {warm} steps, {seeds} seeds. Exact: G P G at the weights of "

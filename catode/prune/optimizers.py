@@ -157,7 +157,9 @@ def check_optimizer(optimizer: optim.Optimizer) -> None:
             f"`optimizer` must take one gradient a step; got {name}, which evaluates its closure several times. Use another."
         )
     if isinstance(optimizer, optim.Adafactor):
-        raise ValueError(f"`optimizer` must have a state that can be cut; got {name}, whose state is factored. Use AdamW.")
+        raise ValueError(
+            f"`optimizer` must have a state that can be cut; got {name}, whose state is factored. Use AdamW."
+        )
     if any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(f"`optimizer` must have a learning rate `lr` in every group; got {name} without. Use another.")
     if any(group.get("maximize") for group in optimizer.param_groups):

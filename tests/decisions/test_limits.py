@@ -235,7 +235,11 @@ def test_arguments_of_the_tolerance_are_those_of_the_structures_asked_for():
 def grown(products=(), displaced=(), share=(), **how):
     """Pools of one structure filled with series."""
     growth, one = GrowthPools(1, 1e6, **how), np.ones(1, bool)
-    for pools, series in (((growth.gain, growth.gain_below), products), ((growth.displaced,), displaced), ((growth.share,), share)):
+    for pools, series in (
+        ((growth.gain, growth.gain_below), products),
+        ((growth.displaced,), displaced),
+        ((growth.share,), share),
+    ):
         for value in series:
             for pool in pools:
                 pool.add(np.array([value]), one)
@@ -273,7 +277,9 @@ def test_law_the_tangent_bounds_every_power_of_theta_that_it_stands_for(law, lea
 
 def test_law_four_fifths_of_the_linear_tolerance_are_left_to_an_optimizer_that_scales():
     """a = 0 without noise: theta_0 is safe up to .8 of the tolerance, .806 with the tangent at theta_0 / 3."""
-    common = dict(benefit=0.02, price=0.1, gain=0.5, decay=0.0, rate_ratio=0.01, noise=0.0, benefit_noise=0.0, step_time=0.0)
+    common = dict(
+        benefit=0.02, price=0.1, gain=0.5, decay=0.0, rate_ratio=0.01, noise=0.0, benefit_noise=0.0, step_time=0.0
+    )
     linear = float(derive(**common, drift=0.0))
     for share, slope, tangent in ((0.8, 1.0, 0.25), (0.806, 0.75**0.5, 0.5 / 3**0.5)):
         for theta, safe in ((share * linear * 0.999, True), (share * linear * 1.002, False)):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn, optim
 
 from catode.prune.gated.cut import keep_units
+from catode.prune.gated.gates import Gates
 from catode.prune.measure.growth import GradientProducts
 from catode.prune.optimizers import Updates
 from catode.structures.inventory import Inventory
@@ -487,6 +488,73 @@ def test_law_growth_falls_with_theta_no_slower_than_its_square_root(name):
         if name == "adamw":
             linear = pools.gain.mean * theta
             assert theta > at_first or (growth - products.pools.pull.mean > 1.1 * linear).all(), "not linear"
+
+
+@pytest.mark.parametrize("name", ["momentum", "groups of a network", "adamw", "rmsprop"])
+def test_growth_in_a_network_is_the_derivative_of_its_benefit(name):
+    """A gated branch in training: the loss without it less the loss with it, differenced along the step with its gate on.
+
+    Batches are all examples, so that the gate alone is random; weights move by 1e-5 in a step.
+    """
+    torch.manual_seed(0)
+    model = DenseResNet(8, 3, blocks=2, width=8, hidden=6).double()
+    x, y = torch.randn(256, 8).double(), torch.randint(3, (256,))
+    inventory = Inventory(model.structures())
+    parts = [
+        {"params": [p for n, p in model.named_parameters() if "blocks.0" not in n], "lr": 1e-4},
+        {"params": [p for n, p in model.named_parameters() if "blocks.0" in n], "lr": 2e-5},
+    ]
+    make = {
+        "momentum": lambda: optim.SGD(model.parameters(), 1e-5, momentum=0.9),
+        "groups of a network": lambda: optim.SGD(parts, momentum=0.5),
+        "adamw": lambda: optim.AdamW(model.parameters(), 1e-5, betas=(0.9, 0.98), weight_decay=0.0),
+        "rmsprop": lambda: optim.RMSprop(model.parameters(), 1e-5, alpha=0.98),
+    }
+    optimizer = make[name]()
+    products, size = attached(model, optimizer=optimizer)
+    gates = Gates(model, inventory)
+    gates.install([True, False], [None] * len(inventory.places))
+    ones = torch.ones(size)
+
+    def loss(branch):
+        gates.set(None, torch.where(torch.arange(size) == 0, branch, ones))
+        return nn.functional.cross_entropy(model(x), y)
+
+    own = [p for n, p in model.named_parameters() if n.startswith("blocks.0")]
+
+    def benefit():
+        with torch.no_grad():
+            return float(loss(0.0) - loss(1.0))
+
+    found, updates = [], Updates(optimizer)
+    for step in range(600):
+        on = float(torch.rand(()) < 0.5)
+        if step % 3 == 0:
+            products.begin()
+        if step >= 300 and step % 6 == 0:
+            updates.read()
+            gradients = torch.autograd.grad(loss(1.0), own)
+            along = [updates.of(p).scaled(g) * -updates.of(p).rate for p, g in zip(own, gradients, strict=True)]
+            size_of = 1e-4 / float(sum(u.square().sum() for u in along).sqrt())
+            ends = []
+            for sign in (1.0, -2.0, 1.0):
+                with torch.no_grad():
+                    for p, u in zip(own, along, strict=True):
+                        p.add_(sign * size_of * u)
+                ends.append(benefit())
+            found.append((ends[0] - ends[1]) / (2.0 * size_of))
+        if step == 300:
+            products.pools.clear(np.ones(size, dtype=bool))
+        products.listen(weights=True)
+        optimizer.zero_grad()
+        loss(on).backward()
+        optimizer.step()
+        draw = np.ones(size)
+        draw[0] = on
+        products.add(draw)
+    assert products.pools.gain.mean[0] == pytest.approx(np.mean(found), rel=0.05)
+    if name != "rmsprop":
+        assert products.pools.by_displacement(0.0)[0][0] == pytest.approx(np.mean(found), rel=0.1)
 
 
 @settings(max_examples=4, deadline=None)

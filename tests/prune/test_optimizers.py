@@ -174,7 +174,9 @@ def test_a_learning_rate_that_someone_sets_by_hand_from_0():
     assert crossings(lambda p: optim.SGD(p, 0.0), Hand, False) == pytest.approx(10.0, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["constant", "LinearLR(start_factor=0.01)", "OneCycleLR", "warm-up from 0 by LambdaLR"])
+@pytest.mark.parametrize(
+    "name", ["constant", "LinearLR(start_factor=0.01)", "OneCycleLR", "warm-up from 0 by LambdaLR"]
+)
 def test_a_pruner_under_a_schedule_moves_its_thetas_as_fast_as_without(name):
     """A structure without benefit needs a tenth of the steps at the base rate: neither 100 times more nor fewer."""
     torch.manual_seed(0)
@@ -183,7 +185,7 @@ def test_a_pruner_under_a_schedule_moves_its_thetas_as_fast_as_without(name):
     scheduler = SCHEDULES[name](optimizer)
     pruner = Pruner(model, torch.zeros(2, 6), optimizer=optimizer, nu=100.0, steps=STEPS, memory=10, check_every=STEPS)
     reached, time = None, 0.0
-    for step in range(STEPS - 1):
+    for _ in range(STEPS - 1):
         time += optimizer.param_groups[0]["lr"]
         x, y = torch.randn(16, 6), torch.randint(3, (16,))
         optimizer.zero_grad()

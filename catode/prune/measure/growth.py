@@ -144,6 +144,8 @@ class GradientProducts:
 
     @torch.no_grad()
     def _take_gradient(self, weights: bool, parameter: nn.Parameter) -> None:
+        if not self._arrived and self.updates is not None:
+            self.updates.read()  # again: learning rates may have changed since `listen`
         self._arrived[parameter] = gradient = parameter.grad.detach().clone()
         if parameter not in self._before:
             self._before[parameter] = update = self.updates.of(parameter) if self.updates else Update(1.0)
@@ -248,9 +250,7 @@ class GradientProducts:
             found = self.group.mean(owned.gather(sums) / grad_scale)
             self.put(partial(self._pool_state, name, on, scale, share), found)
 
-    def _pool_state(
-        self, name: str, on: NDArray[np.bool_], scale: NDArray, share: NDArray, found: NDArray
-    ) -> None:
+    def _pool_state(self, name: str, on: NDArray[np.bool_], scale: NDArray, share: NDArray, found: NDArray) -> None:
         """Pool what a step's gradient says of weight decay, or of displacement and the gates that it stems from."""
         seen, values = on & np.isfinite(found), found / scale
         getattr(self.pools, name).add(values, seen)
