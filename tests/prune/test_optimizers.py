@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from torch import nn, optim
@@ -197,3 +200,73 @@ def test_a_pruner_under_a_schedule_moves_its_thetas_as_fast_as_without(name):
         if reached is None and pruner.keep_prob[1] == 0.0:
             reached = time / (LR * STEPS / 10)
     assert reached is not None and 0.8 < reached < 2.5
+
+
+# --- in a pruner -----------------------------------------------------------------------------------------------------
+
+
+def gated(make, **given):
+    torch.manual_seed(0)
+    model = DenseResNet(6, 3, blocks=2, width=6, hidden=5)
+    optimizer = make(model.parameters())
+    given = dict(nu=1.0, steps=200, memory=20, initial_keep_prob=0.9) | given
+    return model, optimizer, Pruner(model, torch.zeros(2, 6), optimizer=optimizer, **given)
+
+
+def train(model, optimizer, pruner, first, last):
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        pruner.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: optim.AdamW(p, 3e-3),
+        lambda p: optim.RMSprop(p, 1e-3, momentum=0.5, centered=True),
+        lambda p: optim.Rprop(p, 1e-3),
+    ],
+    ids=["AdamW", "RMSprop", "unknown"],
+)
+def test_a_resumed_pruner_goes_on_bit_by_bit(make):
+    places = set()
+    for cut in (37, 38, 39, 40):  # within a burst, too
+        one = gated(make)
+        train(*one, 0, cut)
+        state, moments = one[2].state_dict(), one[1].state_dict()
+        state, moments = copy.deepcopy(state), copy.deepcopy(moments)
+        places.add(len(state["pruner"]["products"]["burst"]))
+        train(*one, cut, 80)
+        other = gated(make)
+        other[2].load_state_dict(state)
+        other[1].load_state_dict(moments)
+        train(*other, cut, 80)
+        for a, b in zip(flat(one[2].state_dict()), flat(other[2].state_dict()), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert len(places) > 1 or not one[2].state.products.pools.products_known
+
+
+def flat(packed):
+    """Every tensor in a packed state."""
+    if isinstance(packed, dict):
+        return [tensor for key in packed for tensor in flat(packed[key])]
+    if isinstance(packed, list):
+        return [tensor for part in packed for tensor in flat(part)]
+    return [packed] if isinstance(packed, torch.Tensor) else []
+
+
+def test_an_optimizer_that_is_not_known_decides_by_displacement_alone():
+    model, optimizer, pruner = gated(lambda p: optim.Rprop(p, 1e-3), initial_keep_prob=1.0, steps=400)
+    train(model, optimizer, pruner, 0, 300)
+    pools = pruner.state.products.pools
+    assert not pools.products_known and not pools.gain.count.any() and (pools.displaced.count > 8).any()
+    limits = pruner.limits()
+    open_ = pruner.fate == "undecided"
+    assert (
+        np.isfinite(limits.gain[open_]).all()
+        and (limits.drift >= limits.keep_prob * np.where(open_, limits.gain, 0)).all()
+    )
