@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from catode.decisions.limits import Limits, measure
-from catode.decisions.motion import rate_ratios
+from catode.decisions.motion import ThetaSpeed, rate_ratios
 from catode.decisions.outcomes import Outcome
 from catode.decisions.priors import PRIORS
 from catode.decisions.schedule import Schedule
@@ -48,7 +48,7 @@ from catode.prune.measure.bounds import project
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed, check_finite
-from catode.prune.optimizers import Clock, check_optimizer, check_owner, ode_time, theta_speed
+from catode.prune.optimizers import Clock, Updates, check_optimizer, check_owner, ode_time
 from catode.prune.queries import Queries
 from catode.prune.recalibration import recalibrate_norms
 from catode.prune.settings import PrunerSettings
@@ -65,8 +65,8 @@ class Pruner(Queries):
     Args:
         model: A network with a method ``structures()`` (see `catode.prune.describe.protocol`); gated in place.
         example_input: One input batch: a tensor, a tuple of arguments or a mapping of keyword arguments; only shapes matter.
-        optimizer: The model's optimizer, SGD with one learning rate and momentum, which set the ODE time of a step; its
-            state follows every compaction. Where groups differ in weight decay, the smallest one counts.
+        optimizer: The model's optimizer, whose group that learns fastest sets the ODE time of a step; its state follows
+            every compaction. See docs/theory.md section 8 for what is known of which.
         loss: ``loss(model, batch)``, the mean loss over a batch's examples; None for one that is recognised.
         step_times: Price by these measured times (see `catode.prune.describe.steptime`) in place of MACs.
         group: Processes that train together, each on its share of every batch (see `catode.prune.devices.distributed`); None for
@@ -115,11 +115,11 @@ class Pruner(Queries):
         self.inventory = inventory = self.complexity.inventory
         self.is_layer = inventory.is_layer
         self.gated = np.where(self.is_layer, own.alpha > 0, own.alpha < 1)
-        self.theta_speed = theta_speed(own.rate_ratio, own.steps, optimizer)
+        speed = ThetaSpeed(own.rate_ratio, own.steps)
         self.schedule = Schedule(
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every
         )
-        self._checking = Checking(own, self.schedule, self.complexity, self.target, self.theta_speed, self.gated)
+        self._checking = Checking(own, self.schedule, self.complexity, self.target, self.gated)
         self.self_check = selfcheck.check(model, example_input, self.blocks) if self_check else None
         self._device = next(model.parameters()).device
         shared = norms_are_shared(model)
@@ -146,8 +146,10 @@ class Pruner(Queries):
             keep_prob,
             gated=self.gated,
             rate_ratio=rate_ratios(
-                self.complexity, nu=own.nu, alpha=own.alpha, beta=own.beta, theta_speed=self.theta_speed
+                self.complexity, nu=own.nu, alpha=own.alpha, beta=own.beta, theta_speed=speed.at_unit
             ),
+            speed=speed,
+            updates=Updates(optimizer),
             corrected=self._measuring.corrected,
             burst_every=self.schedule.burst_every,
             put=self._reads.put,
@@ -172,13 +174,10 @@ class Pruner(Queries):
         """Everything measured about every structure."""
         return measure(
             self.state.evidence,
-            self.state.products.gain,
-            self.state.products.gain_below,
-            self.state.products.weight_gradient,
+            self.state.products.pools,
             keep_prob=self.keep_prob.copy(),
             price=np.maximum(self.prices(), LEAST_PRICE),
-            rate_ratio=self.state.rate_ratio,
-            weight_decay=min(group["weight_decay"] for group in self.optimizer.param_groups),
+            rate_ratio=self.state.rates,
         )
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
@@ -237,9 +236,9 @@ class Pruner(Queries):
         own.present = self._network.cut(own.kept, whole, self.inventory.units, stay=own.present)
         self.model.load_state_dict(state["model"])
         if own.started and not own.finished:
-            burst = own.products.burst  # attaching starts a new one
+            burst = own.products.burst, own.products.metric  # attaching starts a new one
             self._install()
-            own.products.burst = burst
+            own.products.burst, own.products.metric = burst
             own.products.to_device()
             self._capture.attach()
             own.draws.hold(own.draws.rows)
@@ -277,6 +276,7 @@ class Pruner(Queries):
         if self.settings.max_norm is not None:
             project(self.model, self.blocks, own.kept, self.settings.max_norm)
         elapsed, steps = self._clock.take()
+        own.speed.see(self._clock.base, own.done + 1)
         skipped = (
             (steps == 0 and own.done > 0) if skipped is None else skipped
         )  # the first may come before the optimizer's
@@ -298,8 +298,7 @@ class Pruner(Queries):
         probed = self._measuring.probe(own.done, self._open, own.turns, batch, grad_scale) if due else None
         record = partial(self._record_step, own.done, elapsed, draw, probed)
         self._reads.put(record, skipped, derivative, *(probed.numbers if probed else ()))
-        if (own.done - 1) % self.schedule.burst_every in self.schedule.burst:
-            own.products.add(draw, grad_scale)
+        own.products.add(draw, grad_scale)
         check = None
         if self.schedule.reads(own.done):
             self.read()
@@ -400,7 +399,7 @@ class Pruner(Queries):
         if done > self.settings.warmup:
             upper = own.evidence.limits()[1]
             moving = seen & ~own.zero & own.evidence.enough & np.isfinite(upper)
-            force, step = (upper - self.prices())[moving], (own.rate_ratio * own.pending)[moving]
+            force, step = (upper - self.prices())[moving], (own.rates * own.pending)[moving]
             own.keep_prob[moving] = PRIORS[self.settings.prior](
                 own.keep_prob[moving], force, step, self.settings.images
             )

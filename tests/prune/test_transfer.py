@@ -104,7 +104,7 @@ def evidence(pruner):
     state = pruner.state_dict()["pruner"]
     return [
         tensor
-        for part in (state["evidence"], state["products"]["gain"], state["products"]["weight_gradient"])
+        for part in (state["evidence"], state["products"]["pools"])
         for tensor in pools(part)
     ]
 
@@ -217,8 +217,8 @@ def test_an_overflow_does_not_stop_measuring():
         np.isfinite(getattr(pruner.limits(), name)).all() for name in ("benefit_upper", "noise", "decay", "drift")
     )
     products = pruner.state.products
-    assert (products.gain.count > 0).all() and np.isfinite(products.gain.mean).all()
-    assert np.isfinite(products.weight_gradient.mean).all()
+    assert (products.pools.gain.count > 0).all() and np.isfinite(products.pools.gain.mean).all()
+    assert np.isfinite(products.pools.pull.mean).all()
     assert (pruner.keep_prob < 1).any() and np.isfinite(pruner.keep_prob).all()
 
 
