@@ -6,6 +6,7 @@ Source: docs/theory.md section 8.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn, optim
 
 SGD_LAW, ADAPTIVE_LAW, UNKNOWN_LAW = 0.0, 0.25, 1.0  # most that theta^p exceeds theta by: p = 1, p >= 1/2, p >= 0
 USUAL_MOMENTUM = 0.9  # of optimizers that do not tell theirs
+ENOUGH_MOMENTUM = 0.8  # below it, products of gradients of moving weights may be less than half of the truth
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def family_of(optimizer: optim.Optimizer) -> Family | None:
 def check_optimizer(optimizer: optim.Optimizer) -> None:
     """Refuse optimizers whose steps are not one small move down the gradient of one backward pass.
 
+    Warns where the momentum is so small that products of gradients may be far too low (docs/theory.md section 8).
+
     Raises:
         ValueError: for LBFGS, for what maximizes, and for what has no learning rate.
     """
@@ -169,6 +173,18 @@ def check_optimizer(optimizer: optim.Optimizer) -> None:
             raise ValueError(
                 f"`optimizer` must have a momentum in [0, 1); got {_momentum(family_of(optimizer), group):g}. Use 0.9."
             )
+    least, family = (
+        min(_momentum(family_of(optimizer), group) for group in optimizer.param_groups),
+        family_of(optimizer),
+    )
+    if family is not None and least < ENOUGH_MOMENTUM:
+        share = 1.0 - 2.0 * (1.0 - least) * (3.0 + least) / 3.0
+        warnings.warn(
+            f"`optimizer` should have a momentum of at least {ENOUGH_MOMENTUM:g}; got {least:g}. Near stationary weights "
+            f"products of its gradients come to {share:.2f} times the squared gradient norm, so that tolerances may be too "
+            "large; use momentum, or a fixed `tolerance`.",
+            stacklevel=3,
+        )
 
 
 def check_owner(optimizer: optim.Optimizer, model: nn.Module) -> None:

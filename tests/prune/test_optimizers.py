@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -99,6 +101,42 @@ def test_what_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         check_optimizer(make(weights()))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "share"), [(0.0, "-1.00"), (0.5, "-0.17"), (0.79, None), (0.8, None), (0.9, None)]
+)
+def test_too_little_momentum_is_told(momentum, share):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        check_optimizer(optim.SGD(weights(), 0.1, momentum=momentum))
+        check_optimizer(optim.AdamW(weights()))
+    assert len(told) == (momentum < 0.8)
+    if share is not None:
+        assert f"got {momentum:g}." in str(told[0].message) and f" {share} times" in str(told[0].message)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_law_products_of_weights_that_move_are_as_low_as_is_told(momentum):
+    """Stationary noise on a quadratic: mean products of a burst over the mean squared gradient, to first order in the step."""
+    generator, size = np.random.default_rng(0), 20000
+    learning_rate = 0.05 * (1.0 - momentum)
+    weight, buffer = generator.normal(size=size) * np.sqrt(0.05 / 2.0), np.zeros(size)
+    for _ in range(200):
+        buffer = momentum * buffer + weight + generator.normal(size=size)
+        weight = weight - learning_rate * buffer
+    truth, products = [], []
+    for _ in range(60):
+        burst = []
+        for _ in range(3):
+            gradient = weight + generator.normal(size=size)
+            burst.append((weight, gradient))
+            buffer = momentum * buffer + gradient
+            weight = weight - learning_rate * buffer
+        truth.append(np.mean([w**2 for w, _ in burst]))
+        products.append(np.mean([a[1] * b[1] for a, b in itertools.combinations(burst, 2)]))
+    expected = 1.0 - 2.0 * (1.0 - momentum) * (3.0 + momentum) / 3.0
+    assert np.mean(products) / np.mean(truth) == pytest.approx(expected, abs=0.15)
 
 
 def test_the_clock_counts_steps_wherever_they_are():

@@ -147,11 +147,12 @@ class GradientProducts:
         if not self._arrived and self.updates is not None:
             self.updates.read()  # again: learning rates may have changed since `listen`
         self._arrived[parameter] = gradient = parameter.grad.detach().clone()
-        if parameter not in self._before:
-            self._before[parameter] = update = self.updates.of(parameter) if self.updates else Update(1.0)
+        if parameter not in self._versions:
             self._versions[parameter] = parameter._version
-            if not self.burst and update.second is not None:
-                self._second[parameter] = update.second * update.old
+            if weights or not self.burst:
+                self._before[parameter] = update = self.updates.of(parameter) if self.updates else Update(1.0)
+                if not self.burst and update.second is not None:
+                    self._second[parameter] = update.second * update.old
             if weights and not self.pools.products_known:
                 self._weights[parameter] = parameter.detach().clone()
         elif self._versions[parameter] != parameter._version:
