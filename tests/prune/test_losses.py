@@ -110,6 +110,29 @@ def test_a_mean_of_losses_of_single_examples_is_taken(name, micro_batches):
     assert (evidence.curvature.count > 0).all() and np.isfinite(evidence.benefit).all()
 
 
+class ClassesFirst(DenseResNet):
+    def forward(self, x):
+        return super().forward(x).T
+
+
+@pytest.mark.parametrize(
+    ("loss", "taken"),
+    [
+        (lambda m, b: F.cross_entropy(m(b[0]).T, b[1]), True),
+        (lambda m, b: F.cross_entropy(m(b[0]).T @ m(b[0]), torch.arange(len(b[1]))), False),
+    ],
+)
+def test_outputs_may_count_the_examples_in_another_dimension(loss, taken):
+    torch.manual_seed(0)
+    model, optimizer, pruner = make(loss, ClassesFirst(64, CLASSES, blocks=2, width=16, hidden=8).train())
+    (batch,) = batches(1)
+    if taken:
+        step(pruner, optimizer, loss(model, batch), batch)
+        assert not pruner._capture.checked
+    else:
+        refused(lambda: step(pruner, optimizer, loss(model, batch), batch), pruner, "compares examples")
+
+
 def info_nce(model, batch):
     z = F.normalize(model(batch[0]))
     other = F.normalize(model(batch[0] + 0.1))

@@ -266,27 +266,36 @@ class _Replay:
 
     def couples(self, evaluation: _Evaluation, close: float) -> bool | None:
         """Whether an example's gradient changes when other examples have the outputs of their neighbours; None if all are equal."""
-        answers = [call for call in self.answers if call.outputs]
-        each = max(len(z) // self.examples for call in answers for z in call.outputs if z.dim())
+        outputs = [z for call in self.answers for z in call.outputs if self._dimension(z) is not None]
+        if not outputs:  # whose rows are not those of examples
+            return False
+        each = max([len(z) // self.examples for z in outputs if self._dimension(z) == 0], default=1)
         # an example's rows may follow each other, or be those of the first, second, ... view
-        found = [
-            self._coupled(evaluation, close, *layout)
-            for layout in {(each, 1), (1, 1) if each == 1 else (1, self.examples)}
-        ]
+        layouts = {(each, 1), (1, 1) if each == 1 else (1, self.examples)}
+        found = [self._coupled(evaluation, close, *layout) for layout in layouts]
         return None if None in found else all(found)
+
+    def _dimension(self, z: torch.Tensor) -> int | None:
+        """The dimension that counts the examples; None for none."""
+        if z.dim() and len(z) and len(z) % self.examples == 0:
+            return 0
+        return next((d for d, length in enumerate(z.shape) if length == self.examples), None)
 
     def _coupled(self, evaluation: _Evaluation, close: float, run: int, period: int) -> bool | None:
         """The same where rows i have the example ``i // run``, modulo `period` if that is not 1."""
 
-        def odd(z: torch.Tensor) -> torch.Tensor:
-            numbers = torch.arange(len(z), device=z.device) // run
-            return (numbers % period if period > 1 else numbers) % 2 == 1
+        def rows(z: torch.Tensor, dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
+            """Rows of the even examples, and for every row, itself or that of the example before an odd one."""
+            every, length = torch.arange(z.shape[dimension], device=z.device), 1 if dimension else run
+            numbers = every // length
+            odd = (numbers % period if period > 1 else numbers) % 2 == 1
+            return every[~odd], torch.where(odd, every - length, every)
 
         def exchanged(z: torch.Tensor) -> torch.Tensor:
-            if not z.requires_grad or not z.dim():
-                return z
-            rows = torch.arange(len(z), device=z.device)
-            return z.detach()[torch.where(odd(z), rows - run, rows)].requires_grad_()
+            dimension = self._dimension(z) if z.requires_grad else None
+            return (
+                z if dimension is None else z.detach().index_select(dimension, rows(z, dimension)[1]).requires_grad_()
+            )
 
         changed = [replace(call, output=nests.mapped(call.output, exchanged)) for call in self.answers]
         outputs = [
@@ -297,10 +306,10 @@ class _Replay:
             return None
         after = self.evaluate(changed)
         pairs = [
-            (before[~odd(before)], now[~odd(now)])
+            tuple(g.index_select(dimension, rows(g, dimension)[0]) for g in (before, now))
             for one, other in zip(evaluation.gradients, after.gradients, strict=True)
             for before, now in zip(one, other, strict=True)
-            if before.dim()
+            if (dimension := self._dimension(before)) is not None
         ]
         return not _near(*(_flat(side) for side in zip(*pairs, strict=True)), close)
 
