@@ -40,7 +40,7 @@ from catode.structures.complexity import Complexity
 from catode.structures.description import Block
 
 EXACT = 1e-8  # largest relative difference of what is computed in double precision
-EXAMPLES, FEATURE_EXAMPLES = 4, 16  # in a check: of images and sequences, and of rows of features
+EXAMPLES, FEATURE_EXAMPLES = 2, 16  # in a check: of images and sequences, and of rows of features
 ROUNDS = 4  # of random weights until every unit was seen to act
 
 
@@ -416,8 +416,8 @@ class _Trial:
         """Random examples of the form of the one given; what is no floating-point number is drawn from the one given."""
         generator = torch.Generator().manual_seed(self.seed + seed)
         sizes = {len(tensor) for tensor in nests.tensors(self.example) if tensor.dim()}
-        images = any(tensor.dim() > 2 for tensor in nests.tensors(self.example))
-        count = max(EXAMPLES if images else FEATURE_EXAMPLES, *sizes) if len(sizes) == 1 else None
+        images = any(t.dim() > 2 or not t.is_floating_point() for t in nests.tensors(self.example))
+        count = (EXAMPLES if images else FEATURE_EXAMPLES) if len(sizes) == 1 else None
 
         def change(tensor: torch.Tensor) -> torch.Tensor:
             shape = tensor.shape if count is None or not tensor.dim() else (count, *tensor.shape[1:])
