@@ -1,12 +1,14 @@
-"""Bias of the squared gradient norms that the pruner measures, against the truth at fixed weights.
+"""Bias and noise of the growth of benefits that the pruner measures, against the truth, and what measuring it costs.
 
-    python -m benchmarks.growth [--after 1,3,10,30] [--epochs-measured 30] [--quick] [--write]
+    python -m benchmarks.growth [--after 1,3,10,30] [--epochs-measured 30] [--seeds 4] [--quick] [--write]
     python -m benchmarks.growth --decisions benchmarks/records/growth [--write]
 
 The ungated ResNet-20 of the main job is trained on the digits by the preset's schedule. After some of its epochs the weights
 are frozen, and batches of many more epochs are drawn as training draws them. The truth of each structure is the product of
 the mean gradients of *different* epochs, which are independent. Beside it: products of batches of one epoch, as they are and
 corrected (`catode.prune.measure.growth`).
+
+A second table is of training itself, where the weights move, by several optimizers: see `benchmarks._optimizers`.
 
 With --decisions it compares shadow runs before the correction with runs after it, from the same seeds: nothing is removed
 in either before its theta is 0, so that thetas move alike and the decisions alone differ.
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks._common import QUICK, QUICK_IMAGES, add_quick, guarded, hardware, machine, markdown, publish, subset
+from benchmarks._optimizers import by_optimizer
 from catode.prune.measure.growth import BURST, GradientProducts
 from catode.prune.measure.probes import batch_statistics_only
 from catode.records import read_json, read_structures, structure_key
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--after", default="1,3,10,30", help="epochs of training after which to measure (1,3,10,30)")
     parser.add_argument("--epochs-measured", type=int, default=30, help="epochs of batches at each of them (30)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=4, help="seeds of every row about optimizers (4)")
     parser.add_argument(
         "--decisions", type=Path, metavar="FOLDER", help="compare the records before-s* and after-s* there"
     )
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     given = {}
     if args.quick:
-        given, after, args.epochs_measured = QUICK, [1], BURST
+        given, after, args.epochs_measured, args.seeds = QUICK, [1], BURST, 1
     torch.set_num_threads(1)
     began = time.perf_counter()
     config = Config.from_presets(dataset="digits", nu=0.0, seed=args.seed, **given)
@@ -81,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "1 - (tr S / |G|^2) / (nb - 1); a negative one means that the product of two batches of one epoch is negative.",
         "",
         markdown(header, rows),
+        "",
+        *by_optimizer(args.seeds, args.quick),
     ]
     publish("growth", "\n".join(lines), args.write)
 
@@ -121,24 +127,32 @@ def measured(model: nn.Module, setup: loop.Setup, epochs: int) -> list[list[str]
             sums = [torch.zeros_like(p) for p in model.parameters()]
             for x, y in batches.epoch(10**6 + epoch, setup.config.seed):
                 model.zero_grad()
+                both.listen(weights=False)
                 F.cross_entropy(model(x), y).backward()
+                both.add(ones)
                 for total, parameter in zip(sums, model.parameters(), strict=True):
                     total += parameter.grad
-                both.add(ones)
+                own = [p.grad.clone() for p in model.parameters()]
                 for _ in range(BURST):
-                    squares.add(ones)
+                    give(squares, model, own)
             both.begin()
-            for total, parameter in zip(sums, model.parameters(), strict=True):
-                parameter.grad = total / len(batches)
-            truth.add(ones)
-    exact = truth.gain.mean
-    noise = squares.gain.mean - exact
+            give(truth, model, [total / len(batches) for total in sums])
+    exact = truth.pools.gain.mean
+    noise = squares.pools.gain.mean - exact
     rows = []
     for kind, where in zip(KINDS, (inventory.is_layer, ~inventory.is_layer), strict=True):
         where = where & (exact > 0)
-        ratios = [ratio(found.mean[where] / exact[where]) for found in (both.gain_below, both.gain)]
+        ratios = [ratio(found.mean[where] / exact[where]) for found in (both.pools.gain_below, both.pools.gain)]
         rows.append([kind, int(where.sum()), f"{count:.1f}", *ratios, f"{np.median(exact[where] / noise[where]):.3f}"])
     return rows
+
+
+def give(products: GradientProducts, model: nn.Module, gradients: Sequence[torch.Tensor]) -> None:
+    """Let gradients arrive as those of a step."""
+    model.zero_grad()
+    products.listen(weights=False)
+    sum((p * g).sum() for p, g in zip(model.parameters(), gradients, strict=True)).backward()
+    products.add(np.ones(products.size))
 
 
 def decisions(folder: Path) -> str:

@@ -57,6 +57,11 @@ class Pool:
             np.copyto(sums, self.forget * sums + value, where=seen)
         np.copyto(self.weight_squares, self.forget**2 * self.weight_squares + 1.0, where=seen)
 
+    def clear(self, where: NDArray[np.bool_]) -> None:
+        """Forget the observations of the quantities in `where`, shape (n,)."""
+        for sums in (self.weight, self.weight_squares, self.total, self.squares):
+            sums[where] = 0.0
+
     @property
     def count(self) -> NDArray:
         """Effective number of observations, at most about twice the window."""

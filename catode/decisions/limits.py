@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from catode.decisions.evidence import Evidence, Pool
+from catode.decisions.evidence import Evidence
+from catode.decisions.growth import GrowthPools
 from catode.theory.tolerance import measured
 
 
@@ -29,7 +30,8 @@ class Limits:
         rate_ratio: Speed of theta, 1/(nats time).
         noise: Upper limit of the diffusion of theta, time^-1/2.
         benefit_noise: Upper limit of the diffusion of the benefit, nats time^-1/2.
-        drift: Upper limit of the benefit's growth beyond what the gain explains, nats/time.
+        drift: Upper limit of the benefit's growth beyond what the gain explains, nats/time; what an optimizer that scales
+            gradients makes of it as theta falls included.
         step_time: ODE time between two estimates.
         memory: Time constant of the pooled benefit, ODE time.
     """
@@ -68,34 +70,24 @@ QUANTITIES = tuple(field.name for field in fields(Limits))
 
 
 def measure(
-    evidence: Evidence,
-    gain: Pool,
-    gain_below: Pool,
-    weight_gradient: Pool,
-    *,
-    keep_prob: NDArray,
-    price: NDArray,
-    rate_ratio: NDArray,
-    weight_decay: float,
+    evidence: Evidence, growth: GrowthPools, *, keep_prob: NDArray, price: NDArray, rate_ratio: NDArray
 ) -> Limits:
     """Limits from the pools, at the evidence's risk.
 
     Args:
         evidence: About the benefits.
-        gain: Pool of the squared gradient norms from above, nats/time.
-        gain_below: The same from below.
-        weight_gradient: Pool of the products of weights and their gradients, nats.
+        growth: What the optimizer's steps do to the benefits.
         keep_prob: theta, shape (n,).
         price: Positive prices, nats, shape (n,).
         rate_ratio: Speeds of theta, 1/(nats time), shape (n,).
-        weight_decay: The least of the optimizer's groups, 1/time.
     """
     z, (lower, upper), (slope, slope_error) = evidence.z, evidence.limits(), evidence.slope()
+    gain, decay = growth.upper(z), growth.decay(z) / np.maximum(upper, price)
     # growth of the benefit beyond what the gain of its own weights explains
-    own = keep_prob * np.maximum(gain_below.mean - z * gain_below.error, 0.0)
-    drift = np.maximum(slope + z * slope_error - np.where(np.isfinite(own), own, 0.0), 0.0)
-    pull = -(weight_gradient.mean + z * weight_gradient.error)
-    decay = weight_decay * np.maximum(pull, 0.0) / np.maximum(upper, price)
+    drift = np.maximum(slope + z * slope_error - keep_prob * growth.lower(z), 0.0)
+    if growth.law > 0.0:  # growth falls more slowly than theta: its tangent, docs/theory.md section 8
+        here = keep_prob > 0.0
+        drift = drift + growth.law * keep_prob * np.where(here, gain, 0.0)
     elapsed = evidence.step_time
     return Limits(
         keep_prob=keep_prob,
@@ -103,7 +95,7 @@ def measure(
         benefit_upper=upper,
         benefit_lower=lower,
         price=price,
-        gain=np.maximum(gain.mean, 0.0) + z * gain.error,
+        gain=gain,
         decay=np.where(decay * price > drift, decay, 0.0),  # 0 is always a valid lower limit
         rate_ratio=rate_ratio,
         noise=rate_ratio * np.sqrt(np.where(elapsed > 0.0, elapsed, 1.0) * evidence.variance()),

@@ -86,7 +86,6 @@ class Checking:
         schedule: Its steps.
         complexity: The network's complexity.
         target: A share of the network to end at, or None.
-        theta_speed: Speed of every theta, 1/time.
         gated: Which structures have gates at all, shape (n,).
     """
 
@@ -96,18 +95,18 @@ class Checking:
         schedule: Schedule,
         complexity: Complexity,
         target: Target | None,
-        theta_speed: float,
         gated: NDArray[np.bool_],
     ):
         self.gated = gated
         self.settings, self.schedule, self.inventory = settings, schedule, complexity.inventory
-        self.target, self.theta_speed = target, theta_speed
+        self.target = target
         outcomes = Outcomes(complexity, settings.round_to, target)
         self.checks = Checks(outcomes, settings.risk, settings.tolerance, settings.prior == "flattening")
 
     def enough(self, state: PrunerState) -> NDArray[np.bool_]:
         """Structures with enough evidence to decide, shape (n,)."""
-        return state.evidence.enough & (state.products.gain.count >= LEAST_EVIDENCE)
+        settled = state.speed.settled(state.done, self.settings.check_every)
+        return state.evidence.enough & (state.products.pools.count >= LEAST_EVIDENCE) & settled
 
     def settle(
         self,
@@ -161,7 +160,7 @@ class Checking:
             state.nu * limits.benefit / limits.price,
             state.keep_prob,
             progress=self.schedule.progress(state.done),
-            growth=self.theta_speed * passed,
+            growth=state.speed.value * passed,
         )
         state.rate_ratio = state.rate_ratio * (state.nu / level)  # not in place: `limits` holds what was used
         state.nu = level

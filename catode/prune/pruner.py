@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from catode.decisions.limits import Limits, measure
-from catode.decisions.motion import rate_ratios
+from catode.decisions.motion import ThetaSpeed, rate_ratios
 from catode.decisions.outcomes import Outcome
 from catode.decisions.priors import PRIORS
 from catode.decisions.schedule import Schedule
@@ -48,7 +48,7 @@ from catode.prune.measure.bounds import project
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed, check_finite
-from catode.prune.optimizers import Clock, check_optimizer, ode_time, theta_speed
+from catode.prune.optimizers import Clock, Updates, check_optimizer, check_owner, ode_time
 from catode.prune.queries import Queries
 from catode.prune.recalibration import recalibrate_norms
 from catode.prune.settings import PrunerSettings
@@ -59,14 +59,15 @@ from catode.theory.tolerance.measured import LEAST_PRICE
 class Pruner(Queries):
     """Gates a model, moves its keep probabilities, and removes what is safe to remove.
 
-    The loss must be a mean softmax cross-entropy over the batch (soft targets allowed): the pruner recovers the targets
-    from the logits and their gradient, so that its ``step()`` needs no arguments.
+    A mean cross-entropy with one label for each example is recognised from its gradient, and a model's own loss is taken from
+    what it returns: then ``step()`` needs no arguments. Any other loss is given; see docs/loops.md.
 
     Args:
         model: A network with a method ``structures()`` (see `catode.prune.describe.protocol`); gated in place.
         example_input: One input batch: a tensor, a tuple of arguments or a mapping of keyword arguments; only shapes matter.
-        optimizer: The model's optimizer, SGD with one learning rate and momentum, which set the ODE time of a step; its
-            state follows every compaction. Where groups differ in weight decay, the smallest one counts.
+        optimizer: The model's optimizer, whose group that learns fastest sets the ODE time of a step; its state follows
+            every compaction. See docs/theory.md section 8 for what is known of which.
+        loss: ``loss(model, batch)``, the mean loss over a batch's examples; None for one that is recognised.
         step_times: Price by these measured times (see `catode.prune.describe.steptime`) in place of MACs.
         group: Processes that train together, each on its share of every batch (see `catode.prune.devices.distributed`); None for
             those of torch.distributed's default group, if there is one. Gradients must be averaged over them before the
@@ -101,6 +102,7 @@ class Pruner(Queries):
     ):
         model = unwrapped(model)
         check_optimizer(optimizer)
+        check_owner(optimizer, model)
         own = self.settings = PrunerSettings.of(settings)
         self.model, self.optimizer, self.group = model, optimizer, group or current()
         self.group.agree(model, step=0)
@@ -113,11 +115,11 @@ class Pruner(Queries):
         self.inventory = inventory = self.complexity.inventory
         self.is_layer = inventory.is_layer
         self.gated = np.where(self.is_layer, own.alpha > 0, own.alpha < 1)
-        self.theta_speed = theta_speed(own.rate_ratio, own.steps, optimizer)
+        speed = ThetaSpeed(own.rate_ratio, own.steps)
         self.schedule = Schedule(
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every
         )
-        self._checking = Checking(own, self.schedule, self.complexity, self.target, self.theta_speed, self.gated)
+        self._checking = Checking(own, self.schedule, self.complexity, self.target, self.gated)
         self.self_check = selfcheck.check(model, example_input, self.blocks) if self_check else None
         self._device = next(model.parameters()).device
         shared = norms_are_shared(model)
@@ -125,9 +127,8 @@ class Pruner(Queries):
         self._reads = DeferredReads()
         keep_prob = np.where(self.gated, own.initial_keep_prob, 1.0)
         draws = GateDraws(own.seed, self._device, keep_prob)
-        self._capture = Capture(model, self.gates, draws, own.per_example, self.group)
+        self._capture = Capture(model, self.gates, draws, own.per_example, self.group, inputs=loss is None)
         label_rng = torch.Generator(self._device).manual_seed(own.seed + 1)
-        self._capture.note_random = loss is not None
         self._measuring = Measuring(
             self._capture,
             Objective(loss),
@@ -145,8 +146,10 @@ class Pruner(Queries):
             keep_prob,
             gated=self.gated,
             rate_ratio=rate_ratios(
-                self.complexity, nu=own.nu, alpha=own.alpha, beta=own.beta, theta_speed=self.theta_speed
+                self.complexity, nu=own.nu, alpha=own.alpha, beta=own.beta, theta_speed=speed.at_unit
             ),
+            speed=speed,
+            updates=Updates(optimizer),
             corrected=self._measuring.corrected,
             burst_every=self.schedule.burst_every,
             put=self._reads.put,
@@ -171,13 +174,10 @@ class Pruner(Queries):
         """Everything measured about every structure."""
         return measure(
             self.state.evidence,
-            self.state.products.gain,
-            self.state.products.gain_below,
-            self.state.products.weight_gradient,
+            self.state.products.pools,
             keep_prob=self.keep_prob.copy(),
             price=np.maximum(self.prices(), LEAST_PRICE),
-            rate_ratio=self.state.rate_ratio,
-            weight_decay=min(group["weight_decay"] for group in self.optimizer.param_groups),
+            rate_ratio=self.state.rates,
         )
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
@@ -236,9 +236,9 @@ class Pruner(Queries):
         own.present = self._network.cut(own.kept, whole, self.inventory.units, stay=own.present)
         self.model.load_state_dict(state["model"])
         if own.started and not own.finished:
-            burst = own.products.burst  # attaching starts a new one
+            burst = own.products.burst, own.products.metric  # attaching starts a new one
             self._install()
-            own.products.burst = burst
+            own.products.burst, own.products.metric = burst
             own.products.to_device()
             self._capture.attach()
             own.draws.hold(own.draws.rows)
@@ -255,7 +255,7 @@ class Pruner(Queries):
         Any number of forward and backward passes may have come before, whose gradients add up to the loss's.
 
         Args:
-            batch: The batch, for the `loss` that the pruner was given: that of the step, or its last micro-batch.
+            batch: The batch as it was trained on, or its last micro-batch, where the pruner was given a `loss`.
             grad_scale: Factor that the loss was multiplied with before ``backward()`` (a gradient scaler's).
             skipped: Whether the optimizer skipped the step because the gradient overflowed; then no ODE time passes. None:
                 whether its ``step()`` was not called. Both may be tensors of the device.
@@ -266,7 +266,7 @@ class Pruner(Queries):
         Raises:
             RuntimeError: if no backward pass through the gated model came before, or, as a `NotFinite`, if the loss of a step
                 that the optimizer took was not finite; no theta has moved since, and nothing was removed.
-            ValueError: if the loss that was trained on is not the one that was given.
+            ValueError: if the loss that was trained on is not the one that was given, or mixes examples.
         """
         own = self.state
         if own.finished:
@@ -276,7 +276,10 @@ class Pruner(Queries):
         if self.settings.max_norm is not None:
             project(self.model, self.blocks, own.kept, self.settings.max_norm)
         elapsed, steps = self._clock.take()
-        skipped = steps == 0 if skipped is None else skipped
+        own.speed.see(self._clock.base, own.done + 1)
+        skipped = (
+            (steps == 0 and own.done > 0) if skipped is None else skipped
+        )  # the first may come before the optimizer's
         if not isinstance(skipped, torch.Tensor):
             skipped = torch.full((), float(skipped), device=self._device)
         if not own.started:
@@ -288,16 +291,14 @@ class Pruner(Queries):
                 self._start()
             return None
         draw, derivative = self._capture.derivative(grad_scale)
-        if self._capture.note_random:
+        if self._capture.checked:
             self._measuring.check_loss(batch, grad_scale)
-            self._capture.note_random = False
         due = own.done % self.settings.measure_every == 0
         own.done += 1
         probed = self._measuring.probe(own.done, self._open, own.turns, batch, grad_scale) if due else None
         record = partial(self._record_step, own.done, elapsed, draw, probed)
         self._reads.put(record, skipped, derivative, *(probed.numbers if probed else ()))
-        if (own.done - 1) % self.schedule.burst_every in self.schedule.burst:
-            own.products.add(draw, grad_scale)
+        own.products.add(draw, grad_scale)
         check = None
         if self.schedule.reads(own.done):
             self.read()
@@ -364,7 +365,7 @@ class Pruner(Queries):
     def _listen(self) -> None:
         """Note what the step to come is measured by."""
         own, (first, second, _) = self.state, self.schedule.burst
-        self._capture.begin(own.done % self.settings.measure_every == 0 or self._capture.note_random)
+        self._capture.begin(own.done % self.settings.measure_every == 0)
         place = own.done % self.schedule.burst_every
         if place == first:
             own.products.begin()
@@ -398,7 +399,7 @@ class Pruner(Queries):
         if done > self.settings.warmup:
             upper = own.evidence.limits()[1]
             moving = seen & ~own.zero & own.evidence.enough & np.isfinite(upper)
-            force, step = (upper - self.prices())[moving], (own.rate_ratio * own.pending)[moving]
+            force, step = (upper - self.prices())[moving], (own.rates * own.pending)[moving]
             own.keep_prob[moving] = PRIORS[self.settings.prior](
                 own.keep_prob[moving], force, step, self.settings.images
             )

@@ -24,7 +24,7 @@ class PrunerSettings:
         steps: Steps after which the deciding phase ends and what is still undecided is rounded.
         rate_ratio: Speed of every theta, 1/time: a useless structure sinks from 1 to 0 within ``1 / rate_ratio`` of ODE
             time (the sum over steps of lr / (1 - momentum)). Divided by a structure's price at the start it is its
-            effective rate ratio. None: a tenth of `steps` at the optimizer's present learning rate.
+            effective rate ratio. None: a tenth of `steps` at the base time, see `catode.decisions.motion.ThetaSpeed`.
         alpha: Layers (1) against units (0).
         beta: Parameters (1) against MACs (0).
         risk: Accepted probability that a removed structure would have recovered, in (0, 0.5).

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from catode._saved import saved_fields
 from catode.decisions.evidence import LEAST_EVIDENCE, Evidence
+from catode.decisions.motion import ThetaSpeed
 from catode.decisions.schedule import Turns
 from catode.decisions.shadow import NUMBERS, OUTCOMES, RULES, Shadow
 from catode.prune.gated.draws import GateDraws
 from catode.prune.measure.bounds import Bounds
 from catode.prune.measure.growth import BURST, GradientProducts
+from catode.prune.optimizers import Updates
 from catode.prune.settings import PrunerSettings
 from catode.structures import fates
 from catode.structures.inventory import Inventory
@@ -39,7 +41,8 @@ class PrunerState:
         keep_prob: theta.
         fate: One of `catode.structures.fates.FATES` of every structure.
         kept: Structures in the network.
-        rate_ratio: Speeds of theta, 1/(nats time).
+        rate_ratio: Speeds of theta at base time 1 (`ThetaSpeed`), 1/(nats time); see `rates`.
+        speed: Speed of all thetas.
         zero: Undecided structures whose theta was absorbed at 0; removed at the next check.
         pending: ODE time since each structure's last estimate.
         for_width: Units kept for a round width alone.
@@ -52,7 +55,7 @@ class PrunerState:
         evidence: Evidence about the benefits.
         products: Products of gradients.
         draws: Draws of the gates.
-        label_rng: Generator of the labels that probes sample, on the model's device.
+        label_rng: Generator of the vectors that probes draw, on the model's device.
         turns: Rotation of the paired differences.
         shadow: Record of a shadow run, None for others.
         bounds: Largest norms of the blocks' weights, and violations of the Lipschitz assumption.
@@ -65,6 +68,7 @@ class PrunerState:
     fate: NDArray[np.str_]
     kept: NDArray[np.bool_]
     rate_ratio: NDArray
+    speed: ThetaSpeed
     zero: NDArray[np.bool_]
     pending: NDArray
     for_width: NDArray[np.bool_]
@@ -94,6 +98,8 @@ class PrunerState:
         *,
         gated: NDArray[np.bool_],
         rate_ratio: NDArray,
+        speed: ThetaSpeed,
+        updates: Updates,
         corrected: NDArray[np.bool_],
         burst_every: int,
         put: Callable[..., None],
@@ -107,12 +113,14 @@ class PrunerState:
             inventory: Numbering of the structures.
             keep_prob: theta at the start, shape (n,).
             gated: Which structures have gates, shape (n,).
-            rate_ratio: Speeds of theta, shape (n,).
+            rate_ratio: Speeds of theta at base time 1, shape (n,).
+            speed: Speed of all thetas.
+            updates: What the optimizer does with gradients.
             corrected: Structures whose estimates contain half the pooled curvature, shape (n,).
             burst_every: Steps from one burst of gradients to the next.
             put: Defers a read; see `catode.prune.devices.transfer`.
             draws: Draws of the gates.
-            label_rng: Generator of the labels that probes sample.
+            label_rng: Generator of the vectors that probes draw.
         """
         n, memory = inventory.size, settings.memory
         evidence = Evidence(
@@ -126,6 +134,7 @@ class PrunerState:
             fate=np.where(gated, fates.UNDECIDED, fates.COMMITTED).astype(FATE_TYPE),
             kept=np.ones(n, dtype=bool),
             rate_ratio=rate_ratio,
+            speed=speed,
             zero=np.zeros(n, dtype=bool),
             pending=np.zeros(n),
             for_width=np.zeros(n, dtype=bool),
@@ -136,13 +145,18 @@ class PrunerState:
             started=False,
             finished=False,
             evidence=evidence,
-            products=GradientProducts(n, max(memory / burst_every, 20), put, settings.epoch_steps),
+            products=GradientProducts(n, max(memory / burst_every, 20), put, settings.epoch_steps, updates),
             draws=draws,
             label_rng=label_rng,
             turns=Turns(),
             shadow=None if settings.shadow is None else Shadow(n),
             bounds=Bounds(inventory.layers),
         )
+
+    @property
+    def rates(self) -> NDArray:
+        """Speeds of theta, 1/(nats time)."""
+        return self.rate_ratio * self.speed.per_unit
 
 
 def pack(thing: Any) -> Any:
@@ -219,17 +233,24 @@ def _is_burst(value: Any, n: int) -> bool:
     if not isinstance(value, list) or len(value) >= BURST:
         return False
     for step in value:
-        if not isinstance(step, list) or len(step) != 3 or not _is_vector(step[0]):
+        if not isinstance(step, list) or len(step) != 2 or not _is_vector(step[0]):
             return False
-        if not _is_array(step[1], torch.bool, (n,)) or not _is_array(step[2], torch.float64, (n,)):
-            return False
-        if not bool((_share(step[2][ARRAY]) & (step[2][ARRAY] > 0)).all()):
+        if not _is_array(step[1], torch.float64, (n,)) or not bool(_share(step[1][ARRAY]).all()):
             return False
     return len({len(step[0]) for step in value}) < 2
 
 
 def _are_bounds(value: Any, n: int) -> bool:
     return _is_array(value, torch.float64) and bool(_not_negative(value[ARRAY]).all()) and value[ARRAY].dim() == 1
+
+
+def _is_metric(value: Any, n: int) -> bool:
+    """Nothing between bursts; else numbers of each parameter, and of each weight if the optimizer scales them."""
+    if not isinstance(value, list) or len(value) > 2 or not all(map(torch.is_tensor, value)):
+        return False
+    if value and not (value[0].dtype == torch.float64 and value[0].dim() == 2 and value[0].shape[1] == 3):
+        return False
+    return (not value or bool(_not_negative(value[0]).all())) and all(map(_is_vector, value[1:]))
 
 
 def _is_generator(value: Any, n: int) -> bool:
@@ -279,6 +300,7 @@ SCHEMA: dict[str, Any] = {
     ),
     "kept": _MASK,
     "rate_ratio": _AMOUNTS,
+    "speed": {"base": _TIME, "risen": _COUNT},
     "zero": _MASK,
     "pending": _AMOUNTS,
     "for_width": _MASK,
@@ -297,8 +319,11 @@ SCHEMA: dict[str, Any] = {
         "_last": _array("finite numbers or NaN", torch.float64, lambda v: ~v.isinf()),
     },
     "products": {
-        **dict.fromkeys(("gain", "gain_below", "weight_gradient"), _POOL),
+        "pools": dict.fromkeys(("gain", "gain_below", "displaced", "share", "pull"), _POOL),
         "burst": Rule(f"fewer than {BURST} gradients of one length with the gates they were taken at", _is_burst),
+        "metric": Rule("what the optimizer makes of a burst's gradients", _is_metric),
+        "share": _array("shares", torch.float64, _share),
+        "followed": _COUNT,
     },
     "draws": {
         "generator": _GENERATOR,

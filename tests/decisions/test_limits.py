@@ -12,34 +12,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import MEASURED, limits
 
-from catode.decisions.evidence import Evidence, Pool
+from catode.decisions.evidence import Evidence
+from catode.decisions.growth import GrowthPools
 from catode.decisions.limits import QUANTITIES, Limits, measure
+from catode.theory.tolerance import derive
 
 CENTRE = 0.5 - 1e-9  # at this risk limits are the estimates themselves
 
 
-def pools(estimates, gains, pulls, *, gains_below=None, window=60.0, elapsed=0.5, risk=0.05):
+def pools(
+    estimates, gains, pulls, *, gains_below=None, window=60.0, elapsed=0.5, risk=0.05, law=0.0, weight_decay=0.03
+):
     """Evidence and pools filled with series of shape (steps, n)."""
     n = estimates.shape[1]
     everything = np.ones(n, bool)
     evidence = Evidence(np.full(n, window), 10.0, np.zeros(n, bool), risk)
-    gain, gain_below, weight_gradient = (Pool(n, window) for _ in range(3))
+    growth = GrowthPools(n, window, law)
     series = estimates, gains, gains if gains_below is None else gains_below, pulls
     for step, (estimate, norm, below, pull) in enumerate(zip(*series, strict=True), start=1):
         evidence.add(estimate, everything, step * elapsed, np.full(n, elapsed))
-        gain.add(norm, everything)
-        gain_below.add(below, everything)
-        weight_gradient.add(pull, everything)
-    return evidence, gain, gain_below, weight_gradient
+        growth.gain.add(norm, everything)
+        growth.gain_below.add(below, everything)
+        growth.pull.add(weight_decay * pull, everything)
+    return evidence, growth
 
 
-def measured(estimates, gains, pulls, *, keep_prob=0.5, price=0.1, rate_ratio=2.0, weight_decay=0.03, **how) -> Limits:
+def measured(estimates, gains, pulls, *, keep_prob=0.5, price=0.1, rate_ratio=2.0, **how) -> Limits:
     n = estimates.shape[1]
     full = {"keep_prob": keep_prob, "price": price, "rate_ratio": rate_ratio}
     return measure(
         *pools(estimates, gains, pulls, **how),
         **{name: np.full(n, value) for name, value in full.items()},
-        weight_decay=weight_decay,
     )
 
 
@@ -105,11 +108,11 @@ def test_drift_is_an_upper_limit_from_the_lower_limit_of_the_gain():
 
 
 def test_a_gain_seen_once_explains_nothing_of_a_growth():
-    evidence, _, _, weight_gradient = pools(-0.02 * np.arange(1, 201)[:, None], constant(1.0), constant(0.0))
-    once = Pool(1, 60.0)
-    once.add(np.ones(1), np.ones(1, bool))
-    common = dict(keep_prob=np.ones(1), price=np.full(1, 0.1), rate_ratio=np.ones(1), weight_decay=0.03)
-    found = measure(evidence, once, once, weight_gradient, **common)
+    evidence, _ = pools(-0.02 * np.arange(1, 201)[:, None], constant(1.0), constant(0.0))
+    once = GrowthPools(1, 60.0)
+    for pool in (once.gain, once.gain_below):
+        pool.add(np.ones(1), np.ones(1, bool))
+    found = measure(evidence, once, keep_prob=np.ones(1), price=np.full(1, 0.1), rate_ratio=np.ones(1))
     assert np.isinf(found.gain).all() and 0.04 < found.drift[0] < np.inf and not found.known.any()
 
 
@@ -160,11 +163,12 @@ def test_a_drift_as_large_as_the_decay_counts(growth, expected):
         z=1.0, limits=lambda: (0.0 * one, 0.5 * one), slope=lambda: (growth * one, 0.0 * one), benefit=0.25 * one,
         step_time=one, variance=lambda: one, benefit_noise=lambda: one, memory=lambda: one,
     )  # fmt: skip
-    gain, pull = Pool(1, 8.0), Pool(1, 8.0)
+    filled = GrowthPools(1, 8.0)
     for _ in range(3):
-        gain.add(0.0 * one, np.ones(1, bool))
-        pull.add(-0.5 * one, np.ones(1, bool))
-    found = measure(known, gain, gain, pull, keep_prob=one, price=one, rate_ratio=one, weight_decay=0.5)
+        filled.gain.add(0.0 * one, np.ones(1, bool))
+        filled.gain_below.add(0.0 * one, np.ones(1, bool))
+        filled.pull.add(-0.25 * one, np.ones(1, bool))
+    found = measure(known, filled, keep_prob=one, price=one, rate_ratio=one)
     assert found.drift == [growth] and found.decay == [expected]
 
 
@@ -226,3 +230,75 @@ def test_arguments_of_the_tolerance_are_those_of_the_structures_asked_for():
         ["gain", "decay", "rate_ratio", "noise", "benefit_noise", "drift", "step_time", "memory"]
     )
     assert all((known[name] == values[name][:2]).all() for name in known)
+
+
+def grown(products=(), displaced=(), share=(), **how):
+    """Pools of one structure filled with series."""
+    growth, one = GrowthPools(1, 1e6, **how), np.ones(1, bool)
+    for pools, series in (
+        ((growth.gain, growth.gain_below), products),
+        ((growth.displaced,), displaced),
+        ((growth.share,), share),
+    ):
+        for value in series:
+            for pool in pools:
+                pool.add(np.array([value]), one)
+    return growth
+
+
+def test_the_gain_is_the_larger_of_products_and_displacement():
+    products, displaced, share = [1.0, 2.0] * 10, [0.5, 1.5] * 10, [0.25] * 20
+    alone, both = grown(products), grown(products, displaced, share)
+    error = 0.5 * math.sqrt(20 / 19) / math.sqrt(20)
+    assert alone.upper(2.0) == pytest.approx(1.5 + 2.0 * error, rel=1e-3)
+    assert both.upper(2.0) == pytest.approx((1.0 + 2.0 * error) / 0.25, rel=1e-3), "sums are divided by sums"
+    assert grown(products, [0.1] * 20, share).upper(2.0) == alone.upper(2.0)
+    assert grown(products, displaced[:4], share[:4]).upper(2.0) == alone.upper(2.0), "too few to count"
+    assert both.lower(0.0) == pytest.approx(1.5)
+
+
+def test_without_products_the_displacement_alone_counts_and_explains_nothing():
+    assert np.isinf(grown([], [1.0] * 4, [0.5] * 4, products_known=False).upper(1.0))
+    found = grown([], [1.0] * 20, [0.5] * 20, products_known=False)
+    assert found.upper(1.0) == pytest.approx(2.0) and found.lower(1.0) == 0.0
+    assert found.count == pytest.approx(20, rel=1e-3)
+
+
+@pytest.mark.parametrize(("law", "least"), [(0.0, 1.0), (0.25, 0.5), (1.0, 0.0)])
+def test_law_the_tangent_bounds_every_power_of_theta_that_it_stands_for(law, least):
+    """``theta^p theta_0^(1-p) <= theta + law theta_0`` for every p from `least` to 1, and no smaller law does."""
+    theta = np.geomspace(1e-12, 1.0, 2001)
+    for first in (1e-3, 0.1, 1.0):
+        for power in np.linspace(least, 1.0, 21):
+            assert (theta**power * first ** (1.0 - power) <= theta + law * first + 1e-15).all()
+        excess = (theta**least * first ** (1.0 - least) - theta).max() / first
+        assert excess == pytest.approx(law, abs=1e-3) or first == 1e-3
+
+
+def test_law_four_fifths_of_the_linear_tolerance_are_left_to_an_optimizer_that_scales():
+    """a = 0 without noise: theta_0 is safe up to .8 of the tolerance, .806 with the tangent at theta_0 / 3."""
+    common = dict(
+        benefit=0.02, price=0.1, gain=0.5, decay=0.0, rate_ratio=0.01, noise=0.0, benefit_noise=0.0, step_time=0.0
+    )
+    linear = float(derive(**common, drift=0.0))
+    for share, slope, tangent in ((0.8, 1.0, 0.25), (0.806, 0.75**0.5, 0.5 / 3**0.5)):
+        for theta, safe in ((share * linear * 0.999, True), (share * linear * 1.002, False)):
+            given = common | {"gain": slope * 0.5, "drift": tangent * 0.5 * theta}
+            assert (theta <= float(derive(**given))) == safe
+
+
+def test_an_optimizer_that_scales_adds_its_tangent_to_the_drift():
+    given = dict(keep_prob=0.4, risk=CENTRE)
+    plain = measured(constant(0.0), constant(2.0), constant(0.0), **given)
+    scaled = measured(constant(0.0), constant(2.0), constant(0.0), law=0.25, **given)
+    assert scaled.gain == plain.gain and scaled.drift == pytest.approx(plain.drift + 0.25 * 2.0 * 0.4)
+
+
+def test_pools_are_cleared_where_weights_begin_to_learn():
+    growth, both = GrowthPools(2, 10.0), np.ones(2, bool)
+    for _ in range(20):
+        growth.gain.add(np.array([1.0, 2.0]), both)
+        growth.gain_below.add(np.array([1.0, 2.0]), both)
+    growth.clear(np.array([True, False]))
+    assert growth.count.tolist() == [0.0, growth.count[1]] and growth.count[1] > 8.0
+    assert np.isinf(growth.upper(1.0)).tolist() == [True, False] and growth.lower(1.0).tolist() == [0.0, 2.0]

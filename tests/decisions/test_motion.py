@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import network
 
-from catode.decisions.motion import rate_ratios
+from catode.decisions.motion import ThetaSpeed, rate_ratios
 
 NETWORK = network((4, 6), (3,))
 SETTINGS = dict(nu=2.0, alpha=0.25, beta=0.5)
@@ -47,3 +47,24 @@ def test_a_kind_without_price_has_the_ratio_1(alpha, kind):
 def test_prices_that_nothing_can_be_divided_by_are_refused(change):
     with pytest.raises(ValueError, match=r"^`nu` must give every gated structure a price [^\n]+; got nu=[^\n]+\.$"):
         rate_ratios(NETWORK, **SETTINGS | {"theta_speed": 1.0} | change)
+
+
+def test_the_usual_speed_is_a_tenth_of_the_steps_at_the_base_time():
+    speed = ThetaSpeed(None, 400)
+    assert speed.value == 0.0 and not speed.settled(1, 50)
+    speed.see(0.5, 1)
+    assert speed.value * 0.5 * 400 == pytest.approx(10.0) and speed.settled(2, 50)
+    speed.see(0.1, 2)  # a learning rate that falls changes nothing
+    assert speed.base == 0.5 and speed.settled(3, 50)
+
+
+def test_while_the_base_time_rises_nothing_may_count_on_the_speed():
+    speed = ThetaSpeed(None, 400)
+    for step in range(1, 101):
+        speed.see(0.01 * step, step)
+    assert speed.value * 400 == pytest.approx(10.0)
+    assert not speed.settled(149, 50) and speed.settled(150, 50)
+    asked = ThetaSpeed(0.3, 400)
+    for step in range(1, 101):
+        asked.see(0.01 * step, step)
+    assert asked.value == 0.3 and asked.settled(100, 50)

@@ -106,7 +106,7 @@ def set_draw(gates, xi):
 
 
 def probe(model, gates, x, y, seed=0):
-    return Probe(model, gates, cross_entropy(x, y), torch.Generator().manual_seed(seed))
+    return Probe(model, gates, cross_entropy(x, y), len(x), torch.Generator().manual_seed(seed))
 
 
 def cross_entropy(x, y):
@@ -200,7 +200,7 @@ def test_law_sampled_curvature_has_the_gauss_newton_mean(pattern):
     set_draw(gates, xi)
     exact = exact_curvature(model, x, xi)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([Probe(model, gates, cross_entropy(x, y), generator).curvature() for _ in range(500)]).double()
+    draws = torch.stack([Probe(model, gates, cross_entropy(x, y), len(x), generator).curvature() for _ in range(500)]).double()
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - exact).abs() <= 4 * error + 1e-6).all()
     assert (error < 0.2 * exact.max()).all() and exact.max() > 1e-3
@@ -226,7 +226,7 @@ def test_law_a_probe_touches_neither_statistics_nor_gradients_nor_gates():
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     draw, draw_gradient = gates.draw.detach().clone(), gates.draw.grad.clone()
-    made = Probe(model, gates, cross_entropy(x[:4], y[:4]), torch.Generator().manual_seed(0))
+    made = Probe(model, gates, cross_entropy(x[:4], y[:4]), 4, torch.Generator().manual_seed(0))
     curvature, paired = made.curvature(), made.paired([0, 3, 20])
     assert curvature.shape == (start,) and (curvature >= 0).all() and curvature.any() and paired.shape == (3,)
     assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters())

@@ -531,7 +531,7 @@ def test_gradient_products_and_probes_take_different_steps(measure_every, monkey
     model, optimizer, pruner = make(measure_every=measure_every, warmup=200, initial_keep_prob=0.999)
     steps = {"probe": [], "products": [], "weights": []}
     products, state = pruner.state.products, pruner.state
-    probed, added, noted = pruner._measuring.probe, products.add, products.note_weights
+    probed, listened = pruner._measuring.probe, products.listen
 
     def probe(done, *given):
         found = probed(done, *given)
@@ -540,15 +540,21 @@ def test_gradient_products_and_probes_take_different_steps(measure_every, monkey
         return found
 
     monkeypatch.setattr(pruner._measuring, "probe", probe)
-    monkeypatch.setattr(products, "add", lambda draw: steps["products"].append(state.done) or added(draw))
-    monkeypatch.setattr(products, "note_weights", lambda: steps["weights"].append(state.done) or noted())
+    def listen(weights):
+        steps["products"].append(state.done + 1)
+        if weights:
+            steps["weights"].append(state.done + 1)
+        listened(weights)
+
+    monkeypatch.setattr(products, "listen", listen)
     cycles = 4
     loop(model, optimizer, pruner, cycles * pruner.schedule.burst_every)
     assert steps["probe"] == list(range(1, cycles * pruner.schedule.burst_every + 1, measure_every))
     assert measure_every == 1 or not set(steps["probe"]) & set(steps["products"])
+    first = measure_every == 1  # that of the first step was called when the pruner was built
     assert len(steps["products"]) == 3 * cycles and np.diff(steps["products"]).max() <= pruner.schedule.burst_every
-    assert [s + 1 for s in steps["weights"]] == steps["products"][1::3], "noted right before the second of each burst"
-    assert (products.gain.count > 1).all() and (products.weight_gradient.count > 1).all()
+    assert steps["weights"] == steps["products"][1 - first :: 3], "at the second of each burst"
+    assert (products.pools.gain.count > 1).all() and (products.pools.pull.count > 1).all()
 
 
 def test_thetas_below_one_have_gates_from_the_start():
@@ -663,7 +669,7 @@ def test_a_batch_that_the_user_leaves_out_costs_nothing():
         ends.append(pruner)
         assert np.isfinite(pruner.keep_prob).all() and (pruner.keep_prob < 1).any()
         assert all(np.isfinite(values).all() for values in pruner.state.evidence.limits())
-        assert np.isfinite(pruner.state.products.gain.mean).all()
+        assert np.isfinite(pruner.state.products.pools.gain.mean).all()
     assert [pruner.state.done for pruner in ends] == [160, 157]
     assert ends[0].state.time == pytest.approx(ends[1].state.time)
 
@@ -692,9 +698,8 @@ def test_a_long_warm_up_begins_without_gates_and_trains_as_the_ungated_network_d
 @pytest.mark.parametrize(
     ("settings", "changes", "says"),
     [
-        ({"dampening": 0.5}, {}, "`optimizer` must have no dampening"),
-        ({"maximize": True}, {}, "`optimizer` must have no maximize"),
-        ({"lr": 0.0}, {"rate_ratio": None}, "`rate_ratio` must be given where"),
+        ({"maximize": True}, {}, "`optimizer` must minimize"),
+        ({"momentum": 1.0}, {}, "`optimizer` must have a momentum in"),
     ],
 )
 def test_optimizers_whose_steps_have_another_time_are_refused(settings, changes, says):

@@ -204,7 +204,7 @@ class _ModuleGate(Copied):
         found = {}
         if units and self.units is not None:
             weight = module._parameters["weight"]
-            found["weight"] = weight * values[self.units].view(1, -1, *[1] * (weight.dim() - 2))
+            found["weight"] = weight * values[self.units].to(weight.dtype).view(1, -1, *[1] * (weight.dim() - 2))
         if layer and self.layer is not None:
             for name in ("weight", "bias"):
                 if module._parameters.get(name) is not None:
@@ -226,7 +226,7 @@ class _ModuleGate(Copied):
         x = args[0]
         channels = x.dim() - 1 if isinstance(module, nn.Linear) else 1
         gate = (gates.rows if by_example else gates.draw)[..., self.units]
-        gate = gate.view(-1, *(len(self.units) if d == channels else 1 for d in range(1, x.dim())))
+        gate = gate.view(-1, *(len(self.units) if d == channels else 1 for d in range(1, x.dim()))).to(x.dtype)
         # A gate of the whole batch shifts the units' means, which the following norm removes; a gate of one example closes
         # towards the mean instead.
         centred = self.normalised and module.training
@@ -234,7 +234,7 @@ class _ModuleGate(Copied):
         if tapped:
             gates._taps.append(Tap(self.units, mean, channels, x.detach(), _node(x * gate)))
             return (gates._taps[-1].after, *args[1:])
-        return (torch.lerp(mean, x, gate.to(x.dtype)) if centred else x * gate, *args[1:])
+        return (torch.lerp(mean, x, gate) if centred else x * gate, *args[1:])
 
     def after(self, module: nn.Module, args: tuple, output: torch.Tensor | None) -> torch.Tensor | None:
         """Put the plain parameters back, also after an error; scale what the module returns."""
@@ -248,7 +248,7 @@ class _ModuleGate(Copied):
             return gates._taps[-1].after
         if gates.rows is None:
             return None
-        return output * gates.rows[:, number].view(-1, *[1] * (output.dim() - 1))
+        return output * gates.rows[:, number].view(-1, *[1] * (output.dim() - 1)).to(output.dtype)
 
 
 def _node(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Squared gradient norms of every structure, from the products of gradients of different batches.
+"""How fast an optimizer's steps make the benefit of every structure grow, from the gradients of training itself.
 
-Source: docs/mathematics.md section 5; the correction for batches of one epoch is derived in docs/theory.md section 1.
+Source: docs/mathematics.md section 5; docs/theory.md section 8.
 """
 
 from __future__ import annotations
@@ -15,55 +15,73 @@ from numpy.typing import NDArray
 from torch import nn
 
 from catode._saved import UNSAVED
-from catode.decisions.evidence import Pool
-from catode.prune.describe.protocol import slices
+from catode.decisions.growth import GrowthPools
 from catode.prune.devices.distributed import Group
-from catode.prune.devices.transfer import at_once, exact, upload
+from catode.prune.devices.transfer import at_once, upload
+from catode.prune.measure.metric import Metric
+from catode.prune.measure.owned import Owned, Sums
+from catode.prune.optimizers import Update, Updates
 from catode.structures.inventory import Inventory
 
 BURST = 3  # steps whose gradients are multiplied with each other
+SETTLED = 3.0  # memories of the momentum after which what it holds is of the gates that were followed
 
 
 @dataclass(eq=False)
 class GradientProducts:
-    """Squared gradient norms of every structure, from below and from above.
+    """Growth of every structure's benefit: by products of gradients, from below and above, and by displacement.
 
-    ``g_t . g_{t+1}`` of two independent batches has mean |G|^2, G the gradient over all images, while |g_t|^2 would contain
-    the noise. Batches of one epoch are drawn without replacement, so they are not independent: with nb batches an epoch
-    their product p has mean ``|G|^2 - tr S / (nb - 1)``, tr S the variance of one that is due to its images. Since |g_t|^2
-    has mean ``|G|^2 + tr S``, ``p + (mean |g|^2 - p) / nb`` has mean |G|^2 again. Where a batch's gradient varies for other
-    reasons too (augmentation, gates), that is too much: |G|^2 lies between the two. ``w . g`` gives the decay of the benefit.
+    With P what the optimizer makes of a gradient (`Metric`), ``g_t P g_{t+1}`` of two independent batches has mean
+    ``G P G``, G the gradient over all images, while ``g_t P g_t`` would contain the noise. Batches of one epoch are drawn
+    without replacement, so they are not independent: with nb batches an epoch their product p has mean
+    ``G P G - tr PS / (nb - 1)``, S the covariance of one that is due to its images. Since ``g P g`` has mean
+    ``G P G + tr PS``, ``p + (mean g P g - p) / nb`` has mean ``G P G`` again. Where a batch's gradient varies for other
+    reasons too (augmentation, gates), that is too much: the truth lies between the two.
+
+    The displacement of a step beyond what its own batch causes is the optimizer's mean of past gradients, so that
+    ``g P mean`` is the growth by displacement, without a copy of the weights. Where an optimizer's steps are not known
+    it is ``-g . change of weights / ODE time``, the own batch included: that is too much.
 
     Args:
         size: Number of structures.
         window: Memory of the pools, in bursts of three steps.
         put: Takes a function and the device tensors whose values it needs; see `catode.prune.devices.transfer`.
         epoch_steps: Batches in an epoch, images / batch size; None for batches that are drawn independently.
+        updates: What the optimizer does with gradients; None for nothing (P = 1).
 
     Attributes:
-        gain: Pool of the squared gradient norms from above, nats/time: the corrected products.
-        gain_below: The same from below: the products as they are.
-        weight_gradient: Pool of the products of weights and their gradients, nats.
+        pools: What was found.
+        burst: Gradients, flat, and the gates' values of the burst's steps.
+        metric: P of the burst, from the optimizer's state before its first step.
+        share: Share of the gradients in the optimizer's mean in which each structure was on, shape (n,).
+        followed: Steps since that is followed.
     """
 
     size: int = field(metadata=UNSAVED)
     window: InitVar[float]
     put: Callable[..., None] = field(metadata=UNSAVED, default=at_once)
     epoch_steps: float | None = field(metadata=UNSAVED, default=None)
-    gain: Pool = field(init=False)
-    gain_below: Pool = field(init=False)
-    weight_gradient: Pool = field(init=False)
-    burst: list[tuple[torch.Tensor, NDArray, NDArray]] = field(init=False)  # gradient, which gates are on, their values
+    updates: Updates | None = field(metadata=UNSAVED, default=None)
+    pools: GrowthPools = field(init=False)
+    burst: list[tuple[torch.Tensor, NDArray]] = field(init=False)
+    metric: list[torch.Tensor] = field(init=False)
+    share: NDArray = field(init=False)
+    followed: int = field(init=False, default=0)
     group: Group = field(metadata=UNSAVED, default_factory=Group)
+    _owned: Owned | None = field(metadata=UNSAVED, init=False, default=None)
     _arrived: dict[nn.Parameter, torch.Tensor] = field(metadata=UNSAVED, init=False, default_factory=dict)
+    _before: dict[nn.Parameter, Update] = field(metadata=UNSAVED, init=False, default_factory=dict)
+    _second: dict[nn.Parameter, torch.Tensor] = field(metadata=UNSAVED, init=False, default_factory=dict)
     _weights: dict[nn.Parameter, torch.Tensor] = field(metadata=UNSAVED, init=False, default_factory=dict)
+    _sums: dict[str, dict[int, Sums]] = field(metadata=UNSAVED, init=False, default_factory=dict)
+    _versions: dict[nn.Parameter, int] = field(metadata=UNSAVED, init=False, default_factory=dict)
+    _learning: dict[nn.Parameter, bool] = field(metadata=UNSAVED, init=False, default_factory=dict)
     _hooks: list[torch.utils.hooks.RemovableHandle] = field(metadata=UNSAVED, init=False, default_factory=list)
-    _parameters: list[nn.Parameter] = field(metadata=UNSAVED, init=False, default_factory=list)
-    _layers: list[tuple[int, slice]] = field(metadata=UNSAVED, init=False, default_factory=list)
-    _axes: list[list[tuple[int, torch.Tensor]]] = field(metadata=UNSAVED, init=False, default_factory=list)
 
     def __post_init__(self, window: float) -> None:
-        self.gain, self.gain_below, self.weight_gradient = (Pool(self.size, window) for _ in range(3))
+        known = self.updates is None or self.updates.family is not None
+        self.pools = GrowthPools(self.size, window, self.updates.law if self.updates else 0.0, known)
+        self.share = np.ones(self.size)
         self.begin()
 
     def attach(
@@ -77,30 +95,13 @@ class GradientProducts:
             kept: Structures in the network, shape (n,).
             present: Numbers of the units physically present at each site.
         """
-        self._parameters, self._layers, self._axes, start = [], [], [], 0
         self.ignore()
         self.begin()
-        device, units = next(model.parameters()).device, {}
-        for place in inventory.standing(kept):
-            for part in slices(model, place.site):
-                numbers = upload(torch.from_numpy(np.repeat(present[place.number], part.each)), device)
-                units.setdefault(part.tensor, []).append((part.dim, numbers))
-        for layer, block in enumerate(inventory.blocks):
-            if not kept[layer]:
-                continue
-            for name, module in model.get_submodule(block.name).named_modules(prefix=block.name):
-                if any(name == f or name.startswith(f + ".") for f in block.fixed):
-                    continue
-                for key, parameter in sorted(module.named_parameters(recurse=False)):
-                    self._parameters.append(parameter)
-                    self._axes.append(units.get(f"{name}.{key}", []))
-            stop = sum(p.numel() for p in self._parameters)
-            self._layers.append((layer, slice(start, stop)))
-            start = stop
+        self._owned = Owned(model, inventory, kept, present)
 
     def begin(self) -> None:
         """Start a new burst of three steps."""
-        self.burst = []
+        self.burst, self.metric = [], []
 
     def to_device(self) -> None:
         """Move a restored burst to the device of the attached weights.
@@ -108,115 +109,186 @@ class GradientProducts:
         Raises:
             ValueError: if it is of other weights.
         """
-        length = sum(p.numel() for p in self._parameters)
-        vectors = [gradient for gradient, _, _ in self.burst]
+        device, length = self._owned.device, sum(p.numel() for p in self._owned.parameters)
+        vectors = [gradient for gradient, _ in self.burst] + self.metric[1:]
         if any(len(vector) != length for vector in vectors):
             raise ValueError(
                 f"`state` must hold gradients of the network's {length} weights; got {', '.join(str(len(v)) for v in vectors)}. "
                 "Restore it from the run."
             )
-        device = self._parameters[0].device if self._parameters else torch.device("cpu")
-        self.burst = [(upload(gradient, device), on, scale) for gradient, on, scale in self.burst]
+        self.burst = [(upload(gradient, device), draw) for gradient, draw in self.burst]
+        self.metric = self.metric[:1] + [upload(part, device) for part in self.metric[1:]]
 
     def listen(self, weights: bool) -> None:
         """Note the gradients of the step to come as its backward passes leave them, before anyone changes them.
 
         Args:
-            weights: Whether the weights that they are taken at are noted, too.
+            weights: Whether what weight decay and past gradients do is measured, too.
         """
-        for parameter in self._parameters:
-            if parameter.requires_grad:
+        if self.updates is not None:
+            self._notice_learning()
+        for parameter in dict.fromkeys(self._owned.parameters):
+            if parameter.requires_grad and self._learning.get(parameter, True):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._take_gradient, weights)))
 
+    def _notice_learning(self) -> None:
+        """Begin anew for structures with a parameter that learns since the last time."""
+        self.updates.read()
+        learning = {p: self.updates.learns(p) for p in self._owned.parameters}
+        begun = [p for p, learns in learning.items() if learns and not self._learning.get(p, True)]
+        if begun:
+            self.put(partial(self.pools.clear, self._owned.owners(begun)))
+            self.followed = 0
+            self.begin()
+        self._learning = learning
+
+    @torch.no_grad()
     def _take_gradient(self, weights: bool, parameter: nn.Parameter) -> None:
-        self._arrived[parameter] = parameter.grad.detach().clone()
+        if not self._arrived and self.updates is not None:
+            self.updates.read()  # again: learning rates may have changed since `listen`
+        self._arrived[parameter] = gradient = parameter.grad.detach().clone()
+        if parameter not in self._before:
+            self._before[parameter] = update = self.updates.of(parameter) if self.updates else Update(1.0)
+            self._versions[parameter] = parameter._version
+            if not self.burst and update.second is not None:
+                self._second[parameter] = update.second * update.old
+            if weights and not self.pools.products_known:
+                self._weights[parameter] = parameter.detach().clone()
+        elif self._versions[parameter] != parameter._version:
+            self._versions[parameter] = -1  # told by `add`: an error in a backward pass would leave it half done
         if weights:
-            self._weights[parameter] = parameter.detach().clone()
+            self._multiply_state(parameter, gradient, self._before[parameter])
+
+    def _multiply_state(self, parameter: nn.Parameter, gradient: torch.Tensor, update: Update) -> None:
+        """Growth by weight decay and by the mean of past gradients, up to the loss's scale."""
+        parts = {}
+        if update.decay > 0.0:
+            weights = update.scaled(parameter.detach()) if update.coupled else parameter.detach()
+            parts["pull"] = gradient * weights * (update.decay * update.rate)
+        if update.momentum is not None:
+            mean = update.momentum if update.momentum_scaled else update.scaled(update.momentum)
+            parts["displaced"] = gradient * mean * (update.momentum_factor * update.rate)
+            if update.coupled and "pull" in parts:
+                parts["displaced"] -= parts["pull"]
+        for name, values in parts.items():
+            for place, own in enumerate(self._owned.parameters):
+                if own is parameter:
+                    self._sums.setdefault(name, {})[place] = self._owned.reduce(place, values)
 
     def ignore(self) -> None:
         """End what `listen` began."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._arrived, self._weights = [], {}, {}
+        self._hooks, self._arrived, self._before, self._second = [], {}, {}, {}
+        self._weights, self._sums, self._versions = {}, {}, {}
 
     def add(self, draw: NDArray, grad_scale: float | torch.Tensor = 1.0) -> None:
-        """Add the gradients noted; call it on three steps close to each other.
+        """Follow a step: add what `listen` noted, if it was called; on three steps close to each other.
 
         Args:
             draw: Gate values of the step (their means over the batch, for gates of single examples), shape (n,). The
                 gradient of a gated weight carries its gate, which is divided out.
             grad_scale: Factor that the loss was multiplied with before ``backward()``.
+
+        Raises:
+            RuntimeError: if the weights changed between the step's backward passes.
         """
-        arrived, weights = self._arrived, self._weights
+        if self._arrived:
+            if -1 in self._versions.values():
+                raise RuntimeError(
+                    "`optimizer` must take one gradient a step at the same weights; got weights that changed between two "
+                    "backward passes of a step, as sharpness-aware optimizers do. Use another optimizer."
+                )
+            self._add(draw, grad_scale)
         self.ignore()
-        if not arrived:
+        kept = self._momentum
+        self.share = kept * self.share + (1.0 - kept) * draw
+        self.followed += 1
+
+    @property
+    def _momentum(self) -> float:
+        return self.updates.momentum if self.updates else 0.0
+
+    @torch.no_grad()
+    def _add(self, draw: NDArray, grad_scale: float | torch.Tensor) -> None:
+        gradient = self._owned.flat(self._arrived)
+        if isinstance(grad_scale, torch.Tensor) or grad_scale != 1.0:
+            gradient /= grad_scale
+        if gradient.dtype in (torch.float16, torch.bfloat16):
+            gradient = gradient.float()
+        gradient = self.group.mean(gradient)
+        self._add_state(draw, grad_scale)
+        if not self.pools.products_known:
             return
-        on = draw > 0.5
-        scale = np.where(on, draw, 1.0)
-        gradient = self.group.mean(self._flat(arrived) / grad_scale)
-        wide = exact(gradient.device)
-        if weights:
-            take = partial(self._pool_weights, on, scale)
-            self.put(take, self._sum(self._flat(weights).to(wide) * gradient.to(wide)))
-        self.burst.append((gradient, on, scale))
+        if not self.burst:
+            self.metric = Metric.of(self._owned, self._before, self._second).parts
+        self.burst.append((gradient, draw))
         if len(self.burst) == BURST:
-            gradients, ons, scales = zip(*self.burst, strict=True)
-            self._multiply([gradient.to(wide) for gradient in gradients], np.all(ons, axis=0), scales)
-            self.burst = []
+            gradients, draws = zip(*self.burst, strict=True)
+            self._multiply(gradients, np.array(draws))
+            self.begin()
 
-    def _flat(self, found: dict[nn.Parameter, torch.Tensor]) -> torch.Tensor:
-        """All entries in order; 0 for parameters that are frozen or had no gradient."""
-        parts = [found[p] if p in found else torch.zeros_like(p.detach()) for p in self._parameters]
-        return torch.cat([part.reshape(-1) for part in parts])
+    def _add_state(self, draw: NDArray, grad_scale: float | torch.Tensor) -> None:
+        """Pool the growth by weight decay and by displacement."""
+        owned, share = self._owned, self.share
+        if self._weights:
+            pull = self._sums.get("pull", {})
+            changes = {p: -self._arrived[p] * (p.detach() - w) / self.updates.clock for p, w in self._weights.items()}
+            self._sums["displaced"] = {
+                place: owned.reduce(place, changes[p]) for place, p in enumerate(owned.parameters) if p in changes
+            }
+            for place, (whole, axes) in pull.items():
+                own = self._sums["displaced"][place]
+                without = tuple(one - other for one, other in zip(own[1], axes, strict=True))
+                self._sums["displaced"][place] = own[0] - whole, without
+            share = self._momentum * share + (1.0 - self._momentum) * draw
+        settled = self.followed * (1.0 - self._momentum) >= SETTLED
+        on, scale = draw > 0.5, np.where(draw > 0.5, draw, 1.0)
+        for name, sums in self._sums.items():
+            if name == "displaced" and not settled:
+                continue
+            found = self.group.mean(owned.gather(sums) / grad_scale)
+            self.put(partial(self._pool_state, name, on, scale, share), found)
 
-    def _multiply(self, gradients: Sequence[torch.Tensor], on: NDArray[np.bool_], scales: Sequence[NDArray]) -> None:
-        """Pool the mean product of a burst's gradients, and their mean square."""
-        (g1, g2, g3), (s1, s2, s3) = gradients, scales
-        plain = all((s == 1.0).all() for s in scales)
-        pairs = (
-            [(g1 * g2 + g2 * g3 + g1 * g3, 1.0)]
-            if plain
-            else [(g1 * g2, s1 * s2), (g2 * g3, s2 * s3), (g1 * g3, s1 * s3)]
-        )
-        squares = []
-        if self.epoch_steps is not None:
-            squares = (
-                [(g1 * g1 + g2 * g2 + g3 * g3, 1.0)]
-                if plain
-                else [(g1 * g1, s1 * s1), (g2 * g2, s2 * s2), (g3 * g3, s3 * s3)]
-            )
-        parts = pairs + squares
-        take = partial(self._pool_products, on, [scale for _, scale in parts], len(pairs))
-        self.put(take, *(self._sum(product) for product, _ in parts))
+    def _pool_state(self, name: str, on: NDArray[np.bool_], scale: NDArray, share: NDArray, found: NDArray) -> None:
+        """Pool what a step's gradient says of weight decay, or of displacement and the gates that it stems from."""
+        seen, values = on & np.isfinite(found), found / scale
+        getattr(self.pools, name).add(values, seen)
+        if name == "displaced":
+            self.pools.share.add(share, seen)
 
-    def _pool_products(
-        self, on: NDArray[np.bool_], scales: Sequence[NDArray | float], pairs: int, *sums: NDArray
-    ) -> None:
+    def _multiply(self, gradients: Sequence[torch.Tensor], draws: NDArray) -> None:
+        """Pool the mean product of a burst's gradients over the pairs with both gates on, and their mean square."""
+        metric, squares = Metric(self._owned, self.metric), self.epoch_steps is not None
+        left = metric.times(gradients)
+        plain = bool(np.isin(draws, (0.0, 1.0)).all())  # then the gradient behind a closed gate is exactly 0
+        on, scale = draws > 0.5, np.where(draws > 0.5, draws, 1.0)
+        pairs, weights = [(0, 1), (1, 2), (2, 0)], []
+        for both in (pairs, [(i, i) for i in range(BURST)] if squares else []):
+            if not both:
+                continue
+            counts = [(on[i] & on[j]).astype(float) for i, j in both]
+            if plain:
+                total = torch.zeros_like(left[0])
+                for i, j in both:
+                    total.addcmul_(left[i], gradients[j])
+                weights.append((self._owned.of_flat(total), np.ones(self.size), sum(counts)))
+            else:
+                for count, (i, j) in zip(counts, both, strict=True):
+                    part = self._owned.of_flat(left[i] * gradients[j])
+                    weights.append((part, count / (scale[i] * scale[j]), count))
+        take = partial(self._pool_products, [(factor, count) for _, factor, count in weights], 1 if plain else BURST)
+        self.put(take, *(sums for sums, _, _ in weights))
+
+    def _pool_products(self, how: Sequence[tuple[NDArray, NDArray]], pairs: int, *sums: NDArray) -> None:
         """Pool the mean product, and the mean product corrected for batches of one epoch."""
-        parts = [part / scale for part, scale in zip(sums, scales, strict=True)]
-        product = corrected = sum(parts[:pairs]) / BURST
+        parts = [values * factor for values, (factor, _) in zip(sums, how, strict=True)]
+        counts = [count for _, count in how]
+        number = sum(counts[:pairs])
+        seen, number = number > 0.0, np.maximum(number, 1.0)
+        product = corrected = sum(parts[:pairs]) / number
         if self.epoch_steps is not None:
-            corrected = product + (sum(parts[pairs:]) / BURST - product) / max(self.epoch_steps, 1.0)
-        for pool, values in ((self.gain_below, product), (self.gain, corrected)):
-            self._pool(pool, on, values)
-
-    def _pool_weights(self, on: NDArray[np.bool_], scale: NDArray, sums: NDArray) -> None:
-        """Pool the product of weights and gradient."""
-        self._pool(self.weight_gradient, on, sums / scale)
-
-    @staticmethod
-    def _pool(pool: Pool, seen: NDArray[np.bool_], values: NDArray) -> None:
-        """Pool the finite values; a gradient that overflowed is skipped."""
-        pool.add(values, seen & np.isfinite(values))
-
-    def _sum(self, products: torch.Tensor) -> torch.Tensor:
-        """Sums over the weights of each structure, shape (n,); in the same order every time."""
-        sums = products.new_zeros(self.size)
-        for number, weights in self._layers:
-            sums[number] = products[weights].sum()
-        parts = products.split([p.numel() for p in self._parameters])
-        for part, parameter, axes in zip(parts, self._parameters, self._axes, strict=True):
-            for axis, numbers in axes:
-                other = [k for k in range(parameter.dim()) if k != axis]
-                sums.index_add_(0, numbers, part.view(parameter.shape).sum(other) if other else part)
-        return sums
+            square = sum(parts[pairs:]) / np.maximum(sum(counts[pairs:]), 1.0)
+            corrected = product + (square - product) / max(self.epoch_steps, 1.0)
+        for pool, values in ((self.pools.gain_below, product), (self.pools.gain, corrected)):
+            pool.add(values, seen & np.isfinite(values))  # a gradient that overflowed is skipped

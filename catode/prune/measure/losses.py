@@ -1,26 +1,30 @@
 """The loss that a step was trained on, so that probes can evaluate it on some of the step's examples.
 
-Source: docs/theory.md section 5, "Any loss".
+Source: docs/theory.md section 3, "Any loss".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from catode.prune.measure import nests
-from catode.prune.measure.capture import Call, Capture, own_loss
-from catode.prune.measure.probes import outputs_of, undisturbed
+from catode.prune.measure.capture import Call, own_loss
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
 ONE_HOT = {torch.float32: (1e-3, 1e-5), torch.float64: (1e-3, 1e-5)}  # relative and absolute tolerance of targets
 ONE_HOT_HALF = (2e-2, 1e-3)
-SAME, HALF, ROUGH = 0.02, 0.15, 0.6  # relative deviations up to which two gradients are the same
+NOT_RECOGNISED = (
+    "`loss` must be given where the training loss is no mean softmax cross-entropy with one label for each example; got another "
+    "gradient of the outputs. Pass Pruner(..., loss=lambda model, batch: ...) and step(batch), and a loss scale, if any, to "
+    "step(grad_scale=...)."
+)
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,13 @@ class Sample:
 
     Attributes:
         loss: Mean loss of the examples, shape (); takes the gated model.
+        examples: Their number.
         finite: Whether all outputs of the step were finite, shape ().
         fits: Whether the loss is the one that the step was trained on, as far as its gradient tells, shape ().
     """
 
     loss: Callable[[nn.Module], torch.Tensor]
+    examples: int
     finite: torch.Tensor
     fits: torch.Tensor
 
@@ -59,9 +65,11 @@ class Objective:
             ValueError: if the loss needs a batch and there is none, or it is not made of examples.
         """
         if self.given is None:
-            return sum(_size(call) for call in calls)
+            return sum(size(call) for call in calls)
         if batch is None:
-            raise ValueError("`step()` must be given the batch where the pruner was given a loss; got none. Use step(batch).")
+            raise ValueError(
+                "`step()` must be given the batch where the pruner was given a loss; got none. Use step(batch)."
+            )
         return nests.examples(batch)
 
     def sample(self, calls: Sequence[Call], batch: Any, part: slice, grad_scale: float | torch.Tensor) -> Sample:
@@ -77,30 +85,50 @@ class Objective:
         yes = torch.ones_like(finite)
         if self.given is not None:
             chosen = nests.rows(batch, part)
-            return Sample(lambda model: self.evaluate(model, chosen), finite, yes)
+            return Sample(lambda model: self.evaluate(model, chosen), nests.examples(chosen), finite, yes)
         pieces = [(call, rows) for call, rows in zip(calls, _shares(calls, part), strict=True) if rows is not None]
-        args, kwargs = nests.joined([nests.rows((call.args, call.kwargs), rows) for call, rows in pieces])
+        inputs = [nests.rows((call.args, call.kwargs), rows) for call, rows in pieces]
+        if not nests.joinable(inputs):  # such as texts of different lengths
+            pieces, inputs = pieces[:1], inputs[:1]
+        args, kwargs = nests.joined(inputs)
+        examples = sum(rows.stop - rows.start for _, rows in pieces)
         if all(call.loss is not None for call in calls):
-            return Sample(lambda model: own_loss(model(*args, **kwargs)), finite, yes)
+            return Sample(lambda model: own_loss(model(*args, **kwargs)), examples, finite, yes)
         targets, fits = zip(*(_targets(call, rows, calls, grad_scale) for call, rows in pieces), strict=True)
         labels = torch.cat(targets)
 
         def cross_entropy(model: nn.Module) -> torch.Tensor:
             return nn.functional.cross_entropy(model(*args, **kwargs).float(), labels)
 
-        return Sample(cross_entropy, finite, torch.stack(fits).all())
+        return Sample(cross_entropy, examples, finite, torch.stack(fits).all())
 
     def evaluate(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """The loss given, of a batch.
 
         Raises:
-            ValueError: if it is no finite scalar tensor that depends on the model.
+            ValueError: if it is no scalar tensor.
         """
-        value = self.given(model, batch)
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(f"`loss` must return a scalar, the mean loss of the batch; got {found}. Average it.")
-        return value.reshape(())
+        return scalar(self.given(model, batch))
+
+    @property
+    def name(self) -> str:
+        """Name of the loss in messages."""
+        given = self.given
+        while isinstance(given, partial):
+            given = given.func
+        return "the model's own" if given is None else getattr(given, "__name__", type(given).__name__)
+
+
+def scalar(value: Any) -> torch.Tensor:
+    """What a loss returned, of shape ().
+
+    Raises:
+        ValueError: if it is no scalar tensor.
+    """
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"`loss` must return a scalar tensor, the mean loss of the batch; got {found}. Average it.")
+    return value.reshape(())
 
 
 def recovered_labels(
@@ -132,13 +160,13 @@ def _targets(
     logits, gradient = call.outputs[0][rows], call.gradients[0]
     if gradient is None or logits.dim() != 2 or len(call.outputs) != 1:
         return logits.new_zeros(len(logits), dtype=torch.long), torch.zeros((), dtype=torch.bool, device=logits.device)
-    labels, fits = recovered_labels(logits, gradient[rows], len(calls) * _size(call) / grad_scale)
+    labels, fits = recovered_labels(logits, gradient[rows], len(calls) * size(call) / grad_scale)
     if len(calls) > 1:
-        fits |= recovered_labels(logits, gradient[rows], sum(map(_size, calls)) / grad_scale)[1]
+        fits |= recovered_labels(logits, gradient[rows], sum(map(size, calls)) / grad_scale)[1]
     return labels, fits
 
 
-def _size(call: Call) -> int:
+def size(call: Call) -> int:
     """Examples of a call."""
     return nests.examples((call.args, call.kwargs), "the model's input")
 
@@ -147,90 +175,8 @@ def _shares(calls: Sequence[Call], part: slice) -> list[slice | None]:
     """The rows of each call that belong to a part of all examples, in order; None for none."""
     found, first = [], 0
     for call in calls:
-        size = _size(call)
-        begin, end = max(part.start - first, 0), min(part.stop - first, size)
+        own = size(call)
+        begin, end = max(part.start - first, 0), min(part.stop - first, own)
         found.append(slice(begin, end) if begin < end else None)
-        first += size
+        first += own
     return found
-
-
-def mismatch(objective: Objective, capture: Capture, batch: Any, grad_scale: float) -> str:
-    """How the loss that was trained on differs from the objective's, as far as its gradient tells; empty if it does not.
-
-    A loss that was given is evaluated again on the batch, with the gates and random numbers of the last calls; its
-    gradient in the model's outputs must be the one that came back in training, up to the factor of a micro-batch.
-
-    Args:
-        objective: The objective.
-        capture: The step's calls, with the states of the random number generators noted.
-        batch: What was given to the pruner's ``step()``.
-        grad_scale: Factor that the loss was multiplied with before ``backward()``.
-    """
-    calls = capture.trained
-    if not calls or not all(gradient.isfinite().all() for _, gradient in _pairs(calls)):
-        return ""
-    if objective.given is None:
-        own = [call.gradients[call.loss] for call in calls if call.loss is not None]
-        return _times(sum(float(g) for g in own if g is not None) / grad_scale, SAME) if own else ""
-    per_call = max(len(calls[-1].outputs), 1)
-    outputs, expected = _again(objective, capture, batch, 1)
-    number = max(len(outputs) // per_call, 1)
-    if 1 < number <= len(calls):
-        outputs, expected = _again(objective, capture, batch, number)
-    pairs = _pairs(calls[-number:])
-    micro_batches = len(calls) / number
-    if number == 1 and len(calls) > 1 and [z.shape for z, _ in pairs] != [z.shape for z in outputs]:
-        parts = list(zip(*map(_pairs, map(lambda call: [call], calls)), strict=True))
-        pairs = [(torch.cat([z for z, _ in part]), torch.cat([g for _, g in part])) for part in parts]
-        micro_batches = 1.0
-    if [z.shape for z, _ in pairs] != [z.shape for z in outputs]:
-        return "`batch` must be the batch of the model's last forward pass; got one that gives outputs of other shapes"
-    found = torch.cat([g.float().reshape(-1) for _, g in pairs])
-    expected = torch.cat([g.float().reshape(-1) for g in expected])
-    half = any(z.dtype not in ONE_HOT or z.dtype != again.dtype for (z, _), again in zip(pairs, outputs, strict=True))
-    close = HALF if half else SAME
-    ratio = float((found * expected).sum() / expected.square().sum().clamp_min(1e-30))
-    if all(_near(z, again, close) for (z, _), again in zip(pairs, outputs, strict=True)):
-        if not _near(found, ratio * expected, close):
-            return "`loss` must be the loss that is trained on; its gradient in the model's outputs is another one"
-    else:  # random numbers of the loss itself, such as an augmentation's
-        ratio, close = float(found.norm() / expected.norm().clamp_min(1e-30)), ROUGH
-    return _times(ratio * micro_batches / grad_scale, close if micro_batches == 1 else ROUGH)
-
-
-def _again(
-    objective: Objective, capture: Capture, batch: Any, number: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The model's outputs when the loss is evaluated again as in the last `number` calls, and its gradients in them."""
-    model, calls, device = capture.model, capture.trained[-number:], capture.gates.draw.device
-    dtype = calls[0].autocast
-    precision = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-    with undisturbed(model, device), capture.replaying(calls), outputs_of(model) as outputs, precision:
-        value = objective.evaluate(model, batch)
-    if not value.requires_grad:
-        raise ValueError("`loss` must depend on what the model returns; got a loss without a gradient. Don't detach it.")
-    found = torch.autograd.grad(value, outputs, allow_unused=True)
-    return outputs, [torch.zeros_like(z) if g is None else g for z, g in zip(outputs, found, strict=True)]
-
-
-def _pairs(calls: Sequence[Call]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Outputs of calls and the gradients that came back."""
-    return [
-        (z, torch.zeros_like(z) if g is None else g)
-        for call in calls
-        for z, g in zip(call.outputs, call.gradients, strict=True)
-    ]
-
-
-def _near(a: torch.Tensor, b: torch.Tensor, share: float) -> bool:
-    return float((a.float() - b.float()).norm()) <= share * float(a.float().norm())
-
-
-def _times(factor: float, share: float) -> str:
-    """Message about a factor that should be 1 up to a share."""
-    if 1 / (1 + share) <= factor <= 1 + share:
-        return ""
-    return (
-        f"`loss` must be the loss that is trained on; what was trained on is {factor:.3g} times it. Divide micro-batches' losses "
-        "by their number, pass a loss scale to step(grad_scale=...), and any other factor in loss="
-    )

@@ -14,7 +14,8 @@ from catode.decisions.schedule import Turns
 from catode.prune.devices.distributed import Group
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.curvature import Curvature
-from catode.prune.measure.losses import Objective, mismatch
+from catode.prune.measure.loss_check import check
+from catode.prune.measure.losses import NOT_RECOGNISED, Objective
 from catode.prune.measure.probes import Probe, curvature_corrected, straight_through
 
 LEAST_PROBE = 12  # examples, where the batch has as many
@@ -79,7 +80,7 @@ class Measuring:
         per_probe: Structures whose paired difference one probe takes.
         measure_every: Steps between probes.
         shared: Whether batch norms take their statistics over all processes.
-        label_rng: Generator of the labels that probes sample.
+        label_rng: Generator of the vectors that probes draw.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Measuring:
         label_rng: torch.Generator,
     ):
         self.capture, self.objective, self.is_layer = capture, objective, is_layer
-        self.estimators, self.label_rng, self.curved = estimators, label_rng, Curvature()
+        self.estimators, self.label_rng, self.curved = estimators, label_rng, Curvature(capture.group)
         self.probe_size, self.per_probe, self.measure_every, self.shared = probe_size, per_probe, measure_every, shared
 
     @property
@@ -119,7 +120,7 @@ class Measuring:
         Returns:
             The probe; None for a step that is not measured, or if no gradient came back to the outputs.
         """
-        calls = self.capture.trained
+        calls = [call for call in self.capture.calls if call.trained]
         if not calls:
             return None
         part, group = self._part(self.objective.examples(calls, batch), done)
@@ -134,7 +135,9 @@ class Measuring:
             return Probed(None, (finite, fit))
         self.capture.paused = True
         try:
-            probe = Probe(self.capture.model, self.capture.gates, sample.loss, self.label_rng, group, self.curved)
+            probe = Probe(
+                self.capture.model, self.capture.gates, sample.loss, sample.examples, self.label_rng, group, self.curved
+            )
             if curved and ((done // self.measure_every) % 2 == 0 or not chosen):
                 return Probed(None, (finite, fit, probe.curvature(self.estimators[0] == "curvature")))
             turns.layers += self.per_probe
@@ -144,14 +147,28 @@ class Measuring:
             self.capture.paused = False
 
     def check_loss(self, batch: Any, grad_scale: float | torch.Tensor) -> None:
-        """Make sure that the loss trained on in this step is the objective's.
+        """Make sure that the loss trained on in this step is the objective's; in the next step if this one does not tell.
 
         Raises:
-            ValueError: if it is not, as far as its gradient tells.
+            ValueError: if it is not, or mixes examples.
+            RuntimeError: if the step's backward pass came by parts of the model, or no loss was given and the one trained on
+                is not recognised.
         """
-        found = mismatch(self.objective, self.capture, batch, float(grad_scale))
-        if found:
-            raise ValueError(f"{found}.")
+        capture = self.capture
+        capture.paused = True
+        try:
+            found = check(self.objective, capture, batch, float(grad_scale), "curvature" in self.estimators)
+        except (ValueError, TypeError, RuntimeError) as error:
+            found = error
+        finally:
+            capture.paused = False
+        everywhere = capture.group.gather(found)  # all processes stop, or none
+        if isinstance(found, Exception):
+            raise found
+        for other in everywhere:
+            if isinstance(other, Exception):
+                raise other
+        capture.checked = not all(everywhere)
 
     def take(
         self,
@@ -181,11 +198,9 @@ class Measuring:
         if not finite:
             return {}
         if not fit:
-            raise RuntimeError(
-                "`loss` must be given where the training loss is no mean softmax cross-entropy with one label for each example; "
-                "got another gradient of the outputs. Pass Pruner(..., loss=lambda model, batch: ...) and step(batch), and a "
-                "loss scale, if any, to step(grad_scale=...)."
-            )
+            raise RuntimeError(NOT_RECOGNISED)
+        if found and probed.structures is None and np.isnan(found[0]).all():
+            self.curved.forget_softmax()
         for values in found:
             if probed.structures is not None:
                 return {s: b for s, b in zip(probed.structures, values.tolist(), strict=True) if np.isfinite(b)}

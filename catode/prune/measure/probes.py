@@ -18,14 +18,16 @@ paired         exact for any loss, on the probe's examples    one or few  layers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from catode.prune.devices.distributed import Group
 from catode.prune.gated.gates import Gates, Tap
-from catode.prune.measure.capture import differentiable, random_states, set_random_states
+from catode.prune.measure import nests
+from catode.prune.measure.capture import RandomStates, differentiable, own_loss
 from catode.prune.measure.curvature import Curvature
 
 ESTIMATORS = ("curvature", "paired", "straight-through")
@@ -93,6 +95,7 @@ class Probe:
         model: The gated model, in train mode.
         gates: Its gates.
         loss: Mean loss of the examples, shape (); takes the model.
+        examples: Number of examples.
         generator: Source of the random vectors in the outputs.
         group: Processes that probe together, each with as many examples of its own; results are means over all.
         curved: What is known of the loss's second derivative; kept from probe to probe.
@@ -103,12 +106,13 @@ class Probe:
         model: nn.Module,
         gates: Gates,
         loss: Callable[[nn.Module], torch.Tensor],
+        examples: int,
         generator: torch.Generator,
         group: Group | None = None,
         curved: Curvature | None = None,
     ):
-        self.group, self.curved = group or Group(), curved or Curvature()
-        self.model, self.gates, self.loss = model, gates, loss
+        self.group, self.curved = group or Group(), curved or Curvature(group)
+        self.model, self.gates, self.loss, self.examples = model, gates, loss, examples
         self.draw = gates.draw.detach().clone()
         self.generator = generator
         self._norms = tracking_norms(model)
@@ -116,17 +120,22 @@ class Probe:
     def curvature(self, layers: bool = True) -> torch.Tensor:
         """Gauss-Newton curvature of the mean loss in every gate, shape (n,); 0 for layers without `layers`, which is cheaper.
 
-        The sum over examples of the products of two derivatives, see `catode.prune.measure.curvature`. NaN if an output
-        is not finite.
+        The sum over examples of the products of two derivatives, see `catode.prune.measure.curvature`. Infinite if an output
+        is not finite, NaN if the loss is not of the kind that the first probe found. Where an activation has not one row for
+        each example, all rows are added up first: the mean is the same, as the vectors of different examples are independent.
+
+        Raises:
+            ValueError: if the loss does not depend on the outputs, or cannot be differentiated twice.
         """
         with self._undisturbed(self.draw), self.gates.tapped(layers) as taps, outputs_of(self.model) as outputs:
-            value = self.loss(self.model)
-        found = torch.zeros_like(self.draw)
-        if taps:
-            left, right, ends, known = self.curved.pullbacks(value, outputs, self._normal, self._clocks)
-            found = self._pulled(taps, ends, left, retain=right is not None)
-            found = (found * (found if right is None else self._pulled(taps, ends, right))).sum(0)
-            found = found.masked_fill(~known, torch.nan)
+            value, found = self.loss(self.model), torch.zeros_like(self.draw)
+            taps = list(taps)  # checkpointed modules run again in the backward passes
+            if taps:
+                drawn = self.curved.pullbacks(value, [leaf for _, leaf in outputs], self._normal)
+                ends = [outputs[place][0] for place in drawn.places]
+                left = self._pulled(taps, ends, drawn.left, retain=drawn.right is not None)
+                right = left if drawn.right is None else self._pulled(taps, ends, drawn.right)
+                found = (left * right).sum(0).masked_fill(~drawn.fits, torch.nan).masked_fill(~drawn.finite, torch.inf)
         return self.group.mean(found)
 
     @torch.no_grad()
@@ -162,35 +171,57 @@ class Probe:
             return self.loss(self.model).float()
 
     def _pulled(
-        self, taps: Sequence[Tap], outputs: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor], retain: bool = False
+        self,
+        taps: Sequence[Tap],
+        outputs: Sequence[torch.Tensor],
+        vectors: Sequence[torch.Tensor],
+        retain: bool = False,
     ) -> torch.Tensor:
-        """J' times vectors of the outputs, of every example, shape (examples, n)."""
-        examples = len(outputs[0])
-        found = self.draw.new_zeros(examples, len(self.draw))
+        """J' times vectors of the outputs, of every example, or of all in the first row, shape (examples, n)."""
+        found = self.draw.new_zeros(self.examples, len(self.draw))
         nodes = [tap.after for tap in taps]
         gradients = torch.autograd.grad(outputs, nodes, vectors, retain_graph=retain, allow_unused=True)
+        plain = all(len(tap.after) == self.examples for tap in taps)  # else products of rows would not belong together
         for tap, gradient in zip(taps, gradients, strict=True):
             if gradient is not None:
-                found.index_add_(1, tap.structures, tap.derivative(gradient).to(found.dtype))
+                derivative = tap.derivative(gradient).to(found.dtype)
+                (found if plain else found[:1]).index_add_(
+                    1, tap.structures, derivative if plain else derivative.sum(0, True)
+                )
         return found
 
     def _normal(self, like: torch.Tensor) -> torch.Tensor:
-        return self._drawn(like, lambda numbers: numbers.normal_(generator=self.generator))
-
-    def _clocks(self, like: torch.Tensor) -> torch.Tensor:
-        return self._drawn(like, lambda numbers: numbers.exponential_(generator=self.generator))
-
-    def _drawn(self, like: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Random numbers of a tensor's shape; drawn for all processes' examples, so that the generators stay in step."""
+        """Normal numbers of a tensor's shape; drawn for all processes' examples, so that the generators stay in step."""
         whole = torch.empty(len(like) * self.group.size, *like.shape[1:], device=like.device)
-        return self.group.share(fill(whole))
+        return self.group.share(whole.normal_(generator=self.generator))
 
 
 @contextmanager
-def outputs_of(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """The differentiable outputs of the model's forward passes inside this context, in order."""
-    found: list[torch.Tensor] = []
-    hook = model.register_forward_hook(lambda module, args, output: found.extend(differentiable(output)))
+def outputs_of(model: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The differentiable outputs of the model's forward passes inside this context, in order.
+
+    Yields:
+        Each one, and what the loss reads in its place: a leaf of its own graph, so that the loss's derivatives are those in its
+        arguments alone; the tensor itself where the model returns its loss.
+    """
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def part(z: torch.Tensor) -> torch.Tensor:
+        if not (z.is_floating_point() and z.requires_grad):
+            return z
+        found.append((z, z.detach().requires_grad_()))
+        return found[-1][1].clone()  # which the loss may change in place
+
+    def split(module: nn.Module, args: tuple, output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        own = own_loss(output)
+        if own is None:
+            return nests.mapped(output, part)
+        found.extend((z, z) for z in differentiable(output) if z is not own)
+        return None
+
+    hook = model.register_forward_hook(split)
     try:
         yield found
     finally:
@@ -198,14 +229,27 @@ def outputs_of(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else inside this context; its hooks run as ever."""
+    before = vars(module).get("forward")  # patched by somebody else
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+@contextmanager
 def undisturbed(model: nn.Module, device: torch.device, norms: Sequence[nn.Module] | None = None) -> Iterator[None]:
     """Leave running statistics, other buffers and random number generators as they are; see `Probe`."""
-    norms, random = tracking_norms(model) if norms is None else norms, random_states(device)
+    norms, random = tracking_norms(model) if norms is None else norms, RandomStates.now(device)
     try:
         with batch_statistics_only(model, norms), buffers_kept(model, norms):
             yield
     finally:
-        set_random_states(random, device)
+        random.set()
 
 
 @contextmanager
@@ -251,11 +295,8 @@ def _recorded(modules: Sequence[nn.Module]):
 @contextmanager
 def _replayed(modules: Sequence[nn.Module], outputs: dict[nn.Module, torch.Tensor | None]):
     """Make modules return recorded outputs instead of computing them inside this context."""
-    known = [module for module in modules if outputs.get(module) is not None]
-    for module in known:
-        module.forward = lambda *args, output=outputs[module]: output
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            if outputs.get(module) is not None:
+                stack.enter_context(replaced_forward(module, lambda *args, output=outputs[module], **kwargs: output))
         yield
-    finally:
-        for module in known:
-            del module.forward

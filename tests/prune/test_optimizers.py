@@ -1,0 +1,272 @@
+"""The clock of every optimizer, and the speed of theta under every schedule of the learning rate."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn, optim
+from torch.optim import lr_scheduler as schedules
+
+from catode.decisions.motion import ThetaSpeed
+from catode.prune.optimizers import Clock, Updates, check_optimizer, family_of, ode_time
+from catode.prune.pruner import Pruner
+from catode.train.models import DenseResNet
+
+
+def weights(*sizes):
+    return [nn.Parameter(torch.zeros(size)) for size in sizes or (3,)]
+
+
+ONE_STEP = {
+    "SGD": (lambda p: optim.SGD(p, 0.1), 0.1),
+    "momentum": (lambda p: optim.SGD(p, 0.1, momentum=0.9), 1.0),
+    "Nesterov": (lambda p: optim.SGD(p, 0.1, momentum=0.9, nesterov=True), 1.0),
+    "dampening": (lambda p: optim.SGD(p, 0.1, momentum=0.9, dampening=0.5), 0.5),
+    "Adam": (lambda p: optim.Adam(p, 0.1), 0.1),
+    "AdamW": (lambda p: optim.AdamW(p, 0.1, betas=(0.5, 0.9)), 0.1),
+    "RMSprop": (lambda p: optim.RMSprop(p, 0.1), 0.1),
+    "RMSprop with momentum": (lambda p: optim.RMSprop(p, 0.1, momentum=0.5), 0.2),
+    "Adagrad": (lambda p: optim.Adagrad(p, 0.1), 0.1),
+    "unknown": (lambda p: optim.Rprop(p, 0.1), 0.1),
+    "a learning rate that is a tensor": (lambda p: optim.AdamW(p, torch.tensor(0.1)), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_ode_time_of_a_step(name):
+    make, expected = ONE_STEP[name]
+    optimizer = make(weights())
+    check_optimizer(optimizer)
+    assert ode_time(optimizer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["momentum", "Nesterov", "dampening", "RMSprop with momentum"])
+def test_ode_time_is_how_far_a_constant_gradient_moves_the_weights_in_the_end(name):
+    (weight,) = parameters = weights(1)
+    optimizer = ONE_STEP[name][0](parameters)
+    for _ in range(3000):
+        before = weight.detach().clone()
+        weight.grad = torch.ones(1)
+        optimizer.step()
+    assert float((before - weight).detach()) == pytest.approx(ode_time(optimizer), rel=1e-3)
+
+
+def test_the_clock_is_that_of_the_fastest_group_that_learns():
+    one, two, three = weights(1, 2, 3)
+    groups = [{"params": [one]}, {"params": [two], "lr": 0.4, "momentum": 0.5}, {"params": [three], "lr": 50.0}]
+    optimizer = optim.SGD(groups, 0.1, momentum=0.9)
+    three.requires_grad_(False)
+    assert ode_time(optimizer) == pytest.approx(1.0)
+    updates = Updates(optimizer)
+    updates.read()
+    assert updates.clock == pytest.approx(1.0) and updates.of(two).rate == pytest.approx(0.8)
+    assert updates.learns(one) and not updates.learns(three) and not updates.learns(nn.Parameter(torch.zeros(1)))
+    optimizer.param_groups[0]["lr"] = 0.0
+    updates.read()
+    assert updates.clock == pytest.approx(0.8) and not updates.learns(one) and updates.of(two).rate == 1.0
+
+
+def test_an_optimizer_with_steps_of_its_own_is_not_taken_for_the_one_it_is_derived_from():
+    class Own(optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class Renamed(optim.AdamW):
+        pass
+
+    for _ in range(2):  # the first instance of a class wraps its step
+        assert family_of(Own(weights())) is None
+        assert family_of(Renamed(weights())) is family_of(optim.AdamW(weights())) is not None
+    optimizer = optim.AdamW(weights())
+    schedules.ConstantLR(optimizer)  # wraps the step of the instance
+    assert family_of(optimizer) is not None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: optim.LBFGS(p), "`optimizer` must take one gradient a step; got LBFGS"),
+        (lambda p: optim.Adafactor(p), "`optimizer` must have a state that can be cut; got Adafactor"),
+        (lambda p: optim.SGD(p, 0.1, maximize=True), "`optimizer` must minimize the loss; got one with maximize"),
+        (lambda p: "sgd", "`optimizer` must be a torch.optim.Optimizer; got str"),
+        (lambda p: optim.SGD(p, 0.1, momentum=1.0), r"`optimizer` must have a momentum in \[0, 1\); got 1"),
+    ],
+)
+def test_what_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_optimizer(make(weights()))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_clock_counts_steps_wherever_they_are():
+    (weight,) = parameters = weights(1)
+    optimizer = optim.SGD(parameters, 0.1, momentum=0.9)
+    clock = Clock(optimizer)
+    for lr in (0.1, 0.3):
+        optimizer.param_groups[0]["lr"] = lr
+        weight.grad = torch.ones(1)
+        optimizer.step(lambda: None)
+    assert clock.take() == (pytest.approx(4.0), 2) and clock.take() == (0.0, 0)
+    assert clock.base == pytest.approx(3.0)
+
+
+# --- the speed of theta --------------------------------------------------------------------------------------------
+
+STEPS, LR = 400, 0.1
+SCHEDULES = {
+    "constant": lambda o: None,
+    "LinearLR(start_factor=0.01)": lambda o: schedules.LinearLR(o, start_factor=0.01, total_iters=STEPS // 10),
+    "LinearLR over half the steps": lambda o: schedules.LinearLR(o, start_factor=0.01, total_iters=STEPS // 2),
+    "OneCycleLR": lambda o: schedules.OneCycleLR(o, max_lr=LR, total_steps=STEPS, cycle_momentum=False),
+    "OneCycleLR, momentum too": lambda o: schedules.OneCycleLR(o, max_lr=LR, total_steps=STEPS),
+    "CosineAnnealingLR": lambda o: schedules.CosineAnnealingLR(o, STEPS),
+    "warm-up from 0 by LambdaLR": lambda o: schedules.LambdaLR(o, lambda t: min(t / 40, 1.0)),
+    "warm-up, then cosine": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o, 0.01, total_iters=40), schedules.CosineAnnealingLR(o, STEPS - 40)], [40]
+    ),
+}
+
+
+def crossings(make, schedule, first):
+    """How often a useless theta could go from 1 to 0 within the deciding phase."""
+    (weight,) = parameters = weights(1)
+    optimizer = make(parameters)
+    scheduler = schedule(optimizer) if first else None
+    clock, speed = Clock(optimizer), ThetaSpeed(None, STEPS)
+    scheduler = scheduler if first else schedule(optimizer)
+    total = 0.0
+    for step in range(1, STEPS + 1):
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        speed.see(clock.base, step)
+        total += clock.take()[0] * speed.value
+        if scheduler is not None:
+            scheduler.step()
+    return total
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("first", [True, False], ids=["schedule first", "pruner first"])
+@pytest.mark.parametrize(
+    "make", [lambda p: optim.SGD(p, LR, momentum=0.9), lambda p: optim.AdamW(p, LR)], ids=["SGD", "AdamW"]
+)
+def test_thetas_have_the_same_speed_under_every_schedule(name, first, make):
+    """Ten crossings in the phase at a constant rate, and within 4 to 10 under every other schedule."""
+    found = crossings(make, SCHEDULES[name], first)
+    assert 4.0 <= found <= 10.0 + 1e-9
+    if name == "constant" or name.startswith("LinearLR(start"):
+        assert found == pytest.approx(10.0, rel=0.06)
+
+
+def test_a_learning_rate_that_someone_sets_by_hand_from_0():
+    """Nothing names the rate that it goes up to: the speed follows the largest so far."""
+    found = crossings(lambda p: optim.SGD(p, 0.0), lambda o: schedules.LambdaLR(o, lambda t: 0.0), False)
+    assert found == 0.0
+
+    class Hand:
+        def __init__(self, optimizer):
+            self.optimizer, self.done = optimizer, 0
+
+        def step(self):
+            self.done += 1
+            self.optimizer.param_groups[0]["lr"] = LR * min(self.done / 100, 1.0)
+
+    assert crossings(lambda p: optim.SGD(p, 0.0), Hand, False) == pytest.approx(10.0, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["constant", "LinearLR(start_factor=0.01)", "OneCycleLR", "warm-up from 0 by LambdaLR"]
+)
+def test_a_pruner_under_a_schedule_moves_its_thetas_as_fast_as_without(name):
+    """A structure without benefit needs a tenth of the steps at the base rate: neither 100 times more nor fewer."""
+    torch.manual_seed(0)
+    model = DenseResNet(6, 3, blocks=1, width=4, hidden=4)
+    optimizer = optim.SGD(model.parameters(), LR)
+    scheduler = SCHEDULES[name](optimizer)
+    pruner = Pruner(model, torch.zeros(2, 6), optimizer=optimizer, nu=100.0, steps=STEPS, memory=10, check_every=STEPS)
+    reached, time = None, 0.0
+    for _ in range(STEPS - 1):
+        time += optimizer.param_groups[0]["lr"]
+        x, y = torch.randn(16, 6), torch.randint(3, (16,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        pruner.step()
+        if scheduler is not None:
+            scheduler.step()
+        if reached is None and pruner.keep_prob[1] == 0.0:
+            reached = time / (LR * STEPS / 10)
+    assert reached is not None and 0.8 < reached < 2.5
+
+
+# --- in a pruner -----------------------------------------------------------------------------------------------------
+
+
+def gated(make, **given):
+    torch.manual_seed(0)
+    model = DenseResNet(6, 3, blocks=2, width=6, hidden=5)
+    optimizer = make(model.parameters())
+    given = dict(nu=1.0, steps=200, memory=20, initial_keep_prob=0.9) | given
+    return model, optimizer, Pruner(model, torch.zeros(2, 6), optimizer=optimizer, **given)
+
+
+def train(model, optimizer, pruner, first, last):
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        pruner.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: optim.AdamW(p, 3e-3),
+        lambda p: optim.RMSprop(p, 1e-3, momentum=0.5, centered=True),
+        lambda p: optim.Rprop(p, 1e-3),
+    ],
+    ids=["AdamW", "RMSprop", "unknown"],
+)
+def test_a_resumed_pruner_goes_on_bit_by_bit(make):
+    places = set()
+    for cut in (37, 38, 39, 40):  # within a burst, too
+        one = gated(make)
+        train(*one, 0, cut)
+        state, moments = one[2].state_dict(), one[1].state_dict()
+        state, moments = copy.deepcopy(state), copy.deepcopy(moments)
+        places.add(len(state["pruner"]["products"]["burst"]))
+        train(*one, cut, 80)
+        other = gated(make)
+        other[2].load_state_dict(state)
+        other[1].load_state_dict(moments)
+        train(*other, cut, 80)
+        for a, b in zip(flat(one[2].state_dict()), flat(other[2].state_dict()), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert len(places) > 1 or not one[2].state.products.pools.products_known
+
+
+def flat(packed):
+    """Every tensor in a packed state."""
+    if isinstance(packed, dict):
+        return [tensor for key in packed for tensor in flat(packed[key])]
+    if isinstance(packed, list):
+        return [tensor for part in packed for tensor in flat(part)]
+    return [packed] if isinstance(packed, torch.Tensor) else []
+
+
+def test_an_optimizer_that_is_not_known_decides_by_displacement_alone():
+    model, optimizer, pruner = gated(lambda p: optim.Rprop(p, 1e-3), initial_keep_prob=1.0, steps=400)
+    train(model, optimizer, pruner, 0, 300)
+    pools = pruner.state.products.pools
+    assert not pools.products_known and not pools.gain.count.any() and (pools.displaced.count > 8).any()
+    limits = pruner.limits()
+    open_ = pruner.fate == "undecided"
+    assert (
+        np.isfinite(limits.gain[open_]).all()
+        and (limits.drift >= limits.keep_prob * np.where(open_, limits.gain, 0)).all()
+    )
