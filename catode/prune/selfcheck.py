@@ -28,6 +28,7 @@ from catode.prune.describe.trial import (
     difference,
     evaluating,
     failing_module,
+    floats,
     randomise,
     training,
     training_norms,
@@ -35,7 +36,6 @@ from catode.prune.describe.trial import (
 from catode.prune.gated.cut import restrict
 from catode.prune.gated.gates import Gates
 from catode.prune.measure import nests
-from catode.prune.measure.capture import differentiable
 from catode.structures.complexity import Complexity
 from catode.structures.description import Block
 
@@ -342,7 +342,7 @@ class _Trial:
                 return
             busy.append(block)
             with torch.enable_grad():
-                ends = differentiable(block(*args, **kwargs))
+                ends = floats(block(*args, **kwargs))
                 value = sum((end * torch.randn_like(end)).sum() for end in ends if end.requires_grad)
             busy.clear()
             if isinstance(value, torch.Tensor):
@@ -407,7 +407,7 @@ class _Trial:
             norm.track_running_stats = False
         try:
             with torch.no_grad():
-                return [tensor.detach() for tensor in differentiable(called(model, inputs))]
+                return [tensor.detach() for tensor in floats(called(model, inputs))]
         finally:
             for norm, flag in zip(norms, tracking, strict=True):
                 norm.track_running_stats = flag
