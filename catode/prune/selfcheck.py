@@ -28,6 +28,7 @@ from catode.prune.describe.trial import (
     difference,
     evaluating,
     failing_module,
+    floats,
     randomise,
     training,
     training_norms,
@@ -35,12 +36,11 @@ from catode.prune.describe.trial import (
 from catode.prune.gated.cut import restrict
 from catode.prune.gated.gates import Gates
 from catode.prune.measure import nests
-from catode.prune.measure.capture import differentiable
 from catode.structures.complexity import Complexity
 from catode.structures.description import Block
 
 EXACT = 1e-8  # largest relative difference of what is computed in double precision
-EXAMPLES, FEATURE_EXAMPLES = 4, 16  # in a check: of images and sequences, and of rows of features
+EXAMPLES, FEATURE_EXAMPLES = 2, 16  # in a check: of images and sequences, and of rows of features
 ROUNDS = 4  # of random weights until every unit was seen to act
 
 
@@ -342,7 +342,7 @@ class _Trial:
                 return
             busy.append(block)
             with torch.enable_grad():
-                ends = differentiable(block(*args, **kwargs))
+                ends = floats(block(*args, **kwargs))
                 value = sum((end * torch.randn_like(end)).sum() for end in ends if end.requires_grad)
             busy.clear()
             if isinstance(value, torch.Tensor):
@@ -407,7 +407,7 @@ class _Trial:
             norm.track_running_stats = False
         try:
             with torch.no_grad():
-                return [tensor.detach() for tensor in differentiable(called(model, inputs))]
+                return [tensor.detach() for tensor in floats(called(model, inputs))]
         finally:
             for norm, flag in zip(norms, tracking, strict=True):
                 norm.track_running_stats = flag
@@ -416,8 +416,8 @@ class _Trial:
         """Random examples of the form of the one given; what is no floating-point number is drawn from the one given."""
         generator = torch.Generator().manual_seed(self.seed + seed)
         sizes = {len(tensor) for tensor in nests.tensors(self.example) if tensor.dim()}
-        images = any(tensor.dim() > 2 for tensor in nests.tensors(self.example))
-        count = max(EXAMPLES if images else FEATURE_EXAMPLES, *sizes) if len(sizes) == 1 else None
+        images = any(t.dim() > 2 or not t.is_floating_point() for t in nests.tensors(self.example))
+        count = (EXAMPLES if images else FEATURE_EXAMPLES) if len(sizes) == 1 else None
 
         def change(tensor: torch.Tensor) -> torch.Tensor:
             shape = tensor.shape if count is None or not tensor.dim() else (count, *tensor.shape[1:])

@@ -59,6 +59,7 @@ WRONG_FIELDS = [
     ("cost", "time"),
     ("prior", "flat"),
     ("shadow", "yes"),
+    ("max_norm", 0.0),
     ("round_to", 0),
     ("round_to", 8.0),
     ("estimator", "STE"),
@@ -143,6 +144,7 @@ VALUES = {
     "seed": st.integers(0, 2**32 - 1),
     "read_every": st.none() | st.integers(1, 100),
     "width_multiple": st.integers(1, 64),
+    "max_norm": st.floats(1e-3, 1e3),
     "round_to": st.integers(1, 64),
     "cost": st.sampled_from(settings()["cost"].choices),
     "threads": st.none() | st.integers(1, 64),
@@ -360,7 +362,7 @@ def test_settings_of_a_run_changed_for_another_are_derived_anew():
 
 def test_nothing_is_null_that_a_run_fills_in():
     """What stays null is not used, or this machine's own choice."""
-    unused = {"data_dir", "image_size", "init", "tol", "target_macs", "target_params", "resume"}
+    unused = {"data_dir", "image_size", "init", "tol", "target_macs", "target_params", "max_norm", "resume"}
     values = json.loads(parse([]).resolved(1320).to_json())
     assert {name for name, value in values.items() if value is None} == unused | {"threads", "workers", "array_gib"}
 

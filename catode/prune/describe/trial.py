@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from catode.prune.measure import nests
 
 BatchNorm, Dropout = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
 
@@ -43,6 +46,13 @@ def randomise(model: nn.Module, seed: int) -> None:
             tensor.copy_(0.3 * normal(tensor))
         elif name.endswith("running_var"):
             tensor.copy_(1.0 + 0.3 * normal(tensor).clamp(-2, 2))
+
+
+def floats(output: Any) -> list[torch.Tensor]:
+    """The tensors of floating-point numbers in what a model returned, in order."""
+    if hasattr(output, "__dataclass_fields__") and not hasattr(output, "items"):
+        output = vars(output)
+    return [tensor for tensor in nests.tensors(output) if tensor.is_floating_point()]
 
 
 def evaluating(model: nn.Module) -> None:

@@ -118,6 +118,7 @@ class Capture(Copied):
         derivative = sum(gradient.sum(0) for gradient in gradients) if rows else gradients[0]
         return self.draws.values(bool(rows)), self.group.mean(derivative / grad_scale)
 
+    @torch.compiler.disable  # or each kind of step would be compiled by itself
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.paused:
             return
@@ -140,6 +141,7 @@ class Capture(Copied):
             kind = self.gates.draw.device.type
             call.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self.paused or not self.measured or not module.training or not torch.is_grad_enabled():
             return None
