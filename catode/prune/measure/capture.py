@@ -75,6 +75,8 @@ class Capture(Copied):
         self.calls: list[Call] = []
         self.measured = self.paused = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._parts: list[torch.Tensor] = []  # dL/dxi of the calls before the last one
+        self._gradient: torch.Tensor | None = None  # of one parameter, when a gradient last came to it
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of a gated model holds: nothing, and does nothing."""
@@ -86,6 +88,8 @@ class Capture(Copied):
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after),
         ]
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._hooks += [last.register_post_accumulate_grad_hook(self._arrived) for last in learning[-1:]]
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -96,6 +100,7 @@ class Capture(Copied):
     def begin(self, measured: bool) -> None:
         """Begin a step."""
         self.calls, self.measured = [], measured or self.checked
+        self._parts, self._gradient = [], None
 
     def derivative(self, grad_scale: float | torch.Tensor) -> tuple[NDArray, torch.Tensor]:
         """Draw of the current step, and, still on the device, dL/dxi there, each of shape (n,).
@@ -107,15 +112,16 @@ class Capture(Copied):
             RuntimeError: if no backward pass through the gated model came before.
         """
         rows = [call.rows for call in self.calls if call.rows is not None]
-        gradients = [row.grad for row in rows if row.grad is not None] if rows else [self.gates.draw.grad]
-        if not gradients or gradients[0] is None:
+        gradients = [row.grad for row in rows] if rows else [*self._parts, self.gates.draw.grad]
+        gradients = [gradient for gradient in gradients if gradient is not None]
+        if not gradients:
             mode = "train" if self.model.training else "eval"
             raise RuntimeError(
                 f"`step()` must follow a backward pass through the gated model in train mode; got none since the last one, and a "
                 f"model in {mode} mode. Call model.train() before the forward pass, and loss.backward() before step()."
             )
         self.gates.rows = None
-        derivative = sum(gradient.sum(0) for gradient in gradients) if rows else gradients[0]
+        derivative = sum(gradient.sum(0) if rows else gradient for gradient in gradients)
         return self.draws.values(bool(rows)), self.group.mean(derivative / grad_scale)
 
     @torch.compiler.disable  # or each kind of step would be compiled by itself
@@ -127,6 +133,9 @@ class Capture(Copied):
             return
         call = Call(None)
         self.calls.append(call)
+        if self.gates.draw.grad is not None:
+            self._parts.append(self.gates.draw.grad)
+            self.gates.draw.grad = None
         if self.per_example:
             batch = nests.examples((args, kwargs), "the model's input")
             rows = self.group.share(self.draws.draw_examples(batch * self.group.size, more=len(self.calls) > 1))
@@ -158,6 +167,13 @@ class Capture(Copied):
         if self.checked:
             call.output = output
         return output if several else None
+
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        """Forget the calls before the last one if the user has cleared their gradients, as of a batch that was left out."""
+        if self._gradient is not None and parameter.grad is not self._gradient:
+            self.calls, self._parts = self.calls[-1:], []
+        self._gradient = parameter.grad
 
 
 def _accumulate(gradients: list[torch.Tensor | None], place: int, gradient: torch.Tensor) -> None:
