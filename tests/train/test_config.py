@@ -85,6 +85,7 @@ WRONG_FIELDS = [
     ("probe_size", 10**30),
     ("threads", 2**63),
     ("batch_size", 1),
+    ("optimizer", "adam"),
     ("lr", 0),
     ("momentum", 1),
     ("weight_decay", -1e-4),
@@ -168,6 +169,28 @@ def test_nesterov_needs_momentum():
     ):
         Config(nesterov=True, momentum=0.0)
     assert Config(nesterov=True).tag != Config().tag
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"), [(["--momentum=0.9"], "momentum", "0.9"), (["--nesterov"], "nesterov", "True")]
+)
+def test_adamw_has_no_momentum_of_its_own(flags, name, value):
+    with pytest.raises(
+        ConfigError, match=rf"^`{name}` must be left out with optimizer=adamw, [^\n]+; got {name}={value}\. "
+    ):
+        parse(["--optimizer=adamw", *flags])
+
+
+def test_an_optimizer_has_rates_of_its_own():
+    config, given = parse(["--optimizer=adamw"]), parse(["--optimizer=adamw", "--lr=0.02", "--weight-decay=0"])
+    assert (config.lr, config.weight_decay, config.momentum) == (3e-3, 0.05, 0.0) and config.tag != "default"
+    assert (given.lr, given.weight_decay, given.nu) == (0.02, 0.0, config.nu)
+    assert parse(["--optimizer=sgd"]) == parse([])
+
+
+def test_the_ode_time_of_adamw_is_the_sum_of_its_rates():
+    config = parse(["--optimizer=adamw", "--schedule=constant", "--sink-share=0.25"]).resolved(1000)
+    assert config.rate_ratio == pytest.approx(1.0 / (0.25 * 1000 * 3e-3), rel=1e-12)
 
 
 def test_every_field_has_a_wrong_value_in_the_table():

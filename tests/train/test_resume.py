@@ -128,6 +128,8 @@ RECIPES = {
         "--split-seed=3",
     ],
     "all training images": ["--validation-share=0"],
+    "AdamW": ["--optimizer=adamw", "--lr=0.01"],
+    "AdamW without gates, in halves": ["--optimizer=adamw", "--nu=0", "--warmup-epochs=0", "--epochs=3", "--amp=bf16"],
     "many validation images": ["--validation-share=0.4"],
 }
 
@@ -369,6 +371,10 @@ def swapped_weights(state):
     model[name] = model[name].flatten()
 
 
+def buffer_of(state):
+    return next(iter(state["optimizer"].values()))["momentum_buffer"]
+
+
 UNFIT = [  # whole checkpoints of the run that it cannot take up, and what is said
     (lambda state: state["pruner"].update(model={}), "(RuntimeError: Error(s) in loading state_dict"),
     (lambda state: state["pruner"].update(pruner={}), "(ValueError: `state` must be a state_dict of this version's"),
@@ -377,8 +383,12 @@ UNFIT = [  # whole checkpoints of the run that it cannot take up, and what is sa
     (lambda state: state["pruner"]["pruner"].update(done=3), "its pruner is at step 3"),
     (other_burst, "something else at pruner.products.burst"),
     (swapped_weights, "something else at model."),
-    (lambda state: next(iter(state["momentum"].values())).fill_(float("nan")), "its momentum of "),
-    (lambda state: state.update(momentum={"x": torch.zeros(2)}), "its momentum of x "),
+    (lambda state: buffer_of(state).fill_(float("nan")), "its optimizer's momentum_buffer of "),
+    (
+        lambda state: state["optimizer"].update(x={"momentum_buffer": torch.zeros(2)}),
+        "its optimizer's state of x is of an",
+    ),
+    (lambda state: next(iter(state["optimizer"].values())).update(step=torch.ones(())), "its optimizer's state of "),
     (lambda state: state.update(scaler={"scale": 2.0}), "its scaler must hold"),
     (lambda state: state["rng"].update(cpu=torch.zeros(7, dtype=torch.uint8)), "(RuntimeError: "),
 ]
@@ -486,7 +496,7 @@ def test_law_the_last_checkpoints_are_kept(tmp_path_factory, steps, last, keep):
 @settings(max_examples=40, deadline=None)
 def test_law_a_flipped_bit_never_passes_unseen(tmp_path_factory, position, bit):
     folder = tmp_path_factory.mktemp("flipped")
-    state = {"lengths": [1, 2], "momentum": {"a": torch.arange(50.0)}, "text": ["undecided"] * 3}
+    state = {"lengths": [1, 2], "optimizer": {"a": torch.arange(50.0)}, "text": ["undecided"] * 3}
     checkpoint.save_state(folder, {**state, "step": 1})
     checkpoint.save_state(folder, {**state, "step": 2})
     newest = folder / "checkpoint-2.pt"
@@ -494,7 +504,7 @@ def test_law_a_flipped_bit_never_passes_unseen(tmp_path_factory, position, bit):
     content[int(position * (len(content) - 1))] ^= 1 << bit
     newest.write_bytes(content)
     found, _ = checkpoint.load_state(folder)
-    assert torch.equal(found["momentum"]["a"], state["momentum"]["a"]) and found["step"] in (1, 2)
+    assert torch.equal(found["optimizer"]["a"], state["optimizer"]["a"]) and found["step"] in (1, 2)
 
 
 def test_a_fallback_ends_as_the_whole_run(interrupted, pruned):

@@ -68,7 +68,7 @@ class Setup:
 
     @property
     def ode_time(self) -> float:
-        """Length of the run in ODE time, sum of lr/(1 - momentum)."""
+        """Length of the run in ODE time, sum of lr/(1 - momentum); of lr for AdamW."""
         return ode_time(self.schedule, self.config.momentum)
 
     @property

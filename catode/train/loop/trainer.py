@@ -33,7 +33,7 @@ from catode.train import data
 from catode.train.loop import board, checkpoint, lock, restoring, result
 from catode.train.loop.average import Average
 from catode.train.loop.evaluation import Score, evaluate
-from catode.train.loop.optimization import AMP, autocast, make_optimizer, make_pruner, make_scaler
+from catode.train.loop.optimization import AMP, autocast, make_optimizer, make_pruner, make_scaler, optimizer_state
 from catode.train.loop.result import environment, random_state
 from catode.train.loop.setup import PROGRESS, Setup, prepare
 from catode.train.loop.sums import Sums
@@ -113,7 +113,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = make_scaler(config)
         if self.scaler.is_enabled():  # found_inf is set on the device, and only during the step
-            self.optimizer.register_step_pre_hook(lambda sgd, *_: setattr(self, "skipped", sgd.found_inf.clone()))
+            self.optimizer.register_step_pre_hook(lambda own, *_: setattr(self, "skipped", own.found_inf.clone()))
         self.average = Average(self.model, config.ema) if config.ema else None
         self.pruner = make_pruner(setup, self.optimizer)
         if self.average and self.pruner:
@@ -431,12 +431,6 @@ class Trainer:
         right = self.group.sum(self.sums.right)
         if not self.group.leads:
             return
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        momentum = {
-            names[parameter]: own["momentum_buffer"]
-            for parameter, own in self.optimizer.state.items()
-            if own.get("momentum_buffer") is not None
-        }
         checkpoint.save_state(
             self.folder,
             {
@@ -449,7 +443,7 @@ class Trainer:
                 "sums": {**self.sums.state(), "right": right.cpu()},
                 "lengths": [self.metrics.length(), self.structures.length()],
                 "checksums": [self.metrics.checksum, self.structures.checksum],
-                "momentum": momentum,
+                "optimizer": optimizer_state(self.model, self.optimizer),
                 "scaler": self.scaler.state_dict(),
                 "pruner": self.pruner.state_dict() if self.pruner else None,
                 "model": None if self.pruner else self.model.state_dict(),

@@ -1,0 +1,92 @@
+"""Optimizers, clipping and accumulation: what they do to the weights, and that pruning goes on as it should."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from catode.train import loop
+from catode.train.__main__ import main
+from catode.train.loop.optimization import make_optimizer, optimizer_state, restore_optimizer
+from catode.train.settings.config import Config
+from catode.train.settings.training import learning_rates
+
+FLAGS = [
+    "--arch=resnet14",
+    "--hidden-scale=0.5",
+    "--batch-size=240",
+    "--epochs=6",
+    "--warmup-epochs=1.4",
+    "--memory=10",
+]
+FLAGS += ["--measure-every=1", "--layers-per-probe=3", "--check-every=3", "--threads=1", "--width-multiple=1"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Neither latencies nor pictures are of interest here."""
+    monkeypatch.setattr("catode.train.loop.result.latency_ms", lambda *args: [[1.0], [1.0]])
+    monkeypatch.setattr("catode.report.report.write", lambda folder: None)
+
+
+def table(folder, name):
+    return list(csv.DictReader((folder / name).open()))
+
+
+def trained(kind, steps, begin=None):
+    """A layer after some steps on fixed gradients; its optimizer."""
+    config = Config.from_presets(optimizer=kind)
+    model = nn.Linear(2, 1)
+    nn.init.ones_(model.weight), nn.init.zeros_(model.bias)
+    optimizer = make_optimizer(model, config)
+    if begin is not None:
+        source, state = begin
+        model.load_state_dict(source.state_dict())
+        restore_optimizer(model, optimizer, state)
+    for step in range(*steps):
+        model.weight.grad = torch.tensor([[1.0 + step, -2.0]])
+        model.bias.grad = torch.tensor([0.5])
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_an_optimizer_goes_on_from_its_state_bit_by_bit(kind):
+    whole, _ = trained(kind, (0, 5))
+    half, optimizer = trained(kind, (0, 2))
+    state = optimizer_state(half, optimizer)
+    assert state.keys() == {"weight", "bias"}
+    resumed, _ = trained(kind, (2, 5), (half, state))
+    assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
+
+
+def test_the_first_step_of_adamw_is_its_rate_after_its_decay():
+    model, _ = trained("adamw", (0, 1))
+    rate, decayed = 3e-3, 1.0 - 3e-3 * 0.05
+    assert model.weight.flatten().tolist() == pytest.approx([decayed - rate, decayed + rate], rel=1e-6)
+
+
+@pytest.mark.parametrize("change", [dict(exp_avg_sq=-torch.ones(1, 2)), dict(step=torch.tensor(-1.0))])
+def test_a_state_that_adamw_cannot_have_is_refused(change):
+    model, optimizer = trained("adamw", (0, 1))
+    state = optimizer_state(model, optimizer)
+    state["weight"] = {**state["weight"], **change}
+    with pytest.raises(ValueError, match=rf"its optimizer's {next(iter(change))} of weight is negative"):
+        restore_optimizer(model, make_optimizer(model, Config.from_presets(optimizer="adamw")), state)
+
+
+def test_adamw_prunes_in_its_own_time(tmp_path):
+    folder = tmp_path / "run"
+    assert main([*FLAGS, "--nu=8", "--optimizer=adamw", "--lr=0.01", "--out", str(folder)]) == 0
+    config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
+    assert (config["optimizer"], config["momentum"], config["weight_decay"]) == ("adamw", 0.0, 0.05)
+    rows = table(folder, "metrics.csv")
+    rates = learning_rates("one-cycle", 0.01, int(rows[-1]["step"]))
+    assert float(rows[-1]["time"]) == pytest.approx(rates.sum(), rel=1e-5)
+    assert config["rate_ratio"] == pytest.approx(1.0 / (config["sink_share"] * rates.sum()), rel=1e-9)
+    assert result["units_kept"] < result["units_total"] and result["macs"] < result["macs_dense"]
+    assert sum(n for fate, n in result["decisions"].items() if fate in ("pruned_tolerance", "pruned_zero")) > 20
