@@ -89,6 +89,8 @@ WRONG_FIELDS = [
     ("lr", 0),
     ("momentum", 1),
     ("weight_decay", -1e-4),
+    ("clip_grad", 0),
+    ("clip_grad", "1"),
     ("schedule", "linear"),
     ("label_smoothing", 1),
     ("nesterov", "yes"),
@@ -146,6 +148,7 @@ VALUES = {
     "read_every": st.none() | st.integers(1, 100),
     "width_multiple": st.integers(1, 64),
     "max_norm": st.floats(1e-3, 1e3),
+    "clip_grad": st.none() | st.floats(1e-3, 1e3),
     "round_to": st.integers(1, 64),
     "cost": st.sampled_from(settings()["cost"].choices),
     "threads": st.none() | st.integers(1, 64),
@@ -385,7 +388,17 @@ def test_settings_of_a_run_changed_for_another_are_derived_anew():
 
 def test_nothing_is_null_that_a_run_fills_in():
     """What stays null is not used, or this machine's own choice."""
-    unused = {"data_dir", "image_size", "init", "tol", "target_macs", "target_params", "max_norm", "resume"}
+    unused = {
+        "data_dir",
+        "image_size",
+        "init",
+        "tol",
+        "target_macs",
+        "target_params",
+        "max_norm",
+        "clip_grad",
+        "resume",
+    }
     values = json.loads(parse([]).resolved(1320).to_json())
     assert {name for name, value in values.items() if value is None} == unused | {"threads", "workers", "array_gib"}
 

@@ -90,3 +90,41 @@ def test_adamw_prunes_in_its_own_time(tmp_path):
     assert config["rate_ratio"] == pytest.approx(1.0 / (config["sink_share"] * rates.sum()), rel=1e-9)
     assert result["units_kept"] < result["units_total"] and result["macs"] < result["macs_dense"]
     assert sum(n for fate, n in result["decisions"].items() if fate in ("pruned_tolerance", "pruned_zero")) > 20
+
+
+def gradients(trainer):
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def test_clipping_bounds_the_norm_that_the_optimizer_sees(tmp_path, monkeypatch):
+    """And leaves the direction; gains are those of the gradient before it."""
+    found = {}
+    for name, more in {"free": {}, "clipped": {"clip_grad": 0.05}}.items():
+        seen = found[name] = {"gradients": [], "before": []}
+        config = Config.from_presets(
+            arch="resnet14", hidden_scale=0.5, batch_size=240, epochs=4, warmup_epochs=0.5, memory=10, measure_every=1,
+            nu=3.0, tol=1e-9, lr=1e-6, momentum=0.9, schedule="constant", threads=1, check_every=3, out=str(tmp_path / name), **more,
+        )  # fmt: skip
+        (tmp_path / name).mkdir()
+        trainer = loop.Trainer(loop.prepare(config), tmp_path / name, False)
+        update, step = trainer.update, trainer.optimizer.step
+
+        def watched(update=update, trainer=trainer, seen=seen):
+            seen["before"].append(gradients(trainer))
+            return update()
+
+        trainer.update = watched
+        trainer.optimizer.register_step_pre_hook(lambda *_, t=trainer, s=seen: s["gradients"].append(gradients(t)))
+        for _ in range(3):
+            trainer.advance()
+        seen["gain"] = trainer.pruner.limits().gain
+        trainer.close()
+    for before, after in zip(found["clipped"]["before"], found["clipped"]["gradients"], strict=True):
+        assert before.norm() > 0.05 and after.norm() == pytest.approx(0.05, rel=1e-3)
+        torch.testing.assert_close(after / after.norm(), before / before.norm(), rtol=1e-4, atol=1e-7)
+    for before, after in zip(found["free"]["before"], found["free"]["gradients"], strict=True):
+        assert torch.equal(before, after)
+    free, clipped = found["free"]["gain"], found["clipped"]["gain"]
+    known = (free > 0) & (free < float("inf"))
+    assert known.sum() > 50
+    assert clipped[known].tolist() == pytest.approx(free[known].tolist(), rel=0.02)

@@ -130,6 +130,8 @@ RECIPES = {
     "all training images": ["--validation-share=0"],
     "AdamW": ["--optimizer=adamw", "--lr=0.01"],
     "AdamW without gates, in halves": ["--optimizer=adamw", "--nu=0", "--warmup-epochs=0", "--epochs=3", "--amp=bf16"],
+    "clipping": ["--clip-grad=0.3"],
+    "AdamW, clipping, EMA": ["--optimizer=adamw", "--lr=0.01", "--clip-grad=0.3", "--ema=0.9"],
     "many validation images": ["--validation-share=0.4"],
 }
 

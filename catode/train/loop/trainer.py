@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from catode.decisions import shadow
@@ -336,11 +337,15 @@ class Trainer:
 
     def update(self) -> tuple[float | torch.Tensor, bool | torch.Tensor]:
         """One optimizer step; returns the loss scale of the gradients, and whether they overflowed and the step was skipped."""
+        scale = 1.0
+        if self.scaler.is_enabled():
+            scale = self.scaler.scale(torch.ones((), device=self.config.device))
+            self.scaler.unscale_(self.optimizer)
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         if not self.scaler.is_enabled():
             self.optimizer.step()
-            return 1.0, False
-        scale = self.scaler.scale(torch.ones((), device=self.config.device))
-        self.scaler.unscale_(self.optimizer)
+            return scale, False
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return scale, self.skipped

@@ -42,6 +42,15 @@ class TrainingSettings(SettingsGroup):
         low=0,
         hint="Use 0 for none.",
     )
+    clip_grad: float | None = number(
+        None,
+        float,
+        "norm that the gradient of all parameters is scaled down to where it is larger; default: no clipping",
+        low=0,
+        low_open=True,
+        optional=True,
+        hint="Leave it out for no clipping.",
+    )
     schedule: str = text("one-cycle", "learning-rate schedule", choices=("one-cycle", "cosine", "constant"))
     augment: str = text(
         "crop-flip",
