@@ -85,6 +85,8 @@ WRONG_FIELDS = [
     ("probe_size", 10**30),
     ("threads", 2**63),
     ("batch_size", 1),
+    ("accumulate", 0),
+    ("accumulate", 3),
     ("optimizer", "adam"),
     ("lr", 0),
     ("momentum", 1),
@@ -189,6 +191,16 @@ def test_an_optimizer_has_rates_of_its_own():
     assert (config.lr, config.weight_decay, config.momentum) == (3e-3, 0.05, 0.0) and config.tag != "default"
     assert (given.lr, given.weight_decay, given.nu) == (0.02, 0.0, config.nu)
     assert parse(["--optimizer=sgd"]) == parse([])
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(64, 3), (64, 64), (64, 10**9), (6, 4), (2, 2)])
+def test_parts_are_equal_and_of_two_images(batch_size, accumulate):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^`accumulate` must divide batch_size [^\n]+; got accumulate={accumulate} with batch_size={batch_size}\. ",
+    ):
+        parse([f"--batch-size={batch_size}", f"--accumulate={accumulate}"])
+    assert parse(["--batch-size=6", "--accumulate=3"]).tag != parse(["--batch-size=6"]).tag
 
 
 def test_the_ode_time_of_adamw_is_the_sum_of_its_rates():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from catode.train import loop
+from catode.prune.describe import steptime
+from catode.train import data, loop
 from catode.train.__main__ import main
 from catode.train.loop.optimization import make_optimizer, optimizer_state, restore_optimizer
 from catode.train.settings.config import Config
@@ -103,11 +105,12 @@ def test_clipping_bounds_the_norm_that_the_optimizer_sees(tmp_path, monkeypatch)
         seen = found[name] = {"gradients": [], "before": []}
         config = Config.from_presets(
             arch="resnet14", hidden_scale=0.5, batch_size=240, epochs=4, warmup_epochs=0.5, memory=10, measure_every=1,
-            nu=3.0, tol=1e-9, lr=1e-6, momentum=0.9, schedule="constant", threads=1, check_every=3, out=str(tmp_path / name), **more,
+            nu=3.0, tol=1e-9, lr=1e-6, momentum=0.9, schedule="constant", threads=1, check_every=3,
+            out=str(tmp_path / name), **more,
         )  # fmt: skip
         (tmp_path / name).mkdir()
         trainer = loop.Trainer(loop.prepare(config), tmp_path / name, False)
-        update, step = trainer.update, trainer.optimizer.step
+        update = trainer.update
 
         def watched(update=update, trainer=trainer, seen=seen):
             seen["before"].append(gradients(trainer))
@@ -128,3 +131,66 @@ def test_clipping_bounds_the_norm_that_the_optimizer_sees(tmp_path, monkeypatch)
     known = (free > 0) & (free < float("inf"))
     assert known.sum() > 50
     assert clipped[known].tolist() == pytest.approx(free[known].tolist(), rel=0.02)
+
+
+def accumulated(folder, parts, *more, precise=True):
+    """Rows of structures.csv, weights and result of a run whose batches are trained on in parts."""
+    batches = functools.partial(data.Batches, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        if precise:
+            patch.setattr(loop.trainer.data, "Batches", batches)
+            torch.set_default_dtype(torch.float64)
+        try:
+            argv = [*FLAGS, f"--accumulate={parts}", *more, "--out", str(folder)]
+            assert main(argv) == 0
+        finally:
+            torch.set_default_dtype(torch.float32)
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    return table(folder, "structures.csv"), weights, json.loads((folder / "result.json").read_text())
+
+
+def of_each_image(self, x):
+    """A norm that does not couple images; a small eps would let rounding errors grow by its root in every layer."""
+    return nn.functional.instance_norm(x, weight=self.weight, bias=self.bias, eps=0.1)
+
+
+@pytest.mark.parametrize("more", [[], ["--mixup=0.2", "--clip-grad=1"], ["--optimizer=adamw", "--lr=0.01"]], ids=len)
+def test_parts_are_the_whole_batch_where_norms_do_not_couple_its_images(more, tmp_path, monkeypatch):
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", of_each_image)
+    rows, weights, result = accumulated(tmp_path / "1", 1, "--nu=0.3", *more)
+    assert result["units_kept"] < result["units_total"] and rows
+    for parts in (2, 4):
+        own, own_weights, own_result = accumulated(tmp_path / str(parts), parts, "--nu=0.3", *more)
+        assert [(r["step"], r["block"], r["index"], r["fate"]) for r in own] == [
+            (r["step"], r["block"], r["index"], r["fate"]) for r in rows
+        ]
+        for name in ("keep_prob", "benefit", "gain"):
+            assert [float(r[name]) for r in own] == pytest.approx([float(r[name]) for r in rows], rel=1e-4, abs=1e-6)
+        torch.testing.assert_close(own_weights, weights, rtol=1e-7, atol=1e-8)
+        assert own_result["validation_accuracy_history"] == result["validation_accuracy_history"]
+    [last], [whole] = (table(tmp_path / n, "metrics.csv")[-1:] for n in "41")
+    assert (last["train_accuracy"], float(last["loss"])) == (
+        whole["train_accuracy"],
+        pytest.approx(float(whole["loss"])),
+    )
+
+
+def test_parts_prune_like_the_whole_batch_where_norms_see_a_part_at_a_time(tmp_path):
+    """Not the same network: each norm's statistics are of other images. Within a tenth of the units and operations."""
+    ends = [accumulated(tmp_path / str(parts), parts, "--nu=3", precise=False)[2] for parts in (1, 2, 4)]
+    units, macs = ([end[name] for end in ends] for name in ("units_kept", "macs"))
+    assert units[0] < 0.8 * ends[0]["units_total"]
+    assert units[1:] == pytest.approx([units[0]] * 2, abs=0.1 * ends[0]["units_total"])
+    assert macs[1:] == pytest.approx([macs[0]] * 2, abs=0.1 * ends[0]["macs_dense"])
+
+
+def test_the_time_of_a_part_is_what_latency_counts(tmp_path, monkeypatch):
+    asked, measure = [], steptime.measure
+    monkeypatch.setattr(
+        steptime, "measure", lambda *args, **more: asked.append(more["batch"]) or measure(*args, **more)
+    )
+    config = Config.from_presets(
+        arch="resnet14", hidden_scale=0.25, batch_size=16, accumulate=4, cost="latency", threads=1, out=str(tmp_path)
+    )
+    loop.prepare(config)
+    assert asked == [4]

@@ -132,6 +132,8 @@ RECIPES = {
     "AdamW without gates, in halves": ["--optimizer=adamw", "--nu=0", "--warmup-epochs=0", "--epochs=3", "--amp=bf16"],
     "clipping": ["--clip-grad=0.3"],
     "AdamW, clipping, EMA": ["--optimizer=adamw", "--lr=0.01", "--clip-grad=0.3", "--ema=0.9"],
+    "accumulation": ["--accumulate=2", "--per-example-gates"],
+    "accumulation, AdamW, clipping": ["--accumulate=4", "--optimizer=adamw", "--lr=0.01", "--clip-grad=0.3"],
     "many validation images": ["--validation-share=0.4"],
 }
 
@@ -831,6 +833,26 @@ def test_kills_wherever_it_hurts_and_resumes(server, pruned, tmp_path, capsys):
         assert newest is None or found[:1] == ([newest] if newest else []), place
     assert main(going_on(folder)) == 0
     assert_same_end(folder, pruned[1])
+
+
+def test_a_run_of_adamw_clipped_in_parts_is_killed_and_ends_as_the_whole_one(server, tmp_path):
+    flags = [*FLAGS, "--nu=5", "--optimizer=adamw", "--lr=0.01", "--clip-grad=0.3", "--accumulate=2"]
+    start(server, [*flags, "--out", str(tmp_path / "whole")])
+    assert status(server) == 0
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["units_kept"] < result["units_total"]
+    folder = tmp_path / "run"
+    for place, count, how in (
+        ("torch.optim:AdamW.step", 13, "after"),
+        ("catode.prune.gated.cut:Change.follow", 4, "before"),
+        ("catode.train.loop.checkpoint:_write_part", 5, "half"),
+    ):
+        going = ["--resume", str(folder), "--threads=1"] if folder.exists() else [*flags, "--out", str(folder)]
+        start(server, going, [place, count, how])
+        assert status(server) == -signal.SIGKILL, place
+    start(server, ["--resume", str(folder), "--threads=1"])
+    assert status(server) == 0
+    assert_same_end(folder, tmp_path / "whole")
 
 
 def alive(process):

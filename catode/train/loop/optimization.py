@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,34 @@ def make_scaler(config: Config) -> torch.amp.GradScaler:
 def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
     """Automatic mixed precision in `dtype`; off with None."""
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def take_gradient(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    batch: tuple[torch.Tensor, torch.Tensor],
+    scaler: torch.amp.GradScaler,
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the gradient of a batch's mean loss to the parameters', in ``config.accumulate`` equal parts.
+
+    Args:
+        forward: The network.
+        batch: Images, shape (n, C, H, W), and labels, shape (n,) or (n, classes); n is a multiple of the parts.
+        scaler: The scaler of the loss.
+        config: The configuration.
+
+    Returns:
+        The mean loss, detached, and the number of right predictions, on the device, shape () each.
+    """
+    losses, right = [], []
+    for x, y in zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True):
+        with autocast(x.device, AMP[config.amp]):
+            logits = forward(x)
+            loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing) / config.accumulate
+        scaler.scale(loss).backward()
+        losses.append(loss.detach())
+        right.append((logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum())
+    return sum(losses), sum(right)
 
 
 def mean_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], label_smoothing: float = 0.0) -> torch.Tensor:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -34,7 +33,15 @@ from catode.train import data
 from catode.train.loop import board, checkpoint, lock, restoring, result
 from catode.train.loop.average import Average
 from catode.train.loop.evaluation import Score, evaluate
-from catode.train.loop.optimization import AMP, autocast, make_optimizer, make_pruner, make_scaler, optimizer_state
+from catode.train.loop.optimization import (
+    AMP,
+    autocast,
+    make_optimizer,
+    make_pruner,
+    make_scaler,
+    optimizer_state,
+    take_gradient,
+)
 from catode.train.loop.result import environment, random_state
 from catode.train.loop.setup import PROGRESS, Setup, prepare
 from catode.train.loop.sums import Sums
@@ -235,16 +242,13 @@ class Trainer:
                 group["lr"] = rate
             gated = self.pruner is not None and self.pruner.started and not self.pruner.finished
             forward = self.model if gated else self.compiled
-            with autocast(x.device, self.amp):
-                logits = forward(x)
-                loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            loss, right = take_gradient(forward, (x, y), self.scaler, self.config)
             checksum = self.pruner.checksum() if self.pruner and self.group.size > 1 else 0
             losses.append(self.group.join(self.model.parameters(), loss, checksum=checksum, step=self.step + 1))
             self.unread.append(losses[-1])
             scale, skipped = self.update()
-            sums.right += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
+            sums.right += right
             self.step += 1
             if self.average is not None:
                 self.average.update(self.step)

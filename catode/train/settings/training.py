@@ -17,6 +17,14 @@ class TrainingSettings(SettingsGroup):
 
     epochs: int = number(60, int, "passes over the training images", low=1, hint="Use at least one epoch.")
     batch_size: int = number(64, int, "images in a step", low=2, hint="Use at least two images.")
+    accumulate: int = number(
+        1,
+        int,
+        "equal parts of each step's batch, whose gradients are taken one after the other and averaged, in the memory of one part; "
+        "batch norms see a part at a time",
+        low=1,
+        hint="Use 1 for none.",
+    )
     optimizer: str = text(
         "sgd", "optimizer; adamw has PyTorch's betas and decouples the weight decay", choices=("sgd", "adamw")
     )
@@ -83,6 +91,11 @@ class TrainingSettings(SettingsGroup):
     channels_last: bool = switch(True, "keep images in the channels-last memory format", negatable=True, identity=False)
 
     def check(self) -> None:
+        if self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
+            raise ConfigError(
+                f"`accumulate` must divide batch_size into equal parts of at least two images; got accumulate={self.accumulate} "
+                f"with batch_size={self.batch_size}. Use another divisor, or 1 for none."
+            )
         if self.optimizer == "adamw" and (self.momentum > 0 or self.nesterov):
             name, value = ("momentum", f"{self.momentum:g}") if self.momentum > 0 else ("nesterov", "True")
             raise ConfigError(
