@@ -85,9 +85,14 @@ WRONG_FIELDS = [
     ("probe_size", 10**30),
     ("threads", 2**63),
     ("batch_size", 1),
+    ("accumulate", 0),
+    ("accumulate", 3),
+    ("optimizer", "adam"),
     ("lr", 0),
     ("momentum", 1),
     ("weight_decay", -1e-4),
+    ("clip_grad", 0),
+    ("clip_grad", "1"),
     ("schedule", "linear"),
     ("label_smoothing", 1),
     ("nesterov", "yes"),
@@ -145,6 +150,7 @@ VALUES = {
     "read_every": st.none() | st.integers(1, 100),
     "width_multiple": st.integers(1, 64),
     "max_norm": st.floats(1e-3, 1e3),
+    "clip_grad": st.none() | st.floats(1e-3, 1e3),
     "round_to": st.integers(1, 64),
     "cost": st.sampled_from(settings()["cost"].choices),
     "threads": st.none() | st.integers(1, 64),
@@ -168,6 +174,38 @@ def test_nesterov_needs_momentum():
     ):
         Config(nesterov=True, momentum=0.0)
     assert Config(nesterov=True).tag != Config().tag
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"), [(["--momentum=0.9"], "momentum", "0.9"), (["--nesterov"], "nesterov", "True")]
+)
+def test_adamw_has_no_momentum_of_its_own(flags, name, value):
+    with pytest.raises(
+        ConfigError, match=rf"^`{name}` must be left out with optimizer=adamw, [^\n]+; got {name}={value}\. "
+    ):
+        parse(["--optimizer=adamw", *flags])
+
+
+def test_an_optimizer_has_rates_of_its_own():
+    config, given = parse(["--optimizer=adamw"]), parse(["--optimizer=adamw", "--lr=0.02", "--weight-decay=0"])
+    assert (config.lr, config.weight_decay, config.momentum) == (3e-3, 0.05, 0.0) and config.tag != "default"
+    assert (given.lr, given.weight_decay, given.nu) == (0.02, 0.0, config.nu)
+    assert parse(["--optimizer=sgd"]) == parse([])
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(64, 3), (64, 64), (64, 10**9), (6, 4), (2, 2)])
+def test_parts_are_equal_and_of_two_images(batch_size, accumulate):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^`accumulate` must divide batch_size [^\n]+; got accumulate={accumulate} with batch_size={batch_size}\. ",
+    ):
+        parse([f"--batch-size={batch_size}", f"--accumulate={accumulate}"])
+    assert parse(["--batch-size=6", "--accumulate=3"]).tag != parse(["--batch-size=6"]).tag
+
+
+def test_the_ode_time_of_adamw_is_the_sum_of_its_rates():
+    config = parse(["--optimizer=adamw", "--schedule=constant", "--sink-share=0.25"]).resolved(1000)
+    assert config.rate_ratio == pytest.approx(1.0 / (0.25 * 1000 * 3e-3), rel=1e-12)
 
 
 def test_every_field_has_a_wrong_value_in_the_table():
@@ -362,7 +400,17 @@ def test_settings_of_a_run_changed_for_another_are_derived_anew():
 
 def test_nothing_is_null_that_a_run_fills_in():
     """What stays null is not used, or this machine's own choice."""
-    unused = {"data_dir", "image_size", "init", "tol", "target_macs", "target_params", "max_norm", "resume"}
+    unused = {
+        "data_dir",
+        "image_size",
+        "init",
+        "tol",
+        "target_macs",
+        "target_params",
+        "max_norm",
+        "clip_grad",
+        "resume",
+    }
     values = json.loads(parse([]).resolved(1320).to_json())
     assert {name for name, value in values.items() if value is None} == unused | {"threads", "workers", "array_gib"}
 

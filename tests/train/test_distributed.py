@@ -358,7 +358,16 @@ def test_two_processes_train_as_one_and_one_of_them_talks(one, two):
     assert json.loads((folder / "env.json").read_text())["processes"] == 2
 
 
+def test_two_processes_add_up_parts_and_clip_as_one(tmp_path):
+    flags = [*SMALL, "--accumulate=2", "--clip-grad=0.3"]
+    assert precisely([*flags, "--out", str(tmp_path / "one")])[0] == 0
+    [(status, *_), _] = together(tmp_path, precisely, [*flags, "--out", str(tmp_path / "two")])
+    assert status == 0
+    assert_close_end(end(tmp_path / "two"), end(tmp_path / "one"))
+
+
 BAD = [
+    (["--batch-size=63", "--accumulate=3"], "number of processes times accumulate, at least two images for each part"),
     (["--batch-size=63"], "`batch_size` must be a multiple of the number of processes"),
     (["--batch-size=2"], "at least two images for each; got batch_size=2 with 2 processes"),
     (["--nu=-1"], "`nu` must be >= 0"),

@@ -128,6 +128,12 @@ RECIPES = {
         "--split-seed=3",
     ],
     "all training images": ["--validation-share=0"],
+    "AdamW": ["--optimizer=adamw", "--lr=0.01"],
+    "AdamW without gates, in halves": ["--optimizer=adamw", "--nu=0", "--warmup-epochs=0", "--epochs=3", "--amp=bf16"],
+    "clipping": ["--clip-grad=0.3"],
+    "AdamW, clipping, EMA": ["--optimizer=adamw", "--lr=0.01", "--clip-grad=0.3", "--ema=0.9"],
+    "accumulation": ["--accumulate=2", "--per-example-gates"],
+    "accumulation, AdamW, clipping": ["--accumulate=4", "--optimizer=adamw", "--lr=0.01", "--clip-grad=0.3"],
     "many validation images": ["--validation-share=0.4"],
 }
 
@@ -369,6 +375,10 @@ def swapped_weights(state):
     model[name] = model[name].flatten()
 
 
+def buffer_of(state):
+    return next(iter(state["optimizer"].values()))["momentum_buffer"]
+
+
 UNFIT = [  # whole checkpoints of the run that it cannot take up, and what is said
     (lambda state: state["pruner"].update(model={}), "(RuntimeError: Error(s) in loading state_dict"),
     (lambda state: state["pruner"].update(pruner={}), "(ValueError: `state` must be a state_dict of this version's"),
@@ -377,8 +387,12 @@ UNFIT = [  # whole checkpoints of the run that it cannot take up, and what is sa
     (lambda state: state["pruner"]["pruner"].update(done=3), "its pruner is at step 3"),
     (other_burst, "something else at pruner.products.burst"),
     (swapped_weights, "something else at model."),
-    (lambda state: next(iter(state["momentum"].values())).fill_(float("nan")), "its momentum of "),
-    (lambda state: state.update(momentum={"x": torch.zeros(2)}), "its momentum of x "),
+    (lambda state: buffer_of(state).fill_(float("nan")), "its optimizer's momentum_buffer of "),
+    (
+        lambda state: state["optimizer"].update(x={"momentum_buffer": torch.zeros(2)}),
+        "its optimizer's state of x is of an",
+    ),
+    (lambda state: next(iter(state["optimizer"].values())).update(step=torch.ones(())), "its optimizer's state of "),
     (lambda state: state.update(scaler={"scale": 2.0}), "its scaler must hold"),
     (lambda state: state["rng"].update(cpu=torch.zeros(7, dtype=torch.uint8)), "(RuntimeError: "),
 ]
@@ -486,7 +500,7 @@ def test_law_the_last_checkpoints_are_kept(tmp_path_factory, steps, last, keep):
 @settings(max_examples=40, deadline=None)
 def test_law_a_flipped_bit_never_passes_unseen(tmp_path_factory, position, bit):
     folder = tmp_path_factory.mktemp("flipped")
-    state = {"lengths": [1, 2], "momentum": {"a": torch.arange(50.0)}, "text": ["undecided"] * 3}
+    state = {"lengths": [1, 2], "optimizer": {"a": torch.arange(50.0)}, "text": ["undecided"] * 3}
     checkpoint.save_state(folder, {**state, "step": 1})
     checkpoint.save_state(folder, {**state, "step": 2})
     newest = folder / "checkpoint-2.pt"
@@ -494,7 +508,7 @@ def test_law_a_flipped_bit_never_passes_unseen(tmp_path_factory, position, bit):
     content[int(position * (len(content) - 1))] ^= 1 << bit
     newest.write_bytes(content)
     found, _ = checkpoint.load_state(folder)
-    assert torch.equal(found["momentum"]["a"], state["momentum"]["a"]) and found["step"] in (1, 2)
+    assert torch.equal(found["optimizer"]["a"], state["optimizer"]["a"]) and found["step"] in (1, 2)
 
 
 def test_a_fallback_ends_as_the_whole_run(interrupted, pruned):
@@ -819,6 +833,26 @@ def test_kills_wherever_it_hurts_and_resumes(server, pruned, tmp_path, capsys):
         assert newest is None or found[:1] == ([newest] if newest else []), place
     assert main(going_on(folder)) == 0
     assert_same_end(folder, pruned[1])
+
+
+def test_a_run_of_adamw_clipped_in_parts_is_killed_and_ends_as_the_whole_one(server, tmp_path):
+    flags = [*FLAGS, "--nu=5", "--optimizer=adamw", "--lr=0.01", "--clip-grad=0.3", "--accumulate=2"]
+    start(server, [*flags, "--out", str(tmp_path / "whole")])
+    assert status(server) == 0
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["units_kept"] < result["units_total"]
+    folder = tmp_path / "run"
+    for place, count, how in (
+        ("torch.optim:AdamW.step", 13, "after"),
+        ("catode.prune.gated.cut:Change.follow", 4, "before"),
+        ("catode.train.loop.checkpoint:_write_part", 5, "half"),
+    ):
+        going = ["--resume", str(folder), "--threads=1"] if folder.exists() else [*flags, "--out", str(folder)]
+        start(server, going, [place, count, how])
+        assert status(server) == -signal.SIGKILL, place
+    start(server, ["--resume", str(folder), "--threads=1"])
+    assert status(server) == 0
+    assert_same_end(folder, tmp_path / "whole")
 
 
 def alive(process):

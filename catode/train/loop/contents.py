@@ -27,6 +27,10 @@ def _tensors(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in value.items())
 
 
+def _tensors_of_each(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) and _tensors(own) for name, own in value.items())
+
+
 def _sums(value: Any) -> bool:
     return (
         isinstance(value, dict)
@@ -63,7 +67,7 @@ FIELDS: dict[str, tuple[str, Check]] = {
     "sums": ("the sums of an epoch", _sums),
     "lengths": ("two counts", _pair),
     "checksums": ("two counts", _pair),
-    "momentum": ("tensors by name", _tensors),
+    "optimizer": ("tensors by name and parameter", _tensors_of_each),
     "scaler": ("values by name", lambda v: isinstance(v, dict)),
     "pruner": ("a pruner's state or nothing", lambda v: v is None or isinstance(v, dict)),
     "model": ("tensors by name or nothing", lambda v: v is None or _tensors(v)),

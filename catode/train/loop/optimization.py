@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,23 +22,56 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD with weight decay on every parameter, including the norm layers' (the theory needs it).
+    """SGD or AdamW with weight decay on every parameter, including the norm layers' (the theory needs it).
 
     With fp16 it is fused: it skips a step whose gradient overflowed without synchronising with the host.
     """
     fp16 = config.amp == "fp16"
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-        fused=True if fp16 else None,
-    )
+    common = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True if fp16 else None)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **common)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **common)
     if fp16 and config.momentum > 0:
         for parameter in model.parameters():  # a skipped first step would leave the fused buffers uninitialised
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors that an optimizer keeps for each parameter, by the parameter's name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states = {names[parameter]: own for parameter, own in optimizer.state.items()}
+    found = {name: {key: value for key, value in own.items() if value is not None} for name, own in states.items()}
+    return {name: own for name, own in found.items() if own}
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    """Restore an `optimizer_state`; the optimizer is fresh.
+
+    Raises:
+        ValueError: if it is of other parameters or of another kind of optimizer, or a number is not finite or negative where
+            it cannot be.
+    """
+    adaptive = isinstance(optimizer, torch.optim.AdamW)
+    expected = {"step", "exp_avg", "exp_avg_sq"} if adaptive else {"momentum_buffer"}
+    parameters = dict(model.named_parameters())
+    for name, own in state.items():
+        parameter = parameters.get(name)
+        if parameter is None or own.keys() != expected:
+            raise ValueError(f"its optimizer's state of {name} is of another network or optimizer")
+        for key, value in own.items():
+            shape, dtype = ((), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
+            if (value.shape, value.dtype) != (shape, dtype) or not bool(value.isfinite().all()):
+                raise ValueError(f"its optimizer's {key} of {name} has another shape or type or is not finite")
+            if key in ("step", "exp_avg_sq") and bool((value < 0).any()):
+                raise ValueError(f"its optimizer's {key} of {name} is negative")
+        # a count of steps is kept on the host, but by a fused optimizer
+        host = {"step": torch.device("cpu")} if not optimizer.defaults.get("fused") else {}
+        optimizer.state[parameter] = {
+            key: value.to(host.get(key, parameter.device), copy=True) for key, value in own.items()
+        }
 
 
 def make_scaler(config: Config) -> torch.amp.GradScaler:
@@ -48,6 +82,34 @@ def make_scaler(config: Config) -> torch.amp.GradScaler:
 def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
     """Automatic mixed precision in `dtype`; off with None."""
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def take_gradient(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    batch: tuple[torch.Tensor, torch.Tensor],
+    scaler: torch.amp.GradScaler,
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the gradient of a batch's mean loss to the parameters', in ``config.accumulate`` equal parts.
+
+    Args:
+        forward: The network.
+        batch: Images, shape (n, C, H, W), and labels, shape (n,) or (n, classes); n is a multiple of the parts.
+        scaler: The scaler of the loss.
+        config: The configuration.
+
+    Returns:
+        The mean loss, detached, and the number of right predictions, on the device, shape () each.
+    """
+    losses, right = [], []
+    for x, y in zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True):
+        with autocast(x.device, AMP[config.amp]):
+            logits = forward(x)
+            loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing) / config.accumulate
+        scaler.scale(loss).backward()
+        losses.append(loss.detach())
+        right.append((logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum())
+    return sum(losses), sum(right)
 
 
 def mean_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], label_smoothing: float = 0.0) -> torch.Tensor:

@@ -40,7 +40,7 @@ def table(setup: Setup) -> str:
         f"{'block':<12} {'width':>9} {'MACs':>13} {'params':>11} {'layer price':>12} {'unit price':>18}",
     ]
     if setup.step_times is not None:
-        time = f"{cost.removable_ms:.4g} ms a step of {config.batch_size} images in the blocks, just measured"
+        time = f"{cost.removable_ms:.4g} ms for {config.batch_size // config.accumulate} images in the blocks, just measured"
         lines.insert(-2, f"prices by time: {time}")
     for number, block in enumerate(blocks):
         without = ones.copy()

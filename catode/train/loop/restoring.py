@@ -11,7 +11,7 @@ from torch import nn
 
 from catode.prune.pruner import Pruner
 from catode.train.loop.average import Average
-from catode.train.loop.optimization import make_optimizer, make_pruner, make_scaler
+from catode.train.loop.optimization import make_optimizer, make_pruner, make_scaler, restore_optimizer
 
 if TYPE_CHECKING:
     from catode.train.loop.setup import Setup
@@ -47,12 +47,7 @@ def restore(
         if odd := [name for name, tensor in state["average"].items() if not bool(tensor.isfinite().all())]:
             raise ValueError(f"its average's {odd[0]} is not finite")
         average.model.load_state_dict(state["average"])
-    parameters = dict(model.named_parameters())
-    for name, buffer in state["momentum"].items():
-        own = parameters.get(name)
-        if own is None or (buffer.shape, buffer.dtype) != (own.shape, own.dtype) or not bool(buffer.isfinite().all()):
-            raise ValueError(f"its momentum of {name} has another shape or type or is not finite")
-        optimizer.state[own] = {"momentum_buffer": buffer.to(own.device, copy=True)}
+    restore_optimizer(model, optimizer, state["optimizer"])
     scale = scaler.state_dict()
     if scale.keys() != state["scaler"].keys() or not all(
         type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in state["scaler"].values()

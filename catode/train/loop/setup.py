@@ -68,7 +68,7 @@ class Setup:
 
     @property
     def ode_time(self) -> float:
-        """Length of the run in ODE time, sum of lr/(1 - momentum)."""
+        """Length of the run in ODE time, sum of lr/(1 - momentum); of lr for AdamW."""
         return ode_time(self.schedule, self.config.momentum)
 
     @property
@@ -90,10 +90,13 @@ def prepare(config: Config) -> Setup:
     """
     state, held, group = None, None, distributed.current()
     group.place(config.device)
-    if config.batch_size % group.size or config.batch_size < 2 * group.size:
+    parts = group.size * config.accumulate
+    if config.batch_size % parts or config.batch_size < 2 * parts:
+        times, each = (" times accumulate", " part") if config.accumulate > 1 else ("", "")
         raise ValueError(
-            f"`batch_size` must be a multiple of the number of processes, at least two images for each; got "
-            f"batch_size={config.batch_size} with {group.size} processes. Use {2 * group.size}, {4 * group.size}, ..."
+            f"`batch_size` must be a multiple of the number of processes{times}, at least two images for each{each}; got "
+            f"batch_size={config.batch_size} with {group.size} processes{f' and accumulate={config.accumulate}' if times else ''}. "
+            f"Use {2 * parts}, {4 * parts}, ..."
         )
     if config.cost == "latency" and group.size > 1:
         raise ValueError(
@@ -238,7 +241,8 @@ def _step_times(
     if state is not None:
         return steptime.read(Path(config.resume) / steptime.FILE, model, complexity)
     settings = dict(amp=AMP[config.amp], channels_last=config.channels_last)
-    return steptime.measure(model, complexity, example, batch=config.batch_size, **settings)
+    part = config.batch_size // config.accumulate
+    return steptime.measure(model, complexity, example, batch=part, **settings)
 
 
 def build_model(config: Config, images: data.ImageData) -> nn.Module:

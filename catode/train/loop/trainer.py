@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from catode.decisions import shadow
@@ -33,7 +33,15 @@ from catode.train import data
 from catode.train.loop import board, checkpoint, lock, restoring, result
 from catode.train.loop.average import Average
 from catode.train.loop.evaluation import Score, evaluate
-from catode.train.loop.optimization import AMP, autocast, make_optimizer, make_pruner, make_scaler
+from catode.train.loop.optimization import (
+    AMP,
+    autocast,
+    make_optimizer,
+    make_pruner,
+    make_scaler,
+    optimizer_state,
+    take_gradient,
+)
 from catode.train.loop.result import environment, random_state
 from catode.train.loop.setup import PROGRESS, Setup, prepare
 from catode.train.loop.sums import Sums
@@ -113,7 +121,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = make_scaler(config)
         if self.scaler.is_enabled():  # found_inf is set on the device, and only during the step
-            self.optimizer.register_step_pre_hook(lambda sgd, *_: setattr(self, "skipped", sgd.found_inf.clone()))
+            self.optimizer.register_step_pre_hook(lambda own, *_: setattr(self, "skipped", own.found_inf.clone()))
         self.average = Average(self.model, config.ema) if config.ema else None
         self.pruner = make_pruner(setup, self.optimizer)
         if self.average and self.pruner:
@@ -234,16 +242,13 @@ class Trainer:
                 group["lr"] = rate
             gated = self.pruner is not None and self.pruner.started and not self.pruner.finished
             forward = self.model if gated else self.compiled
-            with autocast(x.device, self.amp):
-                logits = forward(x)
-                loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            loss, right = take_gradient(forward, (x, y), self.scaler, self.config)
             checksum = self.pruner.checksum() if self.pruner and self.group.size > 1 else 0
             losses.append(self.group.join(self.model.parameters(), loss, checksum=checksum, step=self.step + 1))
             self.unread.append(losses[-1])
             scale, skipped = self.update()
-            sums.right += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
+            sums.right += right
             self.step += 1
             if self.average is not None:
                 self.average.update(self.step)
@@ -336,11 +341,15 @@ class Trainer:
 
     def update(self) -> tuple[float | torch.Tensor, bool | torch.Tensor]:
         """One optimizer step; returns the loss scale of the gradients, and whether they overflowed and the step was skipped."""
+        scale = 1.0
+        if self.scaler.is_enabled():
+            scale = self.scaler.scale(torch.ones((), device=self.config.device))
+            self.scaler.unscale_(self.optimizer)
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         if not self.scaler.is_enabled():
             self.optimizer.step()
-            return 1.0, False
-        scale = self.scaler.scale(torch.ones((), device=self.config.device))
-        self.scaler.unscale_(self.optimizer)
+            return scale, False
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return scale, self.skipped
@@ -431,12 +440,6 @@ class Trainer:
         right = self.group.sum(self.sums.right)
         if not self.group.leads:
             return
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        momentum = {
-            names[parameter]: own["momentum_buffer"]
-            for parameter, own in self.optimizer.state.items()
-            if own.get("momentum_buffer") is not None
-        }
         checkpoint.save_state(
             self.folder,
             {
@@ -449,7 +452,7 @@ class Trainer:
                 "sums": {**self.sums.state(), "right": right.cpu()},
                 "lengths": [self.metrics.length(), self.structures.length()],
                 "checksums": [self.metrics.checksum, self.structures.checksum],
-                "momentum": momentum,
+                "optimizer": optimizer_state(self.model, self.optimizer),
                 "scaler": self.scaler.state_dict(),
                 "pruner": self.pruner.state_dict() if self.pruner else None,
                 "model": None if self.pruner else self.model.state_dict(),

@@ -85,6 +85,7 @@ def _default_text(name: str, default: Any) -> str:
         where = [] if dataset == "*" else [dataset]
         where += [] if archs == ["*"] else [" ".join(archs)]
         parts.append(f"{' with '.join(where)} {_shown(value)}")
+    parts += [f"{own} {_shown(values[name])}" for own, values in presets.OPTIMIZERS.items() if name in values]
     return "default: " + ", ".join(parts) if parts else ""
 
 
@@ -101,7 +102,7 @@ terms:
   theta           keep probability of a structure (unit or layer); fixed at 1: committed, fixed at 0: removed
   benefit, price  training loss (nats) that a structure saves; what it must save to be kept, its share of nu
   tolerance       theta below which a structure is removed, if the upper limit of its benefit is below its price
-  ODE time        sum of lr / (1 - momentum) over the steps: the time variable of the theory
+  ODE time        sum of lr / (1 - momentum) over the steps (adamw: of lr): the time variable of the theory
 
 examples:
   python -m catode.train

@@ -119,7 +119,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
 
     @classmethod
     def from_presets(cls, **given: Any) -> Config:
-        """Build from given values and, for the others, the preset of the data set and architecture.
+        """Build from given values and, for the others, the presets of the data set, architecture and optimizer.
 
         Args:
             **given: Values of settings.
@@ -132,7 +132,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         """
         _check_names(given)
         known = settings()
-        for name in ("dataset", "arch"):
+        for name in ("dataset", "arch", "optimizer"):
             try:
                 known[name].check(name, given.get(name, getattr(cls, name)))
             except ValueError as error:

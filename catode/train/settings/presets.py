@@ -1,4 +1,4 @@
-"""Presets: values that replace the defaults, by data set and architecture; to change one, edit `PRESETS`."""
+"""Presets: values that replace the defaults, by data set, architecture and optimizer; to change one, edit it here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from catode.train.models.catalogue import ARCHITECTURES
 
-__all__ = ["PRESETS", "resolve"]
+__all__ = ["OPTIMIZERS", "PRESETS", "resolve"]
 
 _REAL_IMAGES: dict[str, Any] = dict(
     nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0, probe_size=8
@@ -45,6 +45,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 entry overrides both.
 """
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": dict(lr=3e-3, weight_decay=0.05, momentum=0.0)}
+"""Values by optimizer that override those of `PRESETS`."""
+
 
 def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The value of every setting: given values override presets, presets override defaults.
@@ -52,13 +55,14 @@ def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     A preset's warm-up is scaled down with the epochs if fewer are given than the preset has.
 
     Args:
-        given: Values by name of the setting; data set and architecture select the presets.
+        given: Values by name of the setting; data set, architecture and optimizer select the presets.
         defaults: Default of every setting.
     """
     dataset, arch = (given.get(name, defaults[name]) for name in ("dataset", "arch"))
     values = dict(defaults)
     for key in (("*", arch), (dataset, "*"), (dataset, arch)):
         values |= PRESETS.get(key, {})
+    values |= OPTIMIZERS.get(given.get("optimizer", values["optimizer"]), {})
     epochs = given.get("epochs")
     if isinstance(epochs, int) and 0 < epochs < values["epochs"]:
         values["warmup_epochs"] *= epochs / values["epochs"]

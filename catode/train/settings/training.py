@@ -17,8 +17,21 @@ class TrainingSettings(SettingsGroup):
 
     epochs: int = number(60, int, "passes over the training images", low=1, hint="Use at least one epoch.")
     batch_size: int = number(64, int, "images in a step", low=2, hint="Use at least two images.")
-    lr: float = number(0.1, float, "peak learning rate", low=0, low_open=True, hint="Use 0.1 if in doubt.")
-    momentum: float = number(0.9, float, "momentum of SGD", low=0, high=1, high_open=True, hint="Use 0.9 if in doubt.")
+    accumulate: int = number(
+        1,
+        int,
+        "equal parts of each step's batch, whose gradients are taken one after the other and averaged, in the memory of one part; "
+        "batch norms see a part at a time",
+        low=1,
+        hint="Use 1 for none.",
+    )
+    optimizer: str = text(
+        "sgd", "optimizer; adamw has PyTorch's betas and decouples the weight decay", choices=("sgd", "adamw")
+    )
+    lr: float = number(0.1, float, "peak learning rate", low=0, low_open=True, hint="Leave it out for the preset.")
+    momentum: float = number(
+        0.9, float, "momentum of sgd; 0 with adamw", low=0, high=1, high_open=True, hint="Use 0.9 if in doubt."
+    )
     nesterov: bool = switch(False, "Nesterov's momentum", negatable=True)
     ema: float = number(
         0.0,
@@ -36,6 +49,15 @@ class TrainingSettings(SettingsGroup):
         "weight decay of every parameter, including norm layers",
         low=0,
         hint="Use 0 for none.",
+    )
+    clip_grad: float | None = number(
+        None,
+        float,
+        "norm that the gradient of all parameters is scaled down to where it is larger; default: no clipping",
+        low=0,
+        low_open=True,
+        optional=True,
+        hint="Leave it out for no clipping.",
     )
     schedule: str = text("one-cycle", "learning-rate schedule", choices=("one-cycle", "cosine", "constant"))
     augment: str = text(
@@ -69,6 +91,17 @@ class TrainingSettings(SettingsGroup):
     channels_last: bool = switch(True, "keep images in the channels-last memory format", negatable=True, identity=False)
 
     def check(self) -> None:
+        if self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
+            raise ConfigError(
+                f"`accumulate` must divide batch_size into equal parts of at least two images; got accumulate={self.accumulate} "
+                f"with batch_size={self.batch_size}. Use another divisor, or 1 for none."
+            )
+        if self.optimizer == "adamw" and (self.momentum > 0 or self.nesterov):
+            name, value = ("momentum", f"{self.momentum:g}") if self.momentum > 0 else ("nesterov", "True")
+            raise ConfigError(
+                f"`{name}` must be left out with optimizer=adamw, which averages gradients by its own betas; got {name}={value}. "
+                "Leave it out."
+            )
         if self.nesterov and self.momentum == 0:
             raise ConfigError(
                 "`nesterov` must be left out without momentum; got nesterov=True with momentum=0. Leave it out, or use --momentum "
@@ -93,7 +126,7 @@ def learning_rates(schedule: str, peak: float, steps: int) -> np.ndarray:
 
 
 def ode_time(schedule: np.ndarray, momentum: float) -> float:
-    """Length of a run in ODE time: the sum of lr/(1 - momentum) over its steps.
+    """Length of a run in ODE time: the sum of lr/(1 - momentum) over its steps; of lr for AdamW, whose `momentum` is 0.
 
     Args:
         schedule: Learning rate of every step, shape (steps,).
