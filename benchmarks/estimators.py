@@ -321,9 +321,7 @@ def run_probes(folder: Path, seed: int, **sample: int) -> str:
     name = copies.name(config.dataset, config.data_dir, copies.fingerprint(source))
     title = f"{config.arch} on {name} after {record.config['epochs']} epochs (accuracy {record.accuracy:.1f} %)"
     stream = stream.epoch(record.config["epochs"], seed)
-    return "\n\n".join(
-        [probes(title, model, stream, config, seed, **sample), *copies.notes([name])]
-    )
+    return "\n\n".join([probes(title, model, stream, config, seed, **sample), *copies.notes([name])])
 
 
 def _stream(source: data.ImageData, config: Config) -> data.Batches:

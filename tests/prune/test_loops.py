@@ -288,7 +288,12 @@ def test_law_micro_batches_measure_what_the_whole_batch_does(k, whole):
         for x, y in batches(40):
             way(model, optimizer, pruner, x, y)
         own = pruner.state
-        return torch.stack(derivatives), pruner.keep_prob.copy(), own.products.pools.gain.mean, own.evidence.curvature.mean
+        return (
+            torch.stack(derivatives),
+            pruner.keep_prob.copy(),
+            own.products.pools.gain.mean,
+            own.evidence.curvature.mean,
+        )
 
     loss = ce if whole else None
     found = train(functools.partial(accumulated, k, given=whole, whole=whole), loss)

@@ -200,7 +200,9 @@ def test_law_sampled_curvature_has_the_gauss_newton_mean(pattern):
     set_draw(gates, xi)
     exact = exact_curvature(model, x, xi)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([Probe(model, gates, cross_entropy(x, y), len(x), generator).curvature() for _ in range(500)]).double()
+    draws = torch.stack(
+        [Probe(model, gates, cross_entropy(x, y), len(x), generator).curvature() for _ in range(500)]
+    ).double()
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - exact).abs() <= 4 * error + 1e-6).all()
     assert (error < 0.2 * exact.max()).all() and exact.max() > 1e-3

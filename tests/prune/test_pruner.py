@@ -540,6 +540,7 @@ def test_gradient_products_and_probes_take_different_steps(measure_every, monkey
         return found
 
     monkeypatch.setattr(pruner._measuring, "probe", probe)
+
     def listen(weights):
         steps["products"].append(state.done + 1)
         if weights:

@@ -102,11 +102,7 @@ def pools(packed):
 
 def evidence(pruner):
     state = pruner.state_dict()["pruner"]
-    return [
-        tensor
-        for part in (state["evidence"], state["products"]["pools"])
-        for tensor in pools(part)
-    ]
+    return [tensor for part in (state["evidence"], state["products"]["pools"]) for tensor in pools(part)]
 
 
 @settings(max_examples=5)

@@ -263,12 +263,32 @@ def test_processes_are_found_where_the_group_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("averages", "wrapped", "same", "message"),
     [
-        (False, "", True, "weights must be the same in all processes; got different ones in processes 0 and 1 at step 10"),
-        (True, "", False, "weights must be the same in all processes; got different ones in processes 0 and 1 at step 0"),
-        (False, "given", True, "must be the plain network, whose parameters may change their shapes; got DistributedDataParallel"),
+        (
+            False,
+            "",
+            True,
+            "weights must be the same in all processes; got different ones in processes 0 and 1 at step 10",
+        ),
+        (
+            True,
+            "",
+            False,
+            "weights must be the same in all processes; got different ones in processes 0 and 1 at step 0",
+        ),
+        (
+            False,
+            "given",
+            True,
+            "must be the plain network, whose parameters may change their shapes; got DistributedDataParallel",
+        ),
         (False, "called", True, "must not be in DistributedDataParallel"),
     ],
-    ids=["gradients that are not averaged", "other weights", "DistributedDataParallel", "DistributedDataParallel later"],
+    ids=[
+        "gradients that are not averaged",
+        "other weights",
+        "DistributedDataParallel",
+        "DistributedDataParallel later",
+    ],
 )
 def test_what_several_processes_cannot_do_is_refused_in_all_of_them(averages, wrapped, same, message, tmp_path):
     for found in together(tmp_path, left_out, averages, wrapped, same):

@@ -168,7 +168,6 @@ class Capture(Copied):
             call.output = output
         return output if several else None
 
-
     def _arrived(self, parameter: nn.Parameter) -> None:
         """Forget the calls before the last one if the user has cleared their gradients, as of a batch that was left out."""
         if self._gradient is not None and parameter.grad is not self._gradient:

@@ -6,6 +6,8 @@ import errno
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -64,6 +66,16 @@ def hold(folder: Path, name: str = "out") -> TextIO:
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
+
+
+@contextmanager
+def released(file: TextIO) -> Iterator[None]:
+    """Release a lock at the end of this context; an error of closing its file costs nothing, since nothing is in it."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 def drop(folder: Path) -> None:

@@ -82,7 +82,7 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
     folder, group = Path(setup.config.out), setup.group
     if group.leads:
         folder.mkdir(parents=True, exist_ok=True)
-    with (setup.lock or lock.hold(folder)) if group.leads else nullcontext():
+    with lock.released(setup.lock or lock.hold(folder)) if group.leads else nullcontext():
         if group.leads and setup.config.resume is None:
             check_out(setup.config)  # another process may have started and ended a run here meanwhile
         trainer = Trainer(setup, folder, progress)
