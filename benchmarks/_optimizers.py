@@ -223,12 +223,13 @@ def by_optimizer(seeds: int, quick: bool) -> Sequence[str]:
         f"by epochs, {windows} windows of {window} steps after {warm} steps, {seeds} seeds. Exact: G P G at the weights of "
         "each burst, G the gradient over all examples with the branch on, P what the optimizer makes of it. Medians over "
         "branch and units of the mean ratio, and of its standard deviation over windows and seeds; how often the upper "
-        "limit at risk .05 is above the exact value, and its median over it. Displacement is net growth, below G P G where steps undo each other.",
+        "limit at risk .05 is above the exact value, and its median over it. Displacement is net growth, below G P G where steps "
+        "undo each other.",
         "",
         markdown(header, rows),
         "",
-        "Cost with ResNet-20 and batches of 64 images of 8 x 8: milliseconds of eight steps (the least of 25 repeats), and what measuring adds to them; "
-        "copies of the weights that it holds between two steps at most.",
+        "Cost with ResNet-20 and batches of 64 images of 8 x 8: milliseconds of eight steps (the least of 25 repeats), and what "
+        "measuring adds to them; copies of the weights that it holds between two steps at most.",
         "",
         markdown(("optimizer", "eight steps", "before", "now", "copies now"), costs),
     ]
