@@ -69,8 +69,8 @@ def _positions(model: nn.Module, example: Any) -> dict[str, int]:
                 hooks.append(module.register_forward_hook(record(name, out_width(module))))
             elif any(True for _ in module.parameters(recurse=False)):
                 raise TypeError(
-                    f"cannot count `{name}` ({type(module).__name__}): only convolutions, linear and norm layers and embeddings may "
-                    "have parameters. Extend catode.prune.describe.costs for other layers."
+                    f"cannot count `{name}` ({type(module).__name__}): only convolutions, linear and norm layers and "
+                    "embeddings may have parameters. Extend catode.prune.describe.costs for other layers."
                 )
         with inference(model):
             called(model, example)
