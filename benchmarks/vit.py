@@ -75,18 +75,18 @@ class Recipe:
         width: Channels of a token.
     """
 
-    epochs: int = 100
+    epochs: int = 150
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: float = 3e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
     wait: float = 0.1
-    decide: float = 0.7
+    decide: float = 0.5
     nu: float = 1.0
     memory: int = 0
     probe_size: int = 32
     target: float = 0.5
-    alpha: float = 0.5
+    alpha: float = 0.8
     shift: int = 1
     images: int = 0
     depth: int = 4
