@@ -105,6 +105,9 @@ RUN = "run dense --data-dir d --out o"
         ("sensitivity", "--write gate_cost_resnet56", "of benchmarks.gate_cost"),
         ("sensitivity", "--write ../x", "`write` must be a plain name"),
         ("sensitivity", "--grid warmup_epochs=1,50", "`warmup_epochs` must be <"),
+        ("vit", "--set seed=1", "`set` must be name=value of epochs, "),
+        ("vit", "--set lr=fast", "`lr` must be a number; got 'lr=fast'. Write lr=NUMBER."),
+        ("vit", "--seeds 0", "`seeds` must be at least 1; got 0. Leave it out."),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(module, line, expected, tmp_path, monkeypatch, capsys):

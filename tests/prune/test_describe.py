@@ -333,3 +333,33 @@ def test_a_layer_that_cannot_be_counted_is_refused():
     with pytest.raises(TypeError, match=r"cannot count `1` \(PReLU\)"):
         count(model, torch.zeros(1, 4))
     assert not any(m._forward_hooks for m in model.modules()), "a refused network must come back without hooks"
+
+
+class Positions(nn.Module):
+    """Tokens with positions from a table, and a residual branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.branch = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    def forward(self, x):
+        x = x + self.table(torch.arange(5))
+        return x + self.branch(x)
+
+
+def test_an_embedding_counts_its_table_and_no_macs():
+    model, example = Positions(), torch.zeros(2, 5, 4)
+    layers = 5 * (4 * 6 + 6 * 4), 4 * 6 + 6 + 6 * 4 + 4
+    assert count(model, example) == Counts(layers[0], layers[1] + 5 * 4)
+    block = Block("branch", "branch.2", (Site("hidden", 6, ("branch.0",), ("branch.2",)),))
+    complexity = describe(model, [block], example)
+    assert (complexity.params(np.ones(7)), complexity.params(np.zeros(7))) == (layers[1] + 20, 20)
+    assert (complexity.macs(np.ones(7)), complexity.macs(np.zeros(7))) == (layers[0], 0)
+
+
+def test_a_site_made_by_an_embedding_is_refused():
+    model = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 5))
+    block = Block("1", "1", (Site("hidden", 6, ("0",), ("1",)),))
+    with pytest.raises(ValueError, match="site `hidden` must be made by a convolution, .* `0` is an Embedding"):
+        describe(model, [block], torch.zeros(2, 3, dtype=torch.int64))

@@ -21,7 +21,8 @@ class Counts:
     """MACs and parameters of a network, per example.
 
     Convention: a multiply-accumulate is 1 MAC (= 1 FLOP). Convolutions and linear layers count one MAC per weight use,
-    norm layers one per normalised element (scale and shift); additions, biases, activations and pooling count none.
+    norm layers one per normalised element (scale and shift); additions, biases, activations, pooling, tables that are looked
+    up and products of activations with each other (those of attention) count none.
     """
 
     macs: int
@@ -64,12 +65,12 @@ def _positions(model: nn.Module, example: Any) -> dict[str, int]:
 
     try:
         for name, module in model.named_modules():
-            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, *_NORMS)):
+            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, *_NORMS)):
                 hooks.append(module.register_forward_hook(record(name, out_width(module))))
             elif any(True for _ in module.parameters(recurse=False)):
                 raise TypeError(
-                    f"cannot count `{name}` ({type(module).__name__}): only convolutions, linear and norm layers may have "
-                    "parameters. Extend catode.prune.describe.costs for other layers."
+                    f"cannot count `{name}` ({type(module).__name__}): only convolutions, linear and norm layers and "
+                    "embeddings may have parameters. Extend catode.prune.describe.costs for other layers."
                 )
         with inference(model):
             called(model, example)
@@ -85,6 +86,8 @@ def out_width(module: nn.Module) -> int:
         return module.out_channels
     if isinstance(module, nn.Linear):
         return module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
     if isinstance(module, nn.LayerNorm):
         return int(np.prod(module.normalized_shape))
     return module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
@@ -97,14 +100,18 @@ def _costs(module: nn.Module, positions: int) -> tuple[int, int, int, int]:
         return positions * taps, taps, 0, int(module.bias is not None)
     if isinstance(module, nn.Linear):
         return positions, 1, 0, int(module.bias is not None)
+    if isinstance(module, nn.Embedding):
+        return 0, 1, 0, 0
     affine = int(module.weight is not None) + int(module.bias is not None) if hasattr(module, "weight") else 0
     return 0, 0, positions, affine
 
 
 def in_width(module: nn.Module) -> int:
-    """Channels that each output of a convolution or linear layer reads; 0 for a norm."""
+    """Channels that each output of a convolution or linear layer reads, rows of an embedding's table; 0 for a norm."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.in_channels // module.groups
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings
     return module.in_features if isinstance(module, nn.Linear) else 0
 
 
@@ -154,6 +161,11 @@ def describe(model: nn.Module, blocks: Sequence[Block], example: Any) -> Complex
                     raise ValueError(
                         f"site `{site.name}` must not pass `{name}`, a {type(modules[name]).__name__}, which mixes the units: "
                         "removing one would change the others. Use a batch norm, or leave the site out."
+                    )
+                if isinstance(modules[name], nn.Embedding):
+                    raise ValueError(
+                        f"site `{site.name}` must be made by a convolution, a linear layer or a batch norm; `{name}` is an "
+                        "Embedding. Leave the site out."
                     )
                 table[name] = place.number
     terms = []
