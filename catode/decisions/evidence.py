@@ -120,7 +120,7 @@ class Evidence:
 
     def __post_init__(self, window: NDArray, curvature_window: float, risk: float) -> None:
         n = len(window)
-        self.z = float(ndtri(1.0 - risk))
+        self.z = -float(ndtri(risk))
         self._benefit, self._when, self._elapsed, self._estimate, self._successive = (Pool(n, window) for _ in range(5))
         self._slow, self._slow_when = Pool(n, 3 * window), Pool(n, 3 * window)
         self._last = np.full(n, np.nan)

@@ -139,7 +139,7 @@ def certain(
     """
     lower, upper, price = limits.benefit_lower, limits.benefit_upper, limits.price
     near_one = known & (limits.keep_prob >= NEARLY_ONE) & (lower > 0.0)
-    growth = slope[0] - float(ndtri(1.0 - risk)) * slope[1]
+    growth = slope[0] + float(ndtri(risk)) * slope[1]
     fall = np.maximum(-growth, 0.0)[near_one] / limits.benefit[near_one]
     last = np.zeros_like(lower)
     last[near_one] = lower[near_one] * np.exp(-fall * steps_left * step_time)

@@ -34,7 +34,7 @@ def needed_memory(noise: ArrayLike, price: ArrayLike, risk: float, correlation: 
         The time constant, in estimates.
     """
     correlation = np.asarray(correlation)
-    draws = (float(ndtri(1.0 - risk)) * np.asarray(noise) / np.asarray(price)) ** 2
+    draws = (-float(ndtri(risk)) * np.asarray(noise) / np.asarray(price)) ** 2
     return np.asarray(draws / 2.0 * (1.0 + correlation) / (1.0 - correlation))
 
 

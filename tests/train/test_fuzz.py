@@ -21,6 +21,12 @@ SLOW_ARCHITECTURES = ("resnet44", "resnet56", "resnet110", "resnet50", "resnet10
 WRONG = ["", "nan", "-1", "1e9", "x", "0"]
 EPOCHS = config.settings()["epochs"]  # as many would take as long
 IMAGES = 40
+RECIPES = (
+    [],
+    ["--optimizer=adamw"],
+    ["--accumulate=2", "--clip-grad=0.5"],
+    ["--optimizer=adamw", "--accumulate=4", "--ema=0.9"],
+)
 
 
 def values(setting, wrong):
@@ -41,10 +47,11 @@ def values(setting, wrong):
 
 @st.composite
 def command_lines(draw):
-    """A few flags with values, on top of a run of one or two epochs of a few steps."""
+    """A few flags with values, on top of a run of one or two epochs of a few steps and of an optimizer's recipe."""
     known = {name: s for name, s in config.settings().items() if name not in LEFT_OUT}
     chosen = draw(st.lists(st.sampled_from(sorted(known)), max_size=4, unique=True))
     argv = ["--arch=resnet14", "--epochs=2", "--batch-size=8", "--warmup-epochs=0", "--memory=10", "--check-every=2"]
+    argv += draw(st.sampled_from(RECIPES))
     for name in chosen:
         flag = "--" + name.replace("_", "-")
         argv.append(

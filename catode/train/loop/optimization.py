@@ -62,8 +62,9 @@ def restore_optimizer(
         if parameter is None or own.keys() != expected:
             raise ValueError(f"its optimizer's state of {name} is of another network or optimizer")
         for key, value in own.items():
-            shape, dtype = ((), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
-            if (value.shape, value.dtype) != (shape, dtype) or not bool(value.isfinite().all()):
+            usual = (parameter.shape, (parameter.dtype,))
+            shape, dtypes = ((), (torch.float32, torch.float64)) if key == "step" else usual
+            if value.shape != shape or value.dtype not in dtypes or not bool(value.isfinite().all()):
                 raise ValueError(f"its optimizer's {key} of {name} has another shape or type or is not finite")
             if key in ("step", "exp_avg_sq") and bool((value < 0).any()):
                 raise ValueError(f"its optimizer's {key} of {name} is negative")
