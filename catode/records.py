@@ -272,6 +272,7 @@ def read_result(
         if name in result and f"test_{name}" not in result:
             result[f"test_{name}"] = result.pop(name)
     _check_keys(folder / "result.json", result, required or {}, optional or {})
+    _check_numbers(folder / "result.json", result)
     decisions = result.get("decisions")
     if isinstance(decisions, dict) and {"forced", "promoted"} & set(decisions):  # before 0.2
         last = {}
@@ -286,6 +287,19 @@ def read_result(
             kept[REMOVED_WITH_BLOCK] = decisions["promoted"]
         result["decisions"] = dict(sorted(kept.items()))
     return result
+
+
+def _check_numbers(path: Path, result: Mapping[str, Any]) -> None:
+    """Check that a result holds numbers, but for `decisions` and `warnings`, and lists of numbers in its histories.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    for name, value in result.items():
+        listed = isinstance(value, list) and name.endswith("history")
+        for part in value if listed else [value]:
+            if not (name in ("decisions", "warnings") or part is None or _is(part, float)):
+                raise ValueError(f"{path} must have numbers at {name!r}; got {part!r:.60}. Restore the file from the run.")
 
 
 def _earlier_fates(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:

@@ -375,3 +375,22 @@ def test_the_committed_records_are_read_with_known_fates_alone():
         assert sum(decisions.values()) == sum(plain.values()), run
         header, rows = records.read_structures(run)
         assert {row[header.index("fate")] for row in rows} <= set(fates.FATES)
+
+
+@pytest.mark.parametrize("value", [[1, 2], {"a": 1}, "many", True, [[1]]])
+@pytest.mark.parametrize("name", ["params", "macs_dense", "seconds", "validation_accuracy_history"])
+def test_a_result_that_is_no_number_is_refused_by_name(tmp_path, name, value):
+    if name.endswith("history") and value == [1, 2]:
+        value = [1, "two"]
+    result = {
+        "test_accuracy": 0.5,
+        "params": 10,
+        "decisions": {"committed": 1},
+        "warnings": ["one"],
+        "decided_by_rule": None,
+    }
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert records.read_result(tmp_path) == result
+    (tmp_path / "result.json").write_text(json.dumps({**result, name: value}))
+    with pytest.raises(ValueError, match=rf"result\.json must have numbers at {name!r}; got [^\n]*\. Restore the file"):
+        records.read_result(tmp_path)
