@@ -37,6 +37,7 @@ NOT_RUN = {
     ".ci/": "it runs this very suite, or all notebooks, for minutes",
     "python -m pytest": "it is a part of this very suite",
     "torchrun": "it starts several processes, on several GPUs; tests/train/test_distributed.py has two on CPUs",
+    "python -m tests.faults": "tests/test_faults.py runs a sample of it; all of it takes many minutes",
     "python -m benchmarks.rival": "torch-pruning is no part of the tests' environment",
 }
 """Beginnings of commands that are not run, each with its reason; their flags and files are looked up all the same."""
