@@ -299,7 +299,9 @@ def _check_numbers(path: Path, result: Mapping[str, Any]) -> None:
         listed = isinstance(value, list) and name.endswith("history")
         for part in value if listed else [value]:
             if not (name in ("decisions", "warnings") or part is None or _is(part, float)):
-                raise ValueError(f"{path} must have numbers at {name!r}; got {part!r:.60}. Restore the file from the run.")
+                raise ValueError(
+                    f"{path} must have numbers at {name!r}; got {part!r:.60}. Restore the file from the run."
+                )
 
 
 def _earlier_fates(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:

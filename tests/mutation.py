@@ -38,6 +38,7 @@ HERE, BELOW = "tests/decisions/test_", "tests/structures/test_"
 TESTS = {
     "catode.decisions.check": [HERE + "check.py"],
     "catode.decisions.evidence": [HERE + "evidence.py", HERE + "limits.py"],
+    "catode.decisions.growth": ["tests/prune/test_growth.py", "tests/prune/test_optimizers.py", HERE + "limits.py"],
     "catode.decisions.limits": [HERE + "limits.py"],
     "catode.decisions.motion": [HERE + "motion.py"],
     "catode.decisions.outcomes": [HERE + "outcomes.py"],

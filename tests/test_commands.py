@@ -238,7 +238,9 @@ def test_every_command_of_the_pages_runs(command, places, finished, figure_runs,
     monkeypatch.chdir(tmp_path)
     status = main(tiny(module, given, places, finished, tmp_path / "out", figure_runs))
     said = capsys.readouterr()
-    assert not status, said.err
+    assert status in ((0, 3, None) if module == "catode.train" else (0, None)), (
+        said.err
+    )  # 3: so few steps decide nothing
     assert said.out.strip()
 
 

@@ -126,7 +126,7 @@ TINY = ["--arch=resnet14", "--hidden-scale=0.25", "--epochs=1", "--warmup-epochs
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.trainer, "latency_ms", lambda *given: [[1.0], [1.0]])
+        patch.setattr(loop.result, "latency_ms", lambda *given: [[1.0], [1.0]])
         patch.setattr("catode.report.report._MAKERS", ())
         assert train([*TINY, "--out", str(folder)]) == 0
     return folder

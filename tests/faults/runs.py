@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -39,6 +40,8 @@ LIMIT = 120  # seconds for a case
 MEMORY = 4 << 30  # bytes for a case
 MODULES = ("train.__main__", "report.report", "report.compare.command", "export", "theory.__main__", "theory.plotting")
 
+ABOUT_PRUNING = re.compile(r"warning: (the deciding phase|\d+ of \d+ structures)")  # that so small a run is too short
+
 
 @dataclass
 class Said:
@@ -65,6 +68,7 @@ class Said:
         """Lines on standard error but for the progress bar, and unless `notes` but for warnings and notes."""
         lines = [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
         lines = [line for line in lines if "?step" not in line and "s/step" not in line]
+        lines = [line for line in lines if not ABOUT_PRUNING.match(line)]
         return lines if notes else [line for line in lines if not line.startswith(("note: ", "warning: "))]
 
 

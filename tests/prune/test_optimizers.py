@@ -247,7 +247,7 @@ def gated(make, **given):
     torch.manual_seed(0)
     model = DenseResNet(6, 3, blocks=2, width=6, hidden=5)
     optimizer = make(model.parameters())
-    given = dict(nu=1.0, steps=200, memory=20, initial_keep_prob=0.9) | given
+    given = dict(nu=1.0, steps=200, memory=20, check_every=50, measure_every=2, initial_keep_prob=0.9) | given
     return model, optimizer, Pruner(model, torch.zeros(2, 6), optimizer=optimizer, **given)
 
 

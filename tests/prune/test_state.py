@@ -131,8 +131,8 @@ def test_what_a_state_leaves_open_is_taken_up(saved):
 
 def burst(state, **changes):
     """The state with a part of its first gradient of a burst changed."""
-    gradient, on, scale = state["pruner"]["products"]["burst"][0]
-    parts = dict(gradient=gradient, on=on, scale=scale) | changes
+    gradient, draw = state["pruner"]["products"]["burst"][0]
+    parts = dict(gradient=gradient, draw=draw) | changes
     return put(state, ("products", "burst"), [list(parts.values())])
 
 
@@ -143,11 +143,11 @@ def burst(state, **changes):
         dict(gradient=torch.zeros(5)),
         dict(gradient=torch.zeros(3, 4)),
         dict(gradient=torch.zeros(5, dtype=torch.int64)),
-        dict(on=None),
-        dict(on={ARRAY: torch.ones(3, dtype=torch.bool)}),
-        dict(on={ARRAY: torch.ones(75)}),
-        dict(scale={ARRAY: torch.zeros(75, dtype=torch.float64)}),
-        dict(scale={ARRAY: torch.full((75,), math.nan, dtype=torch.float64)}),
+        dict(draw=None),
+        dict(draw={ARRAY: torch.ones(3, dtype=torch.float64)}),
+        dict(draw={ARRAY: torch.ones(75)}),
+        dict(draw={ARRAY: torch.full((75,), 2.0, dtype=torch.float64)}),
+        dict(draw={ARRAY: torch.full((75,), math.nan, dtype=torch.float64)}),
         dict(more=3),
     ],
     ids=str,

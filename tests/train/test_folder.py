@@ -2,7 +2,6 @@
 
 import errno
 import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -525,12 +524,16 @@ def test_a_picture_of_too_many_pixels_is_refused_in_one_line(tmp_path, monkeypat
     assert not recwarn
 
 
-def test_no_more_workers_start_than_there_are_batches(pictures):
-    files = load("folder", pictures, image_size=4, array_bytes=0).test_images
-    stream = folder.stream(files, [(np.array([0]), None), (np.array([1]), None)], 8)
-    next(stream)
-    assert len(multiprocessing.active_children()) == 2
-    assert len(list(stream)) == 1
+def test_no_more_workers_start_than_there_are_batches(pictures, monkeypatch):
+    files, started, loader = load("folder", pictures, image_size=4, array_bytes=0).test_images, [], folder.DataLoader
+
+    def counted(*given, num_workers, **options):
+        started.append(num_workers)
+        return loader(*given, num_workers=num_workers, **options)
+
+    monkeypatch.setattr(folder, "DataLoader", counted)
+    assert len(list(folder.stream(files, [(np.array([0]), None), (np.array([1]), None)], 8))) == 2
+    assert started == [2]
 
 
 def put(path, content=b"x"):

@@ -30,7 +30,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(loop.trainer, "latency_ms", lambda *_: [[1.0], [1.0]])
+    monkeypatch.setattr(loop.result, "latency_ms", lambda *_: [[1.0], [1.0]])
     yield tmp_path / "home"
     assert not os.listdir(tmp_path / "elsewhere"), "nothing is written beside"
 
@@ -144,7 +144,7 @@ def run_into_it(pipe, folder, flags):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_folder_that_becomes_read_only_costs_a_line_and_the_run_goes_on(monkeypatch):
-    monkeypatch.setattr(loop.trainer, "latency_ms", lambda *_: [[1.0], [1.0]])
+    monkeypatch.setattr(loop.result, "latency_ms", lambda *_: [[1.0], [1.0]])
     monkeypatch.setattr("catode.report.report.write", lambda _: None)
     with tempfile.TemporaryDirectory() as base:  # which every user may enter
         os.chmod(base, 0o755)

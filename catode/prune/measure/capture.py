@@ -77,6 +77,8 @@ class Capture(Copied):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._parts: list[torch.Tensor] = []  # dL/dxi of the calls before the last one
         self._gradient: torch.Tensor | None = None  # of one parameter, when a gradient last came to it
+        self._version: int | None = None  # of that parameter then
+        self._moved = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of a gated model holds: nothing, and does nothing."""
@@ -100,7 +102,7 @@ class Capture(Copied):
     def begin(self, measured: bool) -> None:
         """Begin a step."""
         self.calls, self.measured = [], measured or self.checked
-        self._parts, self._gradient = [], None
+        self._parts, self._gradient, self._version, self._moved = [], None, None, False
 
     def derivative(self, grad_scale: float | torch.Tensor) -> tuple[NDArray, torch.Tensor]:
         """Draw of the current step, and, still on the device, dL/dxi there, each of shape (n,).
@@ -119,6 +121,11 @@ class Capture(Copied):
             raise RuntimeError(
                 f"`step()` must follow a backward pass through the gated model in train mode; got none since the last one, and a "
                 f"model in {mode} mode. Call model.train() before the forward pass, and loss.backward() before step()."
+            )
+        if self._moved:
+            raise RuntimeError(
+                "`step()` must follow backward passes at the same weights; got weights that changed between two of them, as SAM "
+                "does. Call step() after each optimizer step."
             )
         self.gates.rows = None
         derivative = sum(gradient.sum(0) if rows else gradient for gradient in gradients)
@@ -172,7 +179,8 @@ class Capture(Copied):
         """Forget the calls before the last one if the user has cleared their gradients, as of a batch that was left out."""
         if self._gradient is not None and parameter.grad is not self._gradient:
             self.calls, self._parts = self.calls[-1:], []
-        self._gradient = parameter.grad
+        self._moved |= self._version is not None and parameter._version != self._version
+        self._gradient, self._version = parameter.grad, parameter._version
 
 
 def _accumulate(gradients: list[torch.Tensor | None], place: int, gradient: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from catode.prune.devices import distributed
-from catode.prune.devices.transfer import exact
+from catode.prune.devices.transfer import exact, read
 from catode.train.loop.optimization import autocast
 
 
@@ -59,7 +59,7 @@ def evaluate(
             counts[k, 2] += ~logits.isfinite().all()
             losses[k] += F.cross_entropy(logits, y, reduction="sum")
     model.train(training)
-    counts, losses = group.sum(counts).tolist(), group.sum(losses).tolist()
+    counts, losses = (part.tolist() for part in read([group.sum(counts), group.sum(losses)]))
     return [
         Score(math.nan, math.nan) if bad else Score(right / total, loss / total)
         for (right, total, bad), loss in zip(counts, losses, strict=True)
