@@ -404,6 +404,9 @@ def _unlike(schema: dict[str, Any], packed: Any, n: int, place: str = "pruner") 
 
 def _contrary(packed: dict, inventory: Inventory) -> str:
     """Where values that follow their rules contradict each other; empty if nowhere."""
+    for name, values in packed["bounds"].items():
+        if len(values[ARRAY]) != inventory.layers:
+            return f"pruner.bounds.{name}, which must have one number for each of {inventory.layers} layers"
     fate, kept = np.array(packed["fate"][NAMES]), packed["kept"][ARRAY].numpy()
     if (kept == np.isin(fate, fates.REMOVED)).any() or (inventory.close(kept) != kept).any():
         return "pruner.kept, which must be what the fates leave in the network"

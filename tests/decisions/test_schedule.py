@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catode.decisions.schedule import Schedule, Turns
+from catode.decisions.schedule import Schedule, Turns, needed_memory, needed_phase
 
 counts = st.integers(1, 12)
 
@@ -100,3 +100,10 @@ def test_turns_go_round_and_round():
     assert [turns.next(candidates, taken, 2) for taken in (0, 2, 4)] == [[3, 5], [8, 3], [5, 8]]
     assert turns.next(candidates, 1, 9) == [5, 8, 3], "each once at the most"
     assert turns.next(np.array([], dtype=np.int64), 7, 2) == []
+
+
+def test_memory_that_tells_nothing_from_a_price():
+    """(z s / g)^2 / 2 independent estimates, at z = 1.645, s = 1.6e-3, g = 1e-4; three times as many at a correlation of 1/2."""
+    assert needed_memory(1.6e-3, 1e-4, 0.05) == pytest.approx((1.64485 * 16) ** 2 / 2, rel=1e-4)
+    assert needed_memory(1.6e-3, 1e-4, 0.05, 0.5) == pytest.approx(1.5 * (1.64485 * 16) ** 2, rel=1e-4)
+    assert (needed_phase(40, 5), needed_phase(3, 50)) == (400, 500)

@@ -170,7 +170,7 @@ def main():
     loop.result.latency_ms = lambda *_: [0.0, 0.0]
     changes = {"default": {}, "per example": {"per_example": True}, "curvature": {"layer_estimator": "curvature"}}
     given = dict(arch="resnet14", hidden_scale=0.25, batch_size=200, epochs=2, memory=10, check_every=10**6)
-    given |= dict(initial_keep_prob=0.9, layers_per_probe=6, read_every=READ_EVERY, out="unused")
+    given |= dict(validation_share=0.0, initial_keep_prob=0.9, layers_per_probe=6, read_every=READ_EVERY, out="unused")
     setup = loop.prepare(config.Config(**given))
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -110,7 +110,10 @@ def test_law_every_wrong_value_is_one_line_that_names_its_place(saved):
     for place, _, value in leaves(SCHEMA, state["pruner"]):
         for bad in wrong(value):
             if not allowed(place, bad):
-                told = refusal(changes, put(state, place, bad), pruner)
+                try:
+                    told = refusal(changes, put(state, place, bad), pruner)
+                except pytest.fail.Exception:
+                    pytest.fail(f"{place} may be {bad}")
                 named = f"something else at pruner.{'.'.join(place)}, which must "
                 assert named in told or "of the same network" in told, (place, bad)
                 tried += 1

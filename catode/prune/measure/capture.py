@@ -177,6 +177,8 @@ class Capture(Copied):
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         """Forget the calls before the last one if the user has cleared their gradients, as of a batch that was left out."""
+        if not self.calls:  # of passes in eval mode, or before the gates
+            return
         if self._gradient is not None and parameter.grad is not self._gradient:
             self.calls, self._parts = self.calls[-1:], []
         self._moved |= self._version is not None and parameter._version != self._version
