@@ -4,7 +4,7 @@
     python -m benchmarks.gate_versions --old ../old [--cycles 12] [--threads N] [--quick] [--write]
 
 Each version runs in a process of its own, from its own tree, and takes a plain and a gated step whenever it is asked for a
-round; the versions take turns. A cycle is the eight steps after which measuring repeats itself.
+round; the versions take turns. A cycle is the 16 steps after which measuring repeats itself, in all versions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from catode.prune.devices.timing import keep_freed_memory
 from catode.train.settings.commandline import CommandLine
 
 WORKER = ("turns", "memory")
-CYCLE, WARM = 8, 2
+CYCLE, WARM = 16, 2
 MEMORY_STEPS = 2 * CYCLE + 1
 PRECISIONS = ("fp32", "bf16")
 LIMIT = 1.05
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandLine(prog="python -m benchmarks.gate_versions", description=__doc__.splitlines()[0])
     parser.add_argument("--old", type=Path, required=True, help="a tree of the earlier version")
     parser.add_argument("--arch", default="resnet20", help="the network that is timed (resnet20)")
-    parser.add_argument("--cycles", type=int, default=12, help="cycles of eight steps (12)")
+    parser.add_argument("--cycles", type=int, default=12, help="cycles of 16 steps (12)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/gate_versions.md")
     add_quick(parser)
