@@ -46,7 +46,7 @@ from catode.train.settings.config import Config
 
 BLOCKS, HIDDEN, WIDTH = 2, 4, 16
 PAIRED = "paired, layers: {}"
-TOGETHER = 1, 2, 3  # layers whose paired difference one probe takes
+TOGETHER = 1, 2, 4  # layers whose paired difference one probe takes
 POOLED = 200  # observations in the last column, the pruner's default memory
 
 Batch = tuple[torch.Tensor, torch.Tensor]
