@@ -44,7 +44,7 @@ class PrunerSettings:
             correction then uses the batch means of draw and curvature, taken as uncorrelated.
         probe_size: Examples in a probe; None: an eighth of the batch, at least 16. More where images are small.
         layers_per_probe: Structures (layers by default) whose paired difference one probe takes.
-        measure_every: Steps between probes; probes of curvature and of paired differences take turns. None: 8, fewer where
+        measure_every: Steps between probes; probes of curvature and of paired differences take turns. None: 4, fewer where
             `memory` is below 200.
         check_every: Steps between checks; None: a quarter of `memory`.
         read_every: Steps after which the host reads what was measured, waiting for the device, moves the thetas step by
@@ -86,7 +86,7 @@ class PrunerSettings:
     layer_estimator: str = "paired"
     per_example: bool = False
     probe_size: int | None = None
-    layers_per_probe: int = 4
+    layers_per_probe: int = 2
     measure_every: int | None = None
     check_every: int | None = None
     read_every: int = 1

@@ -364,7 +364,7 @@ def test_a_resolved_configuration_holds_what_follows_from_the_length_of_the_run(
     config = Config.from_presets(dataset="cifar10", data_dir="d", arch="resnet20")
     assert [getattr(config, name) for name in DERIVED] == [None] * 5
     done = config.resolved(7800)  # 20 epochs of 390 steps, of which 6,240 decide
-    assert (done.memory, done.check_every, done.measure_every, done.probe_size) == (200, 50, 8, 16)
+    assert (done.memory, done.check_every, done.measure_every, done.probe_size) == (200, 50, 4, 16)
     time = ode_time(learning_rates("one-cycle", 0.1, 7800), 0.9)
     assert time == pytest.approx(7800 * 0.05 / 0.1, rel=1e-3)  # the one-cycle's mean is half its peak
     assert done.rate_ratio == pytest.approx(1 / (0.1 * time)) and done.derived == DERIVED

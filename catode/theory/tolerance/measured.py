@@ -12,7 +12,7 @@ import numpy as np
 LEAST_PRICE = 1e-12  # nats; below it a price is that of a unit whose layer is all but gone
 LEAST_MEMORY = 200
 SHORTEST_MEMORY = 10  # in the shortest runs
-PROBES, MOST_PROBE_STEPS = 25, 8
+PROBES, MOST_PROBE_STEPS = 50, 4
 MEMORIES = 10  # of the pools, in a deciding phase that is not too short
 SHORT_PHASE = 6240  # steps of a deciding phase for which the least memory suffices: 20 epochs of CIFAR-10
 
@@ -87,7 +87,7 @@ def fitting_memory(deciding_steps: int, warmup: int) -> int:
 
 
 def probe_steps(memory: int) -> int:
-    """Steps between probes where no setting says it: `PROBES` in the memory of the pools, at least every eighth step."""
+    """Steps between probes where no setting says it: `PROBES` in the memory of the pools, at least every fourth step."""
     return min(max(memory // PROBES, 1), MOST_PROBE_STEPS)
 
 

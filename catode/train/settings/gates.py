@@ -33,7 +33,7 @@ class GateSettings(SettingsGroup):
         hint="Leave it out for an eighth of the batch.",
     )
     layers_per_probe: int = number(
-        4,
+        2,
         int,
         "layers whose benefit one measurement estimates by a paired difference",
         low=1,
@@ -42,7 +42,7 @@ class GateSettings(SettingsGroup):
     measure_every: int | None = number(
         None,
         int,
-        "steps between measurements of the benefits; default: 8, fewer where --memory is below 200",
+        "steps between measurements of the benefits; default: 4, fewer where --memory is below 200",
         low=1,
         optional=True,
         hint="Use 1 for every step.",
