@@ -44,10 +44,11 @@ class Pullbacks:
 class Curvature:
     """Random vectors a and b with E[a b'] = H, for all examples of a loss at once.
 
-    With v of random signs, which have less noise than any other v: for a softmax cross-entropy, weighted or not, per example or per position, p the softmax and s the weight
-    of the example or position in the loss, ``a = b = sqrt(s) (r - p sum(r))`` with ``r = sqrt(p) v``, whose covariance is H.
-    Else ``a = sqrt(d) v`` and ``b = H v / sqrt(d)``, d > 0 of the size of H's entries, so that outputs that hardly matter add
-    no noise. Which of the two is found out when it is first called.
+    With v of random signs, which bring less noise than normal numbers: for a softmax cross-entropy, weighted or not, per
+    example or per position, p the softmax and s the weight of the example or position in the loss,
+    ``a = b = sqrt(s) (r - p sum(r))`` with ``r = sqrt(p) v``, whose covariance is H. Else ``a = sqrt(d) v`` and
+    ``b = H v / sqrt(d)``, d > 0 of the size of H's entries, so that outputs that hardly matter add no noise. Which of the two
+    is found out when it is first called.
 
     Args:
         group: Processes that must find the same.
