@@ -18,8 +18,10 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,8 @@ from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config
 
 BLOCKS, HIDDEN, WIDTH = 2, 4, 16
+PAIRED = "paired, layers: {}"
+TOGETHER = 1, 2, 4  # layers whose paired difference one probe takes
 POOLED = 200  # observations in the last column, the pruner's default memory
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -369,7 +373,8 @@ def probes(
     sizes = sorted(
         {m for m in (whole, 32, 16, max(2, whole // 10), config.probe_size) if m and m <= whole}, reverse=True
     )
-    for x, y in itertools.islice(stream, batches):
+    tried = list(itertools.islice(stream, batches))
+    for x, y in tried:
         gates.set(ones, ones.clone())
         with batch_statistics_only(model):
             (derivative,) = torch.autograd.grad(F.cross_entropy(model(x), y), gates.draw)
@@ -396,7 +401,53 @@ def probes(
         )
     header = ["structures, estimator, examples", "median", "exact median", "bias %", "one-draw std %", "Spearman"]
     title = f"### {title}: {len(blocks)} layers and {units} units, {batches} batches of {whole}, nats"
-    return f"{title}\n\n{markdown(header, rows)}"
+    return f"{title}\n\n{markdown(header, rows)}\n\n{worth(model, gates, tried, generator)}"
+
+
+def worth(model: nn.Module, gates: Gates, batches: Sequence[Batch], generator: torch.Generator) -> str:
+    """What probes tell for their time, as the pruner takes them: the curvature of all units, paired differences of layers.
+
+    Args:
+        model: The gated network, in training mode; its gates are open.
+        gates: Its gates.
+        batches: Batches to measure on.
+        generator: Source of the probes' random vectors.
+    """
+    layers, seconds = len(gates.blocks), defaultdict(list)
+    found: dict[tuple[str, int], list[NDArray]] = defaultdict(list)
+    sizes = [size for size in (8, 12, 16, 24, 32) if size <= len(batches[0][1])]
+
+    def timed(name: str, size: int, measure: Callable[[], torch.Tensor]) -> NDArray:
+        mark = time.process_time()
+        values = measure().numpy()
+        seconds[name, size].append(time.process_time() - mark)
+        return values
+
+    for x, y in batches:
+        for size in sizes:
+            probe = _probe(model, gates, (x[:size], y[:size]), generator)
+            curved = timed("curvature, all units", size, partial(probe.curvature, False))[layers:]
+            found["curvature, all units", size].append(curved)
+            for together in TOGETHER:
+                groups = [list(range(layers))[i : i + together] for i in range(0, layers - together + 1, together)]
+                name = PAIRED.format(together)
+                own = [timed(name, size, partial(probe.paired, group)) for group in groups]
+                found[name, size].append(np.concatenate(own))
+    rows, first, counts = [], {}, {PAIRED.format(n): n for n in TOGETHER}
+    for (name, size), values in sorted(found.items()):
+        count = counts.get(name, 1)
+        power = float(np.square(np.std(values, axis=0, ddof=1)).mean())
+        milliseconds = 1e3 * float(np.median(seconds[name, size]))
+        told = first.setdefault(name, power) / power  # probes of the first size that tell as much of a structure
+        rows.append([name, size, f"{milliseconds:.1f}", f"{told:.1f}", f"{100 * told * count / milliseconds:.1f}"])
+    header = [
+        "probe",
+        "examples",
+        "CPU ms",
+        f"effective observations (of {sizes[0]} examples)",
+        "the same per 100 ms, all its structures",
+    ]
+    return markdown(header, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ CPU time counts the work of all threads: the steadier clock on a machine that ot
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -109,7 +110,9 @@ def pruner_for(lane: Lane, *, settled: bool, **settings: object) -> Pruner:
     """A pruner with the trainer's settings; `settled` means that no theta moves and nothing is checked."""
     config = preset()
     given = dict(estimator=config.estimator, layer_estimator=config.layer_estimator, probe_size=config.probe_size)
-    given |= dict(measure_every=config.measure_every, nu=config.nu, alpha=config.alpha)
+    given |= dict(
+        layers_per_probe=config.layers_per_probe, measure_every=config.measure_every, nu=config.nu, alpha=config.alpha
+    )
     given |= dict(epoch_steps=TRAINING_IMAGES / config.batch_size)
     far = 10**9
     given |= dict(rate_ratio=1.0, steps=far, warmup=far - 1 if settled else 0, check_every=far)
@@ -137,7 +140,7 @@ def gated(
     """Plain and gated steps in turn: rows of the table, the ratio of each kind, and the plain step's seconds."""
     plain, lane = (Lane(name, network(arch), amp, device=device, batch=batch, clock=clock) for name in (PLAIN, GATED))
     pruner = pruner_for(lane, settled=True)
-    cycle = pruner.schedule.burst_every
+    cycle = math.lcm(pruner.schedule.burst_every, 2 * pruner.schedule.measure_every)  # two kinds of probes take turns
     for _ in range(2):
         plain.step()
         lane.step()

@@ -88,7 +88,13 @@ def test_a_pool_of_that_memory_tells_them_apart_at_the_stated_risk(share, correl
 
 @pytest.mark.parametrize(
     ("steps", "warmup", "memory", "check_every", "measure_every"),
-    [(38, 0, 10, 2, 1), (300, 100, 20, 5, 1), (2000, 0, 200, 50, 2), (100_000, 0, pool_memory(100_000), 317, 2)],
+    [
+        (38, 0, 10, 2, 1),
+        (300, 100, 20, 5, 1),
+        (1000, 0, 100, 25, 2),
+        (2000, 0, 200, 50, 4),
+        (100_000, 0, pool_memory(100_000), 317, 4),
+    ],
 )
 def test_memory_and_checks_scale_with_the_run(steps, warmup, memory, check_every, measure_every):
     own = PrunerSettings(nu=1.0, steps=steps, warmup=warmup)

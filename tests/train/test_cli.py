@@ -220,12 +220,12 @@ def test_config_json_holds_what_the_run_used(finished):
     config = json.loads((finished / "config.json").read_text())
     schedule = loop.learning_rates(config["schedule"], config["lr"], 40)
     assert config["rate_ratio"] == 1.0 / (0.2 * float(schedule.sum() / (1.0 - config["momentum"])))
-    assert config["derived"] == ["rate_ratio"]  # the digits' preset says the others
+    assert config["derived"] == ["memory", "rate_ratio"]  # the digits' preset says the others
     assert None not in (config["memory"], config["check_every"], config["probe_size"], config["read_every"])
     setup = loop.prepare(parse([*SMALL, "--dataset=digits", "--batch-size=200"]))
     free = dataclasses.replace(setup.config, memory=None, check_every=None, probe_size=None)
     free = loop.prepare(dataclasses.replace(free, derived=())).config
-    assert (free.memory, free.check_every, free.probe_size) == (10, 2, 20)
+    assert (free.memory, free.check_every, free.probe_size) == (10, 2, 25)
 
 
 BAD = {

@@ -44,10 +44,11 @@ class Pullbacks:
 class Curvature:
     """Random vectors a and b with E[a b'] = H, for all examples of a loss at once.
 
-    With v normal: for a softmax cross-entropy, weighted or not, per example or per position, p the softmax and s the weight
-    of the example or position in the loss, ``a = b = sqrt(s) (r - p sum(r))`` with ``r = sqrt(p) v``, whose covariance is H.
-    Else ``a = sqrt(d) v`` and ``b = H v / sqrt(d)``, d > 0 of the size of H's entries, so that outputs that hardly matter add
-    no noise. Which of the two is found out when it is first called.
+    With v of random signs, which bring less noise than normal numbers: for a softmax cross-entropy, weighted or not, per
+    example or per position, p the softmax and s the weight of the example or position in the loss,
+    ``a = b = sqrt(s) (r - p sum(r))`` with ``r = sqrt(p) v``, whose covariance is H. Else ``a = sqrt(d) v`` and
+    ``b = H v / sqrt(d)``, d > 0 of the size of H's entries, so that outputs that hardly matter add no noise. Which of the two
+    is found out when it is first called.
 
     Args:
         group: Processes that must find the same.
@@ -95,12 +96,12 @@ class Curvature:
             if self._known or self._all(fits & finite):
                 self.classes, self._known = dim, True
                 chances = z.softmax(dim)
-                root = chances.sqrt() * drawn[0].float()
+                root = chances.sqrt() * normal(z).sign()
                 pull = weight.sqrt() * (root - chances * root.sum(dim, keepdim=True))
                 return Pullbacks(places, [pull.to(outputs[0].dtype)], None, finite, fits)
         self._known = self._known or self._all(finite)
         scales = [_scale(part) for part in curved]
-        drawn = [normal(z) for z in outputs]
+        drawn = [normal(z).sign() for z in outputs]
         left = [scale * part for scale, part in zip(scales, drawn, strict=True)]
         right = second_derivative(gradients, outputs, [part / scale for scale, part in zip(scales, drawn, strict=True)])
         return Pullbacks(

@@ -162,19 +162,19 @@ class GradientProducts:
 
     def _multiply_state(self, parameter: nn.Parameter, gradient: torch.Tensor, update: Update) -> None:
         """Growth by weight decay and by the mean of past gradients, up to the loss's scale."""
-        parts = {}
+        parts: dict[str, tuple[torch.Tensor, float | torch.Tensor]] = {}
         if update.decay > 0.0:
             weights = update.scaled(parameter.detach()) if update.coupled else parameter.detach()
-            parts["pull"] = gradient * weights * (update.decay * update.rate)
+            parts["pull"] = gradient * weights, update.decay * update.rate
         if update.momentum is not None:
             mean = update.momentum if update.momentum_scaled else update.scaled(update.momentum)
-            parts["displaced"] = gradient * mean * (update.momentum_factor * update.rate)
-            if update.coupled and "pull" in parts:
-                parts["displaced"] -= parts["pull"]
-        for name, values in parts.items():
-            for place, own in enumerate(self._owned.parameters):
-                if own is parameter:
-                    self._sums.setdefault(name, {})[place] = self._owned.reduce(place, values)
+            parts["displaced"] = gradient * mean, update.momentum_factor * update.rate
+        for place in self._owned.places[parameter]:
+            for name, (values, factor) in parts.items():
+                found = [part * factor for part in self._owned.reduce(place, values)]
+                if name == "displaced" and update.coupled and "pull" in parts:
+                    found = [part - pull for part, pull in zip(found, self._sums["pull"][place], strict=True)]
+                self._sums.setdefault(name, {})[place] = found
 
     def ignore(self) -> None:
         """End what `listen` began."""
@@ -238,10 +238,9 @@ class GradientProducts:
             self._sums["displaced"] = {
                 place: owned.reduce(place, changes[p]) for place, p in enumerate(owned.parameters) if p in changes
             }
-            for place, (whole, axes) in pull.items():
+            for place, parts in pull.items():
                 own = self._sums["displaced"][place]
-                without = tuple(one - other for one, other in zip(own[1], axes, strict=True))
-                self._sums["displaced"][place] = own[0] - whole, without
+                self._sums["displaced"][place] = [one - other for one, other in zip(own, parts, strict=True)]
             share = self._momentum * share + (1.0 - self._momentum) * draw
         settled = self.followed * (1.0 - self._momentum) >= SETTLED
         on, scale = draw > 0.5, np.where(draw > 0.5, draw, 1.0)

@@ -13,7 +13,7 @@ from catode.prune.describe.protocol import slices
 from catode.prune.devices.transfer import exact, upload
 from catode.structures.inventory import Inventory
 
-Sums = tuple[torch.Tensor, tuple[torch.Tensor, ...]]  # of a parameter's entries: all, and by unit of each axis
+Sums = list[torch.Tensor]  # of a parameter's entries: by unit of each axis; of all where no axis is of units
 
 
 class Owned:
@@ -27,6 +27,7 @@ class Owned:
 
     Attributes:
         parameters: Parameters with an entry that belongs to a structure, each once for every block that has it.
+        places: Places of each of them in `parameters`.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class Owned:
                     self.parameters.append(parameter)
                     self._layer.append(layer)
                     self._axes.append(units.get(f"{name}.{key}", []))
-        self.places = {parameter: place for place, parameter in enumerate(self.parameters)}
+        self.places: dict[nn.Parameter, list[int]] = {}
+        for place, parameter in enumerate(self.parameters):
+            self.places.setdefault(parameter, []).append(place)
 
     def flat(self, found: dict[nn.Parameter, torch.Tensor]) -> torch.Tensor:
         """All entries in order; 0 for parameters that were not found."""
@@ -66,11 +69,11 @@ class Owned:
 
     def reduce(self, place: int, values: torch.Tensor) -> Sums:
         """Sums of the values of one parameter, by structure."""
-        values, axes = values.to(exact(values.device)), []  # at once: a sum that converts is several times slower
+        values, found = values.to(exact(values.device)), []  # at once: a sum that converts is several times slower
         for axis, _ in self._axes[place]:
             other = [k for k in range(values.dim()) if k != axis]
-            axes.append(values.sum(other) if other else values)
-        return (axes[0] if axes else values).sum(), tuple(axes)
+            found.append(values.sum(other) if other else values)
+        return found or [values.sum()]
 
     def gather(self, sums: dict[int, Sums]) -> torch.Tensor:
         """Sums over the weights of each structure, shape (n,); in the same order every time.
@@ -80,9 +83,8 @@ class Owned:
         """
         found = torch.zeros(self.size, dtype=exact(self.device), device=self.device)
         for place in sorted(sums):
-            whole, axes = sums[place]
-            found[self._layer[place]] += whole
-            for (_, numbers), part in zip(self._axes[place], axes, strict=True):
+            found[self._layer[place]] += sums[place][0].sum()
+            for (_, numbers), part in zip(self._axes[place], sums[place], strict=False):
                 found.index_add_(0, numbers, part)
         return found
 

@@ -1,0 +1,224 @@
+"""What gates and measuring cost in two versions of this project, in one run: time of a cycle, and memory.
+
+    git worktree add ../old COMMIT
+    python -m benchmarks.gate_versions --old ../old [--cycles 12] [--threads N] [--quick] [--write]
+
+Each version runs in a process of its own, from its own tree, and takes a plain and a gated step, in either order, whenever it is
+asked for a round; the versions take turns. A cycle is the 16 steps after which measuring repeats itself, in all versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import gate_cost
+from benchmarks._common import add_quick, guarded, hardware, load, markdown, publish, quartiles, spread
+from catode.prune.devices.timing import keep_freed_memory
+from catode.train.settings.commandline import CommandLine
+
+WORKER = ("turns", "memory")
+CYCLE, WARM = 16, 2
+MEMORY_STEPS = CYCLE + 1
+PRECISIONS = ("fp32", "bf16")
+LIMIT = 1.05
+NETWORKS = (("resnet20", 128, 32), ("resnet56", 128, 32), ("resnet50", 8, 224))
+"""Architecture, batch and image size of the memory's table."""
+
+# --- in each tree ---------------------------------------------------------------------------------------------------
+
+
+def turns(arch: str, threads: int, batch: int) -> None:
+    """For each line read, ``fp32`` or ``bf16``: take a plain and a gated step, and print their seconds as JSON."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    lanes, order = {}, np.random.default_rng(0)
+    for precision in PRECISIONS:
+        plain, gated = (
+            gate_cost.Lane(name, gate_cost.network(arch), precision == "bf16", batch=batch)
+            for name in ("plain", "gated")
+        )
+        lanes[precision] = plain, gated, gate_cost.pruner_for(gated, settled=True)
+        for _ in range(WARM):
+            plain.step()
+            gated.step()
+            lanes[precision][2].step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        plain, gated, pruner = lanes[line.strip()]
+        found = {"kind": gate_cost.kind_of_next(pruner)}
+        plain.step()  # not timed: the other version's process had the caches
+        for name in order.permutation(("plain", "gated")):
+            if name == "plain":
+                found[name] = plain.timed()
+                continue
+            found[name] = gated.timed()
+            mark = time.perf_counter()
+            pruner.step()
+            found["pruner"] = time.perf_counter() - mark
+        print(json.dumps(found), flush=True)
+
+
+def memory(arch: str, kind: str, batch: int, size: int) -> None:
+    """Print the largest resident memory of some training steps, MiB, beyond what the imports had taken."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    gate_cost.SIZE, before = size, resident("VmRSS")
+    lane = gate_cost.Lane(kind, gate_cost.network(arch), False, batch=batch)
+    pruner = gate_cost.pruner_for(lane, settled=True) if kind == "gated" else None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: building is no training
+    for _ in range(MEMORY_STEPS):
+        lane.step()
+        if pruner is not None:
+            pruner.step()
+    print(json.dumps(resident("VmHWM") - before), flush=True)
+
+
+def resident(name: str) -> float:
+    """A line of the process's memory in /proc, MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
+
+
+def started(tree: Path, *arguments: object) -> subprocess.Popen:
+    """This file as a worker in a tree."""
+    command = [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(tree)}
+    return subprocess.Popen(
+        command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+def answer(worker: subprocess.Popen) -> str:
+    """The next line of a worker.
+
+    Raises:
+        ValueError: if it has ended.
+    """
+    line = worker.stdout.readline()
+    if not line:
+        raise ValueError(
+            f"`old` must be a tree of this project, version 0.2 or later; its process ended with {worker.wait()}."
+        )
+    return line
+
+
+def times(trees: dict[str, Path], arch: str, threads: int, batch: int, cycles: int) -> tuple[str, list[str]]:
+    """Table of the steps' times, and statements about the newest version."""
+    workers = {version: started(tree, "turns", arch, threads, batch) for version, tree in trees.items()}
+    for worker in workers.values():
+        answer(worker)
+    found = defaultdict(list)
+    for _ in range(cycles * CYCLE):
+        for precision in PRECISIONS:
+            for version, worker in workers.items():
+                worker.stdin.write(precision + "\n")
+                found[precision, version].append(json.loads(answer(worker)))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    rows, said = [], []
+    for precision in PRECISIONS:
+        ratios = {}
+        for version in trees:
+            rounds = found[precision, version]
+            plain, gated = (np.array([r[name] for r in rounds]) for name in ("plain", "gated"))
+            whole = gated + np.array([r["pruner"] for r in rounds])
+            kinds = np.array([r["kind"] for r in rounds])
+            for kind in sorted(set(kinds)):
+                own = kinds == kind
+                cells = [f"{precision} {version}", kind, f"{CYCLE * own.mean():.0f} of {CYCLE}"]
+                cells += [quartiles(1e3 * part[own], "{:.1f}") for part in (plain, whole, whole - gated)]
+                rows.append([*cells, quartiles(whole[own] / plain[own], "{:.3f}")])
+            sums = [part.reshape(cycles, CYCLE).sum(1) for part in (whole, plain)]
+            ratios[version] = sums[0] / sums[1]
+            rows.append([f"{precision} {version}", "whole cycles", "", "", "", "", spread(ratios[version], "{:.3f}")])
+        new, old = ratios.values()
+        said.append(f"- {precision}: new - old, paired by cycle: {spread(new - old, '{:+.3f}')}.")
+        verdict = "yes" if new.mean() <= LIMIT else "NO"
+        said.append(f"- {verdict}: {precision}: mean of a cycle at most {LIMIT:g} of a plain one: {new.mean():.3f}")
+    header = ["version", "step", "of a cycle", "plain, ms", "gated, ms", "of it in Pruner.step, ms", "ratio"]
+    return markdown(header, rows), said
+
+
+def peaks(trees: dict[str, Path], networks: Sequence[tuple[str, int, int]]) -> str:
+    """Table of the largest resident memory in training."""
+    rows = []
+    for arch, batch, size in networks:
+        for version, tree in trees.items():
+            peak = {}
+            for kind in ("plain", "gated"):
+                worker = started(tree, "memory", arch, kind, batch, size)
+                peak[kind] = json.loads(answer(worker))
+                worker.wait()
+            cells = [f"{peak[kind]:.0f}" for kind in ("plain", "gated")]
+            rows.append([arch, f"{batch} of {size} x {size}", version, *cells, f"{peak['gated'] / peak['plain']:.3f}"])
+    return markdown(["network", "batch", "version", "plain, MiB", "gated, MiB", "ratio"], rows)
+
+
+def commit(tree: Path) -> str:
+    """The commit of a tree, and whether it was changed since."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=tree, capture_output=True, text=True)
+    return found.stdout.strip() or "no repository"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = CommandLine(prog="python -m benchmarks.gate_versions", description=__doc__.splitlines()[0])
+    parser.add_argument("--old", type=Path, required=True, help="a tree of the earlier version")
+    parser.add_argument("--arch", default="resnet20", help="the network that is timed (resnet20)")
+    parser.add_argument("--cycles", type=int, default=12, help="cycles of 16 steps (12)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/gate_versions.md")
+    add_quick(parser)
+    args = parser.parse_args(argv)
+    if not (args.old / "benchmarks" / "gate_cost.py").is_file():
+        raise ValueError(f"`old` must be a tree of this project; got {str(args.old)!r}. See git worktree.")
+    trees = {"new": Path(__file__).resolve().parents[1], "old": args.old.resolve()}
+    began, before = time.perf_counter(), load()
+    batch, cycles, networks = (2, 1, NETWORKS[:1]) if args.quick else (gate_cost.BATCH, args.cycles, NETWORKS)
+    steps, said = times(trees, args.arch, args.threads, batch, cycles)
+    networks = [(arch, 2 if args.quick else images, size) for arch, images, size in networks]
+    title = (
+        f"{args.arch}, batch {batch}, random images of 32 x 32, channels_last, the preset of CIFAR-10 of each version, every "
+        f"gate undecided; new {commit(trees['new'])}, old {commit(trees['old'])}; {hardware()}, the timed steps {args.threads}"
+    )
+    memory_table = peaks(trees, networks)
+    text = [
+        f"{title}; {before} at the start, {load()} at the end; {time.perf_counter() - began:.0f} s. Medians (quartiles); of whole "
+        "cycles sum over sum, mean and 95 % t-interval.",
+        "",
+        steps,
+        "",
+        *said,
+        "",
+        f"Largest resident memory of {MEMORY_STEPS} training steps, fp32, one thread, beyond what imports take:",
+        "",
+        memory_table,
+    ]
+    publish("gate_versions", "\n".join(text), args.write)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in WORKER:
+        warnings.simplefilter("ignore")  # the lengths are made up
+        what, arch, *rest = sys.argv[1:]
+        if what == "turns":
+            turns(arch, *map(int, rest))
+        else:
+            memory(arch, rest[0], *map(int, rest[1:]))
+    else:
+        guarded(main)
