@@ -6,12 +6,15 @@ Tensors of the device ``meta`` have shapes and types alone: operators on tensors
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from catode.prune.gated import cut
 from catode.prune.gated.gates import Gates
@@ -31,12 +34,24 @@ from catode.train.models import build
 DEVICE = torch.device("meta")
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuses operators on tensors of two devices, as not all of the device's own do."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        found = {x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()}
+        if len(found) > 1 and operator.overloadpacket.__name__ not in ("copy_", "_to_copy"):
+            raise RuntimeError(f"{operator} of tensors on more than one device: {found}")
+        return operator(*args, **(kwargs or {}))
+
+
 @pytest.fixture(autouse=True)
-def no_generators(monkeypatch) -> None:
-    """The device has no random number generators."""
+def one_device(monkeypatch) -> Iterator[None]:
+    """Keep devices apart; the device has no random number generators."""
     monkeypatch.setattr(RandomStates, "now", classmethod(lambda cls, device: cls(None, None, None, None)))
     monkeypatch.setattr(RandomStates, "set", lambda self: None)
     monkeypatch.setattr(Probe, "_normal", lambda self, like: torch.randn(like.shape, device=like.device))
+    with OneDevice():
+        yield
 
 
 @contextmanager
@@ -62,8 +77,9 @@ def gated(model):
 
 
 def test_two_devices_are_told():
-    with pytest.raises(RuntimeError, match="device"):
-        torch.ones(2, device=DEVICE) + torch.ones(2)
+    for mix in (torch.add, lambda a, b: a.index_select(0, b.long())):
+        with pytest.raises(RuntimeError, match="device"):
+            mix(torch.ones(2, device=DEVICE), torch.ones(2))
 
 
 def test_gates_and_their_derivative_stay_on_the_device():
