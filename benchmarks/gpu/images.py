@@ -30,7 +30,7 @@ SIDE, CHUNK, MOST_PROCESSES = 32, 500, 16
 def complete(folder: Path) -> Path | None:
     """The official pickles in a folder, or in a folder of it; None if they are not there."""
     for place in (folder, folder / FOLDER):
-        if all((place / name).is_file() for name in (*sum(PARTS.values(), []), META)):
+        if all((place / name).is_file() for name in (*PARTS["train"], *PARTS["test"], META)):
             return place
     return None
 

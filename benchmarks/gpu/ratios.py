@@ -130,7 +130,7 @@ def measure(place: Place, arch: str, precision: str) -> Finding:
 
     start = _resident(place)
     plain = lane()
-    for _ in range(3):
+    for _ in range(1 if place.smoke else 3):
         plain.step()
     alone = plain.peak(3) - start
     plain.optimizer.zero_grad(set_to_none=True)
@@ -142,7 +142,9 @@ def measure(place: Place, arch: str, precision: str) -> Finding:
     other.pruner = gate_cost.pruner_for(other, settled=True, **more)
     schedule = other.pruner.schedule
     block = int(np.lcm(schedule.burst_every, schedule.read_every)) if not place.smoke else schedule.burst_every
-    for _ in range(block):  # the first probe finds out the kind of the loss; algorithms are chosen
+    for _ in range(
+        1 if place.smoke else block
+    ):  # the first probe finds out the kind of the loss; algorithms are chosen
         other.step()
     gated = other.peak(block) - own
     times: dict[str, list[float]] = {"plain": [], "gated": []}

@@ -295,11 +295,15 @@ def train_all(
         shape: A structure.json for the stage-shaped network; None for none.
         log: File for what the processes print.
     """
-    done = {name for name, last in records.last(PART).items() if last["status"] in (MEASURED, FAILED)}
+    done = {one["name"] for one in records.read() if one["part"] == PART and one["status"] == MEASURED}
     runs = [Run(n, work / n, records.path.parent / f"{n}.tar") for n in NAMES if n not in done]
     for run in runs:
         run.unpack()
         run.epochs = len(_rows(run.folder / "metrics.csv"))
+    for run in [run for run in runs if run.finished]:  # the earlier call was cut off before it said so
+        runs.remove(run)
+        _record_result(run, records)
+    for run in runs:
         command = [sys.executable, "-m", "benchmarks.gpu.training", run.name, "--folder", str(run.folder)]
         command += ["--data-dir", str(data_dir), "--device", place.device, "--epochs", str(epochs)]
         command += ["--out", str(records.path.parent), *(["--shape", str(shape)] if shape else [])]
@@ -323,21 +327,25 @@ def train_all(
             run.process.wait()
         run.follow(records)
         if run.finished:
-            result = json.loads((run.folder / "result.json").read_text())
-            names = (
-                "test_accuracy",
-                "validation_accuracy",
-                "macs",
-                "macs_dense",
-                "params",
-                "seconds",
-                "decided_by_rule",
-            )
-            numbers = {name: result[name] for name in (*names, "latency_ms_128", "latency_dense_ms_128")}
-            records.add(PART, run.name, MEASURED, epochs=run.epochs, numbers=numbers)
+            _record_result(run, records)
         elif run.process.returncode not in (STOPPED, -9, -15):
             lines = _tail(Path(log.name))
             records.add(PART, run.name, FAILED, error=[f"exit status {run.process.returncode}", *lines])
+
+
+def _record_result(run: Run, records: Records) -> None:
+    result = json.loads((run.folder / "result.json").read_text())
+    names = (
+        "test_accuracy",
+        "validation_accuracy",
+        "macs",
+        "macs_dense",
+        "params",
+        "seconds",
+        "decided_by_rule",
+    )
+    numbers = {name: result[name] for name in (*names, "latency_ms_128", "latency_dense_ms_128")}
+    records.add(PART, run.name, MEASURED, epochs=run.epochs, numbers=numbers)
 
 
 def _tail(path: Path, lines: int = 6) -> list[str]:

@@ -1,4 +1,4 @@
-"""The process that runs units, one after the other: python -m benchmarks.gpu.worker PART --units NAME,NAME --out FOLDER ..
+"""The process that runs units, one after the other: python -m benchmarks.gpu.worker PART --units [NAME, ..] --out FOLDER ..
 
 Each unit leaves a record when it begins and when it ends; an exception is a record with the last lines of its traceback.
 The process ends early where CUDA itself failed, after which nothing that this process computes can be trusted.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 import time
 import traceback
@@ -28,7 +29,7 @@ def main() -> int:
     """Run the units; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=UNITS)
-    parser.add_argument("--units", required=True)
+    parser.add_argument("--units", required=True, help="names, as JSON")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--until", type=float, required=True, help="time.time() at which all must have ended")
     parser.add_argument("--device", required=True)
@@ -37,7 +38,7 @@ def main() -> int:
     place, records = Place(args.device, args.smoke), Records(args.out / FILE)
     if place.smoke:
         torch.set_num_threads(1)
-    for name in args.units.split(","):
+    for name in json.loads(args.units):
         if not execute(UNITS[args.part][name], place, records, args.until):
             return BROKEN
     return 0
