@@ -5,8 +5,8 @@
     python -m benchmarks.gpu --minutes 0 --out FOLDER --write               (the table again, and a copy in benchmarks/results)
     python -m pytest tests/test_gpu.py -m cuda                              (the checks alone, as tests)
 
-Parts, in this order: `benchmarks.gpu.checks` and `benchmarks.gpu.runs` (one function a check), `benchmarks.gpu.ratios`,
-`benchmarks.gpu.training`. The package need not be installed; the command runs from a copy of the tree and needs no network.
+Parts, in this order: `benchmarks.gpu.checks`, `.runs` and `.compiling` (one function a check), `.ratios`, `.training`. The package
+need not be installed: the command runs from a copy of the tree, and needs no network.
 
 Nothing begins that cannot end in time: every unit has a limit, at which it is killed. Records are flushed to FOLDER/records.jsonl
 as they come, and FOLDER/gpu.md holds the table so far, so that nothing is lost if the command is killed. A second call with the
@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks._common import RESULTS, guarded, publish
-from benchmarks.gpu import checks, images, ratios, runs  # noqa: F401  they register their units
+from benchmarks.gpu import images
 from benchmarks.gpu import training as trainings
 from benchmarks.gpu.records import BEGUN, ENDS, FAILED, FILE, NOTED, SKIPPED, Records
 from benchmarks.gpu.table import page
-from benchmarks.gpu.units import UNITS, Place
+from benchmarks.gpu.units import Place, load
 from catode._validate import check_positive
 from catode.train.settings.commandline import CommandLine
 
@@ -44,6 +44,7 @@ ROOT = Path(__file__).parent.parent.parent
 SHAPE = ROOT / "benchmarks" / "records" / "r56-half-s0" / "structure.json"
 KEPT = ROOT / "benchmarks" / "records" / "gpu.jsonl"
 SHARES = {"checks": 0.45, "ratios": 0.7}  # of the time, after which the next part begins
+EPOCHS, SMOKE_EPOCHS = 30, 2
 LAST = 4.0  # seconds for the table
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # deterministic algorithms need it from the start of a process
 POLL = 0.2
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for records, table and checkpoints (a new one)")
     parser.add_argument("--device", default="cuda", help="device (cuda)")
     parser.add_argument(
-        "--epochs", type=int, default=30, help="epochs of the trainings, of which as many are run as fit (30)"
+        "--epochs", type=int, help="epochs of the trainings, of which as many are run as fit (30; 2 with --smoke)"
     )
     parser.add_argument(
         "--shape", type=Path, help="structure.json whose stage means shape a rival (that of r56-half-s0)"
@@ -139,7 +140,8 @@ class Call:
     def run(self, args) -> None:
         """Run the parts."""
         parts = [args.only] if args.only else ["checks", "ratios", "training"]
-        data_dir = self.start_unpacking(args.images) if "training" in parts else None
+        wanted = "training" in parts and trainings.left(self.records)
+        data_dir = self.start_unpacking(args.images) if wanted else None
         for part in ("checks", "ratios"):
             if part not in parts:
                 continue
@@ -148,7 +150,7 @@ class Call:
             share = SHARES[part] if len(parts) > 1 and not self.place.smoke else 1.0
             self.units(part, min(self.begin + share * (self.until - self.begin), self.until), args.again)
             self.show()
-        if "training" in parts and data_dir is not None:
+        if data_dir is not None:
             if not self.unpacked(data_dir):
                 return
             if time.time() + (0 if self.place.smoke else trainings.LEAST) > self.until:
@@ -160,7 +162,7 @@ class Call:
                 data_dir,
                 self.work / "runs",
                 self.until,
-                epochs=args.epochs,
+                epochs=args.epochs or (SMOKE_EPOCHS if self.place.smoke else EPOCHS),
                 shape=shape,
                 log=self.log,
             )
@@ -175,7 +177,7 @@ class Call:
         """Run the units of a part in processes that are replaced when they die, or a unit takes too long."""
         last = self.records.last(part)
         over = [one for one in ENDS if not (again and one == FAILED)]
-        left = [name for name in UNITS[part] if name not in last or last[name]["status"] not in over]
+        left = [name for name in load()[part] if name not in last or last[name]["status"] not in over]
         while left and time.time() < until:
             known = len(self.records.read())
             self.process(part, left, until)
@@ -188,7 +190,16 @@ class Call:
     def process(self, part: str, names: Sequence[str], until: float) -> None:
         """One process; returns when it has ended, or was killed at a unit's limit."""
         command = [sys.executable, "-m", "benchmarks.gpu.worker", part, "--units", json.dumps(list(names))]
-        command += ["--out", str(self.records.path.parent), "--until", str(until), "--device", self.place.device]
+        command += [
+            "--out",
+            str(self.records.path.parent),
+            "--until",
+            str(until),
+            "--end",
+            str(self.until),
+            "--device",
+            self.place.device,
+        ]
         command += ["--smoke"] if self.place.smoke else []
         environment = {**os.environ, **(DETERMINISTIC if part == "checks" else {})}
         mark = self.log.tell()

@@ -1,4 +1,4 @@
-"""Correctness on a device: gates, probes, growth, cuts, mixed precision, compilation, graphs, streams, NCCL.
+"""Correctness on a device: gates, probes, growth, cuts, mixed precision, streams, NCCL.
 
 The same functions are the tests of tests/test_gpu.py: on a CPU in every run of the suite, on CUDA with ``-m cuda``.
 References are the CPU in float64, or the same computation done plainly on the device. Where TF32 would hide an error it is
@@ -354,7 +354,7 @@ def trained(
     return Run(model, pruner, np.array(thetas), skipped, average, optimizer)
 
 
-def _sound(run: Run) -> dict[str, float]:
+def sound(run: Run) -> dict[str, float]:
     """What must hold of any run: 0 where it does."""
     model, pruner = run.model, run.pruner
     counted = pruner.complexity.params(pruner.kept.astype(float))
@@ -382,12 +382,12 @@ def pruning(place: Place) -> Finding:
     numbers |= {"removed": run.removed, "removed with curvature": other.removed}
     for one in (run, other):
         one.pruner.finish()
-    sound = {
+    whole = {
         f"{name}{more}": value
         for one, more in ((run, ""), (other, ", curvature"))
-        for name, value in _sound(one).items()
+        for name, value in sound(one).items()
     }
-    found = passed(numbers | sound, thetas=1e-3, **dict.fromkeys(sound, 0.0))
+    found = passed(numbers | whole, thetas=1e-3, **dict.fromkeys(whole, 0.0))
     return Finding(found.passed and run.removed > 0 and numbers["moved"] > 0, found.numbers)
 
 
@@ -399,113 +399,26 @@ def bf16(place: Place) -> Finding:
     """A run under bf16 autocast."""
     run = trained(place.device, 40 if place.smoke else 100, dtype=torch.bfloat16)
     run.pruner.finish()
-    sound = _sound(run)
-    found = passed({"removed": run.removed, **sound}, **dict.fromkeys(sound, 0.0))
+    state_of = sound(run)
+    found = passed({"removed": run.removed, **state_of}, **dict.fromkeys(state_of, 0.0))
     return Finding(found.passed and (run.thetas < 0.9).any().item(), found.numbers)
 
 
-@unit("checks", "fp16 with a gradient scaler", 60, needs_cuda=True)
+@unit("checks", "fp16 with a gradient scaler", 60)
 def fp16(place: Place) -> Finding:
     """A run under fp16 autocast whose loss scale is too high at first: skipped steps leave no trace in time and thetas."""
     scaler = torch.amp.GradScaler(torch.device(place.device).type, init_scale=2.0**40, growth_interval=10**6)
-    run = trained(place.device, 100, dtype=torch.float16, scaler=scaler)
+    run = trained(place.device, 100, dtype=torch.float16, scaler=scaler, dense=place.smoke)
+    state, per_step = run.pruner.state, 0.05 / (1 - 0.9)
+    numbers = {"skipped": run.skipped, "scale at the end": scaler.get_scale(), "removed": run.removed}
+    numbers["time of skipped steps"] = abs(state.time / per_step - (state.done - run.skipped))
     run.pruner.finish()
-    sound, per_step = _sound(run), 0.05 / (1 - 0.9)
-    numbers = {"skipped": run.skipped, "scale at the end": scaler.get_scale(), "removed": run.removed, **sound}
-    numbers["time of skipped steps"] = abs(run.pruner.state.time / per_step - (100 - run.skipped))
-    found = passed(numbers, **dict.fromkeys(sound, 0.0), **{"time of skipped steps": 1e-6})
+    state_of = sound(run)
+    found = passed(numbers | state_of, **dict.fromkeys(state_of, 0.0), **{"time of skipped steps": 1e-6})
     return Finding(found.passed and run.skipped > 0 and bool((run.thetas < 0.9).any()), found.numbers)
 
 
-# --- compilation, graphs, streams -----------------------------------------------------------------------------------
-
-
-def _compiled(place: Place, mode: str | None) -> Finding:
-    options = {"backend": "aot_eager"} if place.smoke else {"mode": mode}
-    torch.compiler.reset()
-    calls: dict[str, Callable] = {}
-
-    def compiled(model: nn.Module) -> Callable:
-        calls["it"] = torch.compile(model, **options)
-        return calls["it"]
-
-    mark = torch.compiler.cudagraph_mark_step_begin if place.cuda else lambda: None
-
-    def every(step: int) -> Any:
-        mark()
-        return nullcontext()
-
-    with tf32(False):
-        eager = trained(place.device, FEW, dense=True, check_every=10**4, **EXACT_ESTIMATORS)
-        run = trained(place.device, FEW, dense=True, check_every=10**4, call=compiled, every=every, **EXACT_ESTIMATORS)
-        model = run.pruner.finish()
-        x = torch.randn(5, 3, 8, 8, device=place.device)
-        model.eval()
-        with torch.no_grad():
-            mark()
-            compact = difference(calls["it"](x).clone(), model(x))
-    numbers = {"thetas": float(np.abs(run.thetas - eager.thetas).max()), "compact network": compact, **_sound(run)}
-    return passed(numbers, thetas=1e-3, **{name: SINGLE for name in numbers if name != "thetas"})
-
-
-@unit("checks", "torch.compile", 120)
-def compiled(place: Place) -> Finding:
-    """Thetas of a compiled gated network against those of the eager one, and the compact network when gates are gone."""
-    return _compiled(place, None)
-
-
-@unit("checks", "torch.compile, reduce-overhead", 120, needs_cuda=True)
-def reduce_overhead(place: Place) -> Finding:
-    """The same with CUDA graphs by PyTorch's compiler."""
-    return _compiled(place, "reduce-overhead")
-
-
-@unit("checks", "captured CUDA graph", 40, needs_cuda=True)
-def captured_graph(place: Place) -> Finding:
-    """Forward and backward pass of a gated network in one captured graph, replayed at other draws, against eager passes.
-
-    The pruner itself is not in it: its hooks and probes run on the host.
-    """
-    model, (x, y) = network(place), batch(place)
-    own, x = to_device(place, model, x)
-    y, gates = y.to(place.device), gated(own)
-    draws = [random_draw(model, seed).to(place.device) for seed in range(3)]
-
-    def step() -> torch.Tensor:
-        loss = F.cross_entropy(own(x), y)
-        loss.backward()
-        return loss
-
-    def clear() -> None:
-        own.zero_grad(set_to_none=True)
-        gates.draw.grad = None
-
-    with tf32(False):
-        expected = []
-        for draw in draws:
-            clear()
-            gates.set(None, draw)
-            expected.append((step().detach().clone(), gates.draw.grad.clone(), own.conv1.weight.grad.clone()))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                clear()
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        clear()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = step()
-        numbers = {"loss": 0.0, "derivative in the gates": 0.0, "gradient": 0.0}
-        for draw, wanted in zip(draws, expected, strict=True):
-            with torch.no_grad():
-                gates.draw.copy_(draw)
-            graph.replay()
-            found = loss, gates.draw.grad, own.conv1.weight.grad
-            for name, one, other in zip(numbers, found, wanted, strict=True):
-                numbers[name] = max(numbers[name], difference(one, other))
-    return passed(numbers, **dict.fromkeys(numbers, SINGLE))
+# --- streams, waiting, memory ---------------------------------------------------------------------------------------
 
 
 @unit("checks", "a stream of its own", 40, needs_cuda=True)

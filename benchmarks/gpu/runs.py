@@ -98,12 +98,6 @@ def workers(place: Place) -> Finding:
         return _judged(_result(out), False)
 
 
-@unit("checks", "trainer, compiled", 150, needs_cuda=True)
-def compiled(place: Place) -> Finding:
-    """A dense run whose steps are compiled."""
-    return whole(place, nu=0.0, compile=True, epochs=1)
-
-
 # --- going on after a stop ------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks._common import markdown
 from benchmarks.gpu.records import BEGUN, FAILED, MEASURED, NOTED, PASSED, SKIPPED, Records
 from benchmarks.gpu.training import NAMES, PART
-from benchmarks.gpu.units import UNITS
+from benchmarks.gpu.units import load
 
 MiB, M = 2**20, 1e6
 
@@ -50,7 +50,7 @@ def _numbers(numbers: dict[str, Any]) -> str:
 def _checks(records: Records) -> list[str]:
     last = records.last("checks")
     found, counts = [], {PASSED: 0, FAILED: 0, SKIPPED: 0}
-    for name in UNITS["checks"]:
+    for name in load()["checks"]:
         one = last.get(name)
         status = "not run" if one is None else "cut off" if one["status"] == BEGUN else one["status"]
         counts[status] = counts.get(status, 0) + 1
@@ -71,7 +71,7 @@ def _quartiles(values: Sequence[float], form: str) -> str:
 
 def _ratios(records: Records) -> list[str]:
     last, rows = records.last("ratios"), []
-    for name in UNITS["ratios"]:
+    for name in load()["ratios"]:
         one = last.get(name)
         if one is None or one["status"] != MEASURED:
             status = "not run" if one is None else "cut off" if one["status"] == BEGUN else one["status"]

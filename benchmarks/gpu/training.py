@@ -30,10 +30,10 @@ from benchmarks.gpu.units import Place
 
 PART = "training"
 NAMES = {"dense": dict(nu=0.0), "half": dict(target_macs=0.5), "stage-shaped": dict(nu=0.0)}
-SMOKE: dict[str, Any] = dict(arch="resnet14", epochs=2, batch_size=32, memory=10, check_every=2, warmup_epochs=0.2)
+SMOKE: dict[str, Any] = dict(arch="resnet14", batch_size=32, memory=10, check_every=2, warmup_epochs=0.2)
 SHARE = 0.5  # of the dense network's MACs
 STOPPED = 75  # exit status of a run that can go on
-GRACE = 25.0  # seconds that a run gets for its checkpoint, or its result, when time is out
+GRACE, SMOKE_GRACE = 25.0, 6.0  # seconds that a run gets for its checkpoint, or its result, when time is out
 LEAST = 45.0  # seconds for which it is worth to begin
 PACKED = ("config.json", "env.json", "metrics.csv", "structures.csv", "checksums.json", "structure.json", "result.json")
 
@@ -217,6 +217,12 @@ def pack(folder: Path, archive: Path) -> bool:
     return True
 
 
+def left(records: Records) -> list[str]:
+    """Names of the runs that have not finished."""
+    done = {one["name"] for one in records.read() if one["part"] == PART and one["status"] == MEASURED}
+    return [name for name in NAMES if name not in done]
+
+
 @dataclass
 class Run:
     """One run as the benchmark's process sees it.
@@ -295,8 +301,7 @@ def train_all(
         shape: A structure.json for the stage-shaped network; None for none.
         log: File for what the processes print.
     """
-    done = {one["name"] for one in records.read() if one["part"] == PART and one["status"] == MEASURED}
-    runs = [Run(n, work / n, records.path.parent / f"{n}.tar") for n in NAMES if n not in done]
+    runs = [Run(n, work / n, records.path.parent / f"{n}.tar") for n in left(records)]
     for run in runs:
         run.unpack()
         run.epochs = len(_rows(run.folder / "metrics.csv"))
@@ -309,11 +314,9 @@ def train_all(
         command += ["--out", str(records.path.parent), *(["--shape", str(shape)] if shape else [])]
         command += ["--smoke"] if place.smoke else []
         run.process = subprocess.Popen(command, stdout=log, stderr=log)
-        if place.smoke:  # on one core they would only be in each other's way
-            run.process.wait(max(until - time.time(), 1.0))
-    stopping = False
+    stopping, grace = False, SMOKE_GRACE if place.smoke else GRACE
     while any(run.process.poll() is None for run in runs) and time.time() < until:
-        if not stopping and time.time() > until - GRACE:
+        if not stopping and time.time() > until - grace:
             stopping = True
             for run in runs:
                 if run.process.poll() is None:

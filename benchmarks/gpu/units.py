@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,15 @@ class Unit:
 
 
 UNITS: dict[str, dict[str, Unit]] = {}
-"""All units by part and name, in order of worth."""
+"""Units by part and name; `load` has all."""
+MODULES = ("checks", "runs", "compiling", "ratios")
+
+
+def load() -> dict[str, dict[str, Unit]]:
+    """All units by part and name, in order of worth."""
+    for module in MODULES:
+        importlib.import_module(f"benchmarks.gpu.{module}")
+    return UNITS
 
 
 def unit(part: str, name: str, seconds: float, needs_cuda: bool = False) -> Callable[[Callable], Callable]:

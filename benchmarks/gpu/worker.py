@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import checks, ratios, runs  # noqa: F401  they register their units
 from benchmarks.gpu.records import BEGUN, FAILED, FILE, MEASURED, PASSED, SKIPPED, Records
-from benchmarks.gpu.units import UNITS, Place, Unit
+from benchmarks.gpu.units import Place, Unit, load
 
 LINES = 8  # of a traceback that a record keeps
 BROKEN = 3  # exit status after an error of CUDA itself
@@ -27,11 +26,13 @@ BROKEN = 3  # exit status after an error of CUDA itself
 
 def main() -> int:
     """Run the units; returns the exit status."""
+    units = load()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=UNITS)
+    parser.add_argument("part", choices=units)
     parser.add_argument("--units", required=True, help="names, as JSON")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--until", type=float, required=True, help="time.time() at which all must have ended")
+    parser.add_argument("--until", type=float, required=True, help="time.time() after which nothing begins")
+    parser.add_argument("--end", type=float, required=True, help="time.time() at which all must have ended")
     parser.add_argument("--device", required=True)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
@@ -39,17 +40,17 @@ def main() -> int:
     if place.smoke:
         torch.set_num_threads(1)
     for name in json.loads(args.units):
-        if not execute(UNITS[args.part][name], place, records, args.until):
+        if not execute(units[args.part][name], place, records, args.until, args.end):
             return BROKEN
     return 0
 
 
-def execute(unit: Unit, place: Place, records: Records, until: float) -> bool:
-    """Run one unit if it can end in time; returns whether this process can go on."""
+def execute(unit: Unit, place: Place, records: Records, until: float, end: float) -> bool:
+    """Run one unit if it begins before `until` and can end by `end`; returns whether this process can go on."""
     if unit.needs_cuda and not place.cuda:
         records.add(unit.part, unit.name, SKIPPED, reason=f"needs CUDA, not {place.device}")
         return True
-    if time.time() + unit.seconds > until:
+    if time.time() > until or time.time() + unit.seconds > end:
         return True  # without a record: the next call runs it
     records.add(unit.part, unit.name, BEGUN, limit=unit.seconds)
     begin, whole = time.perf_counter(), True

@@ -27,8 +27,8 @@ from catode.prune.measure.probes import Probe
 from catode.prune.optimizers import Updates
 from catode.structures.inventory import Inventory
 from catode.train import data
-from catode.train.loop.average import Average
 from catode.train.loop import evaluation
+from catode.train.loop.average import Average
 from catode.train.models import build
 
 DEVICE = torch.device("meta")
