@@ -23,6 +23,7 @@ from torch import nn
 
 from benchmarks.gpu.units import Finding, Place, unit
 from catode.prune import selfcheck
+from catode.prune.checking import PruningWarning
 from catode.prune.devices.distributed import Group
 from catode.prune.gated.cut import restrict
 from catode.prune.gated.gates import Gates
@@ -325,7 +326,7 @@ def trained(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     given = dict(nu=12.0, steps=10**4, memory=10, check_every=10, read_every=5, rate_ratio=0.2, initial_keep_prob=0.9)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", PruningWarning)
         pruner = Pruner(model, x[0, :1], optimizer=optimizer, group=group, **{**given, **settings})
     pruner.on_cut(average.cut)
     called, thetas, skipped = call(model), [], 0
@@ -348,7 +349,7 @@ def trained(
             average.update(step + 1)
             skipped += scaler is not None and scaler.get_scale() < before
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+                warnings.simplefilter("ignore", PruningWarning)
                 pruner.step(grad_scale=scale)
             thetas.append(pruner.keep_prob.copy())
     return Run(model, pruner, np.array(thetas), skipped, average, optimizer)

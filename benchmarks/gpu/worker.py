@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import sys
 import time
 import traceback
@@ -61,7 +62,7 @@ def execute(unit: Unit, place: Place, records: Records, until: float, end: float
             if place.cuda:
                 torch.cuda.synchronize()
     except Exception as error:  # whatever it is, it is this unit's result, and the others go on
-        lines = "".join(traceback.format_exception(error)).strip().splitlines()
+        lines = [short(line) for line in "".join(traceback.format_exception(error)).strip().splitlines()]
         print(f"{unit.part}: {unit.name}", *lines, sep="\n", file=sys.stderr, flush=True)
         whole = not (place.cuda and ("CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"))
         more, status = {"error": lines[-LINES:]}, FAILED
@@ -75,6 +76,11 @@ def execute(unit: Unit, place: Place, records: Records, until: float, end: float
         if place.cuda:
             torch.cuda.empty_cache()
     return whole
+
+
+def short(line: str) -> str:
+    """A line of a traceback without the path of this machine."""
+    return re.sub(r'File "[^"]*/(?=[^"/]+/[^"/]+")', 'File "', line)
 
 
 if __name__ == "__main__":
