@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import images, table, training
 from benchmarks.gpu.records import BEGUN, FAILED, FILE, MEASURED, NOTED, PASSED, SKIPPED, Records
 from benchmarks.gpu.units import Finding, Place, Unit, load
@@ -38,8 +39,8 @@ def test_on_cuda(name):
 def line(folder: Path, *flags: str) -> list[dict]:
     """Run the command in a copy of the tree's place; returns its records."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--out", str(folder), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    words = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--out", str(folder), *flags]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, (done.stderr + (folder / "log.txt").read_text())[-3000:]
     assert (folder / "gpu.md").read_text() == done.stdout
     return Records(folder / FILE).read()
@@ -103,6 +104,39 @@ def test_what_cannot_end_in_time_is_not_begun(tmp_path):
     assert execute(Unit("checks", "x", failing, 1.0), place, records, now - 1, now + 30)
     assert execute(Unit("checks", "y", failing, 60.0, needs_cuda=True), place, records, now + 30, now + 30)
     assert [(one["name"], one["status"]) for one in records.read()] == [("y", SKIPPED)]
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from benchmarks.gpu.records import FILE, Records
+records, [name, *_] = Records(Path(sys.argv[sys.argv.index("--out") + 1]) / FILE), eval(sys.argv[sys.argv.index("--units") + 1])
+records.add("checks", name, "begun", limit=1.0)
+if name == "open gates change nothing":
+    time.sleep(100)
+elif name == "probes":
+    records.add("checks", name, "passed")
+else:
+    print("a last word", flush=True)
+    os.abort()
+"""
+
+
+def test_a_unit_that_hangs_or_dies_is_told_and_the_others_are_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "WORKER", [sys.executable, "-c", WORKER])
+    monkeypatch.setattr(command, "load", lambda: {"checks": dict.fromkeys(list(CHECKS)[:3])})
+    records, now = Records(tmp_path / FILE), time.time()
+    with (tmp_path / "log.txt").open("a") as log:
+        call = command.Call(Place("cpu", True), records, now, now + 60, tmp_path, log)
+        call.units("checks", now + 60, again=False)
+        hung, died, well = records.last("checks").values()
+        assert (hung["status"], hung["error"]) == (FAILED, ["stopped after 1 s"])
+        assert (died["status"], died["error"]) == (FAILED, ["a last word", "the process ended with status -6"])
+        assert well["status"] == PASSED and len(records.read()) == 6
+        call.units("checks", now + 60, again=False)
+        assert len(records.read()) == 6
+        call.units("checks", now + 60, again=True)
+        assert len(records.read()) == 10
 
 
 def test_a_run_goes_on_from_its_archive(tmp_path):
@@ -220,6 +254,6 @@ def test_the_page_tells_what_was_cut_off_failed_and_measured(tmp_path):
     (("--images", "no-such-file"), "`images` must exist; got 'no-such-file'."),
 ])  # fmt: skip
 def test_bad_input_is_one_line(flags, expected, tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--out", str(tmp_path / "o"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    words = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--out", str(tmp_path / "o"), *flags]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {expected}") and done.stderr.count("\n") == 1

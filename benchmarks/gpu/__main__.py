@@ -48,6 +48,7 @@ EPOCHS, SMOKE_EPOCHS = 30, 2
 LAST = 4.0  # seconds for the table
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # deterministic algorithms need it from the start of a process
 POLL = 0.2
+WORKER = [sys.executable, "-m", "benchmarks.gpu.worker"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -189,7 +190,7 @@ class Call:
 
     def process(self, part: str, names: Sequence[str], until: float) -> None:
         """One process; returns when it has ended, or was killed at a unit's limit."""
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", part, "--units", json.dumps(list(names))]
+        command = [*WORKER, part, "--units", json.dumps(list(names))]
         command += [
             "--out",
             str(self.records.path.parent),
@@ -203,9 +204,7 @@ class Call:
         command += ["--smoke"] if self.place.smoke else []
         environment = {**os.environ, **(DETERMINISTIC if part == "checks" else {})}
         mark = self.log.tell()
-        worker = subprocess.Popen(
-            command, stdout=self.log, stderr=self.log, env=environment, cwd=ROOT, start_new_session=True
-        )
+        worker = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment, cwd=ROOT, process_group=0)
         try:
             while worker.poll() is None:
                 running = self.running(part)

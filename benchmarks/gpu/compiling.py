@@ -103,13 +103,13 @@ def _compiled(place: Place, mode: str | None) -> Finding:
     return checks.passed(numbers, thetas=1e-3, **{name: checks.SINGLE for name in numbers if name != "thetas"})
 
 
-@unit("checks", "torch.compile", 120)
+@unit("checks", "torch.compile", 150)
 def compiled(place: Place) -> Finding:
     """Thetas of a compiled gated network against those of the eager one, and the compact network when gates are gone."""
     return _compiled(place, None)
 
 
-@unit("checks", "torch.compile, reduce-overhead", 120, needs_cuda=True)
+@unit("checks", "torch.compile, reduce-overhead", 150, needs_cuda=True)
 def reduce_overhead(place: Place) -> Finding:
     """The same with CUDA graphs by PyTorch's compiler."""
     return _compiled(place, "reduce-overhead")
