@@ -177,7 +177,7 @@ class Call:
     def units(self, part: str, until: float, again: bool) -> None:
         """Run the units of a part in processes that are replaced when they die, or a unit takes too long."""
         last = self.records.last(part)
-        over = [one for one in ENDS if not (again and one == FAILED)]
+        over = [one for one in ENDS if not (again and one == FAILED) and not (self.place.cuda and one == SKIPPED)]
         left = [name for name in load()[part] if name not in last or last[name]["status"] not in over]
         while left and time.time() < until:
             known = len(self.records.read())
