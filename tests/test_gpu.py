@@ -60,7 +60,7 @@ def test_the_smoke_run_has_a_result_for_every_unit_and_a_second_call_does_nothin
     own = ends["stage-shaped"]["numbers"]["macs"] / ends["dense"]["numbers"]["macs"]
     assert 0.45 < own <= 0.5
     page = (tmp_path / "gpu.md").read_text()
-    assert "no record gives widths" in page and "SKIPPED: fp16 with a gradient scaler: needs CUDA" in page
+    assert "no record gives widths" in page and "SKIPPED: trainer, fp16: needs CUDA, not cpu" in page
     again = line(tmp_path, "--minutes", "9")
     assert [one["part"] for one in again[len(records) :]] == ["machine"]
 
