@@ -277,9 +277,8 @@ class Pruner(Queries):
             project(self.model, self.blocks, own.kept, self.settings.max_norm)
         elapsed, steps = self._clock.take()
         own.speed.see(self._clock.base, own.done + 1)
-        skipped = (
-            (steps == 0 and own.done > 0) if skipped is None else skipped
-        )  # the first may come before the optimizer's
+        unclear = skipped is None and steps == 0 and own.done == 0  # the optimizer's first step may come after this
+        skipped = steps == 0 and own.done > 0 if skipped is None else skipped
         if not isinstance(skipped, torch.Tensor):
             skipped = torch.full((), float(skipped), device=self._device)
         if not own.started:
@@ -293,6 +292,8 @@ class Pruner(Queries):
         draw, derivative = self._capture.derivative(grad_scale)
         if self._capture.checked:
             self._measuring.check_loss(batch, grad_scale)
+        if unclear:  # a gradient that overflowed tells that a scaler skipped it
+            skipped = 1.0 - derivative.isfinite().all().float()
         due = own.done % self.settings.measure_every == 0
         own.done += 1
         probed = self._measuring.probe(own.done, self._open, own.turns, batch, grad_scale) if due else None

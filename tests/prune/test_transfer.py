@@ -205,6 +205,24 @@ def test_law_a_skipped_step_leaves_no_trace(overflow, read_every):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("overflow", [{0}, {0, 1, 2}])
+def test_a_scale_that_is_too_high_at_first_is_told_by_the_gradient(overflow):
+    """`step()` is not told whether the scaler skipped, and before its first step the optimizer tells nothing either."""
+    model, optimizer, pruner = make(memory=10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for number, (x, y) in enumerate(batches(20)):
+        loss = F.cross_entropy(model(x), y) * (torch.inf if number in overflow else 1.0)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        pruner.step(grad_scale=scale)
+    pruner.read()
+    assert pruner.state.time == pytest.approx((20 - len(overflow)) * 0.1 / (1 - 0.9))
+    assert np.isfinite(pruner.keep_prob).all() and (pruner.state.evidence._benefit.count > 0).any()
+
+
 def test_an_overflow_does_not_stop_measuring():
     model, optimizer, pruner = make(scaler=True, memory=10)
     skipped = scaled(model, optimizer, pruner, batches(80), set(range(0, 80, 9)))

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on the device; the host does not wait. The tensor itself where the device is the host."""
+    """A tensor on the device; the host does not wait. The tensor itself where the device is the host, or has it already."""
     if device.type == "cpu":
         return tensor
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.device.type == "cpu":  # only memory of the host can be pinned
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type != "mps")  # MPS would read memory that is already freed
 
