@@ -21,6 +21,8 @@ from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
 from catode.structures.inventory import Inventory
 
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
 
 @dataclass(frozen=True)
 class Tap:
@@ -115,9 +117,15 @@ class Gates:
         self.draw.copy_(draw, non_blocking=True)
         self.draw.grad = None
 
-    def values(self, training: bool) -> torch.Tensor:
+    @property
+    def training(self) -> bool:
+        """Whether the model is in train mode as a whole, also where parts are not, such as frozen batch norms."""
+        return self.model is not None and self.model.training
+
+    @property
+    def values(self) -> torch.Tensor:
         """Gate values that the forward pass uses, shape (n,)."""
-        return self.draw if training else self.keep_prob
+        return self.draw if self.training else self.keep_prob
 
     def install(self, layers: Sequence[bool], sites: Sequence[torch.Tensor | None]) -> None:
         """Put gates into the model.
@@ -132,7 +140,10 @@ class Gates:
                 units = upload(sites[place.number], self.draw.device)
                 for name in place.site.consumers:
                     gate = self._gate(self.model.get_submodule(name))
-                    gate.units, gate.normalised = units, place.site.normalised
+                    gate.units = units
+                    if place.site.normalised:
+                        block = self.model.get_submodule(place.block.name)
+                        gate.norms = [norm for norm in block.modules() if isinstance(norm, BatchNorm)]
         for number, block in enumerate(self.blocks):
             if layers[number]:
                 here = upload(torch.tensor([number]), self.draw.device)
@@ -181,14 +192,14 @@ class _ModuleGate(Copied):
     Attributes:
         gates: All gates.
         units: Numbers of the units that its weight reads, or None.
-        normalised: Whether its output goes straight into a batch norm.
+        norms: The block's batch norms, if its output goes straight into one.
         layer: Number of the layer that it ends, and the same as a tensor of the device; or None.
     """
 
     def __init__(self, gates: Gates):
         self.gates = gates
         self.units: torch.Tensor | None = None
-        self.normalised = False
+        self.norms: list[nn.Module] = []
         self.layer: tuple[int, torch.Tensor] | None = None
         self._plain: dict[str, nn.Parameter] = {}
 
@@ -218,7 +229,7 @@ class _ModuleGate(Copied):
             gates.traced = True
         by_example, tapped = gates.rows is not None, gates._taps is not None
         units, layer = not (by_example or tapped), not (by_example or gates._tap_layers)
-        scaled = self.scaled(module, gates.values(module.training), units, layer)
+        scaled = self.scaled(module, gates.values, units, layer)
         self._plain = {name: module._parameters[name] for name in scaled}
         module._parameters.update(scaled)
         if self.units is None or not (by_example or tapped):
@@ -229,7 +240,7 @@ class _ModuleGate(Copied):
         gate = gate.view(-1, *(len(self.units) if d == channels else 1 for d in range(1, x.dim()))).to(x.dtype)
         # A gate of the whole batch shifts the units' means, which the following norm removes; a gate of one example closes
         # towards the mean instead.
-        centred = self.normalised and module.training
+        centred = bool(self.norms) and gates.training and all(norm.training for norm in self.norms)  # not if one is frozen
         mean = gates.group.mean(x.detach().mean(_all_but(x, channels), keepdim=True)) if centred else None
         if tapped:
             gates._taps.append(Tap(self.units, mean, channels, x.detach(), _node(x * gate)))
