@@ -247,6 +247,7 @@ class Pruner(Queries):
 
     # --- the training loop ------------------------------------------------------------------------------------------
 
+    @torch.enable_grad()  # the loop may have switched gradients off
     def step(
         self, batch: Any = None, *, grad_scale: float | torch.Tensor = 1.0, skipped: bool | torch.Tensor | None = None
     ) -> Check | None:

@@ -269,37 +269,109 @@ def test_law_with_batch_norms_micro_batches_decide_alike(name):
     assert fates >= 0.65 and kept >= 0.8 and thetas <= 0.22
 
 
+def measured(way, loss=None, steps=40):
+    """dL/dxi of every step, and thetas, gains and curvatures after the last."""
+    model = network()
+    optimizer, pruner = make(model, loss, warmup=0, initial_keep_prob=0.9, nu=0.05, rate_ratio=0.05)
+    derivatives, inner = [], pruner._capture.derivative
+
+    def derivative(grad_scale):
+        found = inner(grad_scale)
+        derivatives.append(found[1].clone())
+        return found
+
+    pruner._capture.derivative = derivative
+    for x, y in batches(steps):
+        way(model, optimizer, pruner, x, y)
+    own = pruner.state
+    assert own.done == steps
+    return torch.stack(derivatives), pruner.keep_prob.copy(), own.products.pools.gain.mean, own.evidence.curvature.mean
+
+
+def assert_same(found, right):
+    for got, expected, share in zip(found, right, (1e-5, 1e-5, 1e-3, 1e-3), strict=True):
+        got, expected = np.asarray(got), np.asarray(expected)
+        np.testing.assert_allclose(got, expected, atol=share * np.nanmax(np.abs(expected)), rtol=share)
+
+
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("whole", [False, True])
 def test_law_micro_batches_measure_what_the_whole_batch_does(k, whole):
     """For 40 steps: dL/dxi, thetas, gains, curvatures and recovered labels of one big batch."""
+    found = measured(functools.partial(accumulated, k, given=whole, whole=whole), ce if whole else None)
+    assert_same(found, measured(usual))
 
-    def train(way, loss):
-        model = network()
-        optimizer, pruner = make(model, loss, warmup=0, initial_keep_prob=0.9, nu=0.05, rate_ratio=0.05)
-        derivatives, inner = [], pruner._capture.derivative
 
-        def derivative(grad_scale):
-            found = inner(grad_scale)
-            derivatives.append(found[1].clone())
-            return found
+def left_out(model, optimizer, pruner, x, y, to_none=True, parts=1):
+    """Batches whose gradient is thrown away, as after a look at its norm."""
+    for image in (-x, x):
+        optimizer.zero_grad(set_to_none=to_none)
+        for part in zip(image.chunk(parts), y.chunk(parts), strict=True):
+            (ce(model, part) / parts).backward()
+    optimizer.step()
+    pruner.step(part)
 
-        pruner._capture.derivative = derivative
-        for x, y in batches(40):
-            way(model, optimizer, pruner, x, y)
-        own = pruner.state
-        return (
-            torch.stack(derivatives),
-            pruner.keep_prob.copy(),
-            own.products.pools.gain.mean,
-            own.evidence.curvature.mean,
-        )
 
-    loss = ce if whole else None
-    found = train(functools.partial(accumulated, k, given=whole, whole=whole), loss)
-    for got, right, share in zip(found, train(usual, None), (1e-5, 1e-5, 1e-3, 1e-3), strict=True):
-        got, right = np.asarray(got), np.asarray(right)
-        np.testing.assert_allclose(got, right, atol=share * np.nanmax(np.abs(right)), rtol=share)
+def adversarial(model, optimizer, pruner, x, y, how, to_none=True):
+    """The gradient in the input first, which comes to the weights too or not, then a step of no size."""
+    moved = x.clone().requires_grad_()
+    loss = ce(model, (moved, y))
+    if how == "grad":
+        (gradient,) = torch.autograd.grad(loss, moved)
+    else:
+        loss.backward()
+        gradient = moved.grad
+    loss = ce(model, ((x + 0.0 * gradient.sign()).detach(), y))
+    optimizer.zero_grad(set_to_none=to_none)
+    loss.backward()
+    optimizer.step()
+    pruner.step((x, y))
+
+
+def other_forward_passes(model, optimizer, pruner, x, y):
+    optimizer.zero_grad()
+    model(-x[:9])
+    loss = ce(model, (x, y))
+    model(x[:7]).square().mean()
+    model.eval()
+    model(x[:3])
+    with torch.inference_mode():
+        model(x[:5])
+    model.train()
+    with torch.no_grad():
+        model(x[:7])
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        pruner.step((x, y))
+
+
+def functional(model, optimizer, pruner, x, y):
+    optimizer.zero_grad()
+    F.cross_entropy(torch.func.functional_call(model, dict(model.named_parameters()), (x,)), y).backward()
+    optimizer.step()
+    pruner.step((x, y))
+
+
+SAME = {
+    "left out": left_out,
+    "left out, zeroed in place": functools.partial(left_out, to_none=False),
+    "left out, two micro-batches": functools.partial(left_out, to_none=False, parts=2),
+    "adversarial, by grad": functools.partial(adversarial, how="grad"),
+    "adversarial, by backward": functools.partial(adversarial, how="backward"),
+    "adversarial, zeroed in place": functools.partial(adversarial, how="backward", to_none=False),
+    "other forward passes": other_forward_passes,
+    "functional call": functional,
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("way", SAME.values(), ids=SAME)
+def test_law_what_is_not_trained_on_is_not_measured(way, given):
+    """Probes of a loss that is given take rows of its last micro-batch, as the reference does."""
+    loss, parts = ce if given else None, 2 if way is SAME["left out, two micro-batches"] else 1
+    right = functools.partial(accumulated, parts, given=given)
+    assert_same(measured(way, loss), measured(right, loss))
 
 
 @pytest.mark.parametrize("sizes", [(32, 32), (10, 22, 32), (7, 57)])

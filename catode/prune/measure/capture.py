@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class Call:
         loss: Place in `outputs` of a loss of its own; None for none.
         outputs: The tensors in what it returned that a loss may depend on, its own loss included, detached.
         gradients: dL/d of each of them as an argument of the loss, whatever it depends on itself; None where none came back.
+        versions: Numbers of the changes in place that its inputs had seen before it, by their order, and its outputs after it.
     """
 
     rows: torch.Tensor | None
@@ -42,11 +44,23 @@ class Call:
     loss: int | None = None
     outputs: list[torch.Tensor] = field(default_factory=list)
     gradients: list[torch.Tensor | None] = field(default_factory=list)
+    versions: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
 
     @property
     def trained(self) -> bool:
         """Whether a gradient came back to its outputs."""
         return any(gradient is not None for gradient in self.gradients)
+
+    @property
+    def changed_inputs(self) -> list[torch.Tensor]:
+        """Inputs that have been changed in place since the call began."""
+        inputs = nests.tensors((self.args, self.kwargs))
+        return [x for x, version in zip(inputs, self.versions[0], strict=True) if _version(x) != version]
+
+    @property
+    def changed_outputs(self) -> list[torch.Tensor]:
+        """Outputs that have been changed in place since the call ended."""
+        return [z for z, version in zip(self.outputs, self.versions[1], strict=True) if _version(z) != version]
 
 
 class Capture(Copied):
@@ -71,14 +85,9 @@ class Capture(Copied):
         self, model: nn.Module, gates: Gates, draws: GateDraws, per_example: bool, group: Group, inputs: bool = True
     ):
         self.model, self.gates, self.draws, self.per_example, self.group = model, gates, draws, per_example, group
-        self.inputs, self.checked = inputs, True
-        self.calls: list[Call] = []
-        self.measured = self.paused = False
+        self.inputs, self.checked, self.paused = inputs, True, False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._parts: list[torch.Tensor] = []  # dL/dxi of the calls before the last one
-        self._gradient: torch.Tensor | None = None  # of one parameter, when a gradient last came to it
-        self._version: int | None = None  # of that parameter then
-        self._moved = False
+        self.begin(False)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of a gated model holds: nothing, and does nothing."""
@@ -91,7 +100,10 @@ class Capture(Copied):
             self.model.register_forward_hook(self._after),
         ]
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._hooks += [last.register_post_accumulate_grad_hook(self._arrived) for last in learning[-1:]]
+        removable = {p for block in self.gates.blocks for p in self.model.get_submodule(block.name).parameters()}
+        for last in ([p for p in learning if p not in removable] or learning)[-1:]:
+            self._hooks.append(last.register_hook(partial(self._arriving, last)))
+            self._hooks.append(last.register_post_accumulate_grad_hook(self._arrived))
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -101,8 +113,16 @@ class Capture(Copied):
 
     def begin(self, measured: bool) -> None:
         """Begin a step."""
-        self.calls, self.measured = [], measured or self.checked
-        self._parts, self._gradient, self._version, self._moved = [], None, None, False
+        self.calls: list[Call] = []
+        self.measured = measured or self.checked
+        self._parts: list[torch.Tensor] = []  # dL/dxi of the calls before the last one
+        self._reached = self._seen = 0  # calls before the last one with dL/dxi, and before the last gradient
+        self._gradient: tuple[torch.Tensor | None, int] = (
+            None,
+            0,
+        )  # of one parameter, and its version, when one last came
+        self._weights: int | None = None  # version of that parameter then
+        self._moved = False
 
     def derivative(self, grad_scale: float | torch.Tensor) -> tuple[NDArray, torch.Tensor]:
         """Draw of the current step, and, still on the device, dL/dxi there, each of shape (n,).
@@ -138,11 +158,9 @@ class Capture(Copied):
         if not module.training or not torch.is_grad_enabled():
             self.gates.rows = None
             return
+        self._settle()
         call = Call(None)
         self.calls.append(call)
-        if self.gates.draw.grad is not None:
-            self._parts.append(self.gates.draw.grad)
-            self.gates.draw.grad = None
         if self.per_example:
             batch = nests.examples((args, kwargs), "the model's input")
             rows = self.group.share(self.draws.draw_examples(batch * self.group.size, more=len(self.calls) > 1))
@@ -153,6 +171,7 @@ class Capture(Copied):
             except TypeError:  # a loss that is given may call the model with anything
                 if self.inputs:
                     raise
+            call.versions[0].extend(map(_version, nests.tensors((call.args, call.kwargs))))
         if self.checked:
             kind = self.gates.draw.device.type
             call.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -168,21 +187,48 @@ class Capture(Copied):
         own = own_loss(output)
         for place, tensor in enumerate(differentiable(output)):
             call.loss = place if tensor is own else call.loss
-            call.outputs.append(tensor.detach())
+            call.outputs.append(tensor.detach().clone() if self.checked else tensor.detach())
+            call.versions[1].append(_version(call.outputs[-1]))
             call.gradients.append(None)
             tensor.register_hook(lambda gradient, place=place: _accumulate(call.gradients, place, gradient))
         if self.checked:
-            call.output = output
+            call.output = nests.mapped(output, lambda z: z.detach().clone().requires_grad_(z.requires_grad))
         return output if several else None
 
+    def _settle(self) -> None:
+        """Put dL/dxi of the calls so far aside; those whose gradient went to their inputs alone have not been trained on."""
+        draw = self.gates.draw
+        for call in self.calls[self._reached :]:
+            if (draw if call.rows is None else call.rows).grad is None:
+                call.gradients = [None] * len(call.gradients)
+            else:
+                self._reached = len(self.calls)
+        if draw.grad is not None:
+            self._parts.append(draw.grad)
+            draw.grad = None
+
+    def _arriving(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Forget the calls before the last gradient if the user has cleared it, as that of a batch that was left out."""
+        before, version = self._gradient
+        if before is None:
+            return
+        now = parameter.grad  # also 0 if it was cleared in place
+        if now is not before or (now._version != version and not bool(now.any())):
+            self.calls, self._parts = self.calls[min(self._seen, len(self.calls) - 1) :], []
+            self._reached = self._seen = 0
+
     def _arrived(self, parameter: nn.Parameter) -> None:
-        """Forget the calls before the last one if the user has cleared their gradients, as of a batch that was left out."""
+        """Note a gradient that has come."""
         if not self.calls:  # of passes in eval mode, or before the gates
             return
-        if self._gradient is not None and parameter.grad is not self._gradient:
-            self.calls, self._parts = self.calls[-1:], []
-        self._moved |= self._version is not None and parameter._version != self._version
-        self._gradient, self._version = parameter.grad, parameter._version
+        self._moved |= self._weights is not None and parameter._version != self._weights
+        self._gradient, self._weights = (parameter.grad, parameter.grad._version), parameter._version
+        self._seen = len(self.calls)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Number of changes in place that a tensor has seen; 0 where that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _accumulate(gradients: list[torch.Tensor | None], place: int, gradient: torch.Tensor) -> None:

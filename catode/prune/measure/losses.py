@@ -20,6 +20,10 @@ Loss = Callable[[nn.Module, Any], torch.Tensor]
 
 ONE_HOT = {torch.float32: (1e-3, 1e-5), torch.float64: (1e-3, 1e-5)}  # relative and absolute tolerance of targets
 ONE_HOT_HALF = (2e-2, 1e-3)
+CHANGED = (
+    "`batch` must stay as the model saw it, and what it returned, until step(); got one that was changed in place. Let the model "
+    "and the loop compute new tensors, as x = x - mean and z = z.masked_fill(...)."
+)
 NOT_RECOGNISED = (
     "`loss` must be given where the training loss is no mean softmax cross-entropy with one label for each example; got another "
     "gradient of the outputs. Pass Pruner(..., loss=lambda model, batch: ...) and step(batch), and a loss scale, if any, to "
@@ -80,19 +84,25 @@ class Objective:
             batch: What was given to the pruner's ``step()``.
             part: The examples, among those that `examples` counts.
             grad_scale: Factor that the loss was multiplied with before ``backward()``.
+
+        Raises:
+            ValueError: if the model's inputs have been changed since, or its outputs where the loss is recognised by them.
         """
         finite = torch.stack([tensor.isfinite().all() for call in calls for tensor in call.outputs]).all()
         yes = torch.ones_like(finite)
         if self.given is not None:
             chosen = nests.rows(batch, part)
             return Sample(lambda model: self.evaluate(model, chosen), nests.examples(chosen), finite, yes)
+        own = all(call.loss is not None for call in calls)
+        if any(call.changed_inputs or (call.changed_outputs and not own) for call in calls):
+            raise ValueError(CHANGED)
         pieces = [(call, rows) for call, rows in zip(calls, _shares(calls, part), strict=True) if rows is not None]
         inputs = [nests.rows((call.args, call.kwargs), rows) for call, rows in pieces]
         if not nests.joinable(inputs):  # such as texts of different lengths
             pieces, inputs = pieces[:1], inputs[:1]
         args, kwargs = nests.joined(inputs)
         examples = sum(rows.stop - rows.start for _, rows in pieces)
-        if all(call.loss is not None for call in calls):
+        if own:
             return Sample(lambda model: own_loss(model(*args, **kwargs)), examples, finite, yes)
         targets, fits = zip(*(_targets(call, rows, calls, grad_scale) for call, rows in pieces), strict=True)
         labels = torch.cat(targets)
