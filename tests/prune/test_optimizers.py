@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_the_clock_counts_steps_wherever_they_are():
         optimizer.param_groups[0]["lr"] = lr
         weight.grad = torch.ones(1)
         optimizer.step(lambda: None)
-    assert clock.take() == (pytest.approx(4.0), 2) and clock.take() == (0.0, 0)
+    assert clock.take() == (pytest.approx(4.0), False) and clock.take() == (0.0, True)
     assert clock.base == pytest.approx(3.0)
 
 
@@ -251,16 +252,18 @@ def gated(make, **given):
     return model, optimizer, Pruner(model, torch.zeros(2, 6), optimizer=optimizer, **given)
 
 
-def train(model, optimizer, pruner, first, last):
+def train(model, optimizer, pruner, first, last, early=False):
+    """Some steps; with the pruner's step before the optimizer's."""
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         x, y = torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        pruner.step()
+        for one in (pruner, optimizer) if early else (optimizer, pruner):
+            one.step()
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(
     "make",
     [
@@ -270,22 +273,48 @@ def train(model, optimizer, pruner, first, last):
     ],
     ids=["AdamW", "RMSprop", "unknown"],
 )
-def test_a_resumed_pruner_goes_on_bit_by_bit(make):
+def test_a_resumed_pruner_goes_on_bit_by_bit(make, early):
     places = set()
     for cut in (37, 38, 39, 40):  # within a burst, too
         one = gated(make)
-        train(*one, 0, cut)
+        train(*one, 0, cut, early)
         state, moments = one[2].state_dict(), one[1].state_dict()
         state, moments = copy.deepcopy(state), copy.deepcopy(moments)
         places.add(len(state["pruner"]["products"]["burst"]))
-        train(*one, cut, 80)
+        train(*one, cut, 80, early)
         other = gated(make)
         other[2].load_state_dict(state)
         other[1].load_state_dict(moments)
-        train(*other, cut, 80)
+        train(*other, cut, 80, early)
         for a, b in zip(flat(one[2].state_dict()), flat(other[2].state_dict()), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        assert (
+            one[2].state.time == other[2].state.time and one[2].state_dict()["clock"] == other[2].state_dict()["clock"]
+        )
     assert len(places) > 1 or not one[2].state.products.pools.products_known
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_are_seen(fused):
+    """Also the first one, and those of a fused optimizer, whose step() is called all the same."""
+    ends = []
+    for spoilt in ((), (0, 1, 7, 20)):
+        model, optimizer, pruner = gated(lambda p: optim.AdamW(p, 1e-3, fused=fused))
+        scaler, data = torch.amp.GradScaler("cpu", init_scale=1024.0), itertools.count()
+        for number in range(40 + len(spoilt)):
+            step = next(data) if number not in spoilt else 0
+            generator = torch.Generator().manual_seed(step)
+            x, y = torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(model(x * (math.inf if number in spoilt else 1.0)), y)).backward()
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            pruner.step(grad_scale=scale)
+        ends.append(pruner)
+        assert np.isfinite(pruner.keep_prob).all() and pruner.state.done == 40 + len(spoilt)
+        assert np.isfinite(pruner.state.evidence.benefit).all() and pruner.state.evidence.benefit.any()
+    assert ends[0].state.time == pytest.approx(ends[1].state.time) == pytest.approx(40 * 1e-3)
 
 
 def flat(packed):

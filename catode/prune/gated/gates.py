@@ -22,6 +22,20 @@ from catode.prune.devices.transfer import upload
 from catode.structures.inventory import Inventory
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+NO_GRADIENTS = (
+    "`model` must run the modules that read units with gradients; got one that runs some inside torch.no_grad(), as "
+    'checkpoints do with use_reentrant=True. Use use_reentrant=False, leave the units out, or choose estimator="paired" and '
+    'layer_estimator="paired".'
+)
+AGAIN = (
+    "`per_example` must be False where checkpoints compute parts of several forward passes of one step again; got gates of "
+    "examples, which would be those of the last pass. Use per_example=False."
+)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running, as where checkpointed modules run again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,7 @@ class Gates:
         keep_prob: theta, shape (n,), float32; used instead of the draw in eval mode. Always the same tensor.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
+        several: Whether the batch is not the step's first one with rows of its own.
         traced: Whether compiled code holds gates.
     """
 
@@ -90,7 +105,7 @@ class Gates:
         self.rows: torch.Tensor | None = None
         self.traced = False
         self._taps: list[Tap] | None = None
-        self._tap_layers = False
+        self._tap_layers = self._differentiated = self.several = False
         self._installed: dict[nn.Module, _ModuleGate] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -98,8 +113,9 @@ class Gates:
         """What a copy of a gated model holds: theta alone, in train mode too, so that it depends on no pruner."""
         theta = self.keep_prob.detach().clone()
         alone = dict(
-            model=None, inventory=None, group=Group(), blocks=(), rows=None, traced=False, _taps=None, _tap_layers=False
+            model=None, inventory=None, group=Group(), blocks=(), rows=None, traced=False, several=False, _taps=None
         )
+        alone |= dict(_tap_layers=False, _differentiated=False)
         return {**alone, "draw": theta, "keep_prob": theta, "_installed": {}, "_hooks": []}
 
     @classmethod
@@ -160,10 +176,15 @@ class Gates:
             layers: Whether for layers too; without it their weights are scaled as usual.
         """
         self._taps, self._tap_layers = [], layers
+        hook = self.model.register_forward_pre_hook(self._called)
         try:
             yield self._taps
         finally:
+            hook.remove()
             self._taps, self._tap_layers = None, False
+
+    def _called(self, module: nn.Module, args: tuple) -> None:
+        self._differentiated = torch.is_grad_enabled()
 
     def remove(self) -> None:
         """Remove all gates; the model holds the same parameters as before."""
@@ -228,6 +249,10 @@ class _ModuleGate(Copied):
         if torch.compiler.is_compiling():
             gates.traced = True
         by_example, tapped = gates.rows is not None, gates._taps is not None
+        if tapped and gates._differentiated and not torch.is_grad_enabled():
+            raise ValueError(NO_GRADIENTS)
+        if by_example and gates.several and not torch.compiler.is_compiling() and in_backward():
+            raise RuntimeError(AGAIN)
         units, layer = not (by_example or tapped), not (by_example or gates._tap_layers)
         scaled = self.scaled(module, gates.values, units, layer)
         self._plain = {name: module._parameters[name] for name in scaled}

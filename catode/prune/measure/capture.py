@@ -16,7 +16,7 @@ from torch import nn
 from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
 from catode.prune.gated.draws import GateDraws
-from catode.prune.gated.gates import Copied, Gates
+from catode.prune.gated.gates import AGAIN, Copied, Gates, in_backward
 from catode.prune.measure import nests
 
 
@@ -158,10 +158,14 @@ class Capture(Copied):
         if not module.training or not torch.is_grad_enabled():
             self.gates.rows = None
             return
-        self._settle()
+        if not in_backward():  # where a checkpointed model runs again
+            self._settle()
+        elif self.per_example:
+            raise RuntimeError(AGAIN)
         call = Call(None)
         self.calls.append(call)
         if self.per_example:
+            self.gates.several = len(self.calls) > 1
             batch = nests.examples((args, kwargs), "the model's input")
             rows = self.group.share(self.draws.draw_examples(batch * self.group.size, more=len(self.calls) > 1))
             self.gates.rows = call.rows = upload(rows, self.gates.draw.device).requires_grad_()
@@ -172,9 +176,8 @@ class Capture(Copied):
                 if self.inputs:
                     raise
             call.versions[0].extend(map(_version, nests.tensors((call.args, call.kwargs))))
-        if self.checked:
-            kind = self.gates.draw.device.type
-            call.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        kind = self.gates.draw.device.type
+        call.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:

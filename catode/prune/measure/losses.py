@@ -18,8 +18,10 @@ from catode.prune.measure.capture import Call, own_loss
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
-ONE_HOT = {torch.float32: (1e-3, 1e-5), torch.float64: (1e-3, 1e-5)}  # relative and absolute tolerance of targets
-ONE_HOT_HALF = (2e-2, 1e-3)
+ONE_HOT, ONE_HOT_HALF = (
+    (1e-3, 1e-5),
+    2e-2,
+)  # relative and absolute tolerance of targets; in 16 bits that of a unit in the last place
 CHANGED = (
     "`batch` must stay as the model saw it, and what it returned, until step(); got one that was changed in place. Let the model "
     "and the loop compute new tensors, as x = x - mean and z = z.masked_fill(...)."
@@ -100,7 +102,10 @@ class Objective:
         inputs = [nests.rows((call.args, call.kwargs), rows) for call, rows in pieces]
         if not nests.joinable(inputs):  # such as texts of different lengths
             pieces, inputs = pieces[:1], inputs[:1]
-        args, kwargs = nests.joined(inputs)
+        inputs = nests.joined(inputs)
+        if any(call.autocast for call in calls):
+            inputs = nests.mapped(inputs, _in_32_bits)
+        args, kwargs = inputs
         examples = sum(rows.stop - rows.start for _, rows in pieces)
         if own:
             return Sample(lambda model: own_loss(model(*args, **kwargs)), examples, finite, yes)
@@ -158,7 +163,7 @@ def recovered_labels(
     targets = chances - gradient.float() * scale
     labels = targets.argmax(1)
     one_hot = nn.functional.one_hot(labels, logits.shape[1])
-    relative, absolute = ONE_HOT.get(logits.dtype, ONE_HOT_HALF)
+    relative, absolute = ONE_HOT if logits.element_size() > 2 else (ONE_HOT_HALF, torch.finfo(logits.dtype).eps)
     miss, error = (targets - one_hot).abs().amax(1), (chances - one_hot).abs().amax(1)
     return labels, (miss <= relative * error + absolute).all()
 
@@ -174,6 +179,11 @@ def _targets(
     if len(calls) > 1:
         fits |= recovered_labels(logits, gradient[rows], sum(map(size, calls)) / grad_scale)[1]
     return labels, fits
+
+
+def _in_32_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Inputs of a model under autocast may have fewer bits than its weights, for which probes have no use."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def size(call: Call) -> int:
