@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,17 +193,29 @@ def check_optimizer(optimizer: optim.Optimizer) -> None:
         )
 
 
-def check_owner(optimizer: optim.Optimizer, model: nn.Module) -> None:
-    """Refuse an optimizer of another model.
+def check_owner(optimizer: optim.Optimizer, model: nn.Module, branches: Iterable[nn.Parameter] = ()) -> None:
+    """Refuse an optimizer of another model, and one of several.
+
+    Args:
+        optimizer: The optimizer.
+        model: The model.
+        branches: Parameters of what can be removed.
 
     Raises:
-        ValueError: if it holds none of the model's parameters.
+        ValueError: if it holds none of the model's parameters, or not all of those in branches that learn.
     """
-    own = set(model.parameters())
-    if not any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    if not held & names.keys():
         raise ValueError(
             "`optimizer` must hold the model's parameters; got one that holds none of them. Build it from model.parameters(), "
             "after the model has been moved or copied."
+        )
+    missing = [parameter for parameter in branches if parameter.requires_grad and parameter not in held]
+    if missing:
+        raise ValueError(
+            f"`optimizer` must hold every parameter of the blocks that learns; got one without `{names[missing[0]]}`. Give one "
+            "optimizer all of them, or set requires_grad=False where nothing is to be learnt."
         )
 
 

@@ -44,7 +44,7 @@ from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
 from catode.prune.gated.gates import Gates
 from catode.prune.gated.network import Cut, Network
-from catode.prune.measure.bounds import project
+from catode.prune.measure.bounds import branch, project
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed, check_finite
@@ -108,6 +108,7 @@ class Pruner(Queries):
         self.group.agree(model, step=0)
         self.blocks = model.structures()
         consistency.check(model, self.blocks)
+        check_owner(optimizer, model, [parameter for block in self.blocks for parameter in branch(model, block)])
         self.complexity = describe(model, self.blocks, example_input)
         self.target = Target.choose(self.complexity, own.target_macs, own.target_params)
         if step_times is not None:

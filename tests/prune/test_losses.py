@@ -640,6 +640,94 @@ def test_outputs_that_a_loss_divides_in_place_are_seen_as_the_model_gave_them():
     assert pruner.state.done == 3
 
 
+class Keeps(DenseResNet):
+    """Whose features somebody reads, as a hook for distillation does."""
+
+    def forward(self, x):
+        self.features = self.blocks(self.stem(x.flatten(1)))
+        return self.fc(F.relu(self.norm(self.features)))
+
+
+class Returns(Keeps):
+    def forward(self, x):
+        z = super().forward(x)
+        return z, self.features
+
+
+def with_features(model, batch):
+    z = model(batch[0])
+    z, features = z if isinstance(z, tuple) else (z, model.features)
+    return F.cross_entropy(z, batch[1]) + 0.3 * features.square().mean()
+
+
+def seeded(kind):
+    torch.manual_seed(0)
+    return kind(64, CLASSES, blocks=2, width=16, hidden=8).train()
+
+
+PAIRED = dict(estimator="paired", layer_estimator="paired")
+
+
+def test_a_loss_that_reads_the_models_inside_is_taken_where_all_of_it_is_measured():
+    """Not recognised as the cross-entropy that is one part of it; given, its curvature would be that of the same part."""
+    (batch,) = batches(1)
+    for loss, changes, message in (
+        (None, {}, "got a gradient that came to the model's inside by another way"),
+        (None, PAIRED, "got a gradient that came to the model's inside by another way"),
+        (ce, PAIRED, "while the one given reads what the model returns alone"),
+        (with_features, {}, "got one that reads the model's inside, too"),
+    ):
+        model, optimizer, pruner = make(loss, seeded(Keeps), **changes)
+        run = lambda m=model, o=optimizer, p=pruner: step(p, o, with_features(m, batch), batch)  # noqa: E731
+        refused(run, pruner, message)
+    ends = []
+    for kind in (Keeps, Returns):
+        model, optimizer, pruner = make(with_features, seeded(kind), **PAIRED)
+        for batch in batches(60):
+            step(pruner, optimizer, with_features(model, batch), batch)
+        ends.append(pruner.state.evidence.benefit)
+    np.testing.assert_allclose(*ends, rtol=1e-4, atol=1e-6)
+    assert ends[0].any()
+
+
+@pytest.mark.parametrize("how", [torch.no_grad, None])
+def test_units_that_no_gradient_comes_back_to_need_another_estimator(how):
+    """A part of the model without gradients, or behind a detach(): its units would seem to be worth nothing."""
+
+    class Cut(DenseResNet):
+        def forward(self, x):
+            with torch.set_grad_enabled(how is None):
+                x = self.blocks[:1](self.stem(x.flatten(1)))
+            return self.fc(F.relu(self.norm(self.blocks[1:](x.detach()))))
+
+    (batch,) = batches(1)
+    model, optimizer, pruner = make(ce, seeded(Cut))
+    match = (
+        "`model` must run the modules that read units with gradients"
+        if how
+        else "none comes to those of `blocks.0.hidden`"
+    )
+    refused(lambda: step(pruner, optimizer, ce(model, batch), batch), pruner, match)
+    model, optimizer, pruner = make(ce, seeded(Cut), initial_keep_prob=0.9, **PAIRED)
+    for batch in batches(40):
+        step(pruner, optimizer, ce(model, batch), batch)
+    assert pruner.state.evidence.benefit[2:10].any()  # of the units behind
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    """Every probe would be left out as one of a step that went wrong."""
+
+    class Masked(DenseResNet):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.arange(CLASSES) == 9, -torch.inf)
+
+    ((x, y),) = batches(1)
+    for loss in (None, ce):
+        model, optimizer, pruner = make(loss, seeded(Masked))
+        run = lambda m=model, o=optimizer, p=pruner: step(p, o, ce(m, (x, y % 9)), (x, y % 9))  # noqa: E731
+        refused(run, pruner, "`model` must return finite numbers")
+
+
 TWICE = pytest.mark.parametrize(
     ("given", "match", "kind"), [(ce, "is 2 times it", ValueError), (None, "must be given", RuntimeError)]
 )

@@ -326,6 +326,22 @@ def flat(packed):
     return [packed] if isinstance(packed, torch.Tensor) else []
 
 
+def test_one_of_two_optimizers_is_refused():
+    """Weights that another one moves would count as frozen, and their growth as 0."""
+    torch.manual_seed(0)
+    model = DenseResNet(6, 3, blocks=2, width=6, hidden=5)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    optimizer = optim.AdamW([p for p in model.parameters() if p.dim() < 2], 1e-3)
+    given = dict(optimizer=optimizer, nu=1.0, steps=200)
+    with pytest.raises(
+        ValueError, match=r"`optimizer` must hold every parameter of the blocks that learns; .* `blocks\.0\.hidden"
+    ):
+        Pruner(model, torch.zeros(2, 6), **given)
+    for p in matrices:
+        p.requires_grad_(False)
+    Pruner(model, torch.zeros(2, 6), **given)
+
+
 def test_an_optimizer_that_is_not_known_decides_by_displacement_alone():
     model, optimizer, pruner = gated(lambda p: optim.Rprop(p, 1e-3), initial_keep_prob=1.0, steps=400)
     train(model, optimizer, pruner, 0, 300)

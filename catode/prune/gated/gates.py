@@ -186,6 +186,19 @@ class Gates:
     def _called(self, module: nn.Module, args: tuple) -> None:
         self._differentiated = torch.is_grad_enabled()
 
+    @property
+    def tapping(self) -> bool:
+        """Whether activations are scaled, and tapped: not in a call of the model without gradients, such as for pseudo-labels.
+
+        Raises:
+            ValueError: if gradients are switched off inside the model.
+        """
+        if self._taps is None or torch.is_grad_enabled():
+            return self._taps is not None
+        if self._differentiated:
+            raise ValueError(NO_GRADIENTS)
+        return False
+
     def remove(self) -> None:
         """Remove all gates; the model holds the same parameters as before."""
         for hook in self._hooks:
@@ -248,12 +261,10 @@ class _ModuleGate(Copied):
         gates = self.gates
         if torch.compiler.is_compiling():
             gates.traced = True
-        by_example, tapped = gates.rows is not None, gates._taps is not None
-        if tapped and gates._differentiated and not torch.is_grad_enabled():
-            raise ValueError(NO_GRADIENTS)
+        by_example, tapped = gates.rows is not None, gates.tapping
         if by_example and gates.several and not torch.compiler.is_compiling() and in_backward():
             raise RuntimeError(AGAIN)
-        units, layer = not (by_example or tapped), not (by_example or gates._tap_layers)
+        units, layer = not (by_example or tapped), not (by_example or (tapped and gates._tap_layers))
         scaled = self.scaled(module, gates.values, units, layer)
         self._plain = {name: module._parameters[name] for name in scaled}
         module._parameters.update(scaled)
@@ -281,7 +292,7 @@ class _ModuleGate(Copied):
         if self.layer is None or output is None:
             return None
         gates, (number, here) = self.gates, self.layer
-        if gates._taps is not None and gates._tap_layers:
+        if gates._tap_layers and gates.tapping:
             gates._taps.append(Tap(here, None, 1, output.detach(), _node(output * gates.draw[number])))
             return gates._taps[-1].after
         if gates.rows is None:

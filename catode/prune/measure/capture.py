@@ -20,6 +20,19 @@ from catode.prune.gated.gates import AGAIN, Copied, Gates, in_backward
 from catode.prune.measure import nests
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What a model's forward pass depends on beside its inputs.
+
+    Attributes:
+        tensors: Copies of its parameters and buffers by name.
+        random: States of the random number generators.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    random: RandomStates
+
+
 @dataclass(eq=False)
 class Call:
     """One forward pass of the gated model in train mode.
@@ -29,6 +42,7 @@ class Call:
         args: Positional arguments, detached.
         kwargs: Keyword arguments, detached.
         autocast: Type of automatic mixed precision; None for off.
+        moment: Its moment; None in steps that are not checked, or if its inputs could not be kept.
         output: What it returned; None in steps that are not checked.
         loss: Place in `outputs` of a loss of its own; None for none.
         outputs: The tensors in what it returned that a loss may depend on, its own loss included, detached.
@@ -40,6 +54,7 @@ class Call:
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     autocast: torch.dtype | None = None
+    moment: Moment | None = None
     output: Any = None
     loss: int | None = None
     outputs: list[torch.Tensor] = field(default_factory=list)
@@ -79,6 +94,7 @@ class Capture(Copied):
         measured: Whether the current step is.
         checked: Whether everything is kept for `catode.prune.measure.losses.check`.
         paused: Whether forward passes are ignored, as those of a probe are.
+        total: dL/dxi of the step, of this process, up to the loss's scale; once `derivative` has been called.
     """
 
     def __init__(
@@ -148,7 +164,7 @@ class Capture(Copied):
                 "does. Call step() after each optimizer step."
             )
         self.gates.rows = None
-        derivative = sum(gradient.sum(0) if rows else gradient for gradient in gradients)
+        derivative = self.total = sum(gradient.sum(0) if rows else gradient for gradient in gradients)
         return self.draws.values(bool(rows)), self.group.mean(derivative / grad_scale)
 
     @torch.compiler.disable  # or each kind of step would be compiled by itself
@@ -175,6 +191,8 @@ class Capture(Copied):
             except TypeError:  # a loss that is given may call the model with anything
                 if self.inputs:
                     raise
+            else:
+                call.moment = self._moment() if self.checked else None
             call.versions[0].extend(map(_version, nests.tensors((call.args, call.kwargs))))
         kind = self.gates.draw.device.type
         call.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -197,6 +215,14 @@ class Capture(Copied):
         if self.checked:
             call.output = nests.mapped(output, lambda z: z.detach().clone().requires_grad_(z.requires_grad))
         return output if several else None
+
+    def _moment(self) -> Moment:
+        """This moment; the weights of a step are copied once."""
+        parameters = dict(self.model.named_parameters())
+        before = next((call.moment.tensors for call in self.calls if call.moment), None)
+        tensors = {name: p.detach().clone() if before is None else before[name] for name, p in parameters.items()}
+        tensors |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return Moment(tensors, RandomStates.now(self.gates.draw.device))
 
     def _settle(self) -> None:
         """Put dL/dxi of the calls so far aside; those whose gradient went to their inputs alone have not been trained on."""

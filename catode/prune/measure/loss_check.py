@@ -19,18 +19,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from catode.prune.measure import nests
+from catode.prune.measure import inside_check, nests
 from catode.prune.measure.capture import Call, Capture, RandomStates
 from catode.prune.measure.curvature import couples_examples, second_derivative
+from catode.prune.measure.inside_check import SAME, closeness
 from catode.prune.measure.losses import CHANGED, NOT_RECOGNISED, Objective, scalar, size
 from catode.prune.measure.probes import outputs_of, replaced_forward, undisturbed
 
-SAME, HALF = 0.01, 0.05  # relative deviation up to which gradients are the same, in 32 bits and more, and in fewer
 ROUGH = 0.6  # the same where a loss draws random numbers, or micro-batches may weigh differently
 FEW = 8  # examples on which the loss of a model that returns its own is looked at
 
 
-def check(objective: Objective, capture: Capture, batch: Any, grad_scale: float, twice: bool) -> bool:
+def check(
+    objective: Objective,
+    capture: Capture,
+    batch: Any,
+    grad_scale: float,
+    estimators: tuple[str, str] = ("paired", "curvature"),
+) -> bool:
     """Compare the objective with the loss that was trained on in a step.
 
     Args:
@@ -38,7 +44,7 @@ def check(objective: Objective, capture: Capture, batch: Any, grad_scale: float,
         capture: The step's calls, with everything kept.
         batch: What was given to the pruner's ``step()``.
         grad_scale: Factor that the loss was multiplied with before ``backward()``.
-        twice: Whether its second derivative is needed.
+        estimators: Estimators of the layers' and of the units' benefits.
 
     Returns:
         Whether this step could tell: not where gradients are infinite (a loss scale that is still too high) or all 0.
@@ -57,14 +63,23 @@ def check(objective: Objective, capture: Capture, batch: Any, grad_scale: float,
     gradients = [g for call in trained for g in call.gradients if g is not None]
     if not all(bool(g.isfinite().all()) for g in gradients):
         return False
+    if not all(bool(z.isfinite().all()) for call in trained for z in call.outputs):
+        raise ValueError(
+            "`model` must return finite numbers, by which probes tell a step that went wrong; got others, with a finite gradient. "
+            "Mask with a number such as -1e4, or in the loss."
+        )
+    examples, told = objective.examples(trained, batch), True
     with undisturbed(capture.model, capture.gates.draw.device):
         if objective.given is not None:
-            return _check_given(objective, capture, trained, batch, grad_scale, twice)
-        if all(call.loss is not None for call in trained):
+            told = _check_given(objective, capture, trained, batch, grad_scale, "curvature" in estimators)
+        elif all(call.loss is not None for call in trained):
             _check_own(objective, capture, trained, grad_scale)
-        elif not bool(objective.sample(trained, None, slice(0, objective.examples(trained, None)), grad_scale).fits):
+        elif not bool(objective.sample(trained, None, slice(0, examples), grad_scale).fits):
             raise RuntimeError(NOT_RECOGNISED)
-    return True
+        if told:
+            sample = objective.sample(trained, batch, slice(0, min(examples, FEW)), grad_scale)
+            inside_check.check(capture, trained, sample, objective.given is not None, estimators)
+    return told
 
 
 def _check_own(objective: Objective, capture: Capture, calls: Sequence[Call], grad_scale: float) -> None:
@@ -188,7 +203,7 @@ class _Replay:
     @property
     def close(self) -> float:
         """Relative deviation of gradients that are the same."""
-        return HALF if any(z.element_size() < 4 for call in self.answers for z in call.outputs) else SAME
+        return closeness(self.answers)
 
     @property
     def flat(self) -> torch.Tensor:
