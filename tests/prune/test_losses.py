@@ -571,6 +571,12 @@ def test_a_model_in_eval_mode_and_steps_without_backward_passes(loss):
     refused(lambda: pruner.step(batch), pruner, "must follow a backward pass", RuntimeError)
     step(pruner, optimizer, ce(model, batch), batch)
     refused(lambda: pruner.step(batch), pruner, "must follow a backward pass", RuntimeError)
+    ce(model, batch).backward()
+    optimizer.step()
+    model.eval()  # whose probes would see no gate
+    refused(lambda: pruner.step(batch), pruner, "must be in train mode at step", RuntimeError)
+    model.train()
+    pruner.step(batch)
 
 
 class ShiftsItsInput(DenseResNet):
@@ -688,6 +694,20 @@ def test_a_loss_that_reads_the_models_inside_is_taken_where_all_of_it_is_measure
         ends.append(pruner.state.evidence.benefit)
     np.testing.assert_allclose(*ends, rtol=1e-4, atol=1e-6)
     assert ends[0].any()
+
+
+@pytest.mark.parametrize("given", [ce, None])
+def test_a_model_with_random_numbers_of_its_own_is_not_held_against_what_it_returns_again(given):
+    class Noisy(DenseResNet):
+        generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x):
+            return super().forward(x + torch.randn(x.shape, generator=self.generator))
+
+    model, optimizer, pruner = make(given, seeded(Noisy))
+    for batch in batches(3):
+        step(pruner, optimizer, ce(model, batch), batch)
+    assert pruner.state.done == 3
 
 
 @pytest.mark.parametrize("how", [torch.no_grad, None])

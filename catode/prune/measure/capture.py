@@ -147,7 +147,7 @@ class Capture(Copied):
             grad_scale: Factor that the loss was multiplied with before ``backward()``.
 
         Raises:
-            RuntimeError: if no backward pass through the gated model came before.
+            RuntimeError: if no backward pass through the gated model came before, or the model is not in train mode.
         """
         rows = [call.rows for call in self.calls if call.rows is not None]
         gradients = [row.grad for row in rows] if rows else [*self._parts, self.gates.draw.grad]
@@ -157,6 +157,10 @@ class Capture(Copied):
             raise RuntimeError(
                 f"`step()` must follow a backward pass through the gated model in train mode; got none since the last one, and a "
                 f"model in {mode} mode. Call model.train() before the forward pass, and loss.backward() before step()."
+            )
+        if not self.model.training:
+            raise RuntimeError(
+                "`model` must be in train mode at step(), as it was in the forward pass; got eval mode. Call model.train() before."
             )
         if self._moved:
             raise RuntimeError(
