@@ -273,7 +273,8 @@ class Pruner(Queries):
         """
         if self.state.finished:
             return None
-        with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):  # whatever the loop has around it
+        precision, eager = torch.autocast(self._device.type, enabled=False), torch.compiler.set_stance("force_eager")
+        with torch.enable_grad(), precision, eager:  # whatever the loop has around it, and was compiled
             return self._step(batch, grad_scale, skipped)
 
     def read(self) -> None:
@@ -425,7 +426,11 @@ class Pruner(Queries):
             final: Whether everything must be decided, but for what a shadow run watches.
             last: Whether watching ends here too.
         """
-        own, limits, before = self.state, self.limits(), self.state.fate
+        own, before = self.state, self.state.fate
+        if own.started:
+            own.products.notice_learning()  # since the last burst of gradients
+            self._reads.read()
+        limits = self.limits()
         own.bounds.see(self.model, self.blocks, own.kept, limits)
         self.group.agree(self.model, self.checksum(), own.done)
         verdict = self._checking.settle(

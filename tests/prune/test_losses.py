@@ -571,6 +571,7 @@ def test_a_model_in_eval_mode_and_steps_without_backward_passes(loss):
     refused(lambda: pruner.step(batch), pruner, "must follow a backward pass", RuntimeError)
     step(pruner, optimizer, ce(model, batch), batch)
     refused(lambda: pruner.step(batch), pruner, "must follow a backward pass", RuntimeError)
+    optimizer.zero_grad()
     ce(model, batch).backward()
     optimizer.step()
     model.eval()  # whose probes would see no gate
@@ -779,6 +780,17 @@ def test_sam(given):
             p += 0.05 * p.grad
     again = lambda: step(pruner, optimizer, ce(model, batch), batch)  # noqa: E731
     refused(again, pruner, "weights that changed between two of them, as SAM does", RuntimeError)
+
+
+def test_a_step_for_each_micro_batch_is_refused():
+    """Gradients of several draws of the gates would add up; losses are not divided, or the first one would be refused."""
+    model, optimizer, pruner = make()
+    first, second = batches(2)
+    ce(model, first).backward()
+    pruner.step()
+    ce(model, second).backward()
+    optimizer.step()
+    refused(pruner.step, pruner, "must be called once for each step of the optimizer", RuntimeError)
 
 
 def test_a_model_called_by_its_parts():

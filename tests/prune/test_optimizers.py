@@ -326,6 +326,17 @@ def flat(packed):
     return [packed] if isinstance(packed, torch.Tensor) else []
 
 
+def test_what_begins_to_learn_right_before_a_check_is_not_decided_by_what_was_measured_frozen():
+    model, optimizer, pruner = gated(lambda p: optim.SGD(p, 0.05, momentum=0.9), check_every=70)
+    model.blocks[0].hidden.weight.requires_grad_(False)
+    train(model, optimizer, pruner, 0, 69)
+    pools, owned = pruner.state.products.pools, [0, *range(2, 7)]
+    assert (pools.gain.count > 1).all() and pruner.state.done == 69
+    model.blocks[0].hidden.weight.requires_grad_(True)  # the next burst begins after the check
+    train(model, optimizer, pruner, 69, 70)
+    assert not pools.gain.count[owned].any() and (np.delete(pools.gain.count, owned) > 1).all()
+
+
 def test_one_of_two_optimizers_is_refused():
     """Weights that another one moves would count as frozen, and their growth as 0."""
     torch.manual_seed(0)

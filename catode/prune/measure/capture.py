@@ -103,6 +103,8 @@ class Capture(Copied):
         self.model, self.gates, self.draws, self.per_example, self.group = model, gates, draws, per_example, group
         self.inputs, self.checked, self.paused = inputs, True, False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        # of one parameter, with its version, when it last came
+        self._gradient: tuple[torch.Tensor | None, int] = (None, 0)
         self.begin(False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,12 +135,9 @@ class Capture(Copied):
         self.measured = measured or self.checked
         self._parts: list[torch.Tensor] = []  # dL/dxi of the calls before the last one
         self._reached = self._seen = 0  # calls before the last one with dL/dxi, and before the last gradient
-        self._gradient: tuple[torch.Tensor | None, int] = (
-            None,
-            0,
-        )  # of one parameter, and its version, when one last came
-        self._weights: int | None = None  # version of that parameter then
-        self._moved = False
+        self._left, self._gradient = self._gradient, (None, 0)
+        self._weights: int | None = None  # version of that parameter when a gradient last came
+        self._moved = self._summed = False
 
     def derivative(self, grad_scale: float | torch.Tensor) -> tuple[NDArray, torch.Tensor]:
         """Draw of the current step, and, still on the device, dL/dxi there, each of shape (n,).
@@ -161,6 +160,11 @@ class Capture(Copied):
         if not self.model.training:
             raise RuntimeError(
                 "`model` must be in train mode at step(), as it was in the forward pass; got eval mode. Call model.train() before."
+            )
+        if self._summed:
+            raise RuntimeError(
+                "`step()` must be called once for each step of the optimizer, whose gradients are cleared in between; got one that "
+                "was added to those before the last call. Call it where the optimizer steps."
             )
         if self._moved:
             raise RuntimeError(
@@ -244,6 +248,8 @@ class Capture(Copied):
         """Forget the calls before the last gradient if the user has cleared it, as that of a batch that was left out."""
         before, version = self._gradient
         if before is None:
+            left, version = self._left
+            self._summed = left is not None and left is parameter.grad and left._version == version and bool(self.calls)
             return
         now = parameter.grad  # also 0 if it was cleared in place
         if now is not before or (now._version != version and not bool(now.any())):
