@@ -255,6 +255,7 @@ class Capture(Copied):
         if now is not before or (now._version != version and not bool(now.any())):
             self.calls, self._parts = self.calls[min(self._seen, len(self.calls) - 1) :], []
             self._reached = self._seen = 0
+            self._summed = False
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         """Note a gradient that has come."""

@@ -75,7 +75,7 @@ def by_other_ways(capture: Capture, calls: Sequence[Call]) -> bool:
     """Whether gradients came to the gates of a step by other ways than the model's outputs; no, where it cannot be told.
 
     The model is run again as it was in the step: with the same weights, inputs, gates and random numbers. It cannot be told
-    of a model that returns something else each time even so.
+    of a model that returns something else each time even so, or runs gated modules without gradients.
 
     Args:
         capture: The step's calls, with everything kept.
@@ -85,8 +85,32 @@ def by_other_ways(capture: Capture, calls: Sequence[Call]) -> bool:
         return False
     by_example = calls[0].rows is not None
     came = torch.cat([call.rows.grad for call in calls]) if by_example else capture.total
-    pulled, close = _pulled(capture, calls), closeness(calls)
-    return _differ(came, pulled, close) and not _differ(pulled, _pulled(capture, calls), 0.1 * close)
+    close = closeness(calls)
+    with _shut(
+        capture
+    ) as shut:  # as in a checkpoint with use_reentrant=True, through which no gradient can be followed
+        pulled = _pulled(capture, calls)
+    return not shut and _differ(came, pulled, close) and not _differ(pulled, _pulled(capture, calls), 0.1 * close)
+
+
+@contextmanager
+def _shut(capture: Capture) -> Iterator[list[nn.Module]]:
+    """Gated modules that run without gradients inside this context."""
+    found: list[nn.Module] = []
+
+    def note(module: nn.Module, args: tuple) -> None:
+        if not torch.is_grad_enabled():
+            found.append(module)
+
+    blocks = capture.gates.blocks
+    names = {name for b in blocks for name in (b.output, *(c for site in b.sites for c in site.consumers))}
+    standing = dict(capture.model.named_modules())
+    hooks = [standing[name].register_forward_pre_hook(note) for name in sorted(names & standing.keys())]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _pulled(capture: Capture, calls: Sequence[Call]) -> torch.Tensor:
