@@ -6,8 +6,9 @@ Source: docs/theory.md section 8.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,14 +93,14 @@ def _adam(group: dict, state: dict) -> dict[str, Any]:
     values = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
     after = 1.0 - second ** (step + 1.0)
     found = {"second": values, "old": second / after, "own": (1.0 - second) / after, "eps": group["eps"]}
-    return found | {"momentum": state["exp_avg"], "momentum_factor": 1.0 / (1.0 - first**step)}
+    return found | {"momentum": state["exp_avg"], "momentum_factor": _unbiased(first, step)}
 
 
 def _adamax(group: dict, state: dict) -> dict[str, Any]:
     first, second = group["betas"]
     if "exp_inf" not in state:
         return {}
-    mean = {"momentum": state["exp_avg"], "momentum_factor": 1.0 / (1.0 - first ** _number(state["step"]))}
+    mean = {"momentum": state["exp_avg"], "momentum_factor": _unbiased(first, _number(state["step"]))}
     return mean | {"second": state["exp_inf"].square(), "old": second**2, "own": 1.0 - second, "eps": group["eps"]}
 
 
@@ -127,6 +128,11 @@ FAMILIES = (
     Family(("RMSprop",), _rmsprop, "momentum", True, ADAPTIVE_LAW),
     Family(("Adagrad",), _adagrad, "", False, ADAPTIVE_LAW),
 )
+
+
+def _unbiased(momentum: float, step: torch.Tensor | float) -> torch.Tensor | float:
+    """What a mean of past gradients that began at 0 is divided by its bias with; it is still 0 where the first step was skipped."""
+    return 1.0 / (1.0 - momentum ** (step.clamp(min=1.0) if isinstance(step, torch.Tensor) else max(step, 1.0)))
 
 
 def _number(step: torch.Tensor | float) -> torch.Tensor | float:
@@ -187,17 +193,29 @@ def check_optimizer(optimizer: optim.Optimizer) -> None:
         )
 
 
-def check_owner(optimizer: optim.Optimizer, model: nn.Module) -> None:
-    """Refuse an optimizer of another model.
+def check_owner(optimizer: optim.Optimizer, model: nn.Module, branches: Iterable[nn.Parameter] = ()) -> None:
+    """Refuse an optimizer of another model, and one of several.
+
+    Args:
+        optimizer: The optimizer.
+        model: The model.
+        branches: Parameters of what can be removed.
 
     Raises:
-        ValueError: if it holds none of the model's parameters.
+        ValueError: if it holds none of the model's parameters, or not all of those in branches that learn.
     """
-    own = set(model.parameters())
-    if not any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    if not held & names.keys():
         raise ValueError(
             "`optimizer` must hold the model's parameters; got one that holds none of them. Build it from model.parameters(), "
             "after the model has been moved or copied."
+        )
+    missing = [parameter for parameter in branches if parameter.requires_grad and parameter not in held]
+    if missing:
+        raise ValueError(
+            f"`optimizer` must hold every parameter of the blocks that learns; got one without `{names[missing[0]]}`. Give one "
+            "optimizer all of them, or set requires_grad=False where nothing is to be learnt."
         )
 
 
@@ -318,19 +336,41 @@ class Clock:
 
     def __init__(self, optimizer: optim.Optimizer):
         self.elapsed, self.steps, self.base, self._idle = 0.0, 0, 0.0, 0
+        self._overflow: torch.Tensor | None = None  # of the last step, on the device
         self._hook = optimizer.register_step_post_hook(self._stepped)
 
     def __getstate__(self) -> dict:
-        return {"elapsed": 0.0, "steps": 0, "base": self.base, "_idle": 0, "_hook": None}
+        return {"elapsed": 0.0, "steps": 0, "base": self.base, "_idle": 0, "_overflow": None, "_hook": None}
+
+    def state_dict(self) -> dict[str, float | int]:
+        """What has passed since the last `take`: nothing where the pruner's step comes after the optimizer's."""
+        return {"elapsed": self.elapsed, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Restore what `state_dict` saved; nothing has passed where it is empty.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        elapsed, steps = state.get("elapsed", 0.0), state.get("steps", 0)
+        if type(elapsed) is not float or type(steps) is not int or not 0.0 <= elapsed < math.inf or steps < 0:
+            raise ValueError(
+                f"`state` must hold the ODE time and number of the optimizer's last steps; got {elapsed!r} and {steps!r}. "
+                "Restore it from the run."
+            )
+        self.elapsed, self.steps = elapsed, steps
 
     def _stepped(self, optimizer: optim.Optimizer, args: tuple, kwargs: dict) -> None:
         updates = Updates(optimizer)
         self.elapsed += updates.step_time()
         self.base = max(self.base, updates.base_time())
         self.steps += 1
+        self._overflow = getattr(
+            optimizer, "found_inf", None
+        )  # a scaler calls a fused optimizer also when it is to skip
 
-    def take(self) -> tuple[float, int]:
-        """ODE time and number of the steps since the last call.
+    def take(self) -> tuple[float, bool | torch.Tensor]:
+        """ODE time of the steps since the last call, and whether there was none, or the last one was skipped by the optimizer.
 
         Raises:
             RuntimeError: at the 100th call in a row without a step.
@@ -341,6 +381,7 @@ class Clock:
                 f"`optimizer` must be the one whose step() is called; got {MOST_IDLE} steps of the pruner without one of it. Give "
                 "the pruner the optimizer that trains the model."
             )
-        taken = self.elapsed, self.steps
-        self.elapsed, self.steps = 0.0, 0
+        idle = self.steps == 0 if self._overflow is None else self._overflow.reshape(()) > 0
+        taken = self.elapsed, idle
+        self.elapsed, self.steps, self._overflow = 0.0, 0, None
         return taken

@@ -44,7 +44,7 @@ from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
 from catode.prune.gated.gates import Gates
 from catode.prune.gated.network import Cut, Network
-from catode.prune.measure.bounds import project
+from catode.prune.measure.bounds import branch, project
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed, check_finite
@@ -108,6 +108,7 @@ class Pruner(Queries):
         self.group.agree(model, step=0)
         self.blocks = model.structures()
         consistency.check(model, self.blocks)
+        check_owner(optimizer, model, [parameter for block in self.blocks for parameter in branch(model, block)])
         self.complexity = describe(model, self.blocks, example_input)
         self.target = Target.choose(self.complexity, own.target_macs, own.target_params)
         if step_times is not None:
@@ -217,6 +218,7 @@ class Pruner(Queries):
         return {
             "model": {name: t.detach().clone() for name, t in self.model.state_dict().items()},
             "pruner": pack(self.state),
+            "clock": self._clock.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -229,6 +231,7 @@ class Pruner(Queries):
         """
         own = self.state
         check_fits(own, state, self.inventory, self.model.state_dict())
+        self._clock.load_state_dict(state.get("clock", {}))
         self._network.remove_gates()
         self._capture.detach()
         unpack(own, state["pruner"])
@@ -268,47 +271,11 @@ class Pruner(Queries):
                 that the optimizer took was not finite; no theta has moved since, and nothing was removed.
             ValueError: if the loss that was trained on is not the one that was given, or mixes examples.
         """
-        own = self.state
-        if own.finished:
+        if self.state.finished:
             return None
-        if own.done == 0:
-            refuse_wrapped(self.model, self.group)
-        if self.settings.max_norm is not None:
-            project(self.model, self.blocks, own.kept, self.settings.max_norm)
-        elapsed, steps = self._clock.take()
-        own.speed.see(self._clock.base, own.done + 1)
-        unclear = skipped is None and steps == 0 and own.done == 0  # the optimizer's first step may come after this
-        skipped = steps == 0 and own.done > 0 if skipped is None else skipped
-        if not isinstance(skipped, torch.Tensor):
-            skipped = torch.full((), float(skipped), device=self._device)
-        if not own.started:
-            own.done += 1
-            self._reads.put(partial(self._advance_time, elapsed), skipped)
-            if own.done % self.settings.read_every == 0:
-                self.read()
-            if own.done >= self._begin:
-                self._start()
-            return None
-        draw, derivative = self._capture.derivative(grad_scale)
-        if self._capture.checked:
-            self._measuring.check_loss(batch, grad_scale)
-        if unclear:  # a gradient that overflowed tells that a scaler skipped it
-            skipped = 1.0 - derivative.isfinite().all().float()
-        due = own.done % self.settings.measure_every == 0
-        own.done += 1
-        probed = self._measuring.probe(own.done, self._open, own.turns, batch, grad_scale) if due else None
-        record = partial(self._record_step, own.done, elapsed, draw, probed)
-        self._reads.put(record, skipped, derivative, *(probed.numbers if probed else ()))
-        own.products.add(draw, grad_scale)
-        check = None
-        if self.schedule.reads(own.done):
-            self.read()
-            if self.schedule.checks(own.done):
-                check = self._check(ode_time(self.optimizer), own.done >= self.settings.steps)
-        if not own.finished:
-            own.draws.drop()
-            self._draw()
-        return check
+        precision, eager = torch.autocast(self._device.type, enabled=False), torch.compiler.set_stance("force_eager")
+        with torch.enable_grad(), precision, eager:  # whatever the loop has around it, and was compiled
+            return self._step(batch, grad_scale, skipped)
 
     def read(self) -> None:
         """Read what the device has measured since the last reading; ``step()`` does so every `read_every` steps."""
@@ -338,6 +305,46 @@ class Pruner(Queries):
         return self.model
 
     # --- a step's parts ---------------------------------------------------------------------------------------------
+
+    def _step(self, batch: Any, grad_scale: float | torch.Tensor, skipped: bool | torch.Tensor | None) -> Check | None:
+        own = self.state
+        if own.done == 0:
+            refuse_wrapped(self.model, self.group)
+        if self.settings.max_norm is not None:
+            project(self.model, self.blocks, own.kept, self.settings.max_norm)
+        elapsed, idle = self._clock.take()
+        own.speed.see(self._clock.base, own.done + 1)
+        first = skipped is None and own.done == 0 and idle is True  # skipped, or before the optimizer's first step
+        skipped = (False if first else idle) if skipped is None else skipped
+        if not isinstance(skipped, torch.Tensor):
+            skipped = torch.full((), float(skipped), device=self._device)
+        if not own.started:
+            own.done += 1
+            self._reads.put(partial(self._advance_time, elapsed), skipped)
+            if own.done % self.settings.read_every == 0:
+                self.read()
+            if own.done >= self._begin:
+                self._start()
+            return None
+        draw, derivative = self._capture.derivative(grad_scale)
+        skipped = ~derivative.isfinite().all() if first else skipped
+        if self._capture.checked:
+            self._measuring.check_loss(batch, grad_scale)
+        due = own.done % self.settings.measure_every == 0
+        own.done += 1
+        probed = self._measuring.probe(own.done, self._open, own.turns, batch, grad_scale) if due else None
+        record = partial(self._record_step, own.done, elapsed, draw, probed)
+        self._reads.put(record, skipped, derivative, *(probed.numbers if probed else ()))
+        own.products.add(draw, grad_scale)
+        check = None
+        if self.schedule.reads(own.done):
+            self.read()
+            if self.schedule.checks(own.done):
+                check = self._check(ode_time(self.optimizer), own.done >= self.settings.steps)
+        if not own.finished:
+            own.draws.drop()
+            self._draw()
+        return check
 
     def _start(self) -> None:
         """Install the gates and start measuring."""
@@ -419,7 +426,11 @@ class Pruner(Queries):
             final: Whether everything must be decided, but for what a shadow run watches.
             last: Whether watching ends here too.
         """
-        own, limits, before = self.state, self.limits(), self.state.fate
+        own, before = self.state, self.state.fate
+        if own.started:
+            own.products.notice_learning()  # since the last burst of gradients
+            self._reads.read()
+        limits = self.limits()
         own.bounds.see(self.model, self.blocks, own.kept, limits)
         self.group.agree(self.model, self.checksum(), own.done)
         verdict = self._checking.settle(

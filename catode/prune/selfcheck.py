@@ -131,6 +131,11 @@ class _Trial:
         Raises:
             _CannotCheck: if it cannot be.
         """
+        patched = next((name for name, module in self.model.named_modules() if "forward" in vars(module)), None)
+        if patched is not None:
+            raise _CannotCheck(
+                f"a copy would share the forward() that was put into `{patched or type(self.model).__name__}`"
+            )
         try:
             self.whole = whole = self._copy()
         except Exception as error:

@@ -433,7 +433,8 @@ def _odd_weights(state: Any, whole: dict[str, torch.Tensor]) -> str:
         own = whole.get(name)
         if own is None or not torch.is_tensor(tensor) or tensor.dtype != own.dtype or tensor.dim() != own.dim():
             return f"model.{name}"
-        if any(a > b for a, b in zip(tensor.shape, own.shape, strict=True)) or not bool(tensor.isfinite().all()):
+        finite = bool(tensor.isfinite().all()) or not bool(own.isfinite().all())  # a mask may hold -inf
+        if any(a > b for a, b in zip(tensor.shape, own.shape, strict=True)) or not finite:
             return f"model.{name}, which must be finite and no larger than the network's"
     return ""
 

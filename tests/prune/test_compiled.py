@@ -29,7 +29,7 @@ def run(how, steps=110):
     model = DenseResNet(64, 10, blocks=3, width=32, hidden=24)
     x, y = torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    call = model if how == "eager" else compiled(model)
+    call = model if how in ("eager", "blocks") else compiled(model)
 
     def loss_of(x, y):
         return F.cross_entropy((model if how == "step" else call)(x), y)
@@ -42,6 +42,9 @@ def run(how, steps=110):
     given = call if how == "given" else model
     settings = dict(nu=0.5, steps=100, warmup=15, memory=10, check_every=4, rate_ratio=0.3)
     pruner = Pruner(given, EXAMPLE, optimizer=optimizer, **settings)
+    if how == "blocks":  # without graph breaks
+        for block in model.blocks:
+            block.compile(backend=BACKEND, fullgraph=True)
     removals, thetas = 0, []
     for _ in range(steps):
         loss = step(x, y)
@@ -70,6 +73,13 @@ def test_a_compiled_network_is_pruned_as_the_eager_one(how, eager):
     per_time = 2 if how == "step" else 1  # the hooks at the root end a graph: before the network, and after it
     # before the gates, with them, after each check that decided something, and without them again
     assert removals < graphs <= per_time * (removals + 10)
+
+
+def test_blocks_that_are_compiled_after_the_pruner_are_pruned_as_the_eager_ones(eager):
+    """Probes run them as they are, or every tap would be compiled anew."""
+    _, _, thetas, removals, _ = run("blocks")
+    np.testing.assert_allclose(thetas, eager[2], atol=1e-4)
+    assert removals == eager[3]
 
 
 def test_what_was_compiled_before_the_gates_came_sees_them(eager):

@@ -189,6 +189,40 @@ def test_law_closing_towards_the_mean_equals_scaling_where_a_batch_norm_follows(
     assert F.cross_entropy(model(x), y).item() == pytest.approx(one.item(), rel=1e-9)
 
 
+def norms_of(model):
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize("parts", [norms_of, lambda model: [model.get_submodule(b.name) for b in model.structures()]])
+@pytest.mark.parametrize("name", NAMES)
+def test_law_parts_in_eval_mode_are_gated_by_the_draw_when_the_model_trains(name, parts, bottleneck_net):
+    """Frozen batch norms and frozen stages: a draw acts there as everywhere, on weights and on activations alike."""
+    model = network(name, bottleneck_net).double().train()
+    gates = install(model)
+    for part in parts(model):
+        part.eval()
+    x, y = data(dtype=torch.float64)
+    gates.keep_prob.fill_(0.5)
+    values = bernoulli(gates.inventory.size, 1, 0.7)
+    values[: len(gates.blocks)] = 1.0  # a closed layer leaves the ReLU behind it on its kink
+    leaf = double(gates, values)
+    one = F.cross_entropy(model(x), y)
+    (gradient,) = torch.autograd.grad(one, leaf)
+    with torch.no_grad():
+        for k in range(gates.inventory.size):
+            step, losses = torch.zeros_like(leaf), []
+            step[k] = 1e-5
+            for sign in (1, -1):
+                double(gates, values.double() + sign * step)
+                losses.append(F.cross_entropy(model(x), y).item())
+            slope = (losses[0] - losses[1]) / 2e-5
+            assert gradient[k].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+    assert (gradient[: len(gates.blocks)] != 0).all()
+    double(gates, values)
+    gates.rows = values.double().expand(len(x), -1)
+    torch.testing.assert_close(F.cross_entropy(model(x), y), one)
+
+
 def test_a_useless_constant_unit_has_no_curvature_where_a_batch_norm_follows(bottleneck_net):
     """A unit that says the same of every image changes nothing; without the mean its gates would seem to matter."""
     model = network("bottleneck", bottleneck_net).double().train()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from catode.prune.pruner import Pruner
 from catode.train import data
@@ -269,37 +270,110 @@ def test_law_with_batch_norms_micro_batches_decide_alike(name):
     assert fates >= 0.65 and kept >= 0.8 and thetas <= 0.22
 
 
+def measured(way, loss=None, steps=40, **changes):
+    """dL/dxi of every step, and thetas, gains and curvatures after the last."""
+    model = network()
+    changes = dict(warmup=0, initial_keep_prob=0.9, nu=0.05, rate_ratio=0.05) | changes
+    optimizer, pruner = make(model, loss, **changes)
+    derivatives, inner = [], pruner._capture.derivative
+
+    def derivative(grad_scale):
+        found = inner(grad_scale)
+        derivatives.append(found[1].clone())
+        return found
+
+    pruner._capture.derivative = derivative
+    for x, y in batches(steps):
+        way(model, optimizer, pruner, x, y)
+    own = pruner.state
+    assert own.done == steps
+    return torch.stack(derivatives), pruner.keep_prob.copy(), own.products.pools.gain.mean, own.evidence.curvature.mean
+
+
+def assert_same(found, right):
+    for got, expected, share in zip(found, right, (1e-5, 1e-5, 1e-3, 1e-3), strict=True):
+        got, expected = np.asarray(got), np.asarray(expected)
+        np.testing.assert_allclose(got, expected, atol=share * np.nanmax(np.abs(expected)), rtol=share)
+
+
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("whole", [False, True])
 def test_law_micro_batches_measure_what_the_whole_batch_does(k, whole):
     """For 40 steps: dL/dxi, thetas, gains, curvatures and recovered labels of one big batch."""
+    found = measured(functools.partial(accumulated, k, given=whole, whole=whole), ce if whole else None)
+    assert_same(found, measured(usual))
 
-    def train(way, loss):
-        model = network()
-        optimizer, pruner = make(model, loss, warmup=0, initial_keep_prob=0.9, nu=0.05, rate_ratio=0.05)
-        derivatives, inner = [], pruner._capture.derivative
 
-        def derivative(grad_scale):
-            found = inner(grad_scale)
-            derivatives.append(found[1].clone())
-            return found
+def left_out(model, optimizer, pruner, x, y, to_none=True, parts=1):
+    """Batches whose gradient is thrown away, as after a look at its norm."""
+    for image in (-x, x):
+        optimizer.zero_grad(set_to_none=to_none)
+        for part in zip(image.chunk(parts), y.chunk(parts), strict=True):
+            (ce(model, part) / parts).backward()
+    optimizer.step()
+    pruner.step(part)
 
-        pruner._capture.derivative = derivative
-        for x, y in batches(40):
-            way(model, optimizer, pruner, x, y)
-        own = pruner.state
-        return (
-            torch.stack(derivatives),
-            pruner.keep_prob.copy(),
-            own.products.pools.gain.mean,
-            own.evidence.curvature.mean,
-        )
 
-    loss = ce if whole else None
-    found = train(functools.partial(accumulated, k, given=whole, whole=whole), loss)
-    for got, right, share in zip(found, train(usual, None), (1e-5, 1e-5, 1e-3, 1e-3), strict=True):
-        got, right = np.asarray(got), np.asarray(right)
-        np.testing.assert_allclose(got, right, atol=share * np.nanmax(np.abs(right)), rtol=share)
+def adversarial(model, optimizer, pruner, x, y, how, to_none=True):
+    """The gradient in the input first, which comes to the weights too or not, then a step of no size."""
+    moved = x.clone().requires_grad_()
+    loss = ce(model, (moved, y))
+    if how == "grad":
+        (gradient,) = torch.autograd.grad(loss, moved)
+    else:
+        loss.backward()
+        gradient = moved.grad
+    loss = ce(model, ((x + 0.0 * gradient.sign()).detach(), y))
+    optimizer.zero_grad(set_to_none=to_none)
+    loss.backward()
+    optimizer.step()
+    pruner.step((x, y))
+
+
+def other_forward_passes(model, optimizer, pruner, x, y):
+    optimizer.zero_grad()
+    model(-x[:9])
+    loss = ce(model, (x, y))
+    model(x[:7]).square().mean()
+    model.eval()
+    model(x[:3])
+    with torch.inference_mode():
+        model(x[:5])
+    model.train()
+    with torch.no_grad():
+        model(x[:7])
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        pruner.step((x, y))
+
+
+def functional(model, optimizer, pruner, x, y):
+    optimizer.zero_grad()
+    F.cross_entropy(torch.func.functional_call(model, dict(model.named_parameters()), (x,)), y).backward()
+    optimizer.step()
+    pruner.step((x, y))
+
+
+SAME = {
+    "left out": left_out,
+    "left out, zeroed in place": functools.partial(left_out, to_none=False),
+    "left out, two micro-batches": functools.partial(left_out, to_none=False, parts=2),
+    "adversarial, by grad": functools.partial(adversarial, how="grad"),
+    "adversarial, by backward": functools.partial(adversarial, how="backward"),
+    "adversarial, zeroed in place": functools.partial(adversarial, how="backward", to_none=False),
+    "other forward passes": other_forward_passes,
+    "functional call": functional,
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("way", SAME.values(), ids=SAME)
+def test_law_what_is_not_trained_on_is_not_measured(way, given):
+    """Probes of a loss that is given take rows of its last micro-batch, as the reference does."""
+    loss, parts = ce if given else None, 2 if way is SAME["left out, two micro-batches"] else 1
+    right = functools.partial(accumulated, parts, given=given)
+    assert_same(measured(way, loss), measured(right, loss))
 
 
 @pytest.mark.parametrize("sizes", [(32, 32), (10, 22, 32), (7, 57)])
@@ -328,6 +402,80 @@ def test_labels_are_recovered_from_micro_batches_of_any_size(sizes):
                 torch.testing.assert_close(found.loss(model), ce(model, (x, y)), rtol=1e-5, atol=1e-5)
                 pruner._capture.paused = False
         assert pruner.state.done == 3
+
+
+def checkpointed(model, optimizer, pruner, x, y, blocks=False, reentrant=False, parts=1):
+    """Forward passes that run again in the backward pass, of blocks or of the whole model."""
+    if blocks and "forward" not in vars(model.blocks):
+        model.blocks.forward = lambda x: functools.reduce(
+            lambda x, block: checkpoint(block, x, use_reentrant=reentrant), model.blocks, x
+        )
+    losses = []
+    for image, label in zip(x.chunk(parts), y.chunk(parts), strict=True):
+        z = model(image) if blocks else checkpoint(model, image.requires_grad_(), use_reentrant=reentrant)
+        losses.append(F.cross_entropy(z, label) / parts)
+    sum(losses).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    pruner.step()
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+@pytest.mark.parametrize(("blocks", "reentrant"), [(True, False), (False, False), (False, True), (True, True)])
+def test_checkpoints_measure_alike_or_are_refused(blocks, reentrant, per_example):
+    """Blocks in reentrant checkpoints run without gradients first, and their units would seem to have no curvature."""
+    way = functools.partial(checkpointed, blocks=blocks, reentrant=reentrant)
+    if blocks and reentrant:
+        with pytest.raises(ValueError, match="`model` must run the modules that read units with gradients"):
+            measured(way, per_example=per_example)
+        through = dict(estimator="paired", per_example=per_example)
+        assert_same(measured(way, **through), measured(usual, **through))
+    elif per_example and not blocks:
+        with pytest.raises(RuntimeError, match="`per_example` must be False where checkpoints"):
+            measured(way, per_example=True)
+    else:
+        assert_same(measured(way, per_example=per_example), measured(usual, per_example=per_example))
+
+
+def test_gates_of_examples_are_not_those_of_another_pass_when_blocks_run_again():
+    way = functools.partial(checkpointed, blocks=True, parts=2)
+    assert_same(measured(way), measured(functools.partial(accumulated, 2)))
+    with pytest.raises(RuntimeError, match="`per_example` must be False where checkpoints"):
+        measured(way, per_example=True)
+
+
+def in_autocast(model, optimizer, pruner, x, y, inside=False):
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ce(model, (x.bfloat16() if inside else x, y))
+        if inside:
+            loss.backward()
+            optimizer.step()
+            pruner.step()
+    if not inside:
+        loss.backward()
+        optimizer.step()
+        pruner.step()
+
+
+def test_probes_have_the_precision_of_the_weights_wherever_autocast_is():
+    """A whole loop inside of it, and a batch of fewer bits."""
+    found = measured(functools.partial(in_autocast, inside=True))
+    for got, right in zip(found, measured(in_autocast), strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(right), rtol=0.02, atol=0.02 * np.abs(right).max())
+
+
+def test_a_model_of_16_bits_needs_no_loss():
+    thetas = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = network().to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        given = dict(nu=0.05, steps=400, initial_keep_prob=0.9, rate_ratio=0.05, memory=60, probe_size=64)
+        pruner = Pruner(model, EXAMPLE.to(dtype), optimizer=optimizer, **given)
+        for x, y in batches(40):
+            usual(model, optimizer, pruner, x.to(dtype), y)
+        thetas.append(pruner.keep_prob)
+    np.testing.assert_allclose(*thetas, atol=0.1)
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "loops.md"

@@ -571,6 +571,182 @@ def test_a_model_in_eval_mode_and_steps_without_backward_passes(loss):
     refused(lambda: pruner.step(batch), pruner, "must follow a backward pass", RuntimeError)
     step(pruner, optimizer, ce(model, batch), batch)
     refused(lambda: pruner.step(batch), pruner, "must follow a backward pass", RuntimeError)
+    optimizer.zero_grad()
+    ce(model, batch).backward()
+    optimizer.step()
+    model.eval()  # whose probes would see no gate
+    refused(lambda: pruner.step(batch), pruner, "must be in train mode at step", RuntimeError)
+    model.train()
+    pruner.step(batch)
+
+
+class ShiftsItsInput(DenseResNet):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5))
+
+
+@pytest.mark.parametrize("given", [ce, None])
+def test_a_model_that_changes_its_input_is_refused(given):
+    torch.manual_seed(0)
+    model, optimizer, pruner = make(given, ShiftsItsInput(64, CLASSES, blocks=2, width=16, hidden=8).train())
+    (batch,) = batches(1)
+    refused(lambda: step(pruner, optimizer, ce(model, batch), batch), pruner, "`batch` must stay as the model saw it")
+
+
+def test_a_batch_whose_memory_is_used_again_before_the_step_is_refused():
+    model, optimizer, pruner = make()
+    for number, (x, y) in enumerate(batches(3)):
+        ce(model, (x, y)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number < 2:
+            pruner.step()
+    x.zero_()
+    with pytest.raises(ValueError, match="`batch` must stay as the model saw it"):
+        pruner.step()
+
+
+def test_outputs_that_the_loop_changes_in_place_are_not_taken_for_the_models():
+    """Classes that are left out: not recognised at the first step, refused later, and right as a loss that is given."""
+
+    def few(model, batch):
+        z = model(batch[0])
+        z[:, 7:] = -1e9
+        return F.cross_entropy(z, batch[1] % 7)
+
+    def elsewhere(model, batch):
+        z = torch.cat([model(batch[0])[:, :7], torch.full((len(batch[1]), 3), -1e9)], 1)
+        return F.cross_entropy(z, batch[1] % 7)
+
+    (batch,) = batches(1)
+    model, optimizer, pruner = make()
+    refused(lambda: step(pruner, optimizer, few(model, batch)), pruner, "`loss` must be given", RuntimeError)
+    model, optimizer, pruner = make()
+    for number, batch in enumerate(batches(3)):
+        if number < 2:
+            step(pruner, optimizer, ce(model, batch))
+    with pytest.raises(ValueError, match="`batch` must stay as the model saw it, and what it returned"):
+        step(pruner, optimizer, few(model, batch))
+    ends = []
+    for loss in (few, elsewhere):
+        model, optimizer, pruner = make(loss)
+        for batch in batches(40):
+            step(pruner, optimizer, loss(model, batch), batch)
+        ends.append(pruner.state.evidence.benefit)
+    np.testing.assert_allclose(*ends, rtol=1e-4, atol=1e-7)
+    assert ends[0].any()
+
+
+def test_outputs_that_a_loss_divides_in_place_are_seen_as_the_model_gave_them():
+    def halved(model, batch):
+        return F.cross_entropy(model(batch[0]).div_(2.0), batch[1])
+
+    model, optimizer, pruner = make(halved)
+    for batch in batches(3):
+        step(pruner, optimizer, halved(model, batch), batch)
+    assert pruner.state.done == 3
+
+
+class Keeps(DenseResNet):
+    """Whose features somebody reads, as a hook for distillation does."""
+
+    def forward(self, x):
+        self.features = self.blocks(self.stem(x.flatten(1)))
+        return self.fc(F.relu(self.norm(self.features)))
+
+
+class Returns(Keeps):
+    def forward(self, x):
+        z = super().forward(x)
+        return z, self.features
+
+
+def with_features(model, batch):
+    z = model(batch[0])
+    z, features = z if isinstance(z, tuple) else (z, model.features)
+    return F.cross_entropy(z, batch[1]) + 0.3 * features.square().mean()
+
+
+def seeded(kind):
+    torch.manual_seed(0)
+    return kind(64, CLASSES, blocks=2, width=16, hidden=8).train()
+
+
+PAIRED = dict(estimator="paired", layer_estimator="paired")
+
+
+def test_a_loss_that_reads_the_models_inside_is_taken_where_all_of_it_is_measured():
+    """Not recognised as the cross-entropy that is one part of it; given, its curvature would be that of the same part."""
+    (batch,) = batches(1)
+    for loss, changes, message in (
+        (None, {}, "got a gradient that came to the model's inside by another way"),
+        (None, PAIRED, "got a gradient that came to the model's inside by another way"),
+        (ce, PAIRED, "while the one given reads what the model returns alone"),
+        (with_features, {}, "got one that reads the model's inside, too"),
+    ):
+        model, optimizer, pruner = make(loss, seeded(Keeps), **changes)
+        run = lambda m=model, o=optimizer, p=pruner: step(p, o, with_features(m, batch), batch)  # noqa: E731
+        refused(run, pruner, message)
+    ends = []
+    for kind in (Keeps, Returns):
+        model, optimizer, pruner = make(with_features, seeded(kind), **PAIRED)
+        for batch in batches(60):
+            step(pruner, optimizer, with_features(model, batch), batch)
+        ends.append(pruner.state.evidence.benefit)
+    np.testing.assert_allclose(*ends, rtol=1e-4, atol=1e-6)
+    assert ends[0].any()
+
+
+@pytest.mark.parametrize("given", [ce, None])
+def test_a_model_with_random_numbers_of_its_own_is_not_held_against_what_it_returns_again(given):
+    class Noisy(DenseResNet):
+        generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x):
+            return super().forward(x + torch.randn(x.shape, generator=self.generator))
+
+    model, optimizer, pruner = make(given, seeded(Noisy))
+    for batch in batches(3):
+        step(pruner, optimizer, ce(model, batch), batch)
+    assert pruner.state.done == 3
+
+
+@pytest.mark.parametrize("how", [torch.no_grad, None])
+def test_units_that_no_gradient_comes_back_to_need_another_estimator(how):
+    """A part of the model without gradients, or behind a detach(): its units would seem to be worth nothing."""
+
+    class Cut(DenseResNet):
+        def forward(self, x):
+            with torch.set_grad_enabled(how is None):
+                x = self.blocks[:1](self.stem(x.flatten(1)))
+            return self.fc(F.relu(self.norm(self.blocks[1:](x.detach()))))
+
+    (batch,) = batches(1)
+    model, optimizer, pruner = make(ce, seeded(Cut))
+    match = (
+        "`model` must run the modules that read units with gradients"
+        if how
+        else "none comes to those of `blocks.0.hidden`"
+    )
+    refused(lambda: step(pruner, optimizer, ce(model, batch), batch), pruner, match)
+    model, optimizer, pruner = make(ce, seeded(Cut), initial_keep_prob=0.9, **PAIRED)
+    for batch in batches(40):
+        step(pruner, optimizer, ce(model, batch), batch)
+    assert pruner.state.evidence.benefit[2:10].any()  # of the units behind
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    """Every probe would be left out as one of a step that went wrong."""
+
+    class Masked(DenseResNet):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.arange(CLASSES) == 9, -torch.inf)
+
+    ((x, y),) = batches(1)
+    for loss in (None, ce):
+        model, optimizer, pruner = make(loss, seeded(Masked))
+        run = lambda m=model, o=optimizer, p=pruner: step(p, o, ce(m, (x, y % 9)), (x, y % 9))  # noqa: E731
+        refused(run, pruner, "`model` must return finite numbers")
 
 
 TWICE = pytest.mark.parametrize(
@@ -604,6 +780,17 @@ def test_sam(given):
             p += 0.05 * p.grad
     again = lambda: step(pruner, optimizer, ce(model, batch), batch)  # noqa: E731
     refused(again, pruner, "weights that changed between two of them, as SAM does", RuntimeError)
+
+
+def test_a_step_for_each_micro_batch_is_refused():
+    """Gradients of several draws of the gates would add up; losses are not divided, or the first one would be refused."""
+    model, optimizer, pruner = make()
+    first, second = batches(2)
+    ce(model, first).backward()
+    pruner.step()
+    ce(model, second).backward()
+    optimizer.step()
+    refused(pruner.step, pruner, "must be called once for each step of the optimizer", RuntimeError)
 
 
 def test_a_model_called_by_its_parts():

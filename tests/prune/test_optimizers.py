@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_the_clock_counts_steps_wherever_they_are():
         optimizer.param_groups[0]["lr"] = lr
         weight.grad = torch.ones(1)
         optimizer.step(lambda: None)
-    assert clock.take() == (pytest.approx(4.0), 2) and clock.take() == (0.0, 0)
+    assert clock.take() == (pytest.approx(4.0), False) and clock.take() == (0.0, True)
     assert clock.base == pytest.approx(3.0)
 
 
@@ -251,16 +252,18 @@ def gated(make, **given):
     return model, optimizer, Pruner(model, torch.zeros(2, 6), optimizer=optimizer, **given)
 
 
-def train(model, optimizer, pruner, first, last):
+def train(model, optimizer, pruner, first, last, early=False):
+    """Some steps; with the pruner's step before the optimizer's."""
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         x, y = torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        pruner.step()
+        for one in (pruner, optimizer) if early else (optimizer, pruner):
+            one.step()
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(
     "make",
     [
@@ -270,22 +273,48 @@ def train(model, optimizer, pruner, first, last):
     ],
     ids=["AdamW", "RMSprop", "unknown"],
 )
-def test_a_resumed_pruner_goes_on_bit_by_bit(make):
+def test_a_resumed_pruner_goes_on_bit_by_bit(make, early):
     places = set()
     for cut in (37, 38, 39, 40):  # within a burst, too
         one = gated(make)
-        train(*one, 0, cut)
+        train(*one, 0, cut, early)
         state, moments = one[2].state_dict(), one[1].state_dict()
         state, moments = copy.deepcopy(state), copy.deepcopy(moments)
         places.add(len(state["pruner"]["products"]["burst"]))
-        train(*one, cut, 80)
+        train(*one, cut, 80, early)
         other = gated(make)
         other[2].load_state_dict(state)
         other[1].load_state_dict(moments)
-        train(*other, cut, 80)
+        train(*other, cut, 80, early)
         for a, b in zip(flat(one[2].state_dict()), flat(other[2].state_dict()), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        assert (
+            one[2].state.time == other[2].state.time and one[2].state_dict()["clock"] == other[2].state_dict()["clock"]
+        )
     assert len(places) > 1 or not one[2].state.products.pools.products_known
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_are_seen(fused):
+    """Also the first one, and those of a fused optimizer, whose step() is called all the same."""
+    ends = []
+    for spoilt in ((), (0, 1, 7, 20)):
+        model, optimizer, pruner = gated(lambda p: optim.AdamW(p, 1e-3, fused=fused))
+        scaler, data = torch.amp.GradScaler("cpu", init_scale=1024.0), itertools.count()
+        for number in range(40 + len(spoilt)):
+            step = next(data) if number not in spoilt else 0
+            generator = torch.Generator().manual_seed(step)
+            x, y = torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(model(x * (math.inf if number in spoilt else 1.0)), y)).backward()
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            pruner.step(grad_scale=scale)
+        ends.append(pruner)
+        assert np.isfinite(pruner.keep_prob).all() and pruner.state.done == 40 + len(spoilt)
+        assert np.isfinite(pruner.state.evidence.benefit).all() and pruner.state.evidence.benefit.any()
+    assert ends[0].state.time == pytest.approx(ends[1].state.time) == pytest.approx(40 * 1e-3)
 
 
 def flat(packed):
@@ -295,6 +324,33 @@ def flat(packed):
     if isinstance(packed, list):
         return [tensor for part in packed for tensor in flat(part)]
     return [packed] if isinstance(packed, torch.Tensor) else []
+
+
+def test_what_begins_to_learn_right_before_a_check_is_not_decided_by_what_was_measured_frozen():
+    model, optimizer, pruner = gated(lambda p: optim.SGD(p, 0.05, momentum=0.9), check_every=70)
+    model.blocks[0].hidden.weight.requires_grad_(False)
+    train(model, optimizer, pruner, 0, 69)
+    pools, owned = pruner.state.products.pools, [0, *range(2, 7)]
+    assert (pools.gain.count > 1).all() and pruner.state.done == 69
+    model.blocks[0].hidden.weight.requires_grad_(True)  # the next burst begins after the check
+    train(model, optimizer, pruner, 69, 70)
+    assert not pools.gain.count[owned].any() and (np.delete(pools.gain.count, owned) > 1).all()
+
+
+def test_one_of_two_optimizers_is_refused():
+    """Weights that another one moves would count as frozen, and their growth as 0."""
+    torch.manual_seed(0)
+    model = DenseResNet(6, 3, blocks=2, width=6, hidden=5)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    optimizer = optim.AdamW([p for p in model.parameters() if p.dim() < 2], 1e-3)
+    given = dict(optimizer=optimizer, nu=1.0, steps=200)
+    with pytest.raises(
+        ValueError, match=r"`optimizer` must hold every parameter of the blocks that learns; .* `blocks\.0\.hidden"
+    ):
+        Pruner(model, torch.zeros(2, 6), **given)
+    for p in matrices:
+        p.requires_grad_(False)
+    Pruner(model, torch.zeros(2, 6), **given)
 
 
 def test_an_optimizer_that_is_not_known_decides_by_displacement_alone():

@@ -611,6 +611,21 @@ def test_a_state_is_not_shared_between_pruners():
         make(DenseResNet(64, 10, blocks=2, width=32, hidden=HIDDEN))[2].load_state_dict(state)
 
 
+def test_a_mask_of_minus_infinity_in_a_buffer_is_restored():
+    states = []
+    for _ in range(2):
+        model = dense()
+        model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        pruner = Pruner(model, torch.zeros(1, 1, 8, 8), optimizer=optimizer, nu=1.0, steps=200)
+        states.append(pruner.state_dict())
+    pruner.load_state_dict(states[0])
+    with torch.no_grad():
+        states[0]["model"]["fc.bias"][0] = torch.inf
+    with pytest.raises(ValueError, match=r"model\.fc\.bias, which must be finite"):
+        pruner.load_state_dict(states[0])
+
+
 def test_a_state_of_another_kind_is_refused_and_the_pruner_left_alone():
     (_, _, plain), (model, _, shadow) = make(), make(shadow=500)
     earlier = {"model": {}, "state": ["undecided"], "present": [], "arrays": {}}  # as version 0.1 wrote them

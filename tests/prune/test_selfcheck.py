@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -323,7 +324,10 @@ def test_what_cannot_be_copied_or_is_never_the_same_is_told():
         def forward(self, x):
             return super().forward(x + torch.randn_like(x))
 
+    patched = Net()
+    patched.blocks.forward = partial(patched.blocks.forward)  # a copy would call this one's blocks
     for model, reason in (
+        (patched, "a copy would share the forward() that was put into `blocks`"),
         (Uncopied(), "cannot be copied (RuntimeError: holds a socket)"),
         (Noisy(), "something else each time"),
     ):

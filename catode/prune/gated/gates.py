@@ -21,6 +21,22 @@ from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
 from catode.structures.inventory import Inventory
 
+BatchNorm = nn.modules.batchnorm._BatchNorm
+NO_GRADIENTS = (
+    "`model` must run the modules that read units with gradients; got one that runs some inside torch.no_grad(), as "
+    'checkpoints do with use_reentrant=True. Use use_reentrant=False, leave the units out, or choose estimator="paired" and '
+    'layer_estimator="paired".'
+)
+AGAIN = (
+    "`per_example` must be False where checkpoints compute parts of several forward passes of one step again; got gates of "
+    "examples, which would be those of the last pass. Use per_example=False."
+)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running, as where checkpointed modules run again."""
+    return torch._C._current_graph_task_id() != -1
+
 
 @dataclass(frozen=True)
 class Tap:
@@ -77,6 +93,7 @@ class Gates:
         keep_prob: theta, shape (n,), float32; used instead of the draw in eval mode. Always the same tensor.
         rows: None, or one row of gate values for each example of the next batch, shape (batch, n); then activations are
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
+        several: Whether the batch is not the step's first one with rows of its own.
         traced: Whether compiled code holds gates.
     """
 
@@ -88,7 +105,7 @@ class Gates:
         self.rows: torch.Tensor | None = None
         self.traced = False
         self._taps: list[Tap] | None = None
-        self._tap_layers = False
+        self._tap_layers = self._differentiated = self.several = False
         self._installed: dict[nn.Module, _ModuleGate] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -96,8 +113,9 @@ class Gates:
         """What a copy of a gated model holds: theta alone, in train mode too, so that it depends on no pruner."""
         theta = self.keep_prob.detach().clone()
         alone = dict(
-            model=None, inventory=None, group=Group(), blocks=(), rows=None, traced=False, _taps=None, _tap_layers=False
+            model=None, inventory=None, group=Group(), blocks=(), rows=None, traced=False, several=False, _taps=None
         )
+        alone |= dict(_tap_layers=False, _differentiated=False)
         return {**alone, "draw": theta, "keep_prob": theta, "_installed": {}, "_hooks": []}
 
     @classmethod
@@ -115,9 +133,15 @@ class Gates:
         self.draw.copy_(draw, non_blocking=True)
         self.draw.grad = None
 
-    def values(self, training: bool) -> torch.Tensor:
+    @property
+    def training(self) -> bool:
+        """Whether the model is in train mode as a whole, also where parts are not, such as frozen batch norms."""
+        return self.model is not None and self.model.training
+
+    @property
+    def values(self) -> torch.Tensor:
         """Gate values that the forward pass uses, shape (n,)."""
-        return self.draw if training else self.keep_prob
+        return self.draw if self.training else self.keep_prob
 
     def install(self, layers: Sequence[bool], sites: Sequence[torch.Tensor | None]) -> None:
         """Put gates into the model.
@@ -132,7 +156,10 @@ class Gates:
                 units = upload(sites[place.number], self.draw.device)
                 for name in place.site.consumers:
                     gate = self._gate(self.model.get_submodule(name))
-                    gate.units, gate.normalised = units, place.site.normalised
+                    gate.units = units
+                    if place.site.normalised:
+                        block = self.model.get_submodule(place.block.name)
+                        gate.norms = [norm for norm in block.modules() if isinstance(norm, BatchNorm)]
         for number, block in enumerate(self.blocks):
             if layers[number]:
                 here = upload(torch.tensor([number]), self.draw.device)
@@ -149,10 +176,28 @@ class Gates:
             layers: Whether for layers too; without it their weights are scaled as usual.
         """
         self._taps, self._tap_layers = [], layers
+        hook = self.model.register_forward_pre_hook(self._called)
         try:
             yield self._taps
         finally:
+            hook.remove()
             self._taps, self._tap_layers = None, False
+
+    def _called(self, module: nn.Module, args: tuple) -> None:
+        self._differentiated = torch.is_grad_enabled()
+
+    @property
+    def tapping(self) -> bool:
+        """Whether activations are scaled, and tapped: not in a call of the model without gradients, such as for pseudo-labels.
+
+        Raises:
+            ValueError: if gradients are switched off inside the model.
+        """
+        if self._taps is None or torch.is_grad_enabled():
+            return self._taps is not None
+        if self._differentiated:
+            raise ValueError(NO_GRADIENTS)
+        return False
 
     def remove(self) -> None:
         """Remove all gates; the model holds the same parameters as before."""
@@ -181,14 +226,14 @@ class _ModuleGate(Copied):
     Attributes:
         gates: All gates.
         units: Numbers of the units that its weight reads, or None.
-        normalised: Whether its output goes straight into a batch norm.
+        norms: The block's batch norms, if its output goes straight into one.
         layer: Number of the layer that it ends, and the same as a tensor of the device; or None.
     """
 
     def __init__(self, gates: Gates):
         self.gates = gates
         self.units: torch.Tensor | None = None
-        self.normalised = False
+        self.norms: list[nn.Module] = []
         self.layer: tuple[int, torch.Tensor] | None = None
         self._plain: dict[str, nn.Parameter] = {}
 
@@ -216,9 +261,11 @@ class _ModuleGate(Copied):
         gates = self.gates
         if torch.compiler.is_compiling():
             gates.traced = True
-        by_example, tapped = gates.rows is not None, gates._taps is not None
-        units, layer = not (by_example or tapped), not (by_example or gates._tap_layers)
-        scaled = self.scaled(module, gates.values(module.training), units, layer)
+        by_example, tapped = gates.rows is not None, gates.tapping
+        if by_example and gates.several and not torch.compiler.is_compiling() and in_backward():
+            raise RuntimeError(AGAIN)
+        units, layer = not (by_example or tapped), not (by_example or (tapped and gates._tap_layers))
+        scaled = self.scaled(module, gates.values, units, layer)
         self._plain = {name: module._parameters[name] for name in scaled}
         module._parameters.update(scaled)
         if self.units is None or not (by_example or tapped):
@@ -229,7 +276,9 @@ class _ModuleGate(Copied):
         gate = gate.view(-1, *(len(self.units) if d == channels else 1 for d in range(1, x.dim()))).to(x.dtype)
         # A gate of the whole batch shifts the units' means, which the following norm removes; a gate of one example closes
         # towards the mean instead.
-        centred = self.normalised and module.training
+        centred = (
+            bool(self.norms) and gates.training and all(norm.training for norm in self.norms)
+        )  # not if one is frozen
         mean = gates.group.mean(x.detach().mean(_all_but(x, channels), keepdim=True)) if centred else None
         if tapped:
             gates._taps.append(Tap(self.units, mean, channels, x.detach(), _node(x * gate)))
@@ -243,7 +292,7 @@ class _ModuleGate(Copied):
         if self.layer is None or output is None:
             return None
         gates, (number, here) = self.gates, self.layer
-        if gates._taps is not None and gates._tap_layers:
+        if gates._tap_layers and gates.tapping:
             gates._taps.append(Tap(here, None, 1, output.detach(), _node(output * gates.draw[number])))
             return gates._taps[-1].after
         if gates.rows is None:

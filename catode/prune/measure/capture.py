@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,21 @@ from torch import nn
 from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
 from catode.prune.gated.draws import GateDraws
-from catode.prune.gated.gates import Copied, Gates
+from catode.prune.gated.gates import AGAIN, Copied, Gates, in_backward
 from catode.prune.measure import nests
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a model's forward pass depends on beside its inputs.
+
+    Attributes:
+        tensors: Copies of its parameters and buffers by name.
+        random: States of the random number generators.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    random: RandomStates
 
 
 @dataclass(eq=False)
@@ -28,25 +42,40 @@ class Call:
         args: Positional arguments, detached.
         kwargs: Keyword arguments, detached.
         autocast: Type of automatic mixed precision; None for off.
+        moment: Its moment; None in steps that are not checked, or if its inputs could not be kept.
         output: What it returned; None in steps that are not checked.
         loss: Place in `outputs` of a loss of its own; None for none.
         outputs: The tensors in what it returned that a loss may depend on, its own loss included, detached.
         gradients: dL/d of each of them as an argument of the loss, whatever it depends on itself; None where none came back.
+        versions: Numbers of the changes in place that its inputs had seen before it, by their order, and its outputs after it.
     """
 
     rows: torch.Tensor | None
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     autocast: torch.dtype | None = None
+    moment: Moment | None = None
     output: Any = None
     loss: int | None = None
     outputs: list[torch.Tensor] = field(default_factory=list)
     gradients: list[torch.Tensor | None] = field(default_factory=list)
+    versions: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
 
     @property
     def trained(self) -> bool:
         """Whether a gradient came back to its outputs."""
         return any(gradient is not None for gradient in self.gradients)
+
+    @property
+    def changed_inputs(self) -> list[torch.Tensor]:
+        """Inputs that have been changed in place since the call began."""
+        inputs = nests.tensors((self.args, self.kwargs))
+        return [x for x, version in zip(inputs, self.versions[0], strict=True) if _version(x) != version]
+
+    @property
+    def changed_outputs(self) -> list[torch.Tensor]:
+        """Outputs that have been changed in place since the call ended."""
+        return [z for z, version in zip(self.outputs, self.versions[1], strict=True) if _version(z) != version]
 
 
 class Capture(Copied):
@@ -65,20 +94,18 @@ class Capture(Copied):
         measured: Whether the current step is.
         checked: Whether everything is kept for `catode.prune.measure.losses.check`.
         paused: Whether forward passes are ignored, as those of a probe are.
+        total: dL/dxi of the step, of this process, up to the loss's scale; once `derivative` has been called.
     """
 
     def __init__(
         self, model: nn.Module, gates: Gates, draws: GateDraws, per_example: bool, group: Group, inputs: bool = True
     ):
         self.model, self.gates, self.draws, self.per_example, self.group = model, gates, draws, per_example, group
-        self.inputs, self.checked = inputs, True
-        self.calls: list[Call] = []
-        self.measured = self.paused = False
+        self.inputs, self.checked, self.paused = inputs, True, False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._parts: list[torch.Tensor] = []  # dL/dxi of the calls before the last one
-        self._gradient: torch.Tensor | None = None  # of one parameter, when a gradient last came to it
-        self._version: int | None = None  # of that parameter then
-        self._moved = False
+        # of one parameter, with its version, when it last came
+        self._gradient: tuple[torch.Tensor | None, int] = (None, 0)
+        self.begin(False)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of a gated model holds: nothing, and does nothing."""
@@ -91,7 +118,10 @@ class Capture(Copied):
             self.model.register_forward_hook(self._after),
         ]
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._hooks += [last.register_post_accumulate_grad_hook(self._arrived) for last in learning[-1:]]
+        removable = {p for block in self.gates.blocks for p in self.model.get_submodule(block.name).parameters()}
+        for last in ([p for p in learning if p not in removable] or learning)[-1:]:
+            self._hooks.append(last.register_hook(partial(self._arriving, last)))
+            self._hooks.append(last.register_post_accumulate_grad_hook(self._arrived))
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -101,8 +131,13 @@ class Capture(Copied):
 
     def begin(self, measured: bool) -> None:
         """Begin a step."""
-        self.calls, self.measured = [], measured or self.checked
-        self._parts, self._gradient, self._version, self._moved = [], None, None, False
+        self.calls: list[Call] = []
+        self.measured = measured or self.checked
+        self._parts: list[torch.Tensor] = []  # dL/dxi of the calls before the last one
+        self._reached = self._seen = 0  # calls before the last one with dL/dxi, and before the last gradient
+        self._left, self._gradient = self._gradient, (None, 0)
+        self._weights: int | None = None  # version of that parameter when a gradient last came
+        self._moved = self._summed = False
 
     def derivative(self, grad_scale: float | torch.Tensor) -> tuple[NDArray, torch.Tensor]:
         """Draw of the current step, and, still on the device, dL/dxi there, each of shape (n,).
@@ -111,7 +146,7 @@ class Capture(Copied):
             grad_scale: Factor that the loss was multiplied with before ``backward()``.
 
         Raises:
-            RuntimeError: if no backward pass through the gated model came before.
+            RuntimeError: if no backward pass through the gated model came before, or the model is not in train mode.
         """
         rows = [call.rows for call in self.calls if call.rows is not None]
         gradients = [row.grad for row in rows] if rows else [*self._parts, self.gates.draw.grad]
@@ -122,13 +157,22 @@ class Capture(Copied):
                 f"`step()` must follow a backward pass through the gated model in train mode; got none since the last one, and a "
                 f"model in {mode} mode. Call model.train() before the forward pass, and loss.backward() before step()."
             )
+        if not self.model.training:
+            raise RuntimeError(
+                "`model` must be in train mode at step(), as it was in the forward pass; got eval mode. Call model.train() before."
+            )
+        if self._summed:
+            raise RuntimeError(
+                "`step()` must be called once for each step of the optimizer, whose gradients are cleared in between; got one that "
+                "was added to those before the last call. Call it where the optimizer steps."
+            )
         if self._moved:
             raise RuntimeError(
                 "`step()` must follow backward passes at the same weights; got weights that changed between two of them, as SAM "
                 "does. Call step() after each optimizer step."
             )
         self.gates.rows = None
-        derivative = sum(gradient.sum(0) if rows else gradient for gradient in gradients)
+        derivative = self.total = sum(gradient.sum(0) if rows else gradient for gradient in gradients)
         return self.draws.values(bool(rows)), self.group.mean(derivative / grad_scale)
 
     @torch.compiler.disable  # or each kind of step would be compiled by itself
@@ -138,12 +182,14 @@ class Capture(Copied):
         if not module.training or not torch.is_grad_enabled():
             self.gates.rows = None
             return
+        if not in_backward():  # where a checkpointed model runs again
+            self._settle()
+        elif self.per_example:
+            raise RuntimeError(AGAIN)
         call = Call(None)
         self.calls.append(call)
-        if self.gates.draw.grad is not None:
-            self._parts.append(self.gates.draw.grad)
-            self.gates.draw.grad = None
         if self.per_example:
+            self.gates.several = len(self.calls) > 1
             batch = nests.examples((args, kwargs), "the model's input")
             rows = self.group.share(self.draws.draw_examples(batch * self.group.size, more=len(self.calls) > 1))
             self.gates.rows = call.rows = upload(rows, self.gates.draw.device).requires_grad_()
@@ -153,9 +199,11 @@ class Capture(Copied):
             except TypeError:  # a loss that is given may call the model with anything
                 if self.inputs:
                     raise
-        if self.checked:
-            kind = self.gates.draw.device.type
-            call.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            else:
+                call.moment = self._moment() if self.checked else None
+            call.versions[0].extend(map(_version, nests.tensors((call.args, call.kwargs))))
+        kind = self.gates.draw.device.type
+        call.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -168,21 +216,59 @@ class Capture(Copied):
         own = own_loss(output)
         for place, tensor in enumerate(differentiable(output)):
             call.loss = place if tensor is own else call.loss
-            call.outputs.append(tensor.detach())
+            call.outputs.append(tensor.detach().clone() if self.checked else tensor.detach())
+            call.versions[1].append(_version(call.outputs[-1]))
             call.gradients.append(None)
             tensor.register_hook(lambda gradient, place=place: _accumulate(call.gradients, place, gradient))
         if self.checked:
-            call.output = output
+            call.output = nests.mapped(output, lambda z: z.detach().clone().requires_grad_(z.requires_grad))
         return output if several else None
 
+    def _moment(self) -> Moment:
+        """This moment; the weights of a step are copied once."""
+        parameters = dict(self.model.named_parameters())
+        before = next((call.moment.tensors for call in self.calls if call.moment), None)
+        tensors = {name: p.detach().clone() if before is None else before[name] for name, p in parameters.items()}
+        tensors |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return Moment(tensors, RandomStates.now(self.gates.draw.device))
+
+    def _settle(self) -> None:
+        """Put dL/dxi of the calls so far aside; those whose gradient went to their inputs alone have not been trained on."""
+        draw = self.gates.draw
+        for call in self.calls[self._reached :]:
+            if (draw if call.rows is None else call.rows).grad is None:
+                call.gradients = [None] * len(call.gradients)
+            else:
+                self._reached = len(self.calls)
+        if draw.grad is not None:
+            self._parts.append(draw.grad)
+            draw.grad = None
+
+    def _arriving(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Forget the calls before the last gradient if the user has cleared it, as that of a batch that was left out."""
+        before, version = self._gradient
+        if before is None:
+            left, version = self._left
+            self._summed = left is not None and left is parameter.grad and left._version == version and bool(self.calls)
+            return
+        now = parameter.grad  # also 0 if it was cleared in place
+        if now is not before or (now._version != version and not bool(now.any())):
+            self.calls, self._parts = self.calls[min(self._seen, len(self.calls) - 1) :], []
+            self._reached = self._seen = 0
+            self._summed = False
+
     def _arrived(self, parameter: nn.Parameter) -> None:
-        """Forget the calls before the last one if the user has cleared their gradients, as of a batch that was left out."""
+        """Note a gradient that has come."""
         if not self.calls:  # of passes in eval mode, or before the gates
             return
-        if self._gradient is not None and parameter.grad is not self._gradient:
-            self.calls, self._parts = self.calls[-1:], []
-        self._moved |= self._version is not None and parameter._version != self._version
-        self._gradient, self._version = parameter.grad, parameter._version
+        self._moved |= self._weights is not None and parameter._version != self._weights
+        self._gradient, self._weights = (parameter.grad, parameter.grad._version), parameter._version
+        self._seen = len(self.calls)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Number of changes in place that a tensor has seen; 0 where that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _accumulate(gradients: list[torch.Tensor | None], place: int, gradient: torch.Tensor) -> None:

@@ -126,12 +126,12 @@ class GradientProducts:
             weights: Whether what weight decay and past gradients do is measured, too.
         """
         if self.updates is not None:
-            self._notice_learning()
+            self.notice_learning()
         for parameter in dict.fromkeys(self._owned.parameters):
             if parameter.requires_grad and self._learning.get(parameter, True):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._take_gradient, weights)))
 
-    def _notice_learning(self) -> None:
+    def notice_learning(self) -> None:
         """Begin anew for structures with a parameter that learns since the last time."""
         self.updates.read()
         learning = {p: self.updates.learns(p) for p in self._owned.parameters}

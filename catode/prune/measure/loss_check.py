@@ -19,18 +19,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from catode.prune.measure import nests
+from catode.prune.measure import inside_check, nests
 from catode.prune.measure.capture import Call, Capture, RandomStates
 from catode.prune.measure.curvature import couples_examples, second_derivative
-from catode.prune.measure.losses import NOT_RECOGNISED, Objective, scalar, size
+from catode.prune.measure.inside_check import SAME, closeness
+from catode.prune.measure.losses import CHANGED, NOT_RECOGNISED, Objective, scalar, size
 from catode.prune.measure.probes import outputs_of, replaced_forward, undisturbed
 
-SAME, HALF = 0.01, 0.05  # relative deviation up to which gradients are the same, in 32 bits and more, and in fewer
 ROUGH = 0.6  # the same where a loss draws random numbers, or micro-batches may weigh differently
 FEW = 8  # examples on which the loss of a model that returns its own is looked at
 
 
-def check(objective: Objective, capture: Capture, batch: Any, grad_scale: float, twice: bool) -> bool:
+def check(
+    objective: Objective,
+    capture: Capture,
+    batch: Any,
+    grad_scale: float,
+    estimators: tuple[str, str] = ("paired", "curvature"),
+) -> bool:
     """Compare the objective with the loss that was trained on in a step.
 
     Args:
@@ -38,7 +44,7 @@ def check(objective: Objective, capture: Capture, batch: Any, grad_scale: float,
         capture: The step's calls, with everything kept.
         batch: What was given to the pruner's ``step()``.
         grad_scale: Factor that the loss was multiplied with before ``backward()``.
-        twice: Whether its second derivative is needed.
+        estimators: Estimators of the layers' and of the units' benefits.
 
     Returns:
         Whether this step could tell: not where gradients are infinite (a loss scale that is still too high) or all 0.
@@ -57,14 +63,23 @@ def check(objective: Objective, capture: Capture, batch: Any, grad_scale: float,
     gradients = [g for call in trained for g in call.gradients if g is not None]
     if not all(bool(g.isfinite().all()) for g in gradients):
         return False
+    if not all(bool(z.isfinite().all()) for call in trained for z in call.outputs):
+        raise ValueError(
+            "`model` must return finite numbers, by which probes tell a step that went wrong; got others, with a finite gradient. "
+            "Mask with a number such as -1e4, or in the loss."
+        )
+    examples, told = objective.examples(trained, batch), True
     with undisturbed(capture.model, capture.gates.draw.device):
         if objective.given is not None:
-            return _check_given(objective, capture, trained, batch, grad_scale, twice)
-        if all(call.loss is not None for call in trained):
+            told = _check_given(objective, capture, trained, batch, grad_scale, "curvature" in estimators)
+        elif all(call.loss is not None for call in trained):
             _check_own(objective, capture, trained, grad_scale)
-        elif not bool(objective.sample(trained, None, slice(0, objective.examples(trained, None)), grad_scale).fits):
+        elif not bool(objective.sample(trained, None, slice(0, examples), grad_scale).fits):
             raise RuntimeError(NOT_RECOGNISED)
-    return True
+        if told:
+            sample = objective.sample(trained, batch, slice(0, min(examples, FEW)), grad_scale)
+            inside_check.check(capture, trained, sample, objective.given is not None, estimators)
+    return told
 
 
 def _check_own(objective: Objective, capture: Capture, calls: Sequence[Call], grad_scale: float) -> None:
@@ -100,10 +115,11 @@ def _check_given(
     objective: Objective, capture: Capture, trained: Sequence[Call], batch: Any, grad_scale: float, twice: bool
 ) -> bool:
     """The check for a loss that was given."""
+    if any(call.changed_inputs for call in trained):
+        raise ValueError(CHANGED)
     examples = objective.examples(trained, batch)
-    replay = _find(objective, capture, trained, batch, examples)
-    first = replay.evaluate()
-    close = HALF if any(z.element_size() < 4 for call in replay.answers for z in call.outputs) else SAME
+    replay = _find(objective, capture, trained, batch, examples, grad_scale)
+    first, close = replay.evaluate(), replay.close
     if not any(bool(g.any()) for part in first.gradients for g in part):
         if all(part is None for part in first.parts):
             raise ValueError(
@@ -185,6 +201,11 @@ class _Replay:
         self.answers = [_joined(calls) for calls in self.parts]
 
     @property
+    def close(self) -> float:
+        """Relative deviation of gradients that are the same."""
+        return closeness(self.answers)
+
+    @property
     def flat(self) -> torch.Tensor:
         """The gradients that came back in training, in one vector."""
         return _flat([g for call in self.answers for g in _gradients(call)])
@@ -264,6 +285,11 @@ class _Replay:
             factor += ratio * share / sum(sizes)
         return factor * self.repeated
 
+    def explains(self, grad_scale: float) -> bool:
+        """Whether the loss gives the gradients that came back in training."""
+        factor = self.factor(self.evaluate(), self.close)
+        return factor is not None and abs(factor / grad_scale - 1.0) <= self.close
+
     def couples(self, evaluation: _Evaluation, close: float) -> bool | None:
         """Whether an example's gradient changes when other examples have the outputs of their neighbours; None if all are equal."""
         outputs = [z for call in self.answers for z in call.outputs if self._dimension(z) is not None]
@@ -314,36 +340,51 @@ class _Replay:
         return not _near(*(_flat(side) for side in zip(*pairs, strict=True)), close)
 
 
-def _find(objective: Objective, capture: Capture, trained: Sequence[Call], batch: Any, examples: int) -> _Replay:
+def _find(
+    objective: Objective, capture: Capture, trained: Sequence[Call], batch: Any, examples: int, grad_scale: float
+) -> _Replay:
     """Which of the step's calls the batch stands for: its last ones, or all, joined, if the batch is as large as all.
+
+    A loss may call the model without learning from what it returns, and so may the loop beside the loss.
 
     Raises:
         ValueError: if the loss cannot be evaluated on any of them.
     """
-    problems = []
     sequences = [list(trained)] if len(trained) == len(capture.calls) else [list(capture.calls), list(trained)]
+    found, problems = [], []
     for calls in sequences:
-        whole = len(calls) > 1 and _examples(calls[-1]) < examples
-        for number in (n for n in range(1, len(calls) + 1) if len(calls) % n == 0):
-            parts = [calls[place::number] for place in range(number)] if whole else [[c] for c in calls[-number:]]
-            if not all(nests.joinable([call.output for call in part]) for part in parts):
-                continue
-            repeated = 1 if whole else len(calls) // number
-            replay = _Replay(objective, capture.model, batch, parts, repeated, examples)
-            try:
-                asked = len(replay.evaluate().inputs)
-            except ValueError as error:
-                problems.append(error)
-                continue
-            if asked == number:
-                return replay
-            problems.append(
-                ValueError(
-                    f"`loss` must be the loss that is trained on; {objective.name} calls the model {asked} times, the step called "
-                    f"it {len(calls)} times. Give the whole loss."
-                )
+        replay = _last_calls(objective, capture.model, calls, batch, examples, problems)
+        if replay is not None:
+            found.append(replay)
+    if not found:
+        raise problems[0]
+    return next((replay for replay in found[:-1] if replay.explains(grad_scale)), found[-1])
+
+
+def _last_calls(
+    objective: Objective, model: nn.Module, calls: Sequence[Call], batch: Any, examples: int, problems: list[ValueError]
+) -> _Replay | None:
+    """The last calls of a sequence, as many as the loss makes; None if it makes none of those numbers, with the reasons."""
+    whole = len(calls) > 1 and _examples(calls[-1]) < examples
+    for number in (n for n in range(1, len(calls) + 1) if len(calls) % n == 0):
+        parts = [calls[place::number] for place in range(number)] if whole else [[c] for c in calls[-number:]]
+        if not all(nests.joinable([call.output for call in part]) for part in parts):
+            continue
+        replay = _Replay(objective, model, batch, parts, 1 if whole else len(calls) // number, examples)
+        try:
+            asked = len(replay.evaluate().inputs)
+        except ValueError as error:
+            problems.append(error)
+            continue
+        if asked == number:
+            return replay
+        problems.append(
+            ValueError(
+                f"`loss` must be the loss that is trained on; {objective.name} calls the model {asked} times, the step called "
+                f"it {len(calls)} times. Give the whole loss."
             )
-    raise problems[0]
+        )
+    return None
 
 
 def _called(objective: Objective, model: nn.Module, batch: Any) -> torch.Tensor:

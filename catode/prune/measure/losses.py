@@ -18,8 +18,14 @@ from catode.prune.measure.capture import Call, own_loss
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
-ONE_HOT = {torch.float32: (1e-3, 1e-5), torch.float64: (1e-3, 1e-5)}  # relative and absolute tolerance of targets
-ONE_HOT_HALF = (2e-2, 1e-3)
+ONE_HOT, ONE_HOT_HALF = (
+    (1e-3, 1e-5),
+    2e-2,
+)  # relative and absolute tolerance of targets; in 16 bits that of a unit in the last place
+CHANGED = (
+    "`batch` must stay as the model saw it, and what it returned, until step(); got one that was changed in place. Let the model "
+    "and the loop compute new tensors, as x = x - mean and z = z.masked_fill(...)."
+)
 NOT_RECOGNISED = (
     "`loss` must be given where the training loss is no mean softmax cross-entropy with one label for each example; got another "
     "gradient of the outputs. Pass Pruner(..., loss=lambda model, batch: ...) and step(batch), and a loss scale, if any, to "
@@ -80,19 +86,28 @@ class Objective:
             batch: What was given to the pruner's ``step()``.
             part: The examples, among those that `examples` counts.
             grad_scale: Factor that the loss was multiplied with before ``backward()``.
+
+        Raises:
+            ValueError: if the model's inputs have been changed since, or its outputs where the loss is recognised by them.
         """
         finite = torch.stack([tensor.isfinite().all() for call in calls for tensor in call.outputs]).all()
         yes = torch.ones_like(finite)
         if self.given is not None:
             chosen = nests.rows(batch, part)
             return Sample(lambda model: self.evaluate(model, chosen), nests.examples(chosen), finite, yes)
+        own = all(call.loss is not None for call in calls)
+        if any(call.changed_inputs or (call.changed_outputs and not own) for call in calls):
+            raise ValueError(CHANGED)
         pieces = [(call, rows) for call, rows in zip(calls, _shares(calls, part), strict=True) if rows is not None]
         inputs = [nests.rows((call.args, call.kwargs), rows) for call, rows in pieces]
         if not nests.joinable(inputs):  # such as texts of different lengths
             pieces, inputs = pieces[:1], inputs[:1]
-        args, kwargs = nests.joined(inputs)
+        inputs = nests.joined(inputs)
+        if any(call.autocast for call in calls):
+            inputs = nests.mapped(inputs, _in_32_bits)
+        args, kwargs = inputs
         examples = sum(rows.stop - rows.start for _, rows in pieces)
-        if all(call.loss is not None for call in calls):
+        if own:
             return Sample(lambda model: own_loss(model(*args, **kwargs)), examples, finite, yes)
         targets, fits = zip(*(_targets(call, rows, calls, grad_scale) for call, rows in pieces), strict=True)
         labels = torch.cat(targets)
@@ -148,7 +163,7 @@ def recovered_labels(
     targets = chances - gradient.float() * scale
     labels = targets.argmax(1)
     one_hot = nn.functional.one_hot(labels, logits.shape[1])
-    relative, absolute = ONE_HOT.get(logits.dtype, ONE_HOT_HALF)
+    relative, absolute = ONE_HOT if logits.element_size() > 2 else (ONE_HOT_HALF, torch.finfo(logits.dtype).eps)
     miss, error = (targets - one_hot).abs().amax(1), (chances - one_hot).abs().amax(1)
     return labels, (miss <= relative * error + absolute).all()
 
@@ -164,6 +179,11 @@ def _targets(
     if len(calls) > 1:
         fits |= recovered_labels(logits, gradient[rows], sum(map(size, calls)) / grad_scale)[1]
     return labels, fits
+
+
+def _in_32_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Inputs of a model under autocast may have fewer bits than its weights, for which probes have no use."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def size(call: Call) -> int:

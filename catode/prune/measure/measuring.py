@@ -157,7 +157,7 @@ class Measuring:
         capture = self.capture
         capture.paused = True
         try:
-            found = check(self.objective, capture, batch, float(grad_scale), "curvature" in self.estimators)
+            found = check(self.objective, capture, batch, float(grad_scale), self.estimators)
         except (ValueError, TypeError, RuntimeError) as error:
             found = error
         finally:
