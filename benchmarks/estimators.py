@@ -46,7 +46,7 @@ from catode.train.settings.config import Config
 
 BLOCKS, HIDDEN, WIDTH = 2, 4, 16
 PAIRED = "paired, layers: {}"
-TOGETHER = 1, 2, 4  # layers whose paired difference one probe takes
+TOGETHER = 1, 2  # layers whose paired difference one probe takes
 POOLED = 200  # observations in the last column, the pruner's default memory
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -373,8 +373,8 @@ def probes(
     sizes = sorted(
         {m for m in (whole, 32, 16, max(2, whole // 10), config.probe_size) if m and m <= whole}, reverse=True
     )
-    tried = list(itertools.islice(stream, batches))
-    for x, y in tried:
+    stream = iter(stream)
+    for x, y in itertools.islice(stream, batches):
         gates.set(ones, ones.clone())
         with batch_statistics_only(model):
             (derivative,) = torch.autograd.grad(F.cross_entropy(model(x), y), gates.draw)
@@ -401,10 +401,10 @@ def probes(
         )
     header = ["structures, estimator, examples", "median", "exact median", "bias %", "one-draw std %", "Spearman"]
     title = f"### {title}: {len(blocks)} layers and {units} units, {batches} batches of {whole}, nats"
-    return f"{title}\n\n{markdown(header, rows)}\n\n{worth(model, gates, tried, generator)}"
+    return f"{title}\n\n{markdown(header, rows)}\n\n{worth(model, gates, itertools.islice(stream, 5 * batches), generator)}"
 
 
-def worth(model: nn.Module, gates: Gates, batches: Sequence[Batch], generator: torch.Generator) -> str:
+def worth(model: nn.Module, gates: Gates, batches: Iterable[Batch], generator: torch.Generator) -> str:
     """What probes tell for their time, as the pruner takes them: the curvature of all units, paired differences of layers.
 
     Args:
@@ -415,6 +415,7 @@ def worth(model: nn.Module, gates: Gates, batches: Sequence[Batch], generator: t
     """
     layers, seconds = len(gates.blocks), defaultdict(list)
     found: dict[tuple[str, int], list[NDArray]] = defaultdict(list)
+    batches = list(batches)
     sizes = [size for size in (8, 12, 16, 24, 32) if size <= len(batches[0][1])]
 
     def timed(name: str, size: int, measure: Callable[[], torch.Tensor]) -> NDArray:
@@ -436,9 +437,10 @@ def worth(model: nn.Module, gates: Gates, batches: Sequence[Batch], generator: t
     rows, first, counts = [], {}, {PAIRED.format(n): n for n in TOGETHER}
     for (name, size), values in sorted(found.items()):
         count = counts.get(name, 1)
-        power = float(np.square(np.std(values, axis=0, ddof=1)).mean())
+        power = np.var(values, axis=0, ddof=1)
         milliseconds = 1e3 * float(np.median(seconds[name, size]))
-        told = first.setdefault(name, power) / power  # probes of the first size that tell as much of a structure
+        # probes of the first size that tell as much, of the median structure: some have very rare large values
+        told = float(np.median(first.setdefault(name, power) / np.maximum(power, 1e-30)))
         rows.append([name, size, f"{milliseconds:.1f}", f"{told:.1f}", f"{100 * told * count / milliseconds:.1f}"])
     header = [
         "probe",
@@ -447,7 +449,7 @@ def worth(model: nn.Module, gates: Gates, batches: Sequence[Batch], generator: t
         f"effective observations (of {sizes[0]} examples)",
         "the same per 100 ms, all its structures",
     ]
-    return markdown(header, rows)
+    return f"Noise and time of single probes, {len(batches)} other batches:\n\n{markdown(header, rows)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
