@@ -5,6 +5,7 @@ An interrupted run goes on where it stopped, as those of `benchmarks.pool.comple
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from benchmarks import pool
 from benchmarks._common import QUICK_IMAGES, subset
+from catode.prune.checking import PruningWarning
 from catode.train import run
 from catode.train.loop import Setup, Trainer, checkpoint, lock, prepare
 from catode.train.settings.config import Config, ConfigError
@@ -77,7 +79,8 @@ def _train(kind: type[Trainer], setup: Setup, folder: Path) -> Path:
     with lock.released(lock.hold(folder)):
         trainer = kind(setup, folder, False)
         try:
-            with trainer.stop.heeded():
+            with trainer.stop.heeded(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", PruningWarning)  # printed as lines of the run
                 trainer.train()
         finally:
             trainer.close()

@@ -261,7 +261,7 @@ def _haste(book: Book, table: str, rows: Sequence[Row]) -> str:
 
 def _returned(row: Row, book: Book) -> list[list[str]]:
     """Lines of what came back in a row's shadow runs, added up over seeds."""
-    own = [r.result["returns"] for r in book.results(row.name).values() if "returns" in r.result]
+    own = [r.env["returns"] for r in book.results(row.name).values() if "returns" in r.env]
     lines = []
     for rule in own[0] if own else ():
         sums = [sum(one[rule][what] for one in own) for what in (CONFIRMED, RETURNED, OPEN)]

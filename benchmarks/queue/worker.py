@@ -43,7 +43,7 @@ ORPHAN = 5.0
 def plain(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:
     """Train with `catode.train`; returns what differs in result.json."""
     training.complete(Config.from_presets(**values, out=str(folder)), quick=quick)
-    return {"returns": returns.counted(folder)} if values.get("shadow") else {}
+    return {}
 
 
 def shaped(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:
@@ -121,7 +121,8 @@ def train(plan: dict[str, Any], places: Places, data_dir: str | None, quick: boo
     changes = KINDS[plan["kind"]](values, folder, quick)
     more = {name: value for name, value in plan.items() if name != "settings"}
     _amend(folder / "result.json", changes)
-    _amend(folder / "env.json", {"queue": more, "commit": plan["commit"]})
+    back = {"returns": returns.counted(folder)} if values.get("shadow") else {}
+    _amend(folder / "env.json", {"queue": more, "commit": plan["commit"], **back})
     size = cifar.condense(folder, places.records)
     print(f"{plan['run']}: {size / 1024:.0f} KiB")
 
