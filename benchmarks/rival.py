@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +24,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks._common import QUICK, add_quick, guarded, overrides
-from benchmarks.common import training
-from catode._validate import check_int, check_interval, check_real, fail
+from benchmarks.common import QUICK, add_quick, guarded, overrides, training
+from catode._validate import check_int, check_interval, fail
 from catode.prune.checking import ROW_FIELDS
 from catode.prune.describe.costs import count
 from catode.prune.devices.timing import latency_ms
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     share = check_interval("macs", args.macs, 0, 1, low_open=True, high_open=True, hint="Choose e.g. 0.5.")
     epochs = check_int("tune_epochs", args.tune_epochs, low=1)
-    sparse = check_real("sparse", args.sparse, low=0)
+    sparse = check_interval("sparse", args.sparse, 0, math.inf, high_open=True, hint="Use 0 for none.")
     common = dict(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed) | overrides(
         args.set, flags=("dataset", "data_dir", "seed", "out"), fixed=("nu", "shadow", "target_macs", "target_params")
     )

@@ -1,6 +1,6 @@
 """Training runs that the trainer's command line has no settings for: another network, or a trainer with one more step.
 
-An interrupted run goes on where it stopped, as those of `benchmarks.pool.complete` do.
+An interrupted run goes on where it stopped, as those of `benchmarks.common.pool.complete` do.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks import pool
-from benchmarks._common import QUICK_IMAGES, subset
+from benchmarks.common import QUICK_IMAGES, pool, subset
 from catode.prune.checking import PruningWarning
 from catode.train import run
 from catode.train.loop import Setup, Trainer, checkpoint, lock, prepare

@@ -17,11 +17,12 @@ To pause it for timings: kill -STOP -- -PID, which halts the queue and all its r
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks._common import add_quick, guarded
+from benchmarks.common import add_quick, guarded
 from benchmarks.queue import results, scheduler, status
 from benchmarks.queue.book import Book
 from benchmarks.queue.places import HOME, Places
@@ -31,7 +32,11 @@ from catode.train.settings.commandline import CommandLine
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = CommandLine(prog="python -m benchmarks.queue", description=__doc__.splitlines()[0])
+    parser = CommandLine(
+        prog="python -m benchmarks.queue",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(metavar="COMMAND")
     parser.set_defaults(do=_status, runs=None, to=HOME)
     told = commands.add_parser("status", help="what is done, running and waiting, and the hours left (the default)")
@@ -55,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.do(args)
 
 
-def _status(args) -> None:
+def _status(args: argparse.Namespace) -> None:
     print(status.text(Places(args.runs, args.to)))
 
 
-def _run(args) -> None:
+def _run(args: argparse.Namespace) -> None:
     for name in ("threads", "jobs"):
         if getattr(args, name) is not None:
             check_int(name, getattr(args, name), low=1, hint="Leave it out.")
@@ -72,7 +77,7 @@ def _run(args) -> None:
         sys.exit(code)
 
 
-def _table(args) -> None:
+def _table(args: argparse.Namespace) -> None:
     places = Places(None, args.to)
     book = Book(places.records)
     pages = [text for table in results.TABLES if (text := results.page(book, table)) is not None]

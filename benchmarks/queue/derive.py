@@ -6,7 +6,7 @@ Every function takes the book and the run's seed and returns settings. Only vali
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.cifar import Record
@@ -42,25 +42,15 @@ def best(book: Book, rows: Sequence[str], admitted=lambda record: True) -> Recor
     return next(own for own in runs if validation(own) >= highest - TIE)
 
 
-def recipe(book: Book, seed: int, *, rows: Sequence[str], factors: Sequence[str]) -> dict[str, Any]:
-    """The dense recipe: the factors as the best of the rows has them."""
-    config = best(book, rows).config
-    return {name: config[name] for name in factors}
-
-
 def near_target(record: Record) -> bool:
     """Whether a run met the MACs it was asked for, or has fewer."""
     goal = record.config.get("target_macs") or record.config.get("share")
     return goal is None or record.result["macs"] <= (goal + NEAR) * record.result["macs_dense"]
 
 
-def chosen(book: Book, seed: int, *, rows: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """Settings as the best of the rows has them, among the runs that met their target.
-
-    A setting that was derived from the run's length there is derived again.
-    """
-    config = best(book, rows, near_target).config
-    return {name: None if name in config["derived"] else config[name] for name in names}
+def chosen(book: Book, seed: int, *, rows: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the settings, one for each row, those of the best row, among the runs that met their target."""
+    return dict(settings[rows.index(best(book, rows, near_target).env["queue"]["row"])])
 
 
 def fixed(book: Book, seed: int, **settings: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import copies
-from benchmarks._common import CONFIDENCE, each, machine, markdown, mean_interval, spread
 from benchmarks.cifar import Record
+from benchmarks.common import CONFIDENCE, each, machine, markdown, mean_interval, spread
 from benchmarks.queue import derive
 from benchmarks.queue.book import Book
 from benchmarks.queue.returns import CONFIRMED, OPEN, RETURNED

@@ -104,6 +104,7 @@ def design() -> list[dict[str, Any]]:
     return [values for _, values in sorted(found, key=lambda one: one[0])]
 
 
+DESIGN = design()
 RECIPE = tuple(
     Row(
         f"recipe-{number}",
@@ -116,10 +117,10 @@ RECIPE = tuple(
         CIFAR,
         {"nu": 0.0, **values},
     )
-    for number, values in enumerate(design(), 1)
+    for number, values in enumerate(DESIGN, 1)
 )
 NAMES = tuple(row.name for row in RECIPE)
-recipe = partial(derive.recipe, rows=NAMES, factors=tuple(LEVELS))
+recipe = partial(derive.chosen, rows=NAMES, settings=DESIGN)
 
 
 # --- choices of catode and of its best rival, as many settings each ---------------------------------------------------
@@ -178,8 +179,8 @@ RIVAL_CHOICE = tuple(
     for number, values in enumerate(RIVALS, 1)
 )
 CATODE_NAMES, RIVAL_NAMES = (tuple(row.name for row in rows) for rows in (CATODE_CHOICE, RIVAL_CHOICE))
-chosen = partial(derive.chosen, rows=CATODE_NAMES, names=("warmup_epochs", "decide_until", "alpha", "memory"))
-rival = partial(derive.chosen, rows=RIVAL_NAMES, names=tuple(RIVALS[0]))
+chosen = partial(derive.chosen, rows=CATODE_NAMES, settings=CATODES)
+rival = partial(derive.chosen, rows=RIVAL_NAMES, settings=RIVALS)
 
 
 # --- 1: the headline --------------------------------------------------------------------------------------------------

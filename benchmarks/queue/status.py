@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from benchmarks._common import markdown
+from benchmarks.common import markdown
 from benchmarks.queue.book import Book
 from benchmarks.queue.places import Places
 from benchmarks.queue.rows import ROWS, Row

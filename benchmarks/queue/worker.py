@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks import cifar, rival
-from benchmarks._common import QUICK
-from benchmarks.common import training
+from benchmarks.common import QUICK, training
 from benchmarks.queue import returns, shapes
 from benchmarks.queue.book import Book
 from benchmarks.queue.places import Places
