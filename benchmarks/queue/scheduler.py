@@ -28,6 +28,7 @@ from benchmarks.queue.rows import ROWS, Row
 from catode.records import read_json
 from catode.train.loop import lock
 
+WORKER = ("-m", "benchmarks.queue.worker")
 NICE = 15
 """Added to the niceness of the queue and of all its runs."""
 POLL = 0.5
@@ -172,7 +173,7 @@ class Scheduler:
                 self.refused[task.run] = str(error)
                 continue
             self.starts[task.run] += 1
-            words = [sys.executable, "-m", "benchmarks.queue.worker", str(file), "--to", str(self.places.to)]
+            words = [sys.executable, *WORKER, str(file), "--to", str(self.places.to)]
             words += ["--data-dir", self.data_dir] if self.data_dir else []
             words += ["--quick"] if self.quick else []
             environment = os.environ | {"OMP_NUM_THREADS": str(self.way.threads)}
