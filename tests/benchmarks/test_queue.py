@@ -394,7 +394,7 @@ def test_the_state_tells_what_waits_and_how_long_it_takes(tmp_path):
     told = status.text(Places(None, tmp_path))
     assert "0 of 118 runs have ended" in told and "118 runs have no estimate" in told
     assert "waits for recipe-1 and 7 more" in told
-    write(tmp_path / "records" / "queue", "recipe-1", 100, seconds=900.0)
+    write(tmp_path / "records" / "queue", "recipe-1", 100, cpu_seconds=900.0)
     rows = {row[0]: row for row in cells(status.text(Places(None, tmp_path)), "row")}
     assert rows["recipe-1"][2:] == ["1 of 1", "", "done"] and rows["recipe-2"][2:] == ["0 of 1", "0.2", "ready"]
     assert rows["dense"][3] == "1.2" and float(rows["r56-dense"][3]) == pytest.approx(0.25 * 1.5 * 3.1, abs=0.1)
