@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from scipy.stats import binomtest
+
 from benchmarks import copies
 from benchmarks.cifar import Record
 from benchmarks.common import CONFIDENCE, each, machine, markdown, mean_interval, spread
@@ -33,6 +35,10 @@ BORROWED = {"parts": ("pruned", "dense")}
 """Rows of other tables that a table shows as well."""
 
 
+EQUAL = 0.02
+"""Difference of MACs, in units of the dense network's, up to which two rows have equal MACs."""
+
+
 def training_macs(records: Path, run: str, record: Record) -> float:
     """MACs of the forward passes on all training images over the run, in units of one epoch of the dense network.
 
@@ -45,12 +51,23 @@ def training_macs(records: Path, run: str, record: Record) -> float:
     return sum(sizes) / record.result["macs_dense"]
 
 
-def verdict(differences: Sequence[float]) -> str:
-    """What the interval of paired differences allows to say."""
+def verdict(differences: Sequence[float], shares: tuple[float, float] = (1.0, 1.0)) -> str:
+    """What the interval of paired differences allows to say.
+
+    Args:
+        differences: Of accuracy, points.
+        shares: Mean MACs of both rows, in units of the dense network's.
+    """
     _, low, high = mean_interval(differences)
     if len(differences) < 2:
         return "no interval"
-    return "above" if low > 0 else "below" if high < 0 else "undecided"
+    said = "above" if low > 0 else "below" if high < 0 else "undecided"
+    return said if abs(shares[0] - shares[1]) <= EQUAL else f"{said}, at other MACs"
+
+
+def share(runs: dict[int, Record]) -> float:
+    """Mean MACs of a row's runs in units of the dense network's."""
+    return sum(r.result["macs"] / r.result["macs_dense"] for r in runs.values()) / len(runs)
 
 
 def paired(first: dict[int, Record], second: dict[int, Record]) -> list[float]:
@@ -209,7 +226,7 @@ def _compared(book: Book, table: str, rows: Sequence[Row]) -> str:
         [
             f"{ROWS[BASES[table]].told} - {row.told}",
             spread(both, "{:+.2f}"),
-            verdict(both),
+            verdict(both, (share(base), share(book.results(row.name)))),
             each(
                 [base[s].result["macs"] / own.result["macs"] for s, own in book.results(row.name).items() if s in base]
             ),
@@ -254,7 +271,14 @@ def _haste(book: Book, table: str, rows: Sequence[Row]) -> str:
         parts.append(markdown(header, cells))
         back = [line for row in own for line in _returned(row, book)]
         if back:
-            header = [f"{name}: what a rule would have removed", "decisions", "went to 0", "came back", "open"]
+            header = [
+                f"{name}: what a rule would have removed",
+                "decisions",
+                "went to 0",
+                "came back",
+                "open",
+                "came back, %",
+            ]
             parts.append(markdown(header, back))
     return "\n\n".join(parts)
 
@@ -265,7 +289,9 @@ def _returned(row: Row, book: Book) -> list[list[str]]:
     lines = []
     for rule in own[0] if own else ():
         sums = [sum(one[rule][what] for one in own) for what in (CONFIRMED, RETURNED, OPEN)]
-        lines.append([f"{row.told}: {rule}", *map(str, (sum(sums), *sums))])
+        ended = binomtest(sums[1], max(1, sums[0] + sums[1])).proportion_ci(CONFIDENCE, "exact")
+        told = f"{100 * ended.low:.1f} to {100 * ended.high:.1f}" if sums[0] + sums[1] else ""
+        lines.append([f"{row.told}: {rule}", *map(str, (sum(sums), *sums)), told])
     return lines
 
 

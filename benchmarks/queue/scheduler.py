@@ -86,21 +86,28 @@ def plan(book: Book, task: Task, way: trial.Way, own: Program) -> dict[str, Any]
 def chosen_way(
     places: Places, book: Book, threads: int | None, jobs: int | None, again: bool, quick: bool
 ) -> trial.Way:
-    """The way to compute, from this folder's trial or a new one; its precision is that of the finished runs."""
+    """The way to compute, from this folder's trial or a new one; its precision is that of the other runs."""
     if places.trial.exists() and not again:
         way = trial.Way(**read_json(places.trial)["way"])
         way = way if threads in (None, way.threads) else replace(way, threads=threads, step_seconds=None)
     else:
         timed = trial.measure(threads, quick)
-        way = trial.best(timed, jobs, os.cpu_count() or 1, book.precision())
+        way = trial.best(timed, jobs, os.cpu_count() or 1, _precision(places, book))
         content = {"way": way.content(), "timed": [one.content() for one in timed]}
         places.trial.write_text(json.dumps(content, indent=2) + "\n")
-    settled = book.precision()
+    settled = _precision(places, book)
     if settled is not None and settled != way.amp:
         raise ValueError(
-            f"`amp` must be that of the finished runs, {settled}; got {way.amp} from {places.trial}. Use --trial to measure again."
+            f"`amp` must be that of the other runs, {settled}; got {way.amp} from {places.trial}. Use --trial to measure again."
         )
     return way
+
+
+def _precision(places: Places, book: Book) -> str | None:
+    """The precision that finished runs on CIFAR-10 have settled, or those under way here; None before the first."""
+    plans = [read_json(file) for file in sorted(places.runs.glob("*-s*.json"))]
+    begun = {plan["way"]["amp"] for plan in plans if plan["settings"]["dataset"] != "digits"}
+    return book.precision() or next(iter(sorted(begun)), None)
 
 
 class Scheduler:

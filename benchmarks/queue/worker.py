@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from catode.train.loop import checkpoint
 from catode.train.settings.config import Config
 from catode.train.stop import Stopped, terminated
 
+PART = ".part"
 ORPHAN = 5.0
 """Seconds between looks whether the queue still lives."""
 
@@ -122,8 +125,19 @@ def train(plan: dict[str, Any], places: Places, data_dir: str | None, quick: boo
     _amend(folder / "result.json", changes)
     back = {"returns": returns.counted(folder)} if values.get("shadow") else {}
     _amend(folder / "env.json", {"queue": more, "commit": plan["commit"], **back})
-    size = cifar.condense(folder, places.records)
-    print(f"{plan['run']}: {size / 1024:.0f} KiB")
+    print(f"{plan['run']}: {condensed(folder, places.records) / 1024:.0f} KiB")
+
+
+def condensed(folder: Path, records: Path) -> int:
+    """Write a run's record, whole or not at all; returns its bytes."""
+    part = records / PART
+    size = cifar.condense(folder, part)
+    if (records / folder.name).exists():
+        shutil.rmtree(records / folder.name)
+    (part / folder.name).rename(records / folder.name)
+    with suppress(OSError):  # another run's record is being written there
+        part.rmdir()
+    return size
 
 
 def _amend(path: Path, changes: dict[str, Any]) -> None:
