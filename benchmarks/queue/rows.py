@@ -235,6 +235,7 @@ PLAIN_RULE = {
     "layer_estimator": "straight-through",
     "measure_every": 1,
     "memory": 10,
+    "check_every": 10,
     "risk": 0.49,
     "tol": 0.05,
 }
