@@ -11,6 +11,8 @@ from catode.structures.fates import COMMITTED
 
 THRESHOLDS = (0.05, 0.5, 0.9)
 CONFIRMED, RETURNED, OPEN = "confirmed", "returned", "open"
+OWN = "its own condition"
+"""A tolerance and an upper limit of the benefit below the price; the thresholds look at theta alone."""
 OUTCOMES = (CONFIRMED, RETURNED, OPEN)
 
 
@@ -36,7 +38,7 @@ def outcome(thetas: Iterable[tuple[float, bool]], threshold: float) -> str | Non
 
 
 def counted(folder: Path, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, dict[str, int]]:
-    """Numbers of structures by outcome, for the derived tolerance and for each threshold, of a finished shadow run."""
+    """Numbers of structures by outcome, for the run's own condition and for each threshold, of a finished shadow run."""
     header, rows = read_structures(folder)
     traces: dict[tuple[str, ...], list[tuple[float, bool]]] = {}
     for values in rows:
@@ -44,10 +46,10 @@ def counted(folder: Path, thresholds: Sequence[float] = THRESHOLDS) -> dict[str,
         traces.setdefault(structure_key(row), []).append((float(row["keep_prob"]), row["fate"] == COMMITTED))
     found = {f"fixed {t:g}": _tally(outcome(trace, t) for trace in traces.values()) for t in thresholds}
     decisions = [line for line in read_decisions(folder, ("rule", "outcome")) if line["rule"] == shadow.DERIVED]
-    return {"derived": _tally(_derived(line) for line in decisions)} | found
+    return {OWN: _tally(_own(line) for line in decisions)} | found
 
 
-def _derived(line: Mapping[str, str]) -> str:
+def _own(line: Mapping[str, str]) -> str:
     return {shadow.CONFIRMED: CONFIRMED, shadow.REGRET: RETURNED}.get(line["outcome"], OPEN)
 
 
