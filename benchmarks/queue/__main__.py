@@ -1,7 +1,7 @@
 """The runs behind the results: what is done, make what is missing, tables from the records.
 
     python -m benchmarks.queue [status] [--runs DIR] [--to DIR]
-    python -m benchmarks.queue run --runs DIR --data-dir DIR [--to DIR] [--threads N] [--jobs N] [--only GLOB] [--trial]
+    python -m benchmarks.queue run --runs DIR --data-dir DIR [--to DIR] [--threads N] [--jobs N] [--only GLOB ...] [--trial]
     python -m benchmarks.queue table [--to DIR] [--write]
 
 The rows and their order are data, in `benchmarks.queue.rows`; what they are for and how they are judged stands in
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     make.add_argument("--data-dir", help="folder that holds CIFAR-10")
     make.add_argument("--threads", type=int, help="CPU threads of each run (what the trial finds)")
     make.add_argument("--jobs", type=int, help="runs at a time (as many as the cores hold)")
-    make.add_argument("--only", default="*", metavar="GLOB", help="rows or runs whose names match")
+    make.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="runs, rows or tables whose names match")
     make.add_argument("--trial", action="store_true", help="time precisions, memory formats and threads again")
     add_quick(make)
     make.set_defaults(do=_run)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,13 +48,19 @@ class Task:
         return self.row.run(self.seed)
 
 
-def waiting(book: Book, only: str = "*") -> list[Task]:
-    """Runs that have not ended, in the order in which they are to be made."""
+def matches(row: Row, seed: int, only: Sequence[str]) -> bool:
+    """Whether the name of a run, of its row or of its table matches one of the patterns."""
+    names = (row.run(seed), row.name, row.table)
+    return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in only)
+
+
+def waiting(book: Book, only: Sequence[str] = ("*",)) -> list[Task]:
+    """Runs that have not ended, in the order in which they are to be made; only those that match a pattern."""
     found = [
         (priority, Task(row, seed))
         for row in ROWS.values()
         for seed, priority in zip(row.seeds, row.priority, strict=True)
-        if fnmatch.fnmatch(row.run(seed), only) or fnmatch.fnmatch(row.name, only)
+        if matches(row, seed, only)
     ]
     return [task for _, task in sorted(found, key=lambda one: one[0]) if not book.ended(task.run)]
 
@@ -119,7 +125,7 @@ class Scheduler:
         way: How to compute.
         own: The version of the package.
         jobs: Runs at a time.
-        only: Pattern of names of rows or runs.
+        only: Patterns of names of runs, rows or tables.
         quick: Train every run for one epoch on a few digits.
     """
 
@@ -131,7 +137,7 @@ class Scheduler:
         own: Program,
         *,
         jobs: int,
-        only: str = "*",
+        only: Sequence[str] = ("*",),
         quick: bool = False,
     ):
         self.places, self.data_dir, self.way, self.own = places, data_dir, way, own
@@ -259,7 +265,7 @@ def make(
     *,
     threads: int | None,
     jobs: int | None,
-    only: str = "*",
+    only: Sequence[str] = ("*",),
     again: bool = False,
     quick: bool = False,
 ) -> int:
@@ -272,11 +278,9 @@ def make(
         ValueError: for bad input, such as a clone whose package is not that of the finished runs.
     """
     if not waiting(Book(places.records), only):
-        if not any(
-            fnmatch.fnmatch(name, only) for row in ROWS.values() for name in (row.name, *map(row.run, row.seeds))
-        ):
+        if not any(matches(row, seed, only) for row in ROWS.values() for seed in row.seeds):
             raise ValueError(
-                f"`only` must match the name of a row or run; got {only!r}. See python -m benchmarks.queue."
+                f"`only` must match the name of a run, row or table; got {' '.join(only)!r}. See python -m benchmarks.queue."
             )
         print("nothing is left to be made", file=sys.stderr)
         return 0

@@ -103,6 +103,14 @@ def test_no_run_comes_before_what_it_waits_for():
     assert begins == sorted(begins)
 
 
+def test_runs_are_chosen_by_names_of_runs_rows_and_tables(tmp_path):
+    book = Book(tmp_path)
+    for only, number in ((["headline"], 20), (["dense", "rival-s[01]"], 7), (["recipe", "recipe-1"], 8), (["none"], 0)):
+        assert len(scheduler.waiting(book, only)) == number, only
+    with pytest.raises(ValueError, match="`only` must match the name of a run, row or table; got 'a b'"):
+        scheduler.make(Places(tmp_path, tmp_path), None, threads=1, jobs=1, only=["a", "b"])
+
+
 @pytest.fixture(scope="module")
 def books(tmp_path_factory) -> list[Book]:
     """Records with one setting of the recipe and one of each choice ahead of the others, in turn."""
@@ -558,7 +566,7 @@ def test_runs_that_end_in_other_ways_are_told_and_not_repeated_for_ever(tmp_path
     monkeypatch.setattr(scheduler.os, "nice", lambda by: None)
     monkeypatch.setattr(scheduler.os, "setpgid", lambda *own: None)
     places = Places(tmp_path / "runs", tmp_path / "to")
-    common = dict(threads=1, jobs=1, only="premature-derived", quick=True)
+    common = dict(threads=1, jobs=1, only=["premature-derived"], quick=True)
     assert scheduler.make(places, None, **common) == 0
     order = [f"premature-derived-s{i}" for i in (0, 1, 2, 3, 3, 3, 4)]
     assert (places.runs / "order.txt").read_text().split() == order
