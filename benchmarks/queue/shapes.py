@@ -96,7 +96,8 @@ def stage_shaped(
         classes: Number of classes.
 
     Returns:
-        Of all common factors on the widths, the one whose MACs are nearest to the goal.
+        Of all common factors on the widths, the one whose MACs are nearest to the goal. Where the widths reach the whole
+        network's, its MACs may stay below it.
     """
     depths, wide = means(kept)
     depths = {stage: round(depth) if stage in wide else 0 for stage, depth in depths.items()}
