@@ -165,7 +165,11 @@ class Scheduler:
         if self.stopped is not None:
             print(f"stopped; go on with the same command. {done} runs were finished", file=sys.stderr)
             return 128 + self.stopped
-        left = waiting(Book(self.places.records), self.only)
+        book = Book(self.places.records)
+        left = waiting(book, self.only)
+        if blocked := [task for task in left if not ready(book, task)]:
+            first = next(name for name in blocked[0].row.after if not book.all_ended(ROWS[name]))
+            print(f"{len(blocked)} runs wait for others that were not made, the first for {first}", file=sys.stderr)
         for run, reason in self.refused.items():
             print(f"not made: {run}: {reason}", file=sys.stderr)
         if left and not done and self.refused:

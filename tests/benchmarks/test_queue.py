@@ -582,6 +582,16 @@ def test_runs_that_end_in_other_ways_are_told_and_not_repeated_for_ever(tmp_path
     assert (places.records / "premature-derived-s1" / FAILED).exists()
 
 
+def test_runs_that_wait_for_others_are_told(tmp_path, capsys):
+    places = Places(tmp_path / "runs", tmp_path / "to")
+    own = scheduler.Scheduler(
+        places, "d", trial.Way("bf16", True, 1, 0.1), Program("c" * 40, TREE), jobs=1, only=["pruned"]
+    )
+    assert own.work() == 0
+    told = capsys.readouterr().err
+    assert "5 runs wait for others that were not made, the first for recipe-1" in told and "5 are left" in told
+
+
 def test_a_run_goes_on_with_the_version_and_settings_that_it_began_with(tmp_path):
     places = Places(tmp_path / "runs", tmp_path / "to")
     places.runs.mkdir()
