@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import copies
-from benchmarks._common import (
+from benchmarks.common import (
     CONFIDENCE,
     QUICK,
     add_quick,

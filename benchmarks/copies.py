@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import guarded
+from benchmarks.common import guarded
 from catode import _checksums
 from catode.records import read_json
 from catode.train import data

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import (
+from benchmarks.common import (
     CONFIDENCE,
     QUICK,
     add_quick,

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import copies
-from benchmarks._common import (
+from benchmarks.common import (
     QUICK,
     QUICK_IMAGES,
     add_quick,

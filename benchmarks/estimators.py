@@ -33,8 +33,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from benchmarks import copies
-from benchmarks._common import QUICK_IMAGES, add_quick, guarded, hardware, markdown, publish
 from benchmarks.cifar import read
+from benchmarks.common import QUICK_IMAGES, add_quick, guarded, hardware, markdown, publish
 from catode.prune.gated.gates import Gates
 from catode.prune.measure.probes import Probe, batch_statistics_only, curvature_corrected, straight_through
 from catode.structures.inventory import Inventory

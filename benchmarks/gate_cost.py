@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks._common import add_quick, guarded, hardware, load, markdown, publish, quartiles
+from benchmarks.common import add_quick, guarded, hardware, load, markdown, publish, quartiles
 from catode.prune.describe.costs import count
 from catode.prune.devices.timing import keep_freed_memory
 from catode.prune.gated import cut as compaction

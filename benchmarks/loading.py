@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import copies
-from benchmarks._common import add_quick, guarded, hardware, load, markdown, publish, quartiles
+from benchmarks.common import add_quick, guarded, hardware, load, markdown, publish, quartiles
 from catode.prune.devices.timing import keep_freed_memory
 from catode.train import data, models
 from catode.train.settings.commandline import CommandLine

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks._common import RESULTS, add_quick, guarded, hardware, load, markdown, publish, quartiles
+from benchmarks.common import RESULTS, add_quick, guarded, hardware, load, markdown, publish, quartiles
 from catode._validate import check_int
 from catode.theory import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem, certify
 from catode.theory.networks import Structure, draw

@@ -5,8 +5,9 @@
 
 The same data, batches, augmentation and optimizer as every other row of `benchmarks.cifar`; both halves have a whole
 one-cycle schedule. Channels go by group norms over the whole network (`GroupNormPruner` with
-`GroupMagnitudeImportance`), a little at a time until the MACs are met, all between two steps of training: without the sparse
-training that Torch-Pruning's authors put before it. An interrupted run resumes from its trained network.
+`GroupMagnitudeImportance`), a little at a time until the MACs are met, all between two steps of training. With `--sparse` the
+last half of the steps before is sparse training, as Torch-Pruning's authors do it: its gradients are regularised by group.
+An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import copy
 import dataclasses
 import importlib
 import json
-import shutil
-import sys
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,19 +24,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks import pool
-from benchmarks._common import QUICK, QUICK_IMAGES, add_quick, guarded, overrides, subset
+from benchmarks.common import QUICK, add_quick, guarded, overrides, training
 from catode._validate import check_int, check_interval, fail
 from catode.prune.checking import ROW_FIELDS
 from catode.prune.describe.costs import count
+from catode.prune.devices.timing import latency_ms
 from catode.records import read_json, read_rows
 from catode.train import load
-from catode.train.loop import CsvTable, prepare, train
+from catode.train.loop import CsvTable, Setup, Trainer, checkpoint
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config, ConfigError, check_out
 
 STEPS = 400
-METHOD = "group-norm magnitude, one shot, no sparse training"
+METHOD = "group-norm magnitude, one shot"
 
 
 def check_installed() -> None:
@@ -53,6 +53,40 @@ def check_installed() -> None:
         ) from None
 
 
+def group_norm_pruner(model: nn.Module, example: torch.Tensor, reg: float = 0.0):
+    """Torch-Pruning's pruner by group norms; `reg` is the strength of its `regularize`."""
+    import torch_pruning
+
+    return torch_pruning.pruner.GroupNormPruner(
+        model,
+        example,
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        reg=reg,
+        global_pruning=True,
+        pruning_ratio=1.0,
+        max_pruning_ratio=0.9,
+        iterative_steps=STEPS,
+        ignored_layers=[module for module in model.modules() if isinstance(module, nn.Linear)],
+    )
+
+
+def sparse_trainer(reg: float) -> type[Trainer]:
+    """A trainer whose gradients are regularised by group in the last half of its steps, with a given strength."""
+
+    class Sparse(Trainer):
+        def __init__(self, setup: Setup, folder: Path, progress: bool):
+            super().__init__(setup, folder, progress)
+            self.model.eval()
+            self.regularizer = group_norm_pruner(self.model, setup.example, reg)
+
+        def update(self):
+            if self.step >= len(self.setup.schedule) // 2:
+                self.regularizer.regularize(self.model)
+            return super().update()
+
+    return Sparse
+
+
 def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
     """A copy without the channels of smallest group norm, the classifier's outputs excepted.
 
@@ -64,20 +98,9 @@ def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
     Raises:
         ValueError: if the share cannot be reached.
     """
-    import torch_pruning
-
     model = copy.deepcopy(model).eval()
     goal = share * count(model, example).macs
-    pruner = torch_pruning.pruner.GroupNormPruner(
-        model,
-        example,
-        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=True,
-        pruning_ratio=1.0,
-        max_pruning_ratio=0.9,
-        iterative_steps=STEPS,
-        ignored_layers=[module for module in model.modules() if isinstance(module, nn.Linear)],
-    )
+    pruner = group_norm_pruner(model, example)
     for _ in range(STEPS):
         pruner.step()
         if count(model, example).macs <= goal:
@@ -86,7 +109,9 @@ def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
     fail("macs", f"be a share that Torch-Pruning can reach, {reached:.3g} or more", share, hint="Ask for more.")
 
 
-def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: Path, quick: bool = False) -> None:
+def compete(
+    common: dict, share: float, tune_epochs: int, tune_lr: float, out: Path, sparse: float = 0.0, quick: bool = False
+) -> None:
     """Train, prune, fine-tune, and write a record like that of any run.
 
     Args:
@@ -94,8 +119,8 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
         share: MACs to keep, in (0, 1).
         tune_epochs: Epochs after pruning, out of all.
         tune_lr: Largest learning rate of these.
-        out: Its folder, with the two halves in `trained` and `tuned`. An existing trained half is used, or resumed;
-            an incomplete tuned half is deleted.
+        out: Its folder, with the two halves in `trained` and `tuned`. Existing halves are used, or resumed.
+        sparse: Strength of the sparse training in the last half of the steps before pruning; 0 for none.
         quick: Train on the first images alone.
 
     Raises:
@@ -109,18 +134,21 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
     check_out(whole)
     first = dataclasses.replace(whole, epochs=whole.epochs - tune_epochs, out=f"{out}/trained")
     second = dataclasses.replace(whole, epochs=tune_epochs, lr=tune_lr, out=f"{out}/tuned")
-    trained = load(pool.complete(first, flag="out", progress=sys.stderr.isatty(), quick=quick))
-    if Path(second.out).is_dir():
-        shutil.rmtree(second.out)
-    setup = subset(prepare(second), QUICK_IMAGES if quick else None)
-    memory_format = torch.channels_last if second.channels_last else torch.contiguous_format
-    pruned = prune(trained, setup.example.cpu(), share).train().to(second.device, memory_format=memory_format)
-    train(dataclasses.replace(setup, model=pruned), progress=sys.stderr.isatty())
+    kind = sparse_trainer(sparse) if sparse > 0 else Trainer
+    trained = load(training.complete(first, kind=kind, flag="out", quick=quick))
+    structure = checkpoint.read_structure(Path(first.out))
+    example = torch.zeros(1, *structure["image_shape"])
+    pruned = prune(trained, example, share)  # the same each time, so that an interrupted second half can go on
+    training.complete(second, change=lambda model, setup: copy.deepcopy(pruned), flag="out", quick=quick)
+    latencies = latency_ms([checkpoint.fresh(structure), pruned], example)
     a, b = (read_json(Path(c.out) / "result.json") for c in (first, second))
     rival = {
-        "rival": f"{METHOD} (torch-pruning {version('torch-pruning')})",
+        "rival": f"{METHOD}, {f'sparse training {sparse:g}' if sparse else 'no sparse training'} "
+        f"(torch-pruning {version('torch-pruning')})",
+        "share": share,
         "tune_epochs": tune_epochs,
         "tune_lr": tune_lr,
+        "sparse": sparse,
     }
     result = b | {
         "macs_dense": a["macs_dense"],
@@ -131,6 +159,8 @@ def compete(common: dict, share: float, tune_epochs: int, tune_lr: float, out: P
         "units_total": a["units_total"],
         "validation_accuracy_history": a["validation_accuracy_history"] + b["validation_accuracy_history"],
         **{name: a[name] + b[name] for name in ("seconds", "cpu_seconds")},
+        **dict(zip(("latency_dense_ms", "latency_ms"), latencies[0], strict=True)),
+        **dict(zip(("latency_dense_ms_128", "latency_ms_128"), latencies[1], strict=True)),
     }
     rows, more = (read_rows(Path(c.out) / "metrics.csv") for c in (first, second))
     for row in more:
@@ -157,17 +187,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--macs", type=float, required=True, help="share of the MACs to keep")
     parser.add_argument("--tune-epochs", type=int, default=10, help="epochs after pruning, out of all (10)")
     parser.add_argument("--tune-lr", type=float, default=0.05, help="largest learning rate after pruning (0.05)")
+    parser.add_argument(
+        "--sparse", type=float, default=0.0, help="strength of sparse training before pruning (0: none)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
     add_quick(parser)
     args = parser.parse_args(argv)
     share = check_interval("macs", args.macs, 0, 1, low_open=True, high_open=True, hint="Choose e.g. 0.5.")
     epochs = check_int("tune_epochs", args.tune_epochs, low=1)
+    sparse = check_interval("sparse", args.sparse, 0, math.inf, high_open=True, hint="Use 0 for none.")
     common = dict(dataset=args.dataset, data_dir=args.data_dir, seed=args.seed) | overrides(
         args.set, flags=("dataset", "data_dir", "seed", "out"), fixed=("nu", "shadow", "target_macs", "target_params")
     )
     if args.quick:
         common, epochs = common | QUICK | {"epochs": 2}, 1
-    compete(common, share, epochs, args.tune_lr, args.out, args.quick)
+    compete(common, share, epochs, args.tune_lr, args.out, sparse, args.quick)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import pool
-from benchmarks._common import (
+from benchmarks.common import (
     CONFIDENCE,
     NEVER,
     QUICK,
@@ -29,6 +28,7 @@ from benchmarks._common import (
     machine,
     markdown,
     overrides,
+    pool,
     publish,
     spread,
 )

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from benchmarks._common import QUICK, add_quick, guarded, machine, markdown, overrides, publish, run_quick
+from benchmarks.common import QUICK, add_quick, guarded, machine, markdown, overrides, publish, run_quick
 from catode.decisions.target import QUANTITIES
 from catode.records import read_json, read_result
 from catode.structures.fates import PRUNED_TOLERANCE

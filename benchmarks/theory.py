@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks._common import RESULTS, add_quick, guarded, hardware, load, markdown, publish, quartiles
+from benchmarks.common import RESULTS, add_quick, guarded, hardware, load, markdown, publish, quartiles
 from catode.theory import UnitSystem
 from catode.theory.basins import UNDECIDED, basins_of_attraction
 from catode.theory.flow.batch import Batch, integrate_batch

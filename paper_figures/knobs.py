@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks._common import each, markdown, spread
 from benchmarks.cifar import Record
+from benchmarks.common import each, markdown, spread
 from catode.theory.plotting import PALETTE, house_style, new_figure
 from paper_figures._common import Made, letter, percent, span
 from paper_figures.runs import GROUPS, Data

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks._common import mean_interval, spread
 from benchmarks.cifar import Record
+from benchmarks.common import mean_interval, spread
 from catode.decisions import shadow
 from catode.report import compare
 from catode.theory.plotting import PALETTE, house_style, new_figure

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks._common import each, markdown, spread
 from benchmarks.cifar import ALIKE, Record
+from benchmarks.common import each, markdown, spread
 from catode.theory.plotting import PALETTE, house_style, legend_below, new_figure
 from paper_figures._common import (
     Made,

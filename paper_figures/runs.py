@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cifar, copies, pool
+from benchmarks import cifar, copies
+from benchmarks.common import pool
 from catode.decisions.priors import PRIORS
 from catode.records import read_json
 from catode.report import compare, history

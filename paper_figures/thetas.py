@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks._common import differences
 from benchmarks.cifar import task
+from benchmarks.common import differences
 from catode.report import history
 from catode.report.looks import LOOKS, fate_handle
 from catode.report.pictures import theta_panel

@@ -7,8 +7,8 @@ from collections import defaultdict
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks._common import differences
 from benchmarks.cifar import task
+from benchmarks.common import differences
 from catode.report import history
 from catode.theory.plotting import PALETTE, house_style, new_figure
 from paper_figures._common import Made, letter, seeds_text

@@ -38,6 +38,7 @@ NOT_RUN = {
     "python -m pytest": "it is a part of this very suite",
     "torchrun": "it starts several processes, on several GPUs; tests/train/test_distributed.py has two on CPUs",
     "python -m tests.faults": "tests/test_faults.py runs a sample of it; all of it takes many minutes",
+    "python -m benchmarks.queue run": "tests/benchmarks/test_queue.py makes some of its runs",
     "python -m benchmarks.rival": "torch-pruning is no part of the tests' environment",
 }
 """Beginnings of commands that are not run, each with its reason; their flags and files are looked up all the same."""
@@ -198,7 +199,7 @@ def tiny(module: str, words: list[str], places: dict[str, Path], finished: Path,
         full += ["--quick"] if full[0] == "run" else []
         for flag, place in (("--data-dir", images), ("--out", out)) if full[0] == "run" else ():
             full += [] if flag in full else [flag, str(place)]
-    elif module.startswith("benchmarks.") and module != "benchmarks.copies":
+    elif module.startswith("benchmarks.") and module not in ("benchmarks.copies", "benchmarks.queue"):
         full += ["--quick"]
     return full
 
@@ -233,7 +234,7 @@ def test_every_command_of_the_pages_runs(command, places, finished, figure_runs,
             main(given)
         assert not left.value.code and "usage:" in capsys.readouterr().out
         return
-    for name in ("_common", "theory", "networks"):
+    for name in ("common", "theory", "networks"):
         monkeypatch.setattr(f"benchmarks.{name}.RESULTS", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     status = main(tiny(module, given, places, finished, tmp_path / "out", figure_runs))

@@ -160,7 +160,8 @@ def named_commands():
 def helped(module, given, monkeypatch, capsys):
     """What ``--help`` of a command prints."""
     monkeypatch.setattr(sys, "argv", [module, *(word for word in given[:1] if not word.startswith("-")), "--help"])
-    program = importlib.import_module(f"{module}.__main__" if (ROOT / module / "__main__.py").exists() else module)
+    main = ROOT.joinpath(*module.split("."), "__main__.py")
+    program = importlib.import_module(f"{module}.__main__" if main.exists() else module)
     if module in ("catode.train", "catode.theory"):
         program = importlib.import_module(f"{module}.__main__")
         monkeypatch.setattr(sys, "argv", [module, "--help"])

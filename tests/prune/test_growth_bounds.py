@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from scipy.special import ndtri
 
-from benchmarks._digits_vit import DigitsViT
-from benchmarks.vit import exceeded
+from benchmarks.vit.comparison import exceeded
+from benchmarks.vit.model import DigitsViT
 from catode.prune.pruner import Pruner
 from catode.prune.selfcheck import check
 from catode.train import data

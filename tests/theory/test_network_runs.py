@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_network_bounds import claims, climb
 from test_networks import CASE, FEW, PLAIN, SEEDS, TWO, ball, case, network
 
-from benchmarks import _common
+from benchmarks import common
 from benchmarks import networks as benchmark
 from catode.theory.flow import integrate
 from catode.theory.networks import Structure, draw, usual_norm
@@ -143,7 +143,7 @@ def test_the_domain_holds_while_everything_else_moves():
 
 
 def test_the_benchmark_writes_its_tables_and_picture(tmp_path, monkeypatch, capsys):
-    for where in (benchmark, _common):
+    for where in (benchmark, common):
         monkeypatch.setattr(where, "RESULTS", tmp_path)
     benchmark.main(["--quick", "--networks", "1", "--points", "3", "--write"])
     text = (tmp_path / "networks.md").read_text()

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import _common, cifar, copies, digits, estimators, pool, rival, sensitivity
+from benchmarks import cifar, common, copies, digits, estimators, rival, sensitivity
+from benchmarks.common import pool
 from catode.decisions import shadow
 from catode.prune.describe.costs import count
 from catode.records import read_json, read_rows
@@ -42,22 +43,27 @@ def test_a_part_of_the_images_is_a_shorter_run_with_the_settings_of_one(tmp_path
     """What follows from a run's length follows from that of the part; what was given stays."""
     config = Config.from_presets(dataset="digits", threads=1, check_every=20, out=str(tmp_path))
     whole = loop.prepare(config)
-    part = _common.subset(whole, 320)
+    part = common.subset(whole, 320)
     assert (part.steps_per_epoch, len(part.schedule), len(part.images.train_labels)) == (5, 5 * config.epochs, 320)
     for setup in (whole, part):
         assert setup.config.rate_ratio == pytest.approx(1.0 / (config.sink_share * setup.ode_time), rel=1e-12)
     assert part.config.derived == whole.config.derived and part.config.check_every == 20
-    assert _common.subset(whole, None) is whole
+    assert common.subset(whole, None) is whole
 
 
-COMMANDS = sorted(p.stem for p in Path(cifar.__file__).parent.glob("[a-z]*.py") if p.stem != "pool")
+COMMANDS = common.commands()
+
+
+def program(name):
+    """The module whose ``main`` is the command ``python -m benchmarks.NAME``."""
+    return importlib.import_module(f"benchmarks.{name}{'.__main__' if (common.HOME / name).is_dir() else ''}")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_starts(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as left:
-        importlib.import_module(f"benchmarks.{name}").main()
+        program(name).main()
     assert left.value.code == 0 and f"python -m benchmarks.{name}" in capsys.readouterr().out
 
 
@@ -65,7 +71,7 @@ def told(capsys, monkeypatch, module, line):
     """Exit status and standard error of a command that is guarded."""
     monkeypatch.setattr(sys, "argv", ["x", *line.split()])
     with pytest.raises(SystemExit) as left:
-        _common.guarded(importlib.import_module(f"benchmarks.{module}").main)
+        common.guarded(program(module).main)
     said = capsys.readouterr()
     assert not said.out
     return left.value.code, said.err
@@ -218,12 +224,12 @@ def test_images_in_class_folders_go_by_the_name_of_their_folder():
     ],
 )
 def test_an_interval_is_student_s_at_95_percent(values, told):
-    assert _common.spread(values, "{:+.2f}") == told
-    assert _common.spread([100 * v for v in values], "{:+.2f}", 0.01) == told
+    assert common.spread(values, "{:+.2f}") == told
+    assert common.spread([100 * v for v in values], "{:+.2f}", 0.01) == told
 
 
 def test_single_runs_are_told_one_by_one():
-    assert _common.each([49.0, 41.4], "{:.1f}") == "45.2 (49.0, 41.4)" and _common.each([7.25], "{:.1f}") == "7.2"
+    assert common.each([49.0, 41.4], "{:.1f}") == "45.2 (49.0, 41.4)" and common.each([7.25], "{:.1f}") == "7.2"
 
 
 # --- copies of data sets --------------------------------------------------------------------------------------------
@@ -287,7 +293,7 @@ def test_every_committed_record_says_which_copy_of_its_data_it_was_made_with():
     assert names == {"cifar10": {"CIFAR-10, JPEG copy"}, "folder": {"Tiny-ImageNet, subset"}, "digits": {"digits"}}
 
 
-@pytest.mark.parametrize("page", sorted(_common.RESULTS.rglob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted(common.RESULTS.rglob("*.md")), ids=lambda page: page.stem)
 def test_every_table_with_a_known_copy_has_its_note_and_no_table_has_bare_names(page):
     text = page.read_text()
     assert not re.search(r"(?<![-\w])cifar10(?!\w)|tiny-imagenet|\bCIFAR-10(?!, JPEG copy)", text)
@@ -508,9 +514,11 @@ def test_the_rival_leaves_a_record_and_goes_on_from_its_trained_half(tmp_path, s
         patch.setattr(rival, "STEPS", 2)
         rival.compete(common, 0.01, 1, 0.05, out)
     trained = (out / "trained" / "result.json").stat().st_mtime_ns
-    (out / "tuned").mkdir()
-    (out / "tuned" / "config.json").write_text("{}")  # cut off in the second half
     monkeypatch.setattr(rival, "STEPS", 40)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # cut off in the second half
+        patch.setattr(loop.Trainer, "finish", cut_off)
+        rival.compete(common, 0.5, 1, 0.05, out)
+    assert list((out / "tuned").glob("checkpoint-*.pt"))
     rival.compete(common, 0.5, 1, 0.05, out)
     assert (out / "trained" / "result.json").stat().st_mtime_ns == trained
     made = cifar.read(out)
@@ -524,6 +532,11 @@ def test_the_rival_leaves_a_record_and_goes_on_from_its_trained_half(tmp_path, s
     assert read_json(out / "config.json")["tune_epochs"] == 1
     with pytest.raises(ConfigError, match="`out` must be a folder without a run"):
         rival.compete(common, 0.5, 1, 0.05, out)
+
+
+def cut_off(trainer):
+    trainer.save_state()
+    raise KeyboardInterrupt
 
 
 def test_without_torch_pruning_nothing_is_trained(tmp_path, monkeypatch, capsys):

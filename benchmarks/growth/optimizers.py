@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn, optim
 
-from benchmarks._common import markdown
+from benchmarks.common import markdown
 from catode.decisions.evidence import Pool
 from catode.prune.gated.gates import Gates
 from catode.prune.measure.growth import BURST, GradientProducts

@@ -1,4 +1,7 @@
-"""Shared by all benchmarks: the machine in one line, Markdown tables, intervals, settings, and short trainings."""
+"""Shared by all benchmarks: the machine in one line, Markdown tables, intervals, settings, and short trainings.
+
+`pool` trains many runs side by side, `training` such that need another network or trainer than `catode.train` has.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ from catode.prune.devices.timing import processor
 from catode.train import loop
 from catode.train.settings.config import Config, ConfigError, settings
 
-RESULTS = Path(__file__).parent / "results"
+HOME = Path(__file__).resolve().parents[1]
+"""The folder of all benchmarks."""
+RESULTS = HOME / "results"
 CONFIDENCE = 0.95
 NEVER = ("resume", "dry_run")
 """Settings that no benchmark admits: each trains its runs from the start."""
@@ -204,6 +209,12 @@ def differences(config: dict[str, Any]) -> str:
     return ", ".join(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in changed.items())
 
 
+def commands() -> list[str]:
+    """Names of the benchmarks, each the command ``python -m benchmarks.NAME``: modules, and packages with a ``__main__``."""
+    packages = (path.parent.name for path in HOME.glob("*/__main__.py"))
+    return sorted({*packages, *(path.stem for path in HOME.glob("[a-z]*.py"))})
+
+
 def check_name(name: str, own: str) -> str:
     """The name of a result file that overwrites no other benchmark's.
 
@@ -218,8 +229,7 @@ def check_name(name: str, own: str) -> str:
         raise ConfigError(
             f"`write` must be a plain name of letters, digits, - and _; got write={name!r}. Use --write {own}."
         )
-    others = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} - {own}
-    for other in sorted(others):
+    for other in sorted({*commands()} - {own}):
         if name == other or name.startswith(f"{other}_"):
             raise ConfigError(
                 f"`write` must not be the name of another benchmark's results; got write={name!r}, of benchmarks.{other}. "

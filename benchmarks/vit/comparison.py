@@ -32,10 +32,9 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 from torch import nn
 
-from benchmarks._common import (
+from benchmarks.common import (
     CONFIDENCE,
     add_quick,
-    guarded,
     hardware,
     load,
     markdown,
@@ -43,7 +42,7 @@ from benchmarks._common import (
     publish,
     spread,
 )
-from benchmarks._digits_vit import DigitsViT
+from benchmarks.vit.model import DigitsViT
 from catode.prune.pruner import Pruner
 from catode.records import structure_key
 from catode.structures import fates
@@ -436,7 +435,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(list(zip(runs[::2], runs[1::2], strict=True)), recipe, args.validation, f"n = {seeds}"),
         args.write,
     )
-
-
-if __name__ == "__main__":
-    guarded(main)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks._common import run_quick
+from benchmarks.common import run_quick
 from catode.records import read_json
 from catode.train import Config, run
 

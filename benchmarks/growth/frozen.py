@@ -8,7 +8,7 @@ are frozen, and batches of many more epochs are drawn as training draws them. Th
 the mean gradients of *different* epochs, which are independent. Beside it: products of batches of one epoch, as they are and
 corrected (`catode.prune.measure.growth`).
 
-A second table is of training itself, where the weights move, by several optimizers: see `benchmarks._optimizers`.
+A second table is of training itself, where the weights move, by several optimizers: see `benchmarks.growth.optimizers`.
 
 With --decisions it compares shadow runs before the correction with runs after it, from the same seeds: nothing is removed
 in either before its theta is 0, so that thetas move alike and the decisions alone differ.
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks._common import QUICK, QUICK_IMAGES, add_quick, guarded, hardware, machine, markdown, publish, subset
-from benchmarks._optimizers import by_optimizer
+from benchmarks.common import QUICK, QUICK_IMAGES, add_quick, hardware, machine, markdown, publish, subset
+from benchmarks.growth.optimizers import by_optimizer
 from catode.prune.measure.growth import BURST, GradientProducts
 from catode.prune.measure.probes import batch_statistics_only
 from catode.records import read_json, read_structures, structure_key
@@ -236,7 +236,3 @@ def stream(setup: loop.Setup) -> data.Batches:
         augment=config.augment,
         channels_last=config.channels_last,
     )
-
-
-if __name__ == "__main__":
-    guarded(main)
