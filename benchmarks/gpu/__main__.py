@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from benchmarks._common import RESULTS, guarded, publish
+from benchmarks.common import RESULTS, guarded, publish
 from benchmarks.gpu import images
 from benchmarks.gpu import training as trainings
 from benchmarks.gpu.records import BEGUN, ENDS, FAILED, FILE, NOTED, SKIPPED, Records

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks._common import markdown
+from benchmarks.common import markdown
 from benchmarks.gpu.records import BEGUN, FAILED, MEASURED, NOTED, PASSED, SKIPPED, Records
 from benchmarks.gpu.training import NAMES, PART
 from benchmarks.gpu.units import load

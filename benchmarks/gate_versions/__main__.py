@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,79 +22,20 @@ import numpy as np
 import torch
 
 from benchmarks import gate_cost
-from benchmarks._common import add_quick, guarded, hardware, load, markdown, publish, quartiles, spread
-from catode.prune.devices.timing import keep_freed_memory
+from benchmarks.common import add_quick, guarded, hardware, load, markdown, publish, quartiles, spread
+from benchmarks.gate_versions.steps import PRECISIONS
 from catode.train.settings.commandline import CommandLine
 
-WORKER = ("turns", "memory")
-CYCLE, WARM = 16, 2
+CYCLE = 16
 MEMORY_STEPS = CYCLE + 1
-PRECISIONS = ("fp32", "bf16")
 LIMIT = 1.05
 NETWORKS = (("resnet20", 128, 32), ("resnet56", 128, 32), ("resnet50", 8, 224))
 """Architecture, batch and image size of the memory's table."""
 
-# --- in each tree ---------------------------------------------------------------------------------------------------
-
-
-def turns(arch: str, threads: int, batch: int) -> None:
-    """For each line read, ``fp32`` or ``bf16``: take a plain and a gated step, and print their seconds as JSON."""
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    lanes, order = {}, np.random.default_rng(0)
-    for precision in PRECISIONS:
-        plain, gated = (
-            gate_cost.Lane(name, gate_cost.network(arch), precision == "bf16", batch=batch)
-            for name in ("plain", "gated")
-        )
-        lanes[precision] = plain, gated, gate_cost.pruner_for(gated, settled=True)
-        for _ in range(WARM):
-            plain.step()
-            gated.step()
-            lanes[precision][2].step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        plain, gated, pruner = lanes[line.strip()]
-        found = {"kind": gate_cost.kind_of_next(pruner)}
-        plain.step()  # not timed: the other version's process had the caches
-        for name in order.permutation(("plain", "gated")):
-            if name == "plain":
-                found[name] = plain.timed()
-                continue
-            found[name] = gated.timed()
-            mark = time.perf_counter()
-            pruner.step()
-            found["pruner"] = time.perf_counter() - mark
-        print(json.dumps(found), flush=True)
-
-
-def memory(arch: str, kind: str, batch: int, size: int) -> None:
-    """Print the largest resident memory of some training steps, MiB, beyond what the imports had taken."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    gate_cost.SIZE, before = size, resident("VmRSS")
-    lane = gate_cost.Lane(kind, gate_cost.network(arch), False, batch=batch)
-    pruner = gate_cost.pruner_for(lane, settled=True) if kind == "gated" else None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: building is no training
-    for _ in range(MEMORY_STEPS):
-        lane.step()
-        if pruner is not None:
-            pruner.step()
-    print(json.dumps(resident("VmHWM") - before), flush=True)
-
-
-def resident(name: str) -> float:
-    """A line of the process's memory in /proc, MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-# --- both -----------------------------------------------------------------------------------------------------------
-
 
 def started(tree: Path, *arguments: object) -> subprocess.Popen:
-    """This file as a worker in a tree."""
-    command = [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)]
+    """A worker in a tree."""
+    command = [sys.executable, str(Path(__file__).resolve().with_name("steps.py")), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(tree)}
     return subprocess.Popen(
         command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -161,7 +101,7 @@ def peaks(trees: dict[str, Path], networks: Sequence[tuple[str, int, int]]) -> s
         for version, tree in trees.items():
             peak = {}
             for kind in ("plain", "gated"):
-                worker = started(tree, "memory", arch, kind, batch, size)
+                worker = started(tree, "memory", arch, kind, batch, size, MEMORY_STEPS)
                 peak[kind] = json.loads(answer(worker))
                 worker.wait()
             cells = [f"{peak[kind]:.0f}" for kind in ("plain", "gated")]
@@ -187,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (args.old / "benchmarks" / "gate_cost.py").is_file():
         raise ValueError(f"`old` must be a tree of this project; got {str(args.old)!r}. See git worktree.")
-    trees = {"new": Path(__file__).resolve().parents[1], "old": args.old.resolve()}
+    trees = {"new": Path(__file__).resolve().parents[2], "old": args.old.resolve()}
     began, before = time.perf_counter(), load()
     batch, cycles, networks = (2, 1, NETWORKS[:1]) if args.quick else (gate_cost.BATCH, args.cycles, NETWORKS)
     steps, said = times(trees, args.arch, args.threads, batch, cycles)
@@ -213,12 +153,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in WORKER:
-        warnings.simplefilter("ignore")  # the lengths are made up
-        what, arch, *rest = sys.argv[1:]
-        if what == "turns":
-            turns(arch, *map(int, rest))
-        else:
-            memory(arch, rest[0], *map(int, rest[1:]))
-    else:
-        guarded(main)
+    guarded(main)
