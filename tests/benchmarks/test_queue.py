@@ -564,7 +564,7 @@ def test_runs_that_end_in_other_ways_are_told_and_not_repeated_for_ever(tmp_path
     monkeypatch.setattr(scheduler.trial, "measure", lambda threads, quick: [trial.Way("off", True, 1, 0.1)])
     monkeypatch.setattr(scheduler, "POLL", 0.02)
     monkeypatch.setattr(scheduler.os, "nice", lambda by: None)
-    monkeypatch.setattr(scheduler.os, "setpgid", lambda *own: None)
+    monkeypatch.setattr(scheduler.os, "setsid", lambda *own: None)
     places = Places(tmp_path / "runs", tmp_path / "to")
     common = dict(threads=1, jobs=1, only=["premature-derived"], quick=True)
     assert scheduler.make(places, None, **common) == 0
