@@ -177,6 +177,8 @@ def train(recipe: Recipe, validation: bool, job: tuple[int, bool]) -> Trained:
             epoch_steps=number / recipe.batch_size,
             memory=recipe.memory or None,
             probe_size=recipe.probe_size,
+            layers_per_probe=2,
+            measure_every=1,
             seed=seed,
         )
     began = time.perf_counter()

@@ -71,7 +71,7 @@ class Schedule:
     @property
     def burst_every(self) -> int:
         """Steps from one burst of gradients to the next, a multiple of `measure_every`."""
-        return self.measure_every * -(-LEAST_BURST // self.measure_every)
+        return self.measure_every * max(-(-LEAST_BURST // self.measure_every), 2)
 
     @property
     def burst(self) -> list[int]:

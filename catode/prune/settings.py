@@ -10,7 +10,9 @@ from typing import Any
 from catode._validate import check_bool, check_choice, check_int, check_interval, check_positive
 from catode.decisions.priors import PRIORS
 from catode.prune.measure.probes import ESTIMATORS
-from catode.theory.tolerance.measured import check_steps, fitting_memory, probe_steps
+from catode.theory.tolerance.measured import check_steps, fitting_memory
+
+SHORT = 40  # memory, in steps, below which every step is probed by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +44,10 @@ class PrunerSettings:
         layer_estimator: The same for layers.
         per_example: Draw gates for each example instead of each batch; costs passes over activations. The curvature
             correction then uses the batch means of draw and curvature, taken as uncorrelated.
-        probe_size: Examples in a probe; None: an eighth of the batch, at least 16. More where images are small.
+        probe_size: Examples in a probe; None: a tenth of the batch, at least 12. More where images are small.
         layers_per_probe: Structures (layers by default) whose paired difference one probe takes.
-        measure_every: Steps between probes; probes of curvature and of paired differences take turns. None: 4, fewer where
-            `memory` is below 200.
+        measure_every: Steps between probes; probes of curvature and of paired differences take turns. None: 2, and 1 in runs so
+            short that the default of `memory` is below 40.
         check_every: Steps between checks; None: a quarter of `memory`.
         read_every: Steps after which the host reads what was measured, waiting for the device, moves the thetas step by
             step and checks; 1 on a CPU, about 10 elsewhere. In between thetas do not move.
@@ -86,7 +88,7 @@ class PrunerSettings:
     layer_estimator: str = "paired"
     per_example: bool = False
     probe_size: int | None = None
-    layers_per_probe: int = 2
+    layers_per_probe: int = 1
     measure_every: int | None = None
     check_every: int | None = None
     read_every: int = 1
@@ -156,7 +158,7 @@ class PrunerSettings:
             object.__setattr__(self, "memory", fitting_memory(self.steps, self.warmup))
         for name, value in (
             ("check_every", check_steps(self.memory)),
-            ("measure_every", probe_steps(self.memory)),
+            ("measure_every", 1 if self.memory < SHORT else 2),
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

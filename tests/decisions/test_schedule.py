@@ -23,7 +23,7 @@ def schedules(draw):
 @given(schedules())
 def test_law_a_burst_is_three_steps_of_a_cycle_without_a_probe(schedule):
     cycle, every = schedule.burst_every, schedule.measure_every
-    assert cycle % every == 0 and cycle >= 8 and cycle - every < 8
+    assert cycle % every == 0 and cycle >= max(8, 2 * every) and cycle - every < max(8, 2 * every)
     assert (
         len(schedule.burst) == 3 == len(set(schedule.burst))
         and min(schedule.burst) >= 0

@@ -225,7 +225,7 @@ def test_config_json_holds_what_the_run_used(finished):
     setup = loop.prepare(parse([*SMALL, "--dataset=digits", "--batch-size=200"]))
     free = dataclasses.replace(setup.config, memory=None, check_every=None, probe_size=None)
     free = loop.prepare(dataclasses.replace(free, derived=())).config
-    assert (free.memory, free.check_every, free.probe_size) == (10, 2, 25)
+    assert (free.memory, free.check_every, free.probe_size) == (10, 2, 20)
 
 
 BAD = {

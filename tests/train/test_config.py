@@ -361,16 +361,16 @@ def test_settings_stand_in_the_order_of_their_groups():
 
 
 def test_a_resolved_configuration_holds_what_follows_from_the_length_of_the_run():
-    config = Config.from_presets(dataset="cifar10", data_dir="d", arch="resnet20")
-    assert [getattr(config, name) for name in DERIVED] == [None] * 5
+    config = Config.from_presets(dataset="cifar10", data_dir="d", arch="resnet20", probe_size=None)
+    assert [getattr(config, name) for name in DERIVED] == [None] * 4
     done = config.resolved(7800)  # 20 epochs of 390 steps, of which 6,240 decide
-    assert (done.memory, done.check_every, done.measure_every, done.probe_size) == (200, 50, 4, 16)
+    assert (done.memory, done.check_every, done.probe_size) == (200, 50, 12)
     time = ode_time(learning_rates("one-cycle", 0.1, 7800), 0.9)
     assert time == pytest.approx(7800 * 0.05 / 0.1, rel=1e-3)  # the one-cycle's mean is half its peak
     assert done.rate_ratio == pytest.approx(1 / (0.1 * time)) and done.derived == DERIVED
     assert done.resolved(10**6) == done and Config.from_json(done.to_json()) == done
     assert config.resolved(8 * 7800).memory == 800  # length^(2/3)
-    given = {"memory": 50, "check_every": 7, "measure_every": 3, "rate_ratio": 0.3, "probe_size": 9}
+    given = {"memory": 50, "check_every": 7, "rate_ratio": 0.3, "probe_size": 9}
     own = Config.from_presets(dataset="cifar10", data_dir="d", **given).resolved(7800)
     assert {name: getattr(own, name) for name in DERIVED} == given and own.derived == ()
     assert Config(memory=100).resolved(7800).check_every == 25
@@ -416,7 +416,7 @@ def test_nothing_is_null_that_a_run_fills_in():
 
 
 @pytest.mark.parametrize(
-    ("sync_bn", "processes", "probed"), [(False, 1, 32), (False, 4, 16), (True, 4, 32), (False, 32, 8)]
+    ("sync_bn", "processes", "probed"), [(False, 1, 25), (False, 4, 12), (True, 4, 25), (False, 32, 8)]
 )
 def test_each_process_probes_its_share_unless_they_normalise_together(sync_bn, processes, probed):
     assert Config(batch_size=256, sync_bn=sync_bn).resolved(100, processes).probe_size == probed

@@ -18,7 +18,7 @@ from catode.prune.measure.loss_check import check
 from catode.prune.measure.losses import NOT_RECOGNISED, Objective
 from catode.prune.measure.probes import Probe, curvature_corrected, straight_through
 
-LEAST_PROBE = 16  # examples, where the batch has as many
+LEAST_PROBE = 12  # examples, where the batch has as many
 
 
 class NotFinite(RuntimeError):
@@ -51,8 +51,8 @@ def check_finite(derivative: NDArray, step: int) -> None:
 
 
 def usual_probe(batch: int) -> int:
-    """Default number of examples in a probe: an eighth of the batch, at least `LEAST_PROBE` if it has as many."""
-    return min(batch, max(LEAST_PROBE, batch // 8))
+    """Default number of examples in a probe: a tenth of the batch, at least `LEAST_PROBE` if it has as many."""
+    return min(batch, max(LEAST_PROBE, batch // 10))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import numpy as np
 LEAST_PRICE = 1e-12  # nats; below it a price is that of a unit whose layer is all but gone
 LEAST_MEMORY = 200
 SHORTEST_MEMORY = 10  # in the shortest runs
-PROBES, MOST_PROBE_STEPS = 50, 4
 MEMORIES = 10  # of the pools, in a deciding phase that is not too short
 SHORT_PHASE = 6240  # steps of a deciding phase for which the least memory suffices: 20 epochs of CIFAR-10
 
@@ -84,11 +83,6 @@ def fitting_memory(deciding_steps: int, warmup: int) -> int:
         warmup: Those of them before it begins.
     """
     return max(min(pool_memory(deciding_steps), (deciding_steps - warmup) // MEMORIES), SHORTEST_MEMORY)
-
-
-def probe_steps(memory: int) -> int:
-    """Steps between probes where no setting says it: `PROBES` in the memory of the pools, at least every fourth step."""
-    return min(max(memory // PROBES, 1), MOST_PROBE_STEPS)
 
 
 def check_steps(memory: int) -> int:

@@ -23,7 +23,7 @@ from catode.train.settings.training import TrainingSettings, learning_rates, ode
 __all__ = ["DERIVED", "Config", "ConfigError", "check_device", "check_out", "settings"]
 
 READ_EVERY = 10  # default of read_every on an accelerator
-DERIVED = ("memory", "check_every", "measure_every", "rate_ratio", "probe_size")
+DERIVED = ("memory", "check_every", "rate_ratio", "probe_size")
 """Settings that, if not given, are computed from the others and the run's length; see `Config.resolved`."""
 
 
@@ -80,7 +80,7 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
             ConfigError: if a computed value is invalid.
         """
         from catode.prune.measure.measuring import usual_probe
-        from catode.theory.tolerance.measured import check_steps, fitting_memory, probe_steps
+        from catode.theory.tolerance.measured import check_steps, fitting_memory
 
         decide_steps = round(self.decide_until * steps)
         warmup = round(self.warmup_epochs * steps / self.epochs)
@@ -91,7 +91,6 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         values = {
             "memory": memory,
             "check_every": check_steps(memory),
-            "measure_every": probe_steps(memory),
             "rate_ratio": max(1.0 / (self.sink_share * time), LEAST),
             "probe_size": usual_probe(batch),
         }

@@ -27,25 +27,20 @@ class GateSettings(SettingsGroup):
     probe_size: int | None = number(
         None,
         int,
-        "images of a batch on which benefits are measured; default: an eighth of the batch, at least 16",
+        "images of a batch on which benefits are measured; default: a tenth of the batch, at least 12",
         low=2,
         optional=True,
-        hint="Leave it out for an eighth of the batch.",
+        hint="Leave it out for a tenth of the batch.",
     )
     layers_per_probe: int = number(
-        2,
+        1,
         int,
         "layers whose benefit one measurement estimates by a paired difference",
         low=1,
         hint="Use 1 if in doubt.",
     )
-    measure_every: int | None = number(
-        None,
-        int,
-        "steps between measurements of the benefits; default: 4, fewer where --memory is below 200",
-        low=1,
-        optional=True,
-        hint="Use 1 for every step.",
+    measure_every: int = number(
+        2, int, "steps between measurements of the benefits", low=1, hint="Use 1 for every step."
     )
     memory: int | None = number(
         None,

@@ -9,7 +9,9 @@ from catode.train.models.catalogue import ARCHITECTURES
 
 __all__ = ["OPTIMIZERS", "PRESETS", "resolve"]
 
-_REAL_IMAGES: dict[str, Any] = dict(nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0)
+_REAL_IMAGES: dict[str, Any] = dict(
+    nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0, probe_size=8
+)
 _IMAGENET_NETS = [name for name, architecture in ARCHITECTURES.items() if architecture.stem == "imagenet"]
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     **{("*", name): dict(shortcut=own.shortcut, stem=own.stem) for name, own in ARCHITECTURES.items()},
@@ -32,7 +34,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("cifar100", "*"): {**_REAL_IMAGES, "nu": 2.4},
     ("folder", "*"): _REAL_IMAGES,
     **{
-        ("folder", name): dict(nu=0.24, beta=0.5, epochs=90, batch_size=256, weight_decay=1e-4)
+        ("folder", name): dict(nu=0.24, beta=0.5, epochs=90, batch_size=256, weight_decay=1e-4, probe_size=None)
         for name in _IMAGENET_NETS
     },
 }
