@@ -373,8 +373,8 @@ def probes(
     sizes = sorted(
         {m for m in (whole, 32, 16, max(2, whole // 10), config.probe_size) if m and m <= whole}, reverse=True
     )
-    stream = iter(stream)
-    for x, y in itertools.islice(stream, batches):
+    known = list(itertools.islice(stream, 6 * batches))
+    for x, y in known[:batches]:
         gates.set(ones, ones.clone())
         with batch_statistics_only(model):
             (derivative,) = torch.autograd.grad(F.cross_entropy(model(x), y), gates.draw)
@@ -401,10 +401,10 @@ def probes(
         )
     header = ["structures, estimator, examples", "median", "exact median", "bias %", "one-draw std %", "Spearman"]
     title = f"### {title}: {len(blocks)} layers and {units} units, {batches} batches of {whole}, nats"
-    return f"{title}\n\n{markdown(header, rows)}\n\n{worth(model, gates, itertools.islice(stream, 5 * batches), generator)}"
+    return f"{title}\n\n{markdown(header, rows)}\n\n{worth(model, gates, known[batches:] or known, generator)}"
 
 
-def worth(model: nn.Module, gates: Gates, batches: Iterable[Batch], generator: torch.Generator) -> str:
+def worth(model: nn.Module, gates: Gates, batches: Sequence[Batch], generator: torch.Generator) -> str:
     """What probes tell for their time, as the pruner takes them: the curvature of all units, paired differences of layers.
 
     Args:
@@ -415,7 +415,6 @@ def worth(model: nn.Module, gates: Gates, batches: Iterable[Batch], generator: t
     """
     layers, seconds = len(gates.blocks), defaultdict(list)
     found: dict[tuple[str, int], list[NDArray]] = defaultdict(list)
-    batches = list(batches)
     sizes = [size for size in (8, 12, 16, 24, 32) if size <= len(batches[0][1])]
 
     def timed(name: str, size: int, measure: Callable[[], torch.Tensor]) -> NDArray:
@@ -449,7 +448,7 @@ def worth(model: nn.Module, gates: Gates, batches: Iterable[Batch], generator: t
         f"effective observations (of {sizes[0]} examples)",
         "the same per 100 ms, all its structures",
     ]
-    return f"Noise and time of single probes, {len(batches)} other batches:\n\n{markdown(header, rows)}"
+    return f"Noise and time of single probes, {len(batches)} batches:\n\n{markdown(header, rows)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps, said = times(trees, args.arch, args.threads, batch, cycles)
     networks = [(arch, 2 if args.quick else images, size) for arch, images, size in networks]
     title = (
-        f"{args.arch}, batch {batch}, random images of 32 x 32, channels_last, the preset of CIFAR-10 of each version, every "
+        f"{args.arch}, batch {batch}, random images of 32 x 32, channels_last, each version's preset for real images, every "
         f"gate undecided; new {commit(trees['new'])}, old {commit(trees['old'])}; {hardware()}, the timed steps {args.threads}"
     )
     memory_table = peaks(trees, networks)

@@ -138,9 +138,10 @@ def test_thetas_stand_still_between_readings_and_then_move_as_far():
 
 @pytest.mark.parametrize("check_every", [7, 25])
 def test_checks_are_rounded_up_to_the_next_reading(check_every):
-    model, optimizer, pruner = make(read_every=10, check_every=check_every)
+    model, optimizer, pruner = make(read_every=10, check_every=check_every, nu=0.1)
     checked = []
     for x, y in batches(60):
+        optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         if pruner.step() is not None:

@@ -49,7 +49,7 @@ def test_however_fast_a_theta_sinks_the_price_level_stays_a_number(flags, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "flags", [["--target-macs=0.01"], ["--target-params=0.005"], ["--target-macs=0.03", "--round-to=16"]]
+    "flags", [["--target-macs=0.008"], ["--target-params=0.005"], ["--target-macs=0.025", "--round-to=16"]]
 )
 def test_a_missed_target_is_said(tmp_path, flags, capsys):
     quantity, share = flags[0][len("--target-") :].split("=")

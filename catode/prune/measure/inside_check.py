@@ -75,13 +75,16 @@ def by_other_ways(capture: Capture, calls: Sequence[Call]) -> bool:
     """Whether gradients came to the gates of a step by other ways than the model's outputs; no, where it cannot be told.
 
     The model is run again as it was in the step: with the same weights, inputs, gates and random numbers. It cannot be told
-    of a model that returns something else each time even so, or runs gated modules without gradients.
+    of a model that returns something else each time even so, runs gated modules without gradients, or has parameters of a type
+    of their own, such as those that are spread over processes.
 
     Args:
         capture: The step's calls, with everything kept.
         calls: Those that were trained on.
     """
-    if any(call.moment is None for call in calls):
+    if any(call.moment is None for call in calls) or any(
+        type(p) is not nn.Parameter for p in capture.model.parameters()
+    ):
         return False
     by_example = calls[0].rows is not None
     came = torch.cat([call.rows.grad for call in calls]) if by_example else capture.total
