@@ -182,6 +182,8 @@ def tiny(module: str, words: list[str], places: dict[str, Path], finished: Path,
             stands = [out if before in ("--out", "--to") else cut_off(out) if before == "--resume" else finished]
         elif word == "DIR":
             stands = [images]
+        elif word == "TREE":
+            stands = [ROOT]
         elif word.startswith("benchmarks/records"):
             stands = sorted(ROOT.glob(word))
             assert stands, f"{word} is not there"
