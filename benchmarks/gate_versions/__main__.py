@@ -24,6 +24,7 @@ import torch
 from benchmarks import gate_cost
 from benchmarks.common import add_quick, guarded, hardware, load, markdown, publish, quartiles, spread
 from benchmarks.gate_versions.steps import PRECISIONS
+from catode._validate import check_int
 from catode.train.settings.commandline import CommandLine
 
 CYCLE = 16
@@ -119,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.gate_versions", description=__doc__.splitlines()[0])
     parser.add_argument("--old", type=Path, required=True, help="a tree of the earlier version")
-    parser.add_argument("--arch", default="resnet20", help="the network that is timed (resnet20)")
+    nets = [name for name, own in gate_cost.models.ARCHITECTURES.items() if own.stem == "cifar"]
+    parser.add_argument("--arch", default="resnet20", choices=nets, help="the network that is timed (resnet20)")
     parser.add_argument("--cycles", type=int, default=12, help="cycles of 16 steps (12)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/gate_versions.md")
@@ -127,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (args.old / "benchmarks" / "gate_cost.py").is_file():
         raise ValueError(f"`old` must be a tree of this project; got {str(args.old)!r}. See git worktree.")
+    check_int("cycles", args.cycles, low=1)
+    check_int("threads", args.threads, low=1)
     trees = {"new": Path(__file__).resolve().parents[2], "old": args.old.resolve()}
     began, before = time.perf_counter(), load()
     batch, cycles, networks = (2, 1, NETWORKS[:1]) if args.quick else (gate_cost.BATCH, args.cycles, NETWORKS)

@@ -70,6 +70,8 @@ class Recipe:
         nu: Nats that the whole network may cost until the first check sets it.
         memory: Steps over which measurements are pooled; 0 for the pruner's default.
         probe_size: Examples in a probe.
+        layers_per_probe: Layers whose paired difference one probe takes.
+        measure_every: Steps between probes.
         target: Share of the MACs to end at.
         alpha: Layers (1) against units (0) in the price.
         shift: Whether images are moved by at most one pixel along each axis.
@@ -88,6 +90,8 @@ class Recipe:
     nu: float = 1.0
     memory: int = 0
     probe_size: int = 32
+    layers_per_probe: int = 2
+    measure_every: int = 1
     target: float = 0.5
     alpha: float = 0.8
     shift: int = 1
@@ -177,8 +181,8 @@ def train(recipe: Recipe, validation: bool, job: tuple[int, bool]) -> Trained:
             epoch_steps=number / recipe.batch_size,
             memory=recipe.memory or None,
             probe_size=recipe.probe_size,
-            layers_per_probe=2,
-            measure_every=1,
+            layers_per_probe=recipe.layers_per_probe,
+            measure_every=recipe.measure_every,
             seed=seed,
         )
     began = time.perf_counter()

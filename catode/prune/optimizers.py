@@ -365,9 +365,8 @@ class Clock:
         self.elapsed += updates.step_time()
         self.base = max(self.base, updates.base_time())
         self.steps += 1
-        self._overflow = getattr(
-            optimizer, "found_inf", None
-        )  # a scaler calls a fused optimizer also when it is to skip
+        # a scaler calls a fused optimizer also when it is to skip
+        self._overflow = getattr(optimizer, "found_inf", None)
 
     def take(self) -> tuple[float, bool | torch.Tensor]:
         """ODE time of the steps since the last call, and whether there was none, or the last one was skipped by the optimizer.

@@ -276,9 +276,8 @@ class _ModuleGate(Copied):
         gate = gate.view(-1, *(len(self.units) if d == channels else 1 for d in range(1, x.dim()))).to(x.dtype)
         # A gate of the whole batch shifts the units' means, which the following norm removes; a gate of one example closes
         # towards the mean instead.
-        centred = (
-            bool(self.norms) and gates.training and all(norm.training for norm in self.norms)
-        )  # not if one is frozen
+        # not if a norm is frozen
+        centred = bool(self.norms) and gates.training and all(norm.training for norm in self.norms)
         mean = gates.group.mean(x.detach().mean(_all_but(x, channels), keepdim=True)) if centred else None
         if tapped:
             gates._taps.append(Tap(self.units, mean, channels, x.detach(), _node(x * gate)))

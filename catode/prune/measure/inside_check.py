@@ -89,9 +89,8 @@ def by_other_ways(capture: Capture, calls: Sequence[Call]) -> bool:
     by_example = calls[0].rows is not None
     came = torch.cat([call.rows.grad for call in calls]) if by_example else capture.total
     close = closeness(calls)
-    with _shut(
-        capture
-    ) as shut:  # as in a checkpoint with use_reentrant=True, through which no gradient can be followed
+    # shut as in a checkpoint with use_reentrant=True, through which no gradient can be followed
+    with _shut(capture) as shut:
         pulled = _pulled(capture, calls)
     return not shut and _differ(came, pulled, close) and not _differ(pulled, _pulled(capture, calls), 0.1 * close)
 

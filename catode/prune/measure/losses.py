@@ -18,10 +18,8 @@ from catode.prune.measure.capture import Call, own_loss
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
-ONE_HOT, ONE_HOT_HALF = (
-    (1e-3, 1e-5),
-    2e-2,
-)  # relative and absolute tolerance of targets; in 16 bits that of a unit in the last place
+# relative and absolute tolerance of targets; in 16 bits the relative one alone, the other is the type's resolution
+ONE_HOT, ONE_HOT_HALF = (1e-3, 1e-5), 2e-2
 CHANGED = (
     "`batch` must stay as the model saw it, and what it returned, until step(); got one that was changed in place. Let the model "
     "and the loop compute new tensors, as x = x - mean and z = z.masked_fill(...)."
