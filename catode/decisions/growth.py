@@ -25,10 +25,13 @@ class GrowthPools:
             falls like theta, 1/4 where it falls like its square root or faster, 1 where nothing is known.
         products_known: Whether products of gradients tell the growth; displacements alone do where nobody knows what a step
             does with its gradient.
+        moving: Whether the weights move between the gradients that are multiplied.
 
     Attributes:
-        gain: Pool of the products of gradients from above, nats/time.
+        gain: Pool of the products of gradients from above, nats/time, of weights that move in between.
         gain_below: The same from below.
+        answer: Pool of what a step's own gradient takes off the next one's product with it, over the step's time, nats/time^2.
+        reach: Pool of the ODE time of the steps between two gradients, those of a gradient that momentum repeats included.
         displaced: Pool of the growth by the displacement that past gradients caused, nats/time.
         share: Pool of the share of those gradients in which the structure was on, in [0, 1].
         pull: Pool of the growth by weight decay, nats/time.
@@ -38,19 +41,25 @@ class GrowthPools:
     window: InitVar[float]
     law: float = field(metadata=UNSAVED, default=0.0)
     products_known: bool = field(metadata=UNSAVED, default=True)
+    moving: bool = field(metadata=UNSAVED, default=True)
     gain: Pool = field(init=False)
     gain_below: Pool = field(init=False)
+    answer: Pool = field(init=False)
+    reach: Pool = field(init=False)
     displaced: Pool = field(init=False)
     share: Pool = field(init=False)
     pull: Pool = field(init=False)
 
     def __post_init__(self, size: int, window: float) -> None:
-        self.gain, self.gain_below, self.displaced, self.share, self.pull = (Pool(size, window) for _ in range(5))
+        self.gain, self.gain_below, self.answer, self.reach = (Pool(size, window) for _ in range(4))
+        self.displaced, self.share, self.pull = (Pool(size, window) for _ in range(3))
 
     @property
     def count(self) -> NDArray:
-        """Effective number of observations of the growth."""
-        return self.gain.count if self.products_known else self.displaced.count
+        """Effective number of observations of the growth; one of the answer, which varies less, counts as two of products."""
+        if not self.products_known:
+            return self.displaced.count
+        return np.minimum(self.gain.count, 2.0 * self.answer.count) if self.moving else self.gain.count
 
     def upper(self, z: float) -> NDArray:
         """The larger of the upper limits of products and displacement, nats/time; infinite where unknown.
@@ -61,8 +70,18 @@ class GrowthPools:
         by_steps, known = self.by_displacement(z)
         if not self.products_known:
             return np.where(known, by_steps, np.inf)
-        products = np.maximum(self.gain.mean, 0.0) + z * self.gain.error
-        return np.maximum(products, np.where(known, by_steps, 0.0))
+        return np.maximum(self.by_products(z), np.where(known, by_steps, 0.0))
+
+    def by_products(self, z: float) -> NDArray:
+        """Upper limit of the growth by products of gradients at the same weights, nats/time; infinite where unknown."""
+        if not self.moving:
+            return np.maximum(self.gain.mean, 0.0) + z * self.gain.error
+        reach = self.reach.mean
+        error = np.multiply(reach, self.answer.error, out=np.zeros_like(reach), where=reach > 0.0)
+        error = np.hypot(self.gain.error, error)
+        known = np.isfinite(error)
+        limit = np.maximum(self.gain.mean + reach * self.answer.mean, 0.0) + z * np.where(known, error, 0.0)
+        return np.where(known, limit, np.inf)
 
     def by_displacement(self, z: float) -> tuple[NDArray, NDArray[np.bool_]]:
         """Upper limit of the displacement's growth per keep probability, nats/time, and where it is known.
@@ -88,5 +107,5 @@ class GrowthPools:
 
     def clear(self, where: NDArray[np.bool_]) -> None:
         """Begin anew for structures some of whose weights began to learn."""
-        for pool in (self.gain, self.gain_below, self.displaced, self.share, self.pull):
+        for pool in (self.gain, self.gain_below, self.answer, self.reach, self.displaced, self.share, self.pull):
             pool.clear(where)

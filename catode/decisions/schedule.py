@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import count, islice
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +16,7 @@ NOISE = 1.6e-3  # nats, of one estimate of a unit's benefit, seen early in a Res
 CHECKS = 10  # in a deciding phase that is not too short
 LEAD = 4  # memories of measuring before the thetas may move
 LEAST_BURST = 8  # steps from one burst of gradients to the next
+ANSWER_EVERY = 2  # bursts from one probe of the gradient's answer to the next
 
 
 def needed_memory(noise: ArrayLike, price: ArrayLike, risk: float, correlation: ArrayLike = 0.0) -> NDArray[np.float64]:
@@ -75,8 +75,13 @@ class Schedule:
 
     @property
     def burst(self) -> list[int]:
-        """Places in that cycle whose gradients are multiplied: three without a probe, so that no step pays for both."""
-        return list(islice((p for p in count() if self.measure_every == 1 or p % self.measure_every), 3))
+        """Places in that cycle whose gradients are multiplied: three in a row, of which the last has a probe."""
+        last = self.measure_every * -(-2 // self.measure_every)
+        return [last - 2, last - 1, last]
+
+    def answers(self, done: int) -> bool:
+        """Whether the burst in the cycle of the step after `done` ends with a probe of the gradient's answer."""
+        return done // self.burst_every % ANSWER_EVERY == 0
 
     def begin(self, memory: int, layers: int, layers_per_probe: int) -> int:
         """First step with gates if thetas start at 1: early enough to measure before they may move.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from torch import nn, optim
 
 SGD_LAW, ADAPTIVE_LAW, UNKNOWN_LAW = 0.0, 0.25, 1.0  # most that theta^p exceeds theta by: p = 1, p >= 1/2, p >= 0
 USUAL_MOMENTUM = 0.9  # of optimizers that do not tell theirs
-ENOUGH_MOMENTUM = 0.8  # below it, products of gradients of moving weights may be less than half of the truth
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Update:
         second: Mean of the past squared gradients, of the parameter's shape, or a multiple of it; None if not scaled.
         old: Factor of `second`.
         own: Factor of the step's own squared gradient.
+        fresh: Weight of the step's own gradient in `mean`.
         eps: Added to the square root.
         decay: Weight decay.
         coupled: Whether the decay is a part of the gradient.
@@ -47,6 +46,7 @@ class Update:
     second: torch.Tensor | None = None
     old: float | torch.Tensor = 1.0
     own: float | torch.Tensor = 0.0
+    fresh: float | torch.Tensor = 1.0
     eps: float = 0.0
     decay: float = 0.0
     coupled: bool = True
@@ -57,6 +57,14 @@ class Update:
             return values
         scale = (self.second * self.old).clamp_(min=0.0).sqrt_().add_(self.eps)
         return torch.where(self.second > 0.0, values / scale, torch.zeros_like(values))
+
+    def caused(self, gradient: torch.Tensor) -> torch.Tensor:
+        """What the step's own gradient moves the weights by, downwards, over the clock."""
+        moved = gradient * (self.rate * self.fresh)
+        if self.second is None:
+            return moved
+        scale = (self.second * self.old + self.own * gradient.square()).clamp_(min=0.0).sqrt_().add_(self.eps)
+        return torch.where(gradient == 0.0, torch.zeros_like(moved), moved / scale)
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,10 @@ class Family:
 
 def _sgd(group: dict, state: dict) -> dict[str, Any]:
     buffer, kept = state.get("momentum_buffer"), 1.0 - group["momentum"]
+    found = {"fresh": kept * (1.0 + group["momentum"] * group["nesterov"])}
     if group["momentum"] == 0.0 or buffer is None:
-        return {}
-    return {"momentum": buffer, "momentum_factor": kept / (1.0 - group["dampening"])}
+        return found
+    return found | {"momentum": buffer, "momentum_factor": kept / (1.0 - group["dampening"])}
 
 
 def _adam(group: dict, state: dict) -> dict[str, Any]:
@@ -93,14 +102,24 @@ def _adam(group: dict, state: dict) -> dict[str, Any]:
     values = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
     after = 1.0 - second ** (step + 1.0)
     found = {"second": values, "old": second / after, "own": (1.0 - second) / after, "eps": group["eps"]}
+    if "mu_product" in state:  # NAdam
+        found["fresh"] = 1.0 - _nadam_momentum(group, step + 1.0) + (1.0 - first) * _nadam_momentum(group, step + 2.0)
+    else:
+        found["fresh"] = (1.0 - first) * _unbiased(first, step + 1.0)
     return found | {"momentum": state["exp_avg"], "momentum_factor": _unbiased(first, step)}
+
+
+def _nadam_momentum(group: dict, step: torch.Tensor | float) -> torch.Tensor | float:
+    return group["betas"][0] * (1.0 - 0.5 * 0.96 ** (step * group["momentum_decay"]))
 
 
 def _adamax(group: dict, state: dict) -> dict[str, Any]:
     first, second = group["betas"]
     if "exp_inf" not in state:
         return {}
-    mean = {"momentum": state["exp_avg"], "momentum_factor": _unbiased(first, _number(state["step"]))}
+    step = _number(state["step"])
+    mean = {"momentum": state["exp_avg"], "momentum_factor": _unbiased(first, step)}
+    mean["fresh"] = (1.0 - first) * _unbiased(first, step + 1.0)
     return mean | {"second": state["exp_inf"].square(), "old": second**2, "own": 1.0 - second, "eps": group["eps"]}
 
 
@@ -110,7 +129,7 @@ def _rmsprop(group: dict, state: dict) -> dict[str, Any]:
     second, own = state["square_avg"], 1.0 - group["alpha"]
     if group["centered"]:
         second = second - state["grad_avg"].square()
-    found = {"second": second, "old": group["alpha"], "own": own, "eps": group["eps"]}
+    found = {"second": second, "old": group["alpha"], "own": own, "eps": group["eps"], "fresh": 1.0 - group["momentum"]}
     if group["momentum"] > 0.0:
         buffer = {"momentum": state["momentum_buffer"], "momentum_factor": 1.0 - group["momentum"]}
         found |= buffer | {"momentum_scaled": True}
@@ -154,8 +173,6 @@ def family_of(optimizer: optim.Optimizer) -> Family | None:
 def check_optimizer(optimizer: optim.Optimizer) -> None:
     """Refuse optimizers whose steps are not one small move down the gradient of one backward pass.
 
-    Warns where the momentum is so small that products of gradients may be far too low (docs/theory.md section 8).
-
     Raises:
         ValueError: for LBFGS, for what maximizes, and for what has no learning rate.
     """
@@ -179,18 +196,6 @@ def check_optimizer(optimizer: optim.Optimizer) -> None:
             raise ValueError(
                 f"`optimizer` must have a momentum in [0, 1); got {_momentum(family_of(optimizer), group):g}. Use 0.9."
             )
-    least, family = (
-        min(_momentum(family_of(optimizer), group) for group in optimizer.param_groups),
-        family_of(optimizer),
-    )
-    if family is not None and least < ENOUGH_MOMENTUM:
-        share = 1.0 - 2.0 * (1.0 - least) * (3.0 + least) / 3.0
-        warnings.warn(
-            f"`optimizer` should have a momentum of at least {ENOUGH_MOMENTUM:g}; got {least:g}. Near stationary weights "
-            f"products of its gradients come to {share:.2f} times the squared gradient norm, so that tolerances may be too "
-            "large; use momentum, or a fixed `tolerance`.",
-            stacklevel=3,
-        )
 
 
 def check_owner(optimizer: optim.Optimizer, model: nn.Module, branches: Iterable[nn.Parameter] = ()) -> None:
@@ -260,6 +265,20 @@ class Updates:
     def momentum(self) -> float:
         """Largest momentum of a group."""
         return max(_momentum(self.family, group) for group in self.optimizer.param_groups)
+
+    @property
+    def repeated(self) -> float:
+        """Share of what its own gradient moves the weights by that the next step repeats, the largest of a group."""
+        found = []
+        for group in self.optimizer.param_groups:
+            momentum = _momentum(self.family, group)
+            found.append(momentum**2 / (1.0 + momentum) if group.get("nesterov") else momentum)
+        return max(found)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of all groups."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def step_time(self) -> float:
         """ODE time of one step at the present learning rates."""

@@ -239,10 +239,9 @@ class Pruner(Queries):
         own.present = self._network.cut(own.kept, whole, self.inventory.units, stay=own.present)
         self.model.load_state_dict(state["model"])
         if own.started and not own.finished:
-            burst = own.products.burst, own.products.metric  # attaching starts a new one
+            burst = own.products.held()  # attaching starts a new one
             self._install()
-            own.products.burst, own.products.metric = burst
-            own.products.to_device()
+            own.products.hold(burst)
             self._capture.attach()
             own.draws.hold(own.draws.rows)
             self.gates.set(self._theta(), own.draws.here)
@@ -275,7 +274,11 @@ class Pruner(Queries):
             return None
         precision, eager = torch.autocast(self._device.type, enabled=False), torch.compiler.set_stance("force_eager")
         with torch.enable_grad(), precision, eager:  # whatever the loop has around it, and was compiled
-            return self._step(batch, grad_scale, skipped)
+            try:
+                return self._step(batch, grad_scale, skipped)
+            except Exception:
+                self.state.products.forget()
+                raise
 
     def read(self) -> None:
         """Read what the device has measured since the last reading; ``step()`` does so every `read_every` steps."""
@@ -332,7 +335,8 @@ class Pruner(Queries):
             self._measuring.check_loss(batch, grad_scale)
         due = own.done % self.settings.measure_every == 0
         own.done += 1
-        probed = self._measuring.probe(own.done, self._open, own.turns, batch, grad_scale) if due else None
+        answer = partial(own.products.answer, own.draws.values(False)) if own.products.answerable else None
+        probed = self._measuring.probe(own.done, self._open, own.turns, batch, grad_scale, answer) if due else None
         record = partial(self._record_step, own.done, elapsed, draw, probed)
         self._reads.put(record, skipped, derivative, *(probed.numbers if probed else ()))
         own.products.add(draw, grad_scale)
@@ -376,7 +380,7 @@ class Pruner(Queries):
         self._capture.begin(own.done % self.settings.measure_every == 0)
         place = own.done % self.schedule.burst_every
         if place == first:
-            own.products.begin()
+            own.products.begin(self.schedule.answers(own.done))
         own.products.ignore()
         if place in self.schedule.burst:
             own.products.listen(weights=place == second)

@@ -240,6 +240,11 @@ def _is_burst(value: Any, n: int) -> bool:
     return len({len(step[0]) for step in value}) < 2
 
 
+def _is_move(value: Any, n: int) -> bool:
+    """A gradient that overflowed moves the weights by what is not finite; its answer is then left out."""
+    return isinstance(value, list) and len(value) < 2 and all(map(_is_vector, value))
+
+
 def _are_bounds(value: Any, n: int) -> bool:
     return _is_array(value, torch.float64) and bool(_not_negative(value[ARRAY]).all()) and value[ARRAY].dim() == 1
 
@@ -319,9 +324,12 @@ SCHEMA: dict[str, Any] = {
         "_last": _array("finite numbers or NaN", torch.float64, lambda v: ~v.isinf()),
     },
     "products": {
-        "pools": dict.fromkeys(("gain", "gain_below", "displaced", "share", "pull"), _POOL),
+        "pools": dict.fromkeys(("gain", "gain_below", "answer", "reach", "displaced", "share", "pull"), _POOL),
         "burst": Rule(f"fewer than {BURST} gradients of one length with the gates they were taken at", _is_burst),
         "metric": Rule("what the optimizer makes of a burst's gradients", _is_metric),
+        "answering": _TRUTH,
+        "moved": Rule("nothing, or what a step moved the weights by, one vector", _is_move),
+        "unit": _TIME,
         "share": _array("shares", torch.float64, _share),
         "followed": _COUNT,
     },

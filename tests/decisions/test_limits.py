@@ -27,7 +27,7 @@ def pools(
     n = estimates.shape[1]
     everything = np.ones(n, bool)
     evidence = Evidence(np.full(n, window), 10.0, np.zeros(n, bool), risk)
-    growth = GrowthPools(n, window, law)
+    growth = GrowthPools(n, window, law, moving=False)
     series = estimates, gains, gains if gains_below is None else gains_below, pulls
     for step, (estimate, norm, below, pull) in enumerate(zip(*series, strict=True), start=1):
         evidence.add(estimate, everything, step * elapsed, np.full(n, elapsed))
@@ -109,7 +109,7 @@ def test_drift_is_an_upper_limit_from_the_lower_limit_of_the_gain():
 
 def test_a_gain_seen_once_explains_nothing_of_a_growth():
     evidence, _ = pools(-0.02 * np.arange(1, 201)[:, None], constant(1.0), constant(0.0))
-    once = GrowthPools(1, 60.0)
+    once = GrowthPools(1, 60.0, moving=False)
     for pool in (once.gain, once.gain_below):
         pool.add(np.ones(1), np.ones(1, bool))
     found = measure(evidence, once, keep_prob=np.ones(1), price=np.full(1, 0.1), rate_ratio=np.ones(1))
@@ -163,7 +163,7 @@ def test_a_drift_as_large_as_the_decay_counts(growth, expected):
         z=1.0, limits=lambda: (0.0 * one, 0.5 * one), slope=lambda: (growth * one, 0.0 * one), benefit=0.25 * one,
         step_time=one, variance=lambda: one, benefit_noise=lambda: one, memory=lambda: one,
     )  # fmt: skip
-    filled = GrowthPools(1, 8.0)
+    filled = GrowthPools(1, 8.0, moving=False)
     for _ in range(3):
         filled.gain.add(0.0 * one, np.ones(1, bool))
         filled.gain_below.add(0.0 * one, np.ones(1, bool))
@@ -234,7 +234,7 @@ def test_arguments_of_the_tolerance_are_those_of_the_structures_asked_for():
 
 def grown(products=(), displaced=(), share=(), **how):
     """Pools of one structure filled with series."""
-    growth, one = GrowthPools(1, 1e6, **how), np.ones(1, bool)
+    growth, one = GrowthPools(1, 1e6, moving=False, **how), np.ones(1, bool)
     for pools, series in (
         ((growth.gain, growth.gain_below), products),
         ((growth.displaced,), displaced),
@@ -295,10 +295,29 @@ def test_an_optimizer_that_scales_adds_its_tangent_to_the_drift():
 
 
 def test_pools_are_cleared_where_weights_begin_to_learn():
-    growth, both = GrowthPools(2, 10.0), np.ones(2, bool)
+    growth, both = GrowthPools(2, 10.0, moving=False), np.ones(2, bool)
     for _ in range(20):
         growth.gain.add(np.array([1.0, 2.0]), both)
         growth.gain_below.add(np.array([1.0, 2.0]), both)
     growth.clear(np.array([True, False]))
     assert growth.count.tolist() == [0.0, growth.count[1]] and growth.count[1] > 8.0
     assert np.isinf(growth.upper(1.0)).tolist() == [True, False] and growth.lower(1.0).tolist() == [0.0, 2.0]
+
+
+def test_products_of_weights_that_move_count_with_the_answer_or_not_at_all():
+    """A product of 1 whose second gradient has answered 3 per unit of time over 0.5: 2.5 at the same weights."""
+    growth, one = GrowthPools(1, 1e6), np.ones(1, bool)
+    for k in range(40):
+        sign = (-1.0) ** k
+        growth.gain.add(np.array([1.0 + 0.2 * sign]), one)
+        growth.gain_below.add(np.array([1.0 + 0.2 * sign]), one)
+        growth.reach.add(np.array([0.5]), one)
+        if k == 20:
+            assert np.isinf(growth.by_products(1.0)).all() and growth.count == [0.0]
+        if k >= 30:
+            growth.answer.add(np.array([3.0 + 0.4 * sign]), one)
+    assert growth.by_products(0.0) == pytest.approx(2.5) and growth.lower(0.0) == pytest.approx(1.0)
+    error = math.hypot(0.2 / math.sqrt(39.0), 0.5 * 0.4 / math.sqrt(9.0))
+    assert growth.by_products(2.0) == pytest.approx(2.5 + 2.0 * error) and growth.count == pytest.approx(20.0)
+    growth.clear(one)
+    assert np.isinf(growth.by_products(1.0)).all()

@@ -21,7 +21,7 @@ def schedules(draw):
 
 
 @given(schedules())
-def test_law_a_burst_is_three_steps_of_a_cycle_without_a_probe(schedule):
+def test_law_a_burst_is_three_steps_in_a_row_that_end_with_a_probe(schedule):
     cycle, every = schedule.burst_every, schedule.measure_every
     assert cycle % every == 0 and cycle >= max(8, 2 * every) and cycle - every < max(8, 2 * every)
     assert (
@@ -29,10 +29,12 @@ def test_law_a_burst_is_three_steps_of_a_cycle_without_a_probe(schedule):
         and min(schedule.burst) >= 0
         and max(schedule.burst) < cycle
     )
-    if every > 1:  # probes come at the steps whose number is a multiple of `measure_every`, counted from 0
-        assert not any(place % every == 0 for place in schedule.burst)
-    else:
-        assert schedule.burst == [0, 1, 2]
+    first, second, third = schedule.burst
+    # probes come at the steps whose number is a multiple of `measure_every`, counted from 0
+    assert (second - first, third - second, third % every) == (1, 1, 0) and third < 2 + every
+    assert [done for done in range(6 * cycle) if schedule.answers(done) and done % cycle == third] == [
+        turn * 2 * cycle + third for turn in range(3)
+    ]
 
 
 @given(schedules())

@@ -319,6 +319,7 @@ def test_gradients_are_those_of_the_loss_whatever_is_clipped(clip):
         model = OneBlock().double()
         optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9)
         products, size = attached(model, optimizer=optimizer)
+        products.pools.moving = False  # every step is undone
         generator, weights = torch.Generator().manual_seed(1), [p.detach().clone() for p in model.parameters()]
 
         def between(model=model, optimizer=optimizer, clipped=clipped, weights=weights):
@@ -474,6 +475,74 @@ def test_law_growth_is_the_derivative_along_the_mean_path(name, keep_prob):
     else:
         assert name in ("sgd", "rmsprop", "adagrad")
     assert bool(pull.any()) == ("decay" in name or name in ("groups", "adamw", "adamw, groups", "rmsprop"))
+
+
+MOVING = {
+    "sgd": lambda m: optim.SGD(m.parameters(), 0.02),
+    "momentum .5": lambda m: optim.SGD(m.parameters(), 0.01, momentum=0.5),
+    "momentum .9": lambda m: optim.SGD(m.parameters(), 2e-3, momentum=0.9),
+    "nesterov": lambda m: optim.SGD(m.parameters(), 2e-3, momentum=0.9, nesterov=True),
+    "dampening": lambda m: optim.SGD(m.parameters(), 4e-3, momentum=0.9, dampening=0.5),
+    "adamw": lambda m: optim.AdamW(m.parameters(), 0.02),
+    "nadam": lambda m: optim.NAdam(m.parameters(), 0.02),
+    "rmsprop": lambda m: optim.RMSprop(m.parameters(), 0.02),
+    "rmsprop, momentum": lambda m: optim.RMSprop(m.parameters(), 4e-3, momentum=0.8),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("clip", [1.0, 0.2])
+@pytest.mark.parametrize("name", MOVING)
+def test_law_products_with_the_answer_are_the_squared_gradient_where_weights_move(name, clip, after):
+    """Stationary weights on a noisy quadratic: products alone are far too low, or negative, and with the answer they are right.
+
+    Oracle: the squared gradient at the weights of every step, with the optimizer's own scale.
+    """
+    torch.manual_seed(0)
+    model = OneBlock().double()
+    optimizer = MOVING[name](model)
+    products, size = attached(model, optimizer=optimizer)
+    generator = torch.Generator().manual_seed(1)
+    stiff = {p: 1.0 + torch.rand(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()}
+    names, truth, counted = {p: n for n, p in model.named_parameters()}, 0.0, 0
+    for step in range(3000):
+        if step == 300:
+            products.pools.clear(np.ones(size, dtype=bool))
+        if step % 3 == 0:
+            products.begin(answering=True)
+        mean = {p: stiff[p] * p.detach() for p in stiff}
+        noisy = {names[p]: g + torch.randn(g.shape, generator=generator, dtype=g.dtype) for p, g in mean.items()}
+
+        def clipped():
+            for p in model.parameters():
+                p.grad *= clip
+            optimizer.step()
+
+        products.listen(weights=False)
+        give(model, noisy)
+        if step >= 300:
+            updates = products.updates
+            scaled = {
+                p: g.square() if updates.of(p).second is None else g.square() / (updates.of(p).second ** 0.5 + 1e-8)
+                for p, g in mean.items()
+            }
+            truth, counted = (
+                truth + by_hand(model.block, named(model, {names[p]: v for p, v in scaled.items()})),
+                counted + 1,
+            )
+        if not after:
+            clipped()
+        if products.answerable:
+            products.answer(np.ones(size), lambda some, moves, stood: [stiff[p] * moves[p] for p in some])
+        products.add(np.ones(size))
+        if after:
+            clipped()
+    pools, truth = products.pools, truth / counted
+    corrected, bare = pools.by_products(0.0), pools.gain.mean
+    assert (pools.answer.count > 800).all() and (
+        np.abs(corrected / truth - 1.0) < 0.2 + 3 * pools.gain.error / truth
+    ).all()
+    assert bare.sum() < (0.8 if clip == 1.0 else 0.97) * truth.sum()
 
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop", "adamax", "momentum"])

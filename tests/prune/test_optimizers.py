@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -102,19 +101,6 @@ def test_what_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         check_optimizer(make(weights()))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("momentum", "share"), [(0.0, "-1.00"), (0.5, "-0.17"), (0.79, None), (0.8, None), (0.9, None)]
-)
-def test_too_little_momentum_is_told(momentum, share):
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        check_optimizer(optim.SGD(weights(), 0.1, momentum=momentum))
-        check_optimizer(optim.AdamW(weights()))
-    assert len(told) == (momentum < 0.8)
-    if share is not None:
-        assert f"got {momentum:g}." in str(told[0].message) and f" {share} times" in str(told[0].message)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -275,7 +261,7 @@ def train(model, optimizer, pruner, first, last, early=False):
 )
 def test_a_resumed_pruner_goes_on_bit_by_bit(make, early):
     places = set()
-    for cut in (37, 38, 39, 40):  # within a burst, too
+    for cut in (39, 40, 41, 42):  # within a burst, too
         one = gated(make)
         train(*one, 0, cut, early)
         state, moments = one[2].state_dict(), one[1].state_dict()

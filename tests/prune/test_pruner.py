@@ -528,7 +528,7 @@ def test_dead_channels_round_widths_up_while_training_and_are_gone_in_the_end():
 
 
 @pytest.mark.parametrize("measure_every", [1, 2, 3, 4, 7, 12])
-def test_gradient_products_and_probes_take_different_steps(measure_every, monkeypatch):
+def test_gradient_products_come_in_bursts_of_three_that_end_with_a_probe(measure_every, monkeypatch):
     model, optimizer, pruner = make(measure_every=measure_every, warmup=200, initial_keep_prob=0.999)
     steps = {"probe": [], "products": [], "weights": []}
     products, state = pruner.state.products, pruner.state
@@ -552,9 +552,11 @@ def test_gradient_products_and_probes_take_different_steps(measure_every, monkey
     cycles = 4
     loop(model, optimizer, pruner, cycles * pruner.schedule.burst_every)
     assert steps["probe"] == list(range(1, cycles * pruner.schedule.burst_every + 1, measure_every))
-    assert measure_every == 1 or not set(steps["probe"]) & set(steps["products"])
-    first = measure_every == 1  # that of the first step was called when the pruner was built
-    assert len(steps["products"]) == 3 * cycles and np.diff(steps["products"]).max() <= pruner.schedule.burst_every
+    first = measure_every < 3  # that of the first step was called when the pruner was built
+    assert (
+        len(steps["products"]) in (3 * cycles, 3 * cycles - first + 1)
+        and np.diff(steps["products"]).max() <= pruner.schedule.burst_every
+    )
     assert steps["weights"] == steps["products"][1 - first :: 3], "at the second of each burst"
     assert (products.pools.gain.count > 1).all() and (products.pools.pull.count > 1).all()
 
@@ -728,7 +730,7 @@ def test_optimizers_whose_steps_have_another_time_are_refused(settings, changes,
 
 def test_measuring_and_reading_seldom_costs_nothing_beforehand():
     model, optimizer, pruner = make(measure_every=10**9, read_every=10**9, steps=50, warmup=0)
-    assert pruner.schedule.burst == [1, 2, 3] and len(pruner.state.draws.rows) <= 50
+    assert pruner.schedule.burst == [10**9 - 2, 10**9 - 1, 10**9] and len(pruner.state.draws.rows) <= 50
     loop(model, optimizer, pruner, 2)
     assert len(pruner.state.draws.rows) < 50
 

@@ -157,7 +157,7 @@ def burst(state, **changes):
 )
 def test_a_wrong_part_of_a_burst_is_one_line(changes):
     model, optimizer, pruner = make()
-    loop(model, optimizer, pruner, 83)
+    loop(model, optimizer, pruner, 81)
     state = pruner.state_dict()
     assert len(pruner.keep_prob) == 75 and len(state["pruner"]["products"]["burst"]) == 1
     assert "burst" in (told := refusal({}, burst(state, **changes))) or "gradients of the network's" in told

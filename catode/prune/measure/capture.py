@@ -246,6 +246,8 @@ class Capture(Copied):
 
     def _arriving(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Forget the calls before the last gradient if the user has cleared it, as that of a batch that was left out."""
+        if self.paused:
+            return
         before, version = self._gradient
         if before is None:
             left, version = self._left

@@ -23,6 +23,9 @@ from catode.prune.measure.owned import Owned, Sums
 from catode.prune.optimizers import Update, Updates
 from catode.structures.inventory import Inventory
 
+Weights = dict[nn.Parameter, torch.Tensor]
+Response = Callable[[Sequence[nn.Parameter], Weights, Weights], Sequence[torch.Tensor]]
+
 BURST = 3  # steps whose gradients are multiplied with each other
 SETTLED = 3.0  # memories of the momentum after which what it holds is of the gates that were followed
 
@@ -37,6 +40,11 @@ class GradientProducts:
     ``G P G - tr PS / (nb - 1)``, S the covariance of one that is due to its images. Since ``g P g`` has mean
     ``G P G + tr PS``, ``p + (mean g P g - p) / nb`` has mean ``G P G`` again. Where a batch's gradient varies for other
     reasons too (augmentation, gates), that is too much: the truth lies between the two.
+
+    Batches that follow each other are not at the same weights: a step by ``-s`` moves them between two gradients, and its
+    own gradient's part of s, ``moved``, takes ``g_t P H moved`` off the product with the next one, H the Hessian: near
+    stationary weights that is a large part of ``G P G``, or more. A probe takes H times `moved` as the difference of two gradients
+    of a part of another batch, and what it finds is added to the mean product.
 
     The displacement of a step beyond what its own batch causes is the optimizer's mean of past gradients, so that
     ``g P mean`` is the growth by displacement, without a copy of the weights. Where an optimizer's steps are not known
@@ -53,6 +61,9 @@ class GradientProducts:
         pools: What was found.
         burst: Gradients, flat, and the gates' values of the burst's steps.
         metric: P of the burst, from the optimizer's state before its first step.
+        answering: Whether the burst is to end with a probe of the gradients' answer.
+        moved: What its first step's own gradient moved the optimizer's parameters by, downwards, flat; none before that step.
+        unit: The ODE time of that step.
         share: Share of the gradients in the optimizer's mean in which each structure was on, shape (n,).
         followed: Steps since that is followed.
     """
@@ -65,6 +76,9 @@ class GradientProducts:
     pools: GrowthPools = field(init=False)
     burst: list[tuple[torch.Tensor, NDArray]] = field(init=False)
     metric: list[torch.Tensor] = field(init=False)
+    answering: bool = field(init=False)
+    moved: list[torch.Tensor] = field(init=False)
+    unit: float = field(init=False)
     share: NDArray = field(init=False)
     followed: int = field(init=False, default=0)
     group: Group = field(metadata=UNSAVED, default_factory=Group)
@@ -74,13 +88,16 @@ class GradientProducts:
     _second: dict[nn.Parameter, torch.Tensor] = field(metadata=UNSAVED, init=False, default_factory=dict)
     _weights: dict[nn.Parameter, torch.Tensor] = field(metadata=UNSAVED, init=False, default_factory=dict)
     _sums: dict[str, dict[int, Sums]] = field(metadata=UNSAVED, init=False, default_factory=dict)
+    _stood: dict[nn.Parameter, torch.Tensor] = field(metadata=UNSAVED, init=False, default_factory=dict)
     _versions: dict[nn.Parameter, int] = field(metadata=UNSAVED, init=False, default_factory=dict)
     _learning: dict[nn.Parameter, bool] = field(metadata=UNSAVED, init=False, default_factory=dict)
     _hooks: list[torch.utils.hooks.RemovableHandle] = field(metadata=UNSAVED, init=False, default_factory=list)
+    _steps: list[torch.utils.hooks.RemovableHandle] = field(metadata=UNSAVED, init=False, default_factory=list)
 
     def __post_init__(self, window: float) -> None:
         known = self.updates is None or self.updates.family is not None
-        self.pools = GrowthPools(self.size, window, self.updates.law if self.updates else 0.0, known)
+        law, moving = (self.updates.law, True) if self.updates else (0.0, False)
+        self.pools = GrowthPools(self.size, window, law, known, moving)
         self.share = np.ones(self.size)
         self.begin()
 
@@ -99,23 +116,77 @@ class GradientProducts:
         self.begin()
         self._owned = Owned(model, inventory, kept, present)
 
-    def begin(self) -> None:
-        """Start a new burst of three steps."""
-        self.burst, self.metric = [], []
+    def begin(self, answering: bool = False) -> None:
+        """Start a new burst of three steps.
 
-    def to_device(self) -> None:
-        """Move a restored burst to the device of the attached weights.
+        Args:
+            answering: Whether it is to end with a probe of the gradients' answer.
+        """
+        self.burst, self.metric, self.moved, self.unit = [], [], [], 0.0
+        self.answering = answering and self.updates is not None and self.pools.products_known
+        self._watch_optimizer()
+
+    def _watch_optimizer(self) -> None:
+        """Note what the answer is taken from at the optimizer's steps, if it is to be taken."""
+        for hook in self._steps:
+            hook.remove()
+        self._steps = []
+        self._stood = {}
+        if self.answering:
+            optimizer = self.updates.optimizer
+            self._steps = [optimizer.register_step_pre_hook(self._note_weights)]
+            self._steps.append(optimizer.register_step_pre_hook(self._note_move))
+            # at its end, too: a closure's gradient comes inside the step
+            self._steps.append(optimizer.register_step_post_hook(self._note_move))
+
+    def _note_weights(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Note the weights before the burst's last step, which will fit the examples that the answer is taken on."""
+        if len(self.burst) == BURST - 1:
+            self._stood = {parameter: parameter.detach().clone() for parameter in self.updates.parameters}
+
+    @torch.no_grad()
+    def _note_move(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Note what a step's own gradient moves the weights by, if that gradient is the burst's first."""
+        first = len(self.burst) == int(
+            not self._arrived
+        )  # whether the pruner's step comes after the optimizer's, or before
+        if self.moved or not first:
+            return
+        self.updates.read()
+        scale, parts = getattr(optimizer, "grad_scale", None), []
+        for parameter in self.updates.parameters:
+            gradient = parameter.grad
+            if gradient is None or not self.updates.learns(parameter):
+                parts.append(torch.zeros_like(parameter))
+                continue
+            gradient = gradient if scale is None else gradient / scale
+            parts.append(self.updates.of(parameter).caused(gradient) * self.updates.clock)
+        self.moved, self.unit = [torch.cat([part.reshape(-1) for part in parts])], self.updates.clock
+
+    def held(self) -> list:
+        """The burst under way, for `hold`."""
+        return [self.burst, self.metric, self.answering, self.moved, self.unit]
+
+    def hold(self, held: list) -> None:
+        """Go on with a burst of before the weights were attached, on their device.
+
+        Args:
+            held: What `held` returned.
 
         Raises:
             ValueError: if it is of other weights.
         """
+        self.burst, self.metric, self.answering, self.moved, self.unit = held
         device, length = self._owned.device, sum(p.numel() for p in self._owned.parameters)
         vectors = [gradient for gradient, _ in self.burst] + self.metric[1:]
-        if any(len(vector) != length for vector in vectors):
+        moved = sum(p.numel() for p in self.updates.parameters) if self.moved else 0
+        if any(len(vector) != length for vector in vectors) or any(len(vector) != moved for vector in self.moved):
+            lengths = ", ".join(str(len(v)) for v in vectors + self.moved)
             raise ValueError(
-                f"`state` must hold gradients of the network's {length} weights; got {', '.join(str(len(v)) for v in vectors)}. "
-                "Restore it from the run."
+                f"`state` must hold gradients of the network's {length} weights; got {lengths}. Restore it from the run."
             )
+        self.moved = [upload(vector, device) for vector in self.moved]
+        self._watch_optimizer()
         self.burst = [(upload(gradient, device), draw) for gradient, draw in self.burst]
         self.metric = self.metric[:1] + [upload(part, device) for part in self.metric[1:]]
 
@@ -180,7 +251,12 @@ class GradientProducts:
         """End what `listen` began."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._arrived, self._before, self._second = [], {}, {}, {}
+        self._hooks = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the gradients that came since `listen`, as those of a step that was refused."""
+        self._arrived, self._before, self._second = {}, {}, {}
         self._weights, self._sums, self._versions = {}, {}, {}
 
     def add(self, draw: NDArray, grad_scale: float | torch.Tensor = 1.0) -> None:
@@ -228,6 +304,34 @@ class GradientProducts:
             gradients, draws = zip(*self.burst, strict=True)
             self._multiply(gradients, np.array(draws))
             self.begin()
+
+    def answer(self, draw: NDArray, response: Response) -> None:
+        """Pool what the first gradient of the burst takes off the next one's product with it.
+
+        Args:
+            draw: Gate values at which `response` is taken, shape (n,).
+            response: Takes parameters, by how much parameters are to be moved, and where they stand if not where they are;
+                returns the change of the first ones' gradients that moving causes.
+        """
+        (gradient, before), [moved] = self.burst[0], self.moved
+        parts = moved.split([p.numel() for p in self.updates.parameters])
+        moves = {p: part.view(p.shape) for p, part in zip(self.updates.parameters, parts, strict=True)}
+        learning = [p for p in dict.fromkeys(self._owned.parameters) if self.updates.learns(p)]
+        change = response(learning, moves, self._stood)
+        change = self._owned.flat(dict(zip(learning, change, strict=True))).to(gradient.dtype)
+        left = Metric(self._owned, self.metric).times([g for g, _ in self.burst])[0]
+        found = self.group.mean(self._owned.of_flat(left * change))
+        on = (before > 0.5) & (draw > 0.5)
+        self.put(partial(self._pool_answer, on, self.unit * np.where(on, before * draw, 1.0)), found)
+
+    @property
+    def answerable(self) -> bool:
+        """Whether the gradients' answer can be probed now."""
+        return len(self.burst) == BURST - 1 and bool(self.moved) and self.unit > 0.0
+
+    def _pool_answer(self, on: NDArray[np.bool_], scale: NDArray, found: NDArray) -> None:
+        """Pool an answer where it is finite."""
+        self.pools.answer.add(found / scale, on & np.isfinite(found))
 
     def _add_state(self, draw: NDArray, grad_scale: float | torch.Tensor) -> None:
         """Pool the growth by weight decay and by displacement."""
@@ -277,10 +381,18 @@ class GradientProducts:
                 for count, (i, j) in zip(counts, both, strict=True):
                     part = self._owned.of_flat(left[i] * gradients[j])
                     weights.append((part, count / (scale[i] * scale[j]), count))
-        take = partial(self._pool_products, [(factor, count) for _, factor, count in weights], 1 if plain else BURST)
+        clock, repeated = (self.updates.clock, self.updates.repeated) if self.updates else (0.0, 0.0)
+        far = (on[2] & on[0]).astype(float)
+        near = (on[0] & on[1]).astype(float) + (on[1] & on[2])
+        reach = clock * (near + (1.0 + repeated) * far) / np.maximum(near + far, 1.0)
+        take = partial(
+            self._pool_products, reach, [(factor, count) for _, factor, count in weights], 1 if plain else BURST
+        )
         self.put(take, *(sums for sums, _, _ in weights))
 
-    def _pool_products(self, how: Sequence[tuple[NDArray, NDArray]], pairs: int, *sums: NDArray) -> None:
+    def _pool_products(
+        self, reach: NDArray, how: Sequence[tuple[NDArray, NDArray]], pairs: int, *sums: NDArray
+    ) -> None:
         """Pool the mean product, and the mean product corrected for batches of one epoch."""
         parts = [values * factor for values, (factor, _) in zip(sums, how, strict=True)]
         counts = [count for _, count in how]
@@ -290,5 +402,10 @@ class GradientProducts:
         if self.epoch_steps is not None:
             square = sum(parts[pairs:]) / np.maximum(sum(counts[pairs:]), 1.0)
             corrected = product + (square - product) / max(self.epoch_steps, 1.0)
-        for pool, values in ((self.pools.gain_below, product), (self.pools.gain, corrected)):
-            pool.add(values, seen & np.isfinite(values))  # a gradient that overflowed is skipped
+        seen &= np.isfinite(product) & np.isfinite(corrected)  # a gradient that overflowed is skipped
+        for pool, values in (
+            (self.pools.gain_below, product),
+            (self.pools.gain, corrected),
+            (self.pools.reach, reach),
+        ):
+            pool.add(values, seen)

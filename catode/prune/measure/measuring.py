@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from catode.decisions.schedule import Turns
 from catode.prune.devices.distributed import Group
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.curvature import Curvature
+from catode.prune.measure.growth import Response
 from catode.prune.measure.loss_check import check
 from catode.prune.measure.losses import NOT_RECOGNISED, Objective
 from catode.prune.measure.probes import Probe, curvature_corrected, straight_through
@@ -106,7 +108,13 @@ class Measuring:
         return np.where(self.is_layer, *(name == "curvature" for name in self.estimators))
 
     def probe(
-        self, done: int, open_: NDArray[np.bool_], turns: Turns, batch: Any, grad_scale: float | torch.Tensor
+        self,
+        done: int,
+        open_: NDArray[np.bool_],
+        turns: Turns,
+        batch: Any,
+        grad_scale: float | torch.Tensor,
+        answer: Callable[[Response], None] | None = None,
     ) -> Probed | None:
         """Run a probe on part of a measured step's examples; its numbers stay on the device.
 
@@ -116,6 +124,7 @@ class Measuring:
             turns: Rotation of the paired differences; advanced.
             batch: What was given to the pruner's ``step()``.
             grad_scale: Factor that the loss was multiplied with before ``backward()``.
+            answer: Takes the gradients' answer by this probe, which then takes neither curvature nor differences.
 
         Returns:
             The probe; None for a step that is not measured, or if no gradient came back to the outputs.
@@ -131,13 +140,16 @@ class Measuring:
         curved = open_[self.is_layer].any() and self.estimators[0] == "curvature"
         curved |= open_[~self.is_layer].any() and self.estimators[1] == "curvature"
         chosen = self._next(open_, turns)
-        if not curved and not chosen:
+        if not curved and not chosen and answer is None:
             return Probed(None, (finite, fit))
         self.capture.paused = True
         try:
             probe = Probe(
                 self.capture.model, self.capture.gates, sample.loss, sample.examples, self.label_rng, group, self.curved
             )
+            if answer is not None:
+                answer(probe.response)
+                return Probed(None, (finite, fit))
             if curved and ((done // self.measure_every) % 2 == 0 or not chosen):
                 return Probed(None, (finite, fit, probe.curvature(self.estimators[0] == "curvature")))
             turns.layers += self.per_probe

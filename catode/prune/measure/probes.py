@@ -17,7 +17,7 @@ paired         exact for any loss, on the probe's examples    one or few  layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -138,6 +138,32 @@ class Probe:
                 found = (left * right).sum(0).masked_fill(~drawn.fits, torch.nan).masked_fill(~drawn.finite, torch.inf)
         return self.group.mean(found)
 
+    def response(
+        self,
+        parameters: Sequence[nn.Parameter],
+        moves: Mapping[nn.Parameter, torch.Tensor],
+        stood: Mapping[nn.Parameter, torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """By how much the gradient of the loss changes when weights are moved.
+
+        Args:
+            parameters: Those whose gradient is returned.
+            moves: What is added to parameters, of their shapes.
+            stood: Where they are moved from; parameters that are left out, from where they are.
+
+        Returns:
+            Gradient at the moved weights minus gradient before, of the parameters' shapes; of these examples alone.
+        """
+        with placed(stood):
+            before = self._gradient(parameters)
+            with placed({p: p.data + move.to(p.dtype) for p, move in moves.items()}):
+                after = self._gradient(parameters)
+        return [new - old for new, old in zip(after, before, strict=True)]
+
+    def _gradient(self, parameters: Sequence[nn.Parameter]) -> tuple[torch.Tensor, ...]:
+        with self._undisturbed(self.draw):
+            return torch.autograd.grad(self.loss(self.model), parameters, allow_unused=True, materialize_grads=True)
+
     @torch.no_grad()
     def paired(self, structures: Sequence[int]) -> torch.Tensor:
         """Loss without minus loss with each of the given structures, shape (len(structures),), nats."""
@@ -194,6 +220,19 @@ class Probe:
         """Normal numbers of a tensor's shape; drawn for all processes' examples, so that the generators stay in step."""
         whole = torch.empty(len(like) * self.group.size, *like.shape[1:], device=like.device)
         return self.group.share(whole.normal_(generator=self.generator))
+
+
+@contextmanager
+def placed(weights: Mapping[nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """Parameters with other values inside this context, and their own behind it; autograd's versions of them stay."""
+    before = {parameter: parameter.data for parameter in weights}
+    try:
+        for parameter, data in weights.items():
+            parameter.data = data
+        yield
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
 
 
 @contextmanager
