@@ -51,7 +51,7 @@ from catode.prune.measure.measuring import Measuring, Probed, check_finite
 from catode.prune.optimizers import Clock, Updates, check_optimizer, check_owner, ode_time
 from catode.prune.queries import Queries
 from catode.prune.recalibration import recalibrate_norms
-from catode.prune.settings import PrunerSettings
+from catode.prune.settings import ONE_EPOCH, PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
 from catode.theory.tolerance.measured import LEAST_PRICE
 
@@ -167,6 +167,7 @@ class Pruner(Queries):
             self._start()
         which = self.gated & (~self.is_layer if self.gated[~self.is_layer].any() else self.is_layer)
         pool = dict(memory=own.memory, check_every=own.check_every, risk=own.risk)
+        self._say("" if own.epoch_steps or own.tolerance is not None else ONE_EPOCH)
         self._say(too_short(own.steps, own.warmup, prices=self.prices()[which], **pool))
 
     # --- queries ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +13,10 @@ from catode.decisions.priors import PRIORS
 from catode.prune.measure.probes import ESTIMATORS
 from catode.theory.tolerance.measured import check_steps, fitting_memory
 
+ONE_EPOCH = (
+    "`epoch_steps` should be the number of batches in an epoch, len(loader); got none, so that batches count as independent. If "
+    "they go through the images epoch by epoch, tolerances come out too large; if not, pass epoch_steps=math.inf."
+)
 SHORT = 40  # memory, in steps, below which every step is probed by default
 
 
@@ -33,8 +38,8 @@ class PrunerSettings:
             take a fixed `tolerance`, and what does not sink below it is rounded in the end.
         images: Number of training images, which `bernoulli` needs.
         epoch_steps: Batches in an epoch, images / batch size, where an epoch's batches are drawn without replacement, as
-            PyTorch's loaders do; None for independent ones. Products of gradients are corrected by it. At or below 1
-            every batch is all images.
+            PyTorch's loaders do; infinity for batches drawn independently. Products of gradients are corrected by it. At or
+            below 1 every batch is all images. None: infinity, with a warning.
         target_macs: Share of the MACs to end at, in (0, 1); sets nu while training (see `catode.decisions.target`).
         target_params: The same for parameters.
         warmup: Steps before any theta moves. The first part of a long one is trained without gates (if thetas start at 1):
@@ -129,7 +134,8 @@ class PrunerSettings:
         self._set_checked(check_interval, "initial_keep_prob", low=0.0, high=1.0, low_open=True)
         self._set_checked(check_interval, "tolerance", low=0.0, high=1.0)
         for name in ("rate_ratio", "epoch_steps", "max_norm"):
-            self._set_checked(check_positive, name)
+            if name != "epoch_steps" or self.epoch_steps != math.inf:
+                self._set_checked(check_positive, name)
         self._set_checked(check_choice, "prior", choices=PRIORS)
         for name in ("layer_estimator", "estimator"):
             self._set_checked(check_choice, name, choices=ESTIMATORS)

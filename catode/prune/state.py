@@ -123,6 +123,7 @@ class PrunerState:
             label_rng: Generator of the vectors that probes draw.
         """
         n, memory = inventory.size, settings.memory
+        an_epoch = None if settings.epoch_steps in (None, math.inf) else settings.epoch_steps
         evidence = Evidence(
             np.where(inventory.is_layer, max(memory / 10, LEAST_EVIDENCE), memory),
             curvature_window=max(memory / (2 * settings.measure_every), 10),
@@ -145,7 +146,7 @@ class PrunerState:
             started=False,
             finished=False,
             evidence=evidence,
-            products=GradientProducts(n, max(memory / burst_every, 20), put, settings.epoch_steps, updates),
+            products=GradientProducts(n, max(memory / burst_every, 20), put, an_epoch, updates),
             draws=draws,
             label_rng=label_rng,
             turns=Turns(),
