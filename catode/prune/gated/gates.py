@@ -24,8 +24,7 @@ from catode.structures.inventory import Inventory
 BatchNorm = nn.modules.batchnorm._BatchNorm
 NO_GRADIENTS = (
     "`model` must run the modules that read units with gradients; got one that runs some inside torch.no_grad(), as "
-    'checkpoints do with use_reentrant=True. Use use_reentrant=False, leave the units out, or choose estimator="paired" and '
-    'layer_estimator="paired".'
+    "checkpoints do with use_reentrant=True. Use use_reentrant=False, or leave the units out."
 )
 AGAIN = (
     "`per_example` must be False where checkpoints compute parts of several forward passes of one step again; got gates of "

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from catode.prune.gated.gates import NO_GRADIENTS
 from catode.prune.measure.capture import Call, Capture, Moment, differentiable
 from catode.prune.measure.curvature import last
 from catode.prune.measure.losses import Sample
@@ -38,6 +39,7 @@ def check(capture: Capture, calls: Sequence[Call], sample: Sample, given: bool, 
     Raises:
         ValueError: if they do not.
     """
+    _check_weights(capture, sample)
     other = by_other_ways(capture, calls)
     if other and not given:
         raise ValueError(
@@ -64,6 +66,17 @@ def check(capture: Capture, calls: Sequence[Call], sample: Sample, given: bool, 
             f"`model` must let gradients come back to its units; none comes to those of `{name['site'] or name['block']}`, as "
             'behind a detach(). Leave them out, or choose estimator="paired" and layer_estimator="paired".'
         )
+
+
+def _check_weights(capture: Capture, sample: Sample) -> None:
+    """Make sure that a probe can take the gradient in the weights, which the growth of benefits needs."""
+    learning = [parameter for parameter in capture.model.parameters() if parameter.requires_grad]
+    try:
+        torch.autograd.grad(sample.loss(capture.model), learning, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(NO_GRADIENTS) from None
 
 
 def closeness(calls: Sequence[Call]) -> float:
