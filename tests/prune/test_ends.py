@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 
 import numpy as np
@@ -31,7 +32,7 @@ def make(model=None, **settings):
         torch.manual_seed(0)
         model = DenseResNet(64, 10, blocks=3, width=16, hidden=16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return model, optimizer, Pruner(model, EXAMPLE, optimizer=optimizer, **settings)
+    return model, optimizer, Pruner(model, EXAMPLE, optimizer=optimizer, **{"epoch_steps": math.inf} | settings)
 
 
 def batches(seed=1, size=64):
@@ -263,3 +264,14 @@ def test_recalibration_needs_batches_and_leaves_everything_as_it_was_without():
         recalibrate_norms(model, [])
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     recalibrate_norms(nn.Linear(2, 2), [])  # nothing to do
+
+
+def test_batches_that_may_be_of_one_epoch_are_asked_about():
+    for given, told in ((None, 1), (math.inf, 0), (7.5, 0)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            pruner = make(nu=0.01, steps=4000, memory=10, epoch_steps=given)[2]
+        assert len(said) == len(pruner.warnings) == told
+        assert not told or "`epoch_steps` should be the number of batches in an epoch" in str(said[0].message)
+    fixed = make(nu=0.01, steps=4000, memory=10, epoch_steps=None, tolerance=0.05)[2]
+    assert fixed.warnings == []  # no product of gradients decides anything

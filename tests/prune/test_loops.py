@@ -127,6 +127,17 @@ def accumulated(k, model, optimizer, pruner, x, y, given=False, whole=False):
     pruner.step(((x, y) if whole else batch) if given else None)
 
 
+def closure(model, optimizer, pruner, x, y):
+    def evaluate():
+        optimizer.zero_grad()
+        loss = ce(model, (x, y))
+        loss.backward()
+        return loss
+
+    optimizer.step(evaluate)
+    pruner.step()
+
+
 def clipped(model, optimizer, pruner, x, y):
     ce(model, (x, y)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e3)
@@ -192,6 +203,7 @@ WAYS = {
     "accumulated 4": (None, functools.partial(accumulated, 4)),
     "accumulated 4, whole batch given": (ce, functools.partial(accumulated, 4, given=True, whole=True)),
     "accumulated 2, last given": (ce, functools.partial(accumulated, 2, given=True)),
+    "closure": (None, closure),
     "clipped": (None, clipped),
     "scaled by hand": (None, scaled_by_hand),
     "scaled": (None, scaled),

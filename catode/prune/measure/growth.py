@@ -140,17 +140,19 @@ class GradientProducts:
             self._steps.append(optimizer.register_step_post_hook(self._note_move))
 
     def _note_weights(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        """Note the weights before the burst's last step, which will fit the examples that the answer is taken on."""
-        if len(self.burst) == BURST - 1:
+        """Note the weights before the burst's last step, which will fit the examples that the answer is taken on.
+
+        Where the pruner's step comes before the optimizer's, the answer is taken at these weights as it is.
+        """
+        closure = len(args) > 1 or kwargs.get("closure") is not None  # `args` begins with the optimizer
+        if len(self.burst) == BURST - 1 and (self._arrived or closure):
             self._stood = {parameter: parameter.detach().clone() for parameter in self.updates.parameters}
 
     @torch.no_grad()
     def _note_move(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """Note what a step's own gradient moves the weights by, if that gradient is the burst's first."""
-        first = len(self.burst) == int(
-            not self._arrived
-        )  # whether the pruner's step comes after the optimizer's, or before
-        if self.moved or not first:
+        # none has been added if the pruner's step comes after the optimizer's, else this one, and none has come since
+        if self.moved or len(self.burst) != int(not self._arrived):
             return
         self.updates.read()
         scale, parts = getattr(optimizer, "grad_scale", None), []
