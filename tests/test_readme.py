@@ -330,7 +330,7 @@ def test_the_readme_says_how_weak_the_test_of_decisions_is():
 
 def test_the_numbers_of_the_readme_are_those_of_the_results():
     words = re.sub(r"\s+", " ", RESULTS.replace("**", ""))
-    for number in ("465", "141", "4 of 910", "1.098", "0.790", "25.8"):
+    for number in ("465", "141", "4 of 910", "1.098", "0.790", "28.3"):
         assert number in words
     assert "606" in README and 465 + 141 == 606
 
