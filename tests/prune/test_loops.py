@@ -389,6 +389,20 @@ def test_law_what_is_not_trained_on_is_not_measured(way, given):
     assert_same(measured(way, loss), measured(right, loss))
 
 
+def test_fewer_micro_batches_at_the_end_of_an_epoch_are_recognised():
+    """A last group of two micro-batches, each divided by four as in the groups before."""
+    model = network()
+    optimizer, pruner = make(model, measure_every=1)
+    for number, (x, y) in enumerate(batches(12), 1):
+        parts = 2 if number % 3 == 0 else 4
+        for batch in list(zip(x.chunk(4), y.chunk(4), strict=True))[:parts]:
+            (ce(model, batch) / 4).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    assert pruner.state.done == 12 and (pruner.state.evidence.curvature.count > 0).any()
+
+
 @pytest.mark.parametrize("sizes", [(32, 32), (10, 22, 32), (7, 57)])
 def test_labels_are_recovered_from_micro_batches_of_any_size(sizes):
     for divisor in ("number", "examples"):

@@ -53,10 +53,13 @@ class Objective:
 
     Args:
         loss: ``loss(model, batch)``, the mean loss of a batch; None for one that needs no batch.
+
+    Attributes:
+        most: Most calls that a step had: the last micro-batches of an epoch may be fewer, and divided by as many.
     """
 
     def __init__(self, loss: Loss | None = None):
-        self.given = loss
+        self.given, self.most = loss, 1
 
     def examples(self, calls: Sequence[Call], batch: Any) -> int:
         """Examples of a step that can be probed.
@@ -107,7 +110,9 @@ class Objective:
         examples = sum(rows.stop - rows.start for _, rows in pieces)
         if own:
             return Sample(lambda model: own_loss(model(*args, **kwargs)), examples, finite, yes)
-        targets, fits = zip(*(_targets(call, rows, calls, grad_scale) for call, rows in pieces), strict=True)
+        self.most = max(self.most, len(calls))
+        found = (_targets(call, rows, calls, self.most, grad_scale) for call, rows in pieces)
+        targets, fits = zip(*found, strict=True)
         labels = torch.cat(targets)
 
         def cross_entropy(model: nn.Module) -> torch.Tensor:
@@ -167,15 +172,21 @@ def recovered_labels(
 
 
 def _targets(
-    call: Call, rows: slice, calls: Sequence[Call], grad_scale: float | torch.Tensor
+    call: Call, rows: slice, calls: Sequence[Call], most: int, grad_scale: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels of some examples of a call, and whether its loss is a mean cross-entropy, over its own or over all examples."""
+    """Labels of some examples of a call, and whether its loss is a mean cross-entropy, over its own or over all examples.
+
+    With fewer calls than other steps had, also whether it is one divided by their number.
+    """
     logits, gradient = call.outputs[0][rows], call.gradients[0]
     if gradient is None or logits.dim() != 2 or len(call.outputs) != 1:
         return logits.new_zeros(len(logits), dtype=torch.long), torch.zeros((), dtype=torch.bool, device=logits.device)
     labels, fits = recovered_labels(logits, gradient[rows], len(calls) * size(call) / grad_scale)
     if len(calls) > 1:
         fits |= recovered_labels(logits, gradient[rows], sum(map(size, calls)) / grad_scale)[1]
+    if len(calls) < most:
+        others, again = recovered_labels(logits, gradient[rows], most * size(call) / grad_scale)
+        labels, fits = torch.where(fits, labels, others), fits | again
     return labels, fits
 
 
