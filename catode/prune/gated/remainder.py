@@ -84,7 +84,7 @@ def _shortened(module: nn.Module, addend: str) -> fx.Graph:
         got = f"no node `{addend}`" if node is None else f"`{addend}` used by {', '.join(map(str, users)) or 'nothing'}"
         names = ", ".join(n.name for n in graph.nodes if n.op not in ("placeholder", "output"))
         raise ValueError(
-            f"`addend` must be the node of a {type(module).__name__} that is added to its shortcut; got {got}. Its nodes are {names}."
+            f"`addend` must be the node of a {type(module).__name__} that is added to its shortcut; got {got}. It has {names}."
         )
     (addition,) = users
     (other,) = (part for part in addition.all_input_nodes if part is not node)
