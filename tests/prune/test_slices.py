@@ -144,7 +144,9 @@ def test_law_cuts_compose_and_names_classes_and_state_dicts_follow(kind, seed):
                 keep_units_of_state(one, whole, place.site, left, of_state)
             present[place.number] = here[left]
     restrict(other, inventory.blocks, inventory.record(kept))
-    assert [(n, type(m).__name__) for n, m in one.named_modules()] == [(n, type(m).__name__) for n, m in other.named_modules()]
+    assert [(n, type(m).__name__) for n, m in one.named_modules()] == [
+        (n, type(m).__name__) for n, m in other.named_modules()
+    ]
     for (name, a), (again, b) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
         assert name == again and torch.equal(a, b) and torch.equal(whole[name], b)
     for a, b in zip(one.modules(), other.modules(), strict=True):

@@ -228,12 +228,12 @@ class Gates:
         Raises:
             ValueError: if the gate of a layer scales what a module without parameters returns.
         """
-        for number, block in enumerate(self.blocks):
-            gate = self._installed.get(self.model.get_submodule(block.output)) if block.removable else None
-            if gate is not None and gate.layer is not None and not affine(self.model.get_submodule(block.output)):
+        for module, gate in self._installed.items():
+            if gate.layer is not None and not affine(module):
+                block = self.blocks[gate.layer[0]]
                 raise ValueError(
-                    f"`output` of block `{block.name}` must have parameters that the gate of layer {number} can be folded into; "
-                    f"`{block.output}` has none. Call snapshot() when the layer is decided, or finish()."
+                    f"`output` of block `{block.name}` must have parameters that its gate can be folded into; `{block.output}` has "
+                    "none. Call snapshot() when the layer is decided."
                 )
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         names = {module: name for name, module in self.model.named_modules()}
