@@ -301,6 +301,72 @@ class Transformer(Described):
             yield Block(f"{name}.mlp", f"{name}.mlp.down", (site,), module=name, addend="depth2", branch=branch)
 
 
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, whose weight has the shape (in, out)."""
+
+    def __init__(self, width_in, nf):
+        super().__init__()
+        self.nf, self.weight, self.bias = (
+            nf,
+            nn.Parameter(0.3 * torch.randn(width_in, nf)),
+            nn.Parameter(torch.zeros(nf)),
+        )
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Queries(nn.Module):
+    """Grouped queries: two for every head of keys and values."""
+
+    def __init__(self, width=6, heads=3, size=2):
+        super().__init__()
+        self.heads, self.kv_heads, self.size = 2 * heads, heads, size
+        self.q, self.o = nn.Linear(width, 2 * heads * size), nn.Linear(2 * heads * size, width)
+        self.k, self.v = nn.Linear(width, heads * size), nn.Linear(width, heads * size)
+
+    def forward(self, x):
+        q = self.q(x).view(len(x), -1, self.heads, self.size).transpose(1, 2)
+        k, v = (part(x).view(len(x), -1, self.kv_heads, self.size).transpose(1, 2) for part in (self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Grouped queries, and an MLP of `Conv1D` in the layer itself."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(width), Queries()
+        self.norm2, self.c_fc, self.c_proj = nn.LayerNorm(width), Conv1D(width, 7), Conv1D(7, width)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm(x))
+        return torch.add(x, self.c_proj(F.gelu(self.c_fc(self.norm2(x)))))
+
+
+class Decoder(Described):
+    """One of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.body, self.fc = nn.Conv2d(3, 6, 4, 4), Layer(), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.fc(self.body(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+    def blocks_(self):
+        q, k, v, o = (f"body.attn.{name}" for name in "qkvo")
+        heads = made(q, bias=True, each=4) + made(k, bias=True, each=2) + made(v, bias=True, each=2)
+        numbers = (Attribute("body.attn", "heads", 2), Attribute("body.attn", "kv_heads"))
+        site = Site("body.attn", 3, (), (), parts=heads + read(o, each=4), attributes=numbers)
+        branch = ("body.norm", "body.attn")
+        yield Block("attention", o, (site,), module="body", addend="attn", branch=branch)
+        units = (Slice("body.c_fc.weight", 1, PRODUCER), *made("body.c_fc", bias=True)[1:], *read("body.c_proj", dim=0))
+        site = Site("body.c_fc", 7, (), (), parts=units, attributes=(Attribute("body.c_fc", "nf"),))
+        branch = tuple(f"body.{name}" for name in ("norm2", "c_fc", "c_proj"))
+        yield Block("mlp", "body.c_proj", (site,), module="body", addend="c_proj", branch=branch)
+
+
 IMAGES = (2, 3, 12, 12)
 NETWORKS = {
     "inverted residuals with squeeze and excitation": MobileNet,
@@ -309,4 +375,5 @@ NETWORKS = {
     "no branches": VGG,
     "a transposed convolution": Transposed,
     "attention and GLU": Transformer,
+    "grouped queries and weights of shape (in, out)": Decoder,
 }

@@ -23,6 +23,7 @@ from catode.prune.gated.cut import Change, drop_block, keep_units, keep_units_of
 from catode.prune.gated.gates import Gates
 from catode.prune.gated.remainder import trace, without
 from catode.prune.measure.owned import Owned
+from catode.prune.measure.probes import Probe
 from catode.prune.pruner import Pruner
 from catode.prune.selfcheck import check
 from catode.structures import fates
@@ -280,6 +281,30 @@ def test_law_owned_sums_of_a_cut_network_are_the_whole_ones_of_what_is_left(kind
     assert not found[~torch.from_numpy(kept)].any()
 
 
+@networks
+def test_law_paired_differences_are_those_of_the_loss(kind):
+    model, inventory = network(kind)
+    kept = vertex(inventory, 6, 0.8, 0.8)
+    gates = gated(model, inventory, kept)
+    x, y = images(), torch.tensor([1, 3])
+
+    def loss(model):
+        return F.cross_entropy(model(x), y)
+
+    train(model)
+    found = Probe(model, gates, loss, len(x), torch.Generator()).paired(range(inventory.size))
+    for number in range(inventory.size):
+        values = []
+        for value in (0.0, 1.0):
+            draw = torch.from_numpy(kept.astype(np.float32))
+            draw[number] = value
+            gates.set(None, draw)
+            with torch.no_grad():
+                values.append(float(loss(model)))
+        if inventory.removable[number]:
+            assert float(found[number]) == pytest.approx(values[0] - values[1], abs=1e-5)
+
+
 # branches
 
 
@@ -514,6 +539,16 @@ def test_a_site_of_a_branch_that_goes_with_another_block_is_refused():
     blocks[1] = dataclasses.replace(blocks[1], sites=())
     with pytest.raises(ValueError, match=r"^site `body\.0\.mlp\.gate` must not lie in the branch of another block"):
         consistency.check(model, [*blocks, held])
+
+
+def test_a_remainder_whose_numbers_would_change_is_refused():
+    model = Transformer()
+    blocks = model.structures()
+    model.body[0].width = 8
+    site = dataclasses.replace(blocks[1].sites[0], attributes=(Attribute("body.0", "width"),))
+    blocks[1] = dataclasses.replace(blocks[1], sites=(site,))
+    with pytest.raises(ValueError, match=r"^block `body\.0\.attn` must leave .* got `body\.0\.width`"):
+        consistency.check(model, blocks)
 
 
 def test_a_norm_over_the_units_is_refused():

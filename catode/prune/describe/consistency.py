@@ -48,6 +48,8 @@ def check(model: nn.Module, blocks: Sequence[Block]) -> None:
     sites = [site for block in blocks for site in block.sites]
     _check_shared(model, sites)
     _check_attributes(model, sites)
+    for block in blocks:
+        _check_numbers(block, blocks)
 
 
 def _check_branch(
@@ -279,6 +281,17 @@ def _check_attributes(model: nn.Module, sites: Sequence[Site]) -> None:
             raise ValueError(
                 f"site `{site.name}` must say what makes up `{path}.{name}`; got {sorted(fixed)} + {total} for {value}. Correct "
                 "its `attributes`."
+            )
+
+
+def _check_numbers(block: Block, blocks: Sequence[Block]) -> None:
+    """Make sure that what stays of a module without a branch, a graph of fixed numbers, is not cut by them."""
+    for site in (site for other in blocks if other is not block for site in other.sites):
+        own = next((attribute for attribute in site.attributes if attribute.module == block.place), None)
+        if block.removable and block.addend and own is not None:
+            raise ValueError(
+                f"block `{block.name}` must leave a module whose numbers stay; got `{own.module}.{own.name}`, which a cut of site "
+                f"`{site.name}` rewrites. Leave one of them out, or compute the site in a module of its own."
             )
 
 
