@@ -367,6 +367,66 @@ class Decoder(Described):
         yield Block("mlp", "body.c_proj", (site,), module="body", addend="c_proj", branch=branch)
 
 
+class Pair(nn.Module):
+    """An attention that returns two things, as Hugging Face's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, states, mask=None):
+        return self.inner(states), None
+
+
+class Untraceable(nn.Module):
+    """Hugging Face's form of a layer, which takes whatever it is given and branches on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(6), Pair()
+        self.norm2, self.mlp, self.gamma = nn.LayerNorm(6), GLU(), nn.Parameter(0.5 * torch.ones(6))
+
+    def forward(self, states, *args, **kwargs):
+        residual = states
+        states, _ = self.attn(states=self.norm1(states), mask=None if not args else args[0])
+        states = residual + states
+        if any(float(part.detach().sum()) > 1e9 for part in (states,)):
+            states = states.clamp(max=1e9)
+        return states + self.gamma * self.mlp(self.norm2(states))
+
+
+class Foreign(Described):
+    """Two of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.body, self.fc = (
+            nn.Conv2d(3, 6, 4, 4),
+            nn.Sequential(Untraceable(), Untraceable()),
+            nn.Linear(6, 5),
+        )
+
+    def forward(self, x):
+        return self.fc(self.body(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+    def blocks_(self):
+        for name in ("body.0", "body.1"):
+            inner = f"{name}.attn.inner"
+            heads = tuple(
+                Slice(f"{inner}.qkv.{t}", 0, PRODUCER, 12 * i, 3) for i in range(3) for t in ("weight", "bias")
+            )
+            heads += (Slice(f"{inner}.table", 0, TIED), *read(f"{inner}.proj", each=3))
+            site = Site(inner, 4, (), (), parts=heads, attributes=(Attribute(inner, "num_heads"),))
+            absent = ((f"{name}.norm1", 0), (f"{name}.attn", 2))
+            branch = (f"{name}.norm1", f"{name}.attn")
+            yield Block(f"{name}.attn", f"{inner}.proj", (site,), module=name, absent=absent, branch=branch)
+            units = made(f"{name}.mlp.gate") + made(f"{name}.mlp.up") + read(f"{name}.mlp.down")
+            site = Site(f"{name}.mlp", 8, (), (), parts=units)
+            absent = ((f"{name}.norm2", 0), (f"{name}.mlp", 0))
+            branch = (f"{name}.norm2", f"{name}.mlp", f"{name}.gamma")
+            yield Block(f"{name}.mlp", f"{name}.mlp.down", (site,), module=name, absent=absent, branch=branch)
+
+
 IMAGES = (2, 3, 12, 12)
 NETWORKS = {
     "inverted residuals with squeeze and excitation": MobileNet,
@@ -375,5 +435,6 @@ NETWORKS = {
     "no branches": VGG,
     "a transposed convolution": Transposed,
     "attention and GLU": Transformer,
+    "modules that cannot be traced": Foreign,
     "grouped queries and weights of shape (in, out)": Decoder,
 }

@@ -60,7 +60,9 @@ def _check_branch(
     outer = next((other.name for other in blocks if other is not block and goes_with(other, block.place)), None)
     if outer is not None:
         raise ValueError(f"{where} must not lie inside another one; got it inside `{outer}`. Leave one of them out.")
-    if block.addend:
+    if block.absent:
+        _check_absent(model, block, where)
+    elif block.addend:
         _check_addend(model, block, module, where, names)
     elif not callable(getattr(module, "shortcut_only", None)):
         raise ValueError(
@@ -71,7 +73,7 @@ def _check_branch(
         _module(model, path, f"`fixed` of {where}")
     _check_member(model, block, block.output, f"`output` of {where}", names)
     output = model.get_submodule(block.output)
-    if isinstance(output, nn.modules.batchnorm._BatchNorm) and output.weight is None and not block.addend:
+    if isinstance(output, nn.modules.batchnorm._BatchNorm) and output.weight is None and not block.branch:
         raise ValueError(
             f"`output` of {where} must have a weight for the layer's gate; `{block.output}` has none. Use affine=True, or "
             "the module before it."
@@ -103,6 +105,21 @@ def _check_addend(model: nn.Module, block: Block, module: nn.Module, where: str,
             raise ValueError(
                 f"`branch` of {where} must name what goes with `{block.addend}`, and no more; `{name}` {what}. Correct it."
             )
+
+
+def _check_absent(model: nn.Module, block: Block, where: str) -> None:
+    """Make sure that what goes can be taken out of a network."""
+    if block.addend:
+        raise ValueError(f"{where} must have an `addend`, or name what is `absent`; got both. Leave one out.")
+    modules = {path for path, _ in block.absent}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path in block.branch:
+        if path not in parameters:
+            _module(model, path, f"`branch` of {where}")
+    if odd := sorted((modules ^ set(block.branch)) - parameters.keys()):
+        raise ValueError(
+            f"{where} must name every module of `branch` in `absent`, and no other; got `{odd[0]}` in one alone."
+        )
 
 
 def _check_site(model: nn.Module, block: Block, site: Site, names: dict[int, list[str]]) -> None:
@@ -210,7 +227,7 @@ def _check_member(model: nn.Module, block: Block, name: str, where: str, names: 
         raise ValueError(
             f"{where} must use modules of the branch of `{block.name}` alone; got `{name}`, which stays without it."
         )
-    if not set(module._parameters) <= {"weight", "bias"} and not block.addend:
+    if not set(module._parameters) <= {"weight", "bias"} and not block.branch:
         _refuse_computed(name, where)
     _check_plain(module, name, where, names)
 
