@@ -81,25 +81,35 @@ class Outcomes:
             final: Whether the deciding phase ends here, so that all others are rounded.
         """
         open_, going = fate == fates.UNDECIDED, zero | safe
+        last = self._last(kept, going, limits)
+        going = going & ~last
         left, waits = self._without(kept, going, open_, limits)
         refused = going & left & ~waits  # their removal would pass the target
         if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
-            certain = np.zeros_like(open_) if self._more_may_go(left, open_ & left) else open_ & left
-        certain = refused | (certain & ~going)
-        watched = watching & open_ & ~going & ~certain
-        rest = open_ & ~(going & ~left) & ~certain & ~watched
+            certain = np.zeros_like(open_) if self._more_may_go(left, open_ & left & ~last) else open_ & left
+        certain = (refused | (certain & ~going)) & ~last
+        watched = watching & open_ & ~going & ~certain & ~last
+        rest = open_ & ~(going & ~left) & ~certain & ~watched & ~last
         down = np.zeros_like(open_)
         if final:
             down = rest if self.target is not None else rest & (waits | (limits.keep_prob < 0.5))
+            more = self._last(left, down, limits)
+            last, rest, down = last | more, rest & ~more, down & ~more
             left, waits = self._without(left, down, open_, limits)
             certain |= rest & left & ~waits & (self.target is not None)
-        if not left[self.complexity.inventory.is_layer].any():
+        layers = self.complexity.inventory.is_layer & self.complexity.inventory.removable
+        if layers.any() and not left[layers].any():
             none = np.zeros_like(open_)
             return Outcome(np.where(open_, fates.KEPT_AS_LAST, fate), kept.copy(), none, none, none, everything=True)
+        if self.target is not None:  # others of the site stay, too
+            several = last & ~self.complexity.inventory.alone(left)
+            certain, last = certain | several, last & ~several
+        certain &= ~last
         folded = waits & left & (final | self._stuck(open_ & left & ~certain, waits & zero))
         timeless = final & rest & ~certain
         low = limits.keep_prob < rules.NEARLY_ONE
         ends = {
+            fates.KEPT_AS_LAST: last,
             fates.PRUNED_ZERO: zero & ~left,
             fates.PRUNED_TOLERANCE: safe & ~left,
             fates.KEPT_FOR_WIDTH: folded,
@@ -111,6 +121,20 @@ class Outcomes:
             fates.COMMITTED: certain,
         }
         return Outcome(np.select(list(ends.values()), list(ends), fate), left, certain, folded, watched)
+
+    def _last(self, kept: NDArray[np.bool_], going: NDArray[np.bool_], limits: Limits) -> NDArray[np.bool_]:
+        """The unit of the largest keep probability (then of the largest benefit for its price) of every site that must keep one.
+
+        Args:
+            kept: Structures in the network, shape (n,).
+            going: Those that would be removed, shape (n,).
+            limits: Measured quantities.
+        """
+        last = np.zeros_like(kept)
+        for units in self.complexity.inventory.emptied(kept, going):
+            order = np.lexsort((rules.worth(limits)[units], limits.keep_prob[units]))
+            last[units[order[-1]]] = True
+        return last
 
     def _without(
         self, kept: NDArray[np.bool_], going: NDArray[np.bool_], open_: NDArray[np.bool_], limits: Limits
@@ -138,9 +162,9 @@ class Outcomes:
         """Whether any undecided structure, with its group, may still be removed before the target is met."""
         inventory = self.complexity.inventory
         sizes = np.where(inventory.is_layer, 1.0, np.inf)
-        for left in inventory.left(kept):
+        for left, lasts in zip(inventory.left(kept), inventory.lasting, strict=True):
             group = self._group(len(left))
-            if open_[left].sum() >= group:
+            if open_[left].sum() >= group and not (lasts and len(left) <= group):
                 sizes[left] = group
         return bool(self.target.may_go(kept, open_, sizes).any())
 

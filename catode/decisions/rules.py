@@ -85,6 +85,11 @@ def ration(
     return allowed
 
 
+def worth(limits: Limits) -> NDArray[np.float64]:
+    """Benefit over price of every structure, 0 where nothing is known, shape (n,)."""
+    return np.where(np.isfinite(limits.benefit), limits.benefit, 0.0) / limits.price
+
+
 def hold_back(
     leaving: NDArray[np.bool_], limits: Limits, sites: Sequence[NDArray[np.int64]], multiple: int
 ) -> NDArray[np.bool_]:
@@ -100,10 +105,10 @@ def hold_back(
         multiple: Widths are rounded up to multiples of this.
     """
     held = np.zeros_like(leaving)
-    worth = np.where(np.isfinite(limits.benefit), limits.benefit, 0.0) / limits.price
+    every = worth(limits)
     for left in sites:
         units = left[leaving[left]]
-        order = np.lexsort((worth[units], limits.keep_prob[units]))[::-1]
+        order = np.lexsort((every[units], limits.keep_prob[units]))[::-1]
         held[units[order[: -(len(left) - len(units)) % multiple]]] = True
     return held
 

@@ -22,7 +22,8 @@ class Slice:
         dim: Dimension along which the units lie.
         role: `PRODUCER`: the entries make the unit; `CONSUMER`: they read it, and carry its gate; `TIED`: they are computed
             with for every unit by itself, such as a norm's affine and statistics, depthwise filters, a LayerScale.
-        offset: Index of the first unit's first entry, in the whole tensor, before anything was cut.
+        offset: Index of the first unit's first entry, in the whole tensor, before anything was cut. The units of a slice
+            follow each other; units of other sites, or what always stays, may come before and after them.
         each: Entries of a unit, which follow each other: 1 for a channel, the head size for an attention head.
     """
 
@@ -83,20 +84,23 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """A residual branch that can be removed as a whole.
+    """A residual branch that can be removed as a whole, or a part of the network that only holds sites.
 
-    The module at `name` must have a method ``shortcut_only() -> nn.Module``: what is left when its branch is gone.
+    Without `addend`, the module at `name` must have a method ``shortcut_only() -> nn.Module``: what is left when its branch
+    is gone.
 
     Args:
-        name: Path of the block's module.
+        name: Path of the block's module. With `addend`, or if not `removable`: any name that no other block has.
         output: Path of the branch's last module with an affine (a norm, or a linear or convolutional layer); the layer
-            gate scales its weight and bias.
+            gate scales its weight and bias, or what it returns if it has no parameters. Empty if not `removable`.
         sites: Hidden widths of the branch, in order.
         fixed: Paths inside the block that stay when the branch goes (a shortcut with weights).
         module: Path of the smallest module that holds the whole branch and the addition that ends it, where it has no
             ``shortcut_only()`` or several branches: the remainder of its own traced graph takes its place. Empty: `name`.
-        addend: Name of the node of that module's traced graph which is added to the shortcut: the layer gate scales its
-            value, and it is what goes. Empty: the gate is at `output`.
+        addend: Name of the node of that module's traced graph which is added to the shortcut; it is what goes. The graph is
+            that of `catode.prune.gated.remainder.trace`, which follows no submodule. Empty: the block has ``shortcut_only()``.
+        branch: Paths of the modules and parameters that go with the branch, where there is an `addend`. Empty: everything
+            inside `name` but what is `fixed`.
         removable: Whether the branch can go as a whole. If not, the block only holds sites, none of which may lose its last
             unit, and its layer counts as decided: kept.
     """
@@ -107,4 +111,10 @@ class Block:
     fixed: tuple[str, ...] = ()
     module: str = ""
     addend: str = ""
+    branch: tuple[str, ...] = ()
     removable: bool = True
+
+    @property
+    def place(self) -> str:
+        """Path of the module that holds the block; empty for the whole network."""
+        return self.module or (self.name if self.removable else "")
