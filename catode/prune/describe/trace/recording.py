@@ -7,13 +7,14 @@ time of the arithmetic; only where the model looks at numbers it runs in earnest
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -65,6 +66,7 @@ class Operation:
     kwargs: dict[str, Any]
     inputs: list[Value]
     stack: tuple[tuple[str, int], ...]
+    nodes: dict[str, str] = field(default_factory=dict)
     outputs: list[Value] = field(default_factory=list)
     aliases: list[tuple[Value, Value]] = field(default_factory=list)
 
@@ -127,7 +129,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, recording: Recording):
         super().__init__()
-        self.recording, self.stack = recording, []
+        self.recording, self.stack, self.nodes = recording, [], {}
         self._now: dict[int, Value] = {}  # by identity of the tensor
         self._held: list[torch.Tensor] = []  # so that no identity is used twice
         self._views: dict[int, list[torch.Tensor]] = {}  # tensors on one storage
@@ -164,7 +166,7 @@ class _Recorder(TorchDispatchMode):
         noted_kwargs = tree_map_only(torch.Tensor, noted, kwargs)
         found = function(*args, **kwargs)
         op = Operation(
-            len(self.recording.operations), function, noted_args, noted_kwargs, inputs, tuple(self.stack)
+            len(self.recording.operations), function, noted_args, noted_kwargs, inputs, tuple(self.stack), dict(self.nodes)
         )
         self.recording.operations.append(op)
         for value in dict.fromkeys(inputs):
@@ -234,7 +236,33 @@ def doubled(example: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda x: torch.cat([x, x]) if x.dim() and len(x) == 1 else x, example)
 
 
-def record(copied: nn.Module, example: Any, mode: FakeTensorMode | None, training: bool = False) -> Recording:
+class _ByNodes(fx.Interpreter):
+    """Runs a module's own graph and tells the recorder which node runs."""
+
+    def __init__(self, path: str, module: nn.Module, graph: fx.Graph, recorder: _Recorder):
+        super().__init__(fx.GraphModule(module, graph))
+        self.path, self.recorder, self.signature = path, recorder, inspect.signature(type(module).forward)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.recorder.nodes[self.path] = n.name
+        try:
+            return super().run_node(n)
+        finally:
+            self.recorder.nodes.pop(self.path, None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.signature.bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        return self.run(*list(bound.arguments.values())[1:])
+
+
+def record(
+    copied: nn.Module,
+    example: Any,
+    mode: FakeTensorMode | None,
+    training: bool = False,
+    graphs: Mapping[str, fx.Graph] | None = None,
+) -> Recording:
     """Run a copy of a network and note its operations.
 
     Args:
@@ -242,6 +270,7 @@ def record(copied: nn.Module, example: Any, mode: FakeTensorMode | None, trainin
         example: One input batch.
         mode: The mode of the copy's tensors; None: real ones.
         training: Whether in train mode.
+        graphs: Graphs of modules by path, which run in place of the modules' own code.
 
     Raises:
         Failed: if the network raises an error.
@@ -261,6 +290,9 @@ def record(copied: nn.Module, example: Any, mode: FakeTensorMode | None, trainin
     def leave(*_: Any) -> None:
         recorder.stack.pop()
 
+    for path, graph in (graphs or {}).items():
+        module = copied.get_submodule(path)
+        module.forward = _ByNodes(path, module, graph, recorder)
     for name, module in copied.named_modules():
         hooks.append(module.register_forward_pre_hook(enter(name)))
         hooks.append(module.register_forward_hook(leave))
