@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from catode.structures.description import CONSUMER, PRODUCER, Block, Site, Slice
+from catode.structures.description import CONSUMER, PRODUCER, Attribute, Block, Site, Slice
 
 AFFINE, STATISTICS = ("weight", "bias"), ("running_mean", "running_var")
 
@@ -78,6 +78,46 @@ def slices(model: nn.Module, site: Site) -> list[Slice]:
             if getattr(module, tensor, None) is not None
         ]
     return found + [Slice(f"{name}.weight", 1, CONSUMER) for name in site.consumers]
+
+
+def attributes(model: nn.Module, site: Site) -> list[Attribute]:
+    """What a cut of a site's parts rewrites: what the site says, and the widths and groups of torch's own layers.
+
+    Args:
+        model: The network.
+        site: One of its sites.
+    """
+    found = {(own.module, own.name): 0 for own in site.attributes}
+    every = list(site.attributes)
+    sizes: dict[tuple[str, str], int] = {}
+    for part in {(p.tensor, p.dim, p.offset): p for p in site.parts}.values():
+        module, name = owner(model, part.tensor)
+        for width, each in _widths(module, name, part):
+            if hasattr(module, width):
+                key = part.tensor.rpartition(".")[0], width
+                sizes[key] = sizes.get(key, 0) + each
+                break
+    for part in site.parts:
+        module, name = owner(model, part.tensor)
+        path = part.tensor.rpartition(".")[0]
+        if isinstance(module, nn.modules.conv._ConvNd) and name == "weight" and module.groups > 1 and part.dim == 0:
+            for width in ("groups", "in_channels", "out_channels"):
+                sizes[path, width] = part.each * getattr(module, width) // module.weight.shape[0]
+    return every + [Attribute(*key, each) for key, each in sizes.items() if key not in found]
+
+
+def _widths(module: nn.Module, name: str, part: Slice) -> list[tuple[str, int]]:
+    """Attributes of torch's own layers that count the entries of a dimension of a tensor."""
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+        own = next((key for key in ("weight", "running_mean") if getattr(module, key, None) is not None), None)
+        return [("num_features", part.each)] if name == own else []
+    if name != "weight":
+        return []
+    if isinstance(module, nn.Linear):
+        return [(("out_features", "in_features")[part.dim], part.each)]
+    if isinstance(module, nn.modules.conv._ConvNd) and part.dim < 2 and module.groups == 1:
+        return [(("out_channels", "in_channels")[part.dim != module.transposed], part.each)]
+    return []
 
 
 def tensor_of(model: nn.Module, name: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from catode.prune.describe.protocol import owner, slices, tensor_of
+from catode.prune.describe.protocol import attributes, owner, slices, tensor_of
 from catode.prune.gated.remainder import without
 from catode.structures.description import CONSUMER, PRODUCER, Block, Site, Slice
 from catode.structures.inventory import Inventory
@@ -117,23 +117,24 @@ def keep_units(
     if not index:
         raise ValueError(f"site `{site.name}` must keep at least one unit; got none. Remove its block instead.")
     layout = layout or Layout([site])
+    widths = attributes(model, site)
     for parts in _by_dimension(model, slices(model, site)):
         module, name = owner(model, parts[0].tensor)
         kept = _kept(layout, site, parts, index, getattr(module, name))
         change.slice(module, name, parts[0].dim, kept)
-    for names, attributes in (
+    for names, counted in (
         (site.producers, ("out_channels", "out_features", "num_features")),
         (site.consumers, ("in_channels", "in_features")),
     ):
         for name in names:
             module = model.get_submodule(name)
-            for attribute in attributes:
+            for attribute in counted:
                 if hasattr(module, attribute):
                     setattr(module, attribute, len(index))
-    for part in site.attributes:
-        module = model.get_submodule(part.module)
-        gone = part.each * (layout.present(site) - len(index))
-        setattr(module, part.name, getattr(module, part.name) - gone)
+    for width in widths:
+        module = model.get_submodule(width.module)
+        gone = width.each * (layout.present(site) - len(index))
+        setattr(module, width.name, getattr(module, width.name) - gone)
     layout.keep(site, len(index))
     return change
 
