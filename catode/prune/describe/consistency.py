@@ -146,13 +146,15 @@ def _check_parts(model: nn.Module, block: Block, site: Site, names: dict[int, li
             raise ValueError(
                 f"{where} must name a dimension of `{part.tensor}`, {tensor.dim()} of them; got {part.dim}."
             )
+        module, name = owner(model, part.tensor)
+        if part.role == CONSUMER:
+            _check_consumer(module, part, where)
         end = part.offset + part.each * site.width
         if part.offset < 0 or part.each < 1 or site.width < 1 or end > tensor.shape[part.dim]:
             raise ValueError(
                 f"{where} must lie within the {tensor.shape[part.dim]} entries of `{part.tensor}` along dimension {part.dim}; got "
                 f"{part.offset} to {end}, {site.width} units of {part.each}. Correct the width, `offset` or `each`."
             )
-        module, name = owner(model, part.tensor)
         _check_plain(module, part.tensor.rpartition(".")[0], where, names)
         if name not in module._parameters and name not in module._buffers:
             raise ValueError(f"{where} names `{part.tensor}`, which is computed. Leave the site out.")
@@ -161,8 +163,6 @@ def _check_parts(model: nn.Module, block: Block, site: Site, names: dict[int, li
                 f"{where} must not pass `{part.tensor.rpartition('.')[0]}`, a {type(module).__name__}, which mixes the units: "
                 "removing one would change the others. Use a batch norm, or leave the site out."
             )
-        if part.role == CONSUMER:
-            _check_consumer(module, part, where)
 
 
 def _check_consumer(module: nn.Module, part: Slice, where: str) -> None:
