@@ -249,7 +249,7 @@ def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph) -> 
     if value.op is not None and value.op.name in (*PRODUCTS, *BATCH_NORMS, "native_layer_norm", "native_group_norm"):
         owners = {name.rpartition(".")[0] for name in _used([value.op], maps)}
         path = next(iter(owners)) if len(owners) == 1 else ""
-        own = model.get_submodule(path)._parameters if path else {}
+        own = model.get_submodule(path)._parameters if path and path == value.op.path else {}
         if own.get("weight") is not None and set(own) <= {"weight", "bias"}:
             return path
     node = next(node for node in graph.nodes if node.name == branch.node)

@@ -77,6 +77,10 @@ def widths(maps: Maps, recordings: Iterable[Recording]) -> list[Width]:
             for leaf in use.axis.leaves():
                 if leaf in found:
                     getattr(found[leaf], name).add(use.tensor)
+    for use in maps.reads:
+        owner = use.tensor.rpartition(".")[0]
+        if owner and not any(path == owner for path, _ in use.op.stack):
+            maps.forbid([use.axis], f"`{use.tensor}` used outside of its own module's call,", use.op)
     for note in maps.notes:
         for leaf in note.axis.leaves():
             if leaf in found:
