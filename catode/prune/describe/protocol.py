@@ -64,11 +64,11 @@ def slices(model: nn.Module, site: Site) -> list[Slice]:
         site: One of its sites.
 
     Returns:
-        The site's parts; else producers' weights, biases and statistics along their first dimension, consumers' weights along
+        The site's parts, but for those of branches that went; else producers' weights, biases and statistics along their first dimension, consumers' weights along
         their second.
     """
     if site.parts:
-        return list(site.parts)
+        return [part for part in site.parts if _stands(model, part.tensor)]
     found = []
     for name in site.producers:
         module = model.get_submodule(name)
@@ -88,22 +88,30 @@ def attributes(model: nn.Module, site: Site) -> list[Attribute]:
         site: One of its sites.
     """
     found = {(own.module, own.name): 0 for own in site.attributes}
-    every = list(site.attributes)
+    every, parts = [own for own in site.attributes if _stands(model, own.module)], slices(model, site)
     sizes: dict[tuple[str, str], int] = {}
-    for part in {(p.tensor, p.dim, p.offset): p for p in site.parts}.values():
+    for part in {(p.tensor, p.dim, p.offset): p for p in parts}.values():
         module, name = owner(model, part.tensor)
         for width, each in _widths(module, name, part):
             if hasattr(module, width):
                 key = part.tensor.rpartition(".")[0], width
                 sizes[key] = sizes.get(key, 0) + each
                 break
-    for part in site.parts:
+    for part in parts:
         module, name = owner(model, part.tensor)
         path = part.tensor.rpartition(".")[0]
         if isinstance(module, nn.modules.conv._ConvNd) and name == "weight" and module.groups > 1 and part.dim == 0:
             for width in ("groups", "in_channels", "out_channels"):
                 sizes[path, width] = part.each * getattr(module, width) // module.weight.shape[0]
     return every + [Attribute(*key, each) for key, each in sizes.items() if key not in found]
+
+
+def _stands(model: nn.Module, path: str) -> bool:
+    """Whether a network has a module or tensor, which it loses with its branch."""
+    here: object = model
+    for name in path.split(".") if path else ():
+        here = getattr(here, name, None)
+    return here is not None
 
 
 def _widths(module: nn.Module, name: str, part: Slice) -> list[tuple[str, int]]:
