@@ -86,8 +86,8 @@ class Site:
 class Block:
     """A residual branch that can be removed as a whole, or a part of the network that only holds sites.
 
-    Without `addend` or `absent`, the module at `name` must have a method ``shortcut_only() -> nn.Module``: what is left when its branch
-    is gone.
+    Without `addend` or `absent`, the module at `name` must have a method ``shortcut_only() -> nn.Module``: what is left when
+    its branch is gone.
 
     Args:
         name: Path of the block's module. With `addend` or `absent`, or if not `removable`: any name that no other block has.

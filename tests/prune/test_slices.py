@@ -11,7 +11,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sliced import IMAGES, NETWORKS, VGG, Concatenated, Depth, MobileNet, ResNeXt, Transformer, Transposed, made, read
+from sliced import (
+    IMAGES,
+    NETWORKS,
+    VGG,
+    Concatenated,
+    Depth,
+    Foreign,
+    MobileNet,
+    ResNeXt,
+    Transformer,
+    Transposed,
+    made,
+    read,
+)
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import Counts, count, describe, inference
 from catode.prune.describe.protocol import branch, slices, tensor_of
+from catode.prune.gated.absent import outputs_of
 from catode.prune.gated.cut import Change, drop_block, keep_units, keep_units_of_state, restrict
 from catode.prune.gated.gates import Gates
 from catode.prune.gated.remainder import trace, without
@@ -348,6 +362,35 @@ def test_copies_of_remainders_lose_further_branches():
     torch.testing.assert_close(model.eval()(x), other.eval()(x), rtol=0, atol=0)
 
 
+def test_a_module_that_cannot_be_traced_keeps_its_class_and_loses_its_branch():
+    model, inventory = network(Foreign)
+    before, layer = dict(model.named_parameters()), model.body[0]
+    paths = [path for block in inventory.blocks for path, _ in block.absent]
+    found = outputs_of(model, paths, lambda: model(images()))
+    assert found == tuple(entry for block in inventory.blocks for entry in block.absent)
+    assert not any(module._forward_hooks for module in model.modules())
+    change = drop_block(model, inventory.blocks[1])
+    after, x = dict(model.named_parameters()), torch.randn(2, 9, 6, dtype=torch.float64)
+    gone = {n for n in before if n.startswith(("body.0.norm2", "body.0.mlp", "body.0.gamma"))}
+    assert model.body[0] is layer and set(after) == set(before) - gone and change.removed == {before[n] for n in gone}
+    assert all(p is before[n] for n, p in after.items())
+    torch.testing.assert_close(layer(x), x + layer.attn(layer.norm1(x))[0], **EXACT)
+    drop_block(model, inventory.blocks[0])
+    assert torch.equal(layer(x), x) and not list(layer.parameters())
+    assert torch.equal(copy.deepcopy(layer)(x), x)
+
+
+def test_a_branch_that_returns_no_tensors_is_refused():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return {"x": x}
+
+    model = nn.Sequential(Odd())
+    with pytest.raises(ValueError, match="^a branch must return tensors to be taken out; `0` returns a dict"):
+        outputs_of(model, ["0"], lambda: model(torch.zeros(1)))
+    assert not model[0]._forward_hooks
+
+
 class Functional(nn.Module):
     """Dropout as a function, in two branches."""
 
@@ -513,6 +556,16 @@ WRONG = {
         Transformer,
         dict(branch=("body.0.attn", "body.0.scale1")),
         r"^`branch` of block `body\.0\.attn` .*`body\.0\.norm1\.weight` goes",
+    ),
+    "two ways to go": (
+        Transformer,
+        dict(absent=(("body.0.attn", 0),)),
+        r"must have an `addend`, or name what is `absent`",
+    ),
+    "an absent module that stays": (
+        Foreign,
+        dict(branch=("body.0.attn",)),
+        r"^block `body\.0\.attn` must name every module of `branch` in `absent`, .* got `body\.0\.norm1`",
     ),
     "no members": (Transformer, dict(branch=()), r"must name the modules and parameters that go in `branch`"),
     "a site elsewhere": (
