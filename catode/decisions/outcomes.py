@@ -10,6 +10,7 @@ Source: docs/mathematics.md sections 2 (removal with the block) and 3; groups an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from catode.decisions.limits import Limits
 from catode.decisions.target import Target
 from catode.structures import fates
 from catode.structures.complexity import Complexity
+from catode.structures.layout import units_in
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,18 @@ class Outcomes:
 
     Args:
         complexity: The network's complexity.
-        round_to: Final widths of sites are multiples of this.
+        round_to: Final widths of sites are multiples of this, in entries of their tensors.
         target: A share of the network to end at, or None.
     """
 
     complexity: Complexity
     round_to: int = 1
     target: Target | None = None
+
+    @cached_property
+    def multiples(self) -> list[int]:
+        """Units of each site that make up a width of `round_to`."""
+        return [units_in(self.round_to, place.site) for place in self.complexity.inventory.places]
 
     def settle(
         self,
@@ -81,25 +88,35 @@ class Outcomes:
             final: Whether the deciding phase ends here, so that all others are rounded.
         """
         open_, going = fate == fates.UNDECIDED, zero | safe
+        last = self._last(kept, going, limits)
+        going = going & ~last
         left, waits = self._without(kept, going, open_, limits)
         refused = going & left & ~waits  # their removal would pass the target
         if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
-            certain = np.zeros_like(open_) if self._more_may_go(left, open_ & left) else open_ & left
-        certain = refused | (certain & ~going)
-        watched = watching & open_ & ~going & ~certain
-        rest = open_ & ~(going & ~left) & ~certain & ~watched
+            certain = np.zeros_like(open_) if self._more_may_go(left, open_ & left & ~last) else open_ & left
+        certain = (refused | (certain & ~going)) & ~last
+        watched = watching & open_ & ~going & ~certain & ~last
+        rest = open_ & ~(going & ~left) & ~certain & ~watched & ~last
         down = np.zeros_like(open_)
         if final:
             down = rest if self.target is not None else rest & (waits | (limits.keep_prob < 0.5))
+            more = self._last(left, down, limits)
+            last, rest, down = last | more, rest & ~more, down & ~more
             left, waits = self._without(left, down, open_, limits)
             certain |= rest & left & ~waits & (self.target is not None)
-        if not left[self.complexity.inventory.is_layer].any():
+        layers = self.complexity.inventory.is_layer & self.complexity.inventory.removable
+        if layers.any() and not left[layers].any():
             none = np.zeros_like(open_)
             return Outcome(np.where(open_, fates.KEPT_AS_LAST, fate), kept.copy(), none, none, none, everything=True)
+        if self.target is not None:  # others of the site stay, too
+            several = last & ~self.complexity.inventory.alone(left)
+            certain, last = certain | several, last & ~several
+        certain &= ~last
         folded = waits & left & (final | self._stuck(open_ & left & ~certain, waits & zero))
         timeless = final & rest & ~certain
         low = limits.keep_prob < rules.NEARLY_ONE
         ends = {
+            fates.KEPT_AS_LAST: last,
             fates.PRUNED_ZERO: zero & ~left,
             fates.PRUNED_TOLERANCE: safe & ~left,
             fates.KEPT_FOR_WIDTH: folded,
@@ -112,6 +129,20 @@ class Outcomes:
         }
         return Outcome(np.select(list(ends.values()), list(ends), fate), left, certain, folded, watched)
 
+    def _last(self, kept: NDArray[np.bool_], going: NDArray[np.bool_], limits: Limits) -> NDArray[np.bool_]:
+        """The unit of the largest keep probability (then of the largest benefit for its price) of every site that must keep one.
+
+        Args:
+            kept: Structures in the network, shape (n,).
+            going: Those that would be removed, shape (n,).
+            limits: Measured quantities.
+        """
+        last = np.zeros_like(kept)
+        for units in self.complexity.inventory.emptied(kept, going):
+            order = np.lexsort((rules.worth(limits)[units], limits.keep_prob[units]))
+            last[units[order[-1]]] = True
+        return last
+
     def _without(
         self, kept: NDArray[np.bool_], going: NDArray[np.bool_], open_: NDArray[np.bool_], limits: Limits
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -121,16 +152,16 @@ class Outcomes:
             Those that stay, and those of `going` that wait for others to make a group.
         """
         inventory = self.complexity.inventory
-        waits = rules.hold_back(kept & going, limits, inventory.left(kept), self.round_to)
+        waits = rules.hold_back(kept & going, limits, inventory.left(kept), self.multiples)
         going = kept & going & ~waits
         if self.target is None:
             return inventory.close(kept & ~going), waits
         worth = limits.benefit_upper / limits.price
         groups = [np.array([s]) for s in np.flatnonzero(going & inventory.is_layer)]
-        for left in inventory.left(kept):
+        for left, multiple in zip(inventory.left(kept), self.multiples, strict=True):
             units = left[going[left]]
             units = units[np.argsort(worth[units], kind="stable")]
-            ends = range(self._group(len(left)), len(units), self.round_to)
+            ends = range(len(left) % multiple or multiple, len(units), multiple)
             groups += [group for group in np.split(units, ends) if len(group)]
         return self.target.remove(kept, going, kept & open_, worth, groups), waits
 
@@ -138,9 +169,9 @@ class Outcomes:
         """Whether any undecided structure, with its group, may still be removed before the target is met."""
         inventory = self.complexity.inventory
         sizes = np.where(inventory.is_layer, 1.0, np.inf)
-        for left in inventory.left(kept):
-            group = self._group(len(left))
-            if open_[left].sum() >= group:
+        for left, lasts, multiple in zip(inventory.left(kept), inventory.lasting, self.multiples, strict=True):
+            group = len(left) % multiple or multiple  # units that must leave together, so that a multiple is left
+            if open_[left].sum() >= group and not (lasts and len(left) <= group):
                 sizes[left] = group
         return bool(self.target.may_go(kept, open_, sizes).any())
 
@@ -150,7 +181,3 @@ class Outcomes:
         for units in self.complexity.inventory.units:
             stuck[units] = not (open_ & ~waits)[units].any()
         return stuck
-
-    def _group(self, width: int) -> int:
-        """Units that must leave a site of this width together, so that its width becomes a multiple of `round_to`."""
-        return width % self.round_to or self.round_to

@@ -51,7 +51,8 @@ class Target:
 
     def __post_init__(self) -> None:
         check_choice("quantity", self.quantity, QUANTITIES)
-        name, least = f"target_{self.quantity}", self.of(np.zeros(self.complexity.size))
+        nothing = np.zeros(self.complexity.size, dtype=bool)
+        name, least = f"target_{self.quantity}", self.of(self.complexity.inventory.close(nothing).astype(float))
         hint = f"Without any block the network keeps {least:.4f}."
         check_interval(name, self.share, least, 1.0, low_open=True, high_open=True, hint=hint)
 

@@ -36,7 +36,7 @@ from catode.prune import selfcheck
 from catode.prune.checking import Check, Checking, PruningWarning, too_short
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import describe
-from catode.prune.describe.protocol import unwrapped
+from catode.prune.describe.protocol import branch, unwrapped
 from catode.prune.describe.steptime import MeasuredComplexity, Table
 from catode.prune.devices.distributed import Group, current, norms_are_shared, refuse_wrapped
 from catode.prune.devices.transfer import DeferredReads, upload
@@ -44,7 +44,7 @@ from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
 from catode.prune.gated.gates import Gates
 from catode.prune.gated.network import Cut, Network
-from catode.prune.measure.bounds import branch, project
+from catode.prune.measure.bounds import project
 from catode.prune.measure.capture import Capture
 from catode.prune.measure.losses import Loss, Objective
 from catode.prune.measure.measuring import Measuring, Probed, check_finite
@@ -108,14 +108,14 @@ class Pruner(Queries):
         self.group.agree(model, step=0)
         self.blocks = model.structures()
         consistency.check(model, self.blocks)
-        check_owner(optimizer, model, [parameter for block in self.blocks for parameter in branch(model, block)])
+        check_owner(optimizer, model, [p for block in self.blocks for p in branch(model, block).values()])
         self.complexity = describe(model, self.blocks, example_input)
         self.target = Target.choose(self.complexity, own.target_macs, own.target_params)
         if step_times is not None:
             self.complexity = MeasuredComplexity(self.complexity, step_times)
         self.inventory = inventory = self.complexity.inventory
         self.is_layer = inventory.is_layer
-        self.gated = np.where(self.is_layer, own.alpha > 0, own.alpha < 1)
+        self.gated = np.where(self.is_layer, own.alpha > 0, own.alpha < 1) & inventory.removable
         speed = ThetaSpeed(own.rate_ratio, own.steps)
         self.schedule = Schedule(
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every
@@ -162,7 +162,8 @@ class Pruner(Queries):
         self._network = Network(model, optimizer, inventory, self.gates, self.state.products)
         self._begin = 0
         if own.initial_keep_prob == 1.0:
-            self._begin = self.schedule.begin(own.memory, inventory.layers, own.layers_per_probe)
+            layers = int((self.is_layer & inventory.removable).sum())
+            self._begin = self.schedule.begin(own.memory, layers, own.layers_per_probe)
         if self._begin == 0:
             self._start()
         which = self.gated & (~self.is_layer if self.gated[~self.is_layer].any() else self.is_layer)
@@ -476,7 +477,7 @@ class Pruner(Queries):
 
     def _unit_norms(self) -> dict[str, NDArray]:
         """Norms for the shadow's rules by size, shape (n,) each; infinite for layers and removed units."""
-        sizes = np.full((2, self.inventory.size), np.inf)
+        sizes, layout = np.full((2, self.inventory.size), np.inf), self._network.layout(self.state.present)
         for place in self.inventory.standing(self.kept):
-            sizes[:, self.state.present[place.number]] = cut.unit_norms(self.model, place.site)
+            sizes[:, self.state.present[place.number]] = cut.unit_norms(self.model, place.site, layout)
         return dict(zip((FILTER, SCALE), sizes, strict=True))

@@ -89,7 +89,7 @@ class Queries:
     @property
     def layers_kept(self) -> int:
         """Residual branches in the network."""
-        return int(self.kept[self.is_layer].sum())
+        return int(self.kept[self.is_layer & self.inventory.removable].sum())
 
     @property
     def units_kept(self) -> int:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from catode.prune.describe import consistency
-from catode.prune.describe.costs import called, describe
+from catode.prune.describe.costs import called, count, describe
+from catode.prune.describe.protocol import gated_modules
 from catode.prune.describe.trial import (
     BatchNorm,
     Lowest,
@@ -36,12 +37,13 @@ from catode.prune.describe.trial import (
 from catode.prune.gated.cut import restrict
 from catode.prune.gated.gates import Gates
 from catode.prune.measure import nests
+from catode.prune.measure.probes import tracking_norms
 from catode.structures.complexity import Complexity
 from catode.structures.description import Block
 
 EXACT = 1e-8  # largest relative difference of what is computed in double precision
 EXAMPLES, FEATURE_EXAMPLES = 2, 16  # in a check: of images and sequences, and of rows of features
-ROUNDS = 4  # of random weights until every unit was seen to act
+ROUNDS, MOST_ROUNDS = 4, 12  # of random weights until every unit was seen to act; more while further ones are
 
 
 @dataclass(frozen=True)
@@ -175,31 +177,31 @@ class _Trial:
             ValueError: if not.
         """
         order, hooks = [], []
-        parts = {
-            block.name: {block.output, *(n for s in block.sites for n in (*s.producers, *s.consumers))}
+        parts = [
+            (block, {*gated_modules([block]), *(name for site in block.sites for name in site.producers)})
             for block in self.blocks
-        }
-        for name in {name for block, inner in parts.items() for name in (block, *inner)}:
+        ]
+        for name in {name for block, inner in parts for name in (block.place, *inner)}:
             hooks.append(self.whole.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name)))
         self._run(self.whole, evaluating)
         for hook in hooks:
             hook.remove()
-        for block, inner in parts.items():
-            for name in (block, *sorted(inner)):
+        for block, inner in parts:
+            for name in (block.place, *sorted(inner)):
                 if name not in order:
                     raise ValueError(
                         f"`structures()` must name modules that run when the model is called; `{name}` does not. Call the module "
                         "itself, instead of using its weight."
                     )
-                if order.count(name) != order.count(block):
+                if order.count(name) != order.count(block.place):
                     raise ValueError(
-                        f"block `{block}` must run each of its modules once; `{name}` runs {order.count(name)} times. Use modules "
-                        "of their own, or leave the block out."
+                        f"block `{block.name}` must run each of its modules once; `{name}` runs {order.count(name)} times. Use "
+                        "modules of their own, or leave the block out."
                     )
-        named = [block.name for block in self.blocks]
-        ran = sorted(named, key=order.index)
+        named = [block for block in self.blocks if block.removable]
+        ran = sorted(named, key=lambda block: order.index(block.output if block.branch else block.place))
         if ran != named:
-            first, second = next((a, b) for a, b in zip(named, ran, strict=True) if a != b)
+            first, second = next((a.name, b.name) for a, b in zip(named, ran, strict=True) if a is not b)
             raise ValueError(
                 f"`structures()` must list the blocks in the order of the forward pass; got `{first}` before `{second}`. Sort them."
             )
@@ -210,17 +212,24 @@ class _Trial:
         Raises:
             ValueError: if one does not.
         """
-        silent = np.ones(self.inventory.size, dtype=bool)
+        silent = self.inventory.removable.copy()
         gates = self._gates()
-        for round in range(ROUNDS):
+        before = 0
+        for round in range(MOST_ROUNDS):
             if round:
                 randomise(self.whole, self.seed + round)
             # train mode in every other round: batch norms leave no unit closed by a ReLU for every example
             silent &= ~self._acting(gates, training_norms if round % 2 else evaluating, round)
-            if not silent.any():
+            if not silent.any() or (round + 1 >= ROUNDS and silent.sum() == before):
                 break
+            before = silent.sum()
         if round:
             randomise(self.whole, self.seed)
+        for (
+            units
+        ) in self.inventory.units:  # without norms some are closed each time; their slices are those of the others
+            if silent[units].mean() < 0.5 and not len(tracking_norms(self.whole)):
+                silent[units] = False
         for number in np.flatnonzero(silent):
             if self._changes(gates, number):
                 continue
@@ -290,10 +299,22 @@ class _Trial:
         every, left = np.ones(self.inventory.size), kept.astype(float)
         counted = self.complexity.params(every) - self.complexity.params(left)
         removed = whole_params - sum(p.numel() for p in small.parameters())
-        shared = len(list(self.model.named_parameters(remove_duplicate=False))) > len(list(self.model.parameters()))
-        if round(counted) != removed and not shared:
-            return f"{removed} parameters go, but {round(counted)} are counted: some belong to no module that runs"
+        if round(counted) != removed:
+            return f"{removed} parameters go, but {round(counted)} are counted"
+        executed, expected = self._executed(small), self.complexity.macs(left)
+        if abs(executed - expected) > 0.5 + 1e-9 * expected:
+            return f"{executed:,} MACs are executed, but {round(expected):,} are counted"
         return most
+
+    def _executed(self, model: nn.Module) -> int:
+        """MACs per example that a copy executes."""
+
+        def change(tensor: torch.Tensor) -> torch.Tensor:
+            device = next(model.parameters()).device
+            return tensor.to(device, self.dtype) if tensor.is_floating_point() else tensor.to(device)
+
+        with torch.random.fork_rng(_devices(model)):
+            return count(model, nests.mapped(self.example, change)).macs
 
     def _blame(self, found: float | str) -> None:
         """Find the block or site that is to blame, and raise.
@@ -308,12 +329,20 @@ class _Trial:
             single.append((place.site.name, inventory.close(kept)))
         layers = []
         for number, block in enumerate(self.blocks):
+            if not block.removable:
+                continue
             kept = np.ones(inventory.size, dtype=bool)
             kept[number] = False
             layers.append((block, inventory.close(kept)))
         for block, kept in layers:
             wrong = self._alone(kept)
             if wrong:
+                if block.branch:
+                    what = block.addend or ", ".join(path for path, _ in block.absent)
+                    raise ValueError(
+                        f"block `{block.name}` must be `{block.place}` without `{what}` when the gate of its output "
+                        f"`{block.output}` is 0; {wrong}. Name the branch's last module with an affine as output."
+                    )
                 raise ValueError(
                     f"block `{block.name}` must be its shortcut_only() when the gate of its output `{block.output}` is 0; {wrong}. "
                     "Name the branch's last module with an affine as output, and return what is left from shortcut_only()."
@@ -323,7 +352,7 @@ class _Trial:
             if wrong:
                 raise ValueError(
                     f"site `{name}` must name all modules that make or read its units; with half of them cut {wrong}. Add what is "
-                    "missing to its producers or consumers, or leave the site out."
+                    "missing to its producers or consumers, or its parts, or leave the site out."
                 )
         raise ValueError(
             f"`structures()` must describe what can be removed; with some blocks and units cut together {_said(found)}. Leave "
@@ -354,8 +383,8 @@ class _Trial:
                 (gradient,) = torch.autograd.grad(value, ones)
                 found.add_(gradient.abs().nan_to_num(0.0))
 
-        for block in self.blocks:
-            module = self.whole.get_submodule(block.name)
+        for place in dict.fromkeys(block.place for block in self.blocks):
+            module = self.whole.get_submodule(place)
             hooks.append(module.register_forward_hook(differentiate, with_kwargs=True))
         self._run(self.whole, mode, seed=round)
         for hook in hooks:

@@ -46,8 +46,8 @@ class Complexity:
 
     Attributes:
         size: Number of structures n.
-        removable_macs: F_0, MACs of all blocks together.
-        removable_params: P_0, parameters of all blocks together.
+        removable_macs: F_0, MACs of all blocks and sites together.
+        removable_params: P_0, parameters of all blocks and sites together.
     """
 
     def __init__(self, terms: Sequence[Term], inventory: Inventory):
@@ -62,7 +62,7 @@ class Complexity:
         self._block = np.array([blocks if t.block is None else t.block for t in terms], dtype=np.int64)
         self._inner = np.array([ones if t.inner is None else t.inner for t in terms], dtype=np.int64)
         self._outer = np.array([ones if t.outer is None else t.outer for t in terms], dtype=np.int64)
-        self._removable = self._block < blocks
+        self._removable = (self._block < blocks) | (self._inner < ones) | (self._outer < ones)
         whole = self._products(np.ones(self.size))
         self.removable_macs = float(self._macs[self._removable] @ whole[self._removable])
         self.removable_params = float(self._params[self._removable] @ whole[self._removable])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-PRODUCER, CONSUMER = "producer", "consumer"
+PRODUCER, CONSUMER, TIED = "producer", "consumer", "tied"
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,10 @@ class Slice:
     Args:
         tensor: Name of the parameter or buffer, as in the network's state dict.
         dim: Dimension along which the units lie.
-        role: `PRODUCER`: the entries make the unit; `CONSUMER`: they read it, and carry its gate.
-        offset: Index of the first unit's first entry.
+        role: `PRODUCER`: the entries make the unit; `CONSUMER`: they read it, and carry its gate; `TIED`: they are computed
+            with for every unit by itself, such as a norm's affine and statistics, depthwise filters, a LayerScale.
+        offset: Index of the first unit's first entry, in the whole tensor, before anything was cut. The units of a slice
+            follow each other; units of other sites, or what always stays, may come before and after them.
         each: Entries of a unit, which follow each other: 1 for a channel, the head size for an attention head.
     """
 
@@ -38,6 +40,23 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Attribute:
+    """A number that a module keeps about its width, which a cut rewrites: ``fixed + each * units that stay``, added up over sites.
+
+    Args:
+        module: Path of the module.
+        name: Its attribute: ``out_channels``, ``in_features``, ``groups``, ``num_heads`` ...
+        each: Times the units of the site.
+        fixed: What no site has a share in.
+    """
+
+    module: str
+    name: str
+    each: int = 1
+    fixed: int = 0
+
+
+@dataclass(frozen=True)
 class Site:
     """One hidden width of a residual branch; its units are removed one by one.
 
@@ -49,6 +68,9 @@ class Site:
             carry the unit gates.
         normalised: Whether the consumers' outputs go straight into batch norms. A constant shift of the units then
             has no effect, so that removing a unit means replacing it by its mean.
+        parts: Every slice of the units, where they are no plain channels of plain layers; then `producers` and `consumers`
+            are empty.
+        attributes: What a cut rewrites beside the tensors, where `parts` are given.
     """
 
     name: str
@@ -56,23 +78,47 @@ class Site:
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     normalised: bool = False
+    parts: tuple[Slice, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
 
 
 @dataclass(frozen=True)
 class Block:
-    """A residual branch that can be removed as a whole.
+    """A residual branch that can be removed as a whole, or a part of the network that only holds sites.
 
-    The module at `name` must have a method ``shortcut_only() -> nn.Module``: what is left when its branch is gone.
+    Without `addend` or `absent`, the module at `name` must have a method ``shortcut_only() -> nn.Module``: what is left when
+    its branch is gone.
 
     Args:
-        name: Path of the block's module.
+        name: Path of the block's module. With `addend` or `absent`, or if not `removable`: any name that no other block has.
         output: Path of the branch's last module with an affine (a norm, or a linear or convolutional layer); the layer
-            gate scales its weight and bias.
+            gate scales its weight and bias, or what it returns if it has no parameters. Empty if not `removable`.
         sites: Hidden widths of the branch, in order.
         fixed: Paths inside the block that stay when the branch goes (a shortcut with weights).
+        module: Path of the smallest module that holds the whole branch and the addition that ends it, where it has no
+            ``shortcut_only()`` or several branches: the remainder of its own traced graph takes its place. Empty: `name`.
+        addend: Name of the node of that module's traced graph which is added to the shortcut; it is what goes. The graph is
+            that of `catode.prune.gated.remainder.trace`, which follows no submodule. Empty: the block has ``shortcut_only()``.
+        absent: Instead of an `addend`, where `module` cannot be traced: paths of the branch's modules that `module` calls, and the
+            number of things that each returns, 0 for a tensor. What takes their places returns a single 0, so that 0 is added
+            to the shortcut; see `catode.prune.gated.absent`.
+        branch: Paths of the modules and parameters that go with the branch, where there is an `addend`, or what is `absent`.
+            Empty: everything inside `name` but what is `fixed`.
+        removable: Whether the branch can go as a whole. If not, the block only holds sites, none of which may lose its last
+            unit, and its layer counts as decided: kept.
     """
 
     name: str
     output: str
     sites: tuple[Site, ...]
     fixed: tuple[str, ...] = ()
+    module: str = ""
+    addend: str = ""
+    absent: tuple[tuple[str, int], ...] = ()
+    branch: tuple[str, ...] = ()
+    removable: bool = True
+
+    @property
+    def place(self) -> str:
+        """Path of the module that holds the block; empty for the whole network."""
+        return self.module or (self.name if self.removable and not self.absent else "")

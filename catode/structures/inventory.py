@@ -55,6 +55,8 @@ class Inventory:
         unit_site: Number of each unit's site, shape (n - layers,).
         unit_layer: Number of each unit's layer, shape (n - layers,).
         is_layer: Which structures are layers, shape (n,); the others are units.
+        removable: Which structures can go: all but the layers of blocks that are not removable, shape (n,).
+        lasting: Which sites keep a unit, since their block is not removable, shape (sites,).
     """
 
     def __init__(self, blocks: Sequence[Block]):
@@ -74,6 +76,9 @@ class Inventory:
         self.unit_site = np.repeat(np.arange(len(places)), self.widths)
         self.unit_layer = self.site_layer[self.unit_site]
         self.is_layer = np.arange(self.size) < self.layers
+        self.removable = np.ones(self.size, dtype=bool)
+        self.removable[: self.layers] = [block.removable for block in self.blocks]
+        self.lasting = ~self.removable[self.site_layer]
 
     def standing(self, kept: NDArray[np.bool_]) -> Iterator[Place]:
         """The sites of the blocks in the network.
@@ -90,18 +95,42 @@ class Inventory:
     def close(self, kept: ArrayLike) -> NDArray[np.bool_]:
         """Removal with the block: an emptied site removes its block, a removed block all its units.
 
+        A block that is not removable stays, with the first unit of every site that nothing else would be left of.
+
         Args:
             kept: Structures that would stay, shape (n,).
 
         Returns:
             Those that stay, the largest such set, shape (n,).
         """
-        kept = np.array(kept, dtype=bool)
+        kept = np.array(kept, dtype=bool) | (self.is_layer & ~self.removable)
+        for number in np.flatnonzero(self.lasting):
+            if not kept[self.units[number]].any():
+                kept[self.units[number][:1]] = True
         layers, units = kept[: self.layers], kept[self.layers :]
         alive = np.bincount(self.unit_site, units, len(self.widths)) > 0
         np.logical_and.at(layers, self.site_layer, alive)
         units &= layers[self.unit_layer]
         return kept
+
+    def emptied(self, kept: NDArray[np.bool_], going: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+        """Numbers of the units present at each site that would lose its last unit, but must not.
+
+        Args:
+            kept: Structures in the network, shape (n,).
+            going: Those that would be removed, shape (n,).
+        """
+        present = (self.units[number][kept[self.units[number]]] for number in np.flatnonzero(self.lasting))
+        return [units for units in present if len(units) and going[units].all()]
+
+    def alone(self, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which units are the only one of their site that stays, shape (n,).
+
+        Args:
+            kept: Structures that stay, shape (n,).
+        """
+        number = np.bincount(self.unit_site, kept[self.layers :], len(self.widths))
+        return kept & np.concatenate([~self.is_layer[self.is_layer], (number == 1)[self.unit_site]])
 
     def names(self) -> list[dict]:
         """kind, block, site and index of every structure, as in structures.csv."""
@@ -137,6 +166,10 @@ class Inventory:
         kept = np.zeros(self.size, dtype=bool)
         for layer, block in enumerate(self.blocks):
             kept[layer] = record[block.name]["kept"]
+            if not kept[layer] and not block.removable:
+                raise ValueError(
+                    f"`{block.name}` in structure.json must be kept, as it is no branch; got one that is not"
+                )
             if kept[layer] and set(record[block.name]["sites"]) != {site.name for site in block.sites}:
                 named = sorted(record[block.name]["sites"])
                 raise ValueError(f"`{block.name}` in structure.json must name its sites; got {named}")

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from catode.prune.measure.bounds import branch, norms, project
+from catode.prune.describe.protocol import branch
+from catode.prune.measure.bounds import norms, project
 from catode.prune.pruner import Pruner
 from catode.train.models import DenseResNet
 
@@ -80,11 +81,11 @@ def test_the_projection_is_the_nearest_point_of_the_ball():
     blocks, kept = pruner.blocks, np.array([True, True, False] + [True] * 36)
     sizes = [by_hand(model, block.name) for block in blocks]
     most = (sizes[0] + min(sizes[1], sizes[0])) / 2 * 0.8
-    before = [[p.detach().clone() for p in branch(model, block)] for block in blocks]
+    before = [[p.detach().clone() for p in branch(model, block).values()] for block in blocks]
     project(model, blocks, kept, most)
     for block, size, old, stands in zip(blocks, sizes, before, kept, strict=False):
         factor = min(1.0, most / size) if stands else 1.0
-        for p, was in zip(branch(model, block), old, strict=True):
+        for p, was in zip(branch(model, block).values(), old, strict=True):
             torch.testing.assert_close(p.detach(), factor * was)
     assert all(float(norm) <= most * (1 + 1e-6) for norm in norms(model, blocks, kept))
 

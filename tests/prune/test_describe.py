@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from catode.prune.describe.costs import Counts, count, describe, inference
@@ -328,11 +330,40 @@ def test_a_site_whose_norm_mixes_units_is_refused(norm):
         describe(model, [block], torch.zeros(1, 4))
 
 
-def test_a_layer_that_cannot_be_counted_is_refused():
+def test_parameters_without_products_count_themselves():
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(4))
+    assert count(model, torch.zeros(1, 4)) == Counts(16, 16 + 4 + 4)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_weight_that_is_used_functionally_is_counted():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.scale = nn.Linear(8, 16), nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return F.linear(self.scale * x, self.a.weight)
+
+    assert count(Functional(), torch.zeros(3, 5, 8)) == Counts(5 * 8 * 16, 8 * 16 + 16 + 8)
+
+
+def test_products_of_activations_are_counted_as_torch_does():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    example = torch.randn(2, 5, 8)
+    with inference(model), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        torch.backends.mha.set_fastpath_enabled(False)
+        model(example)
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert count(model, example).macs - 2 * 5 * 8 == counter.get_total_flops() // 4
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_module_that_raises_leaves_no_hooks():
     model = nn.Sequential(nn.Linear(4, 4), nn.PReLU())
-    with pytest.raises(TypeError, match=r"cannot count `1` \(PReLU\)"):
-        count(model, torch.zeros(1, 4))
-    assert not any(m._forward_hooks for m in model.modules()), "a refused network must come back without hooks"
+    with pytest.raises(RuntimeError):
+        count(model, torch.zeros(1, 5))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 class Positions(nn.Module):

@@ -2,86 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
+from catode.prune.describe.executed import NORMS, Executed, batch_size, called, executed, inference
+from catode.prune.describe.protocol import goes_with, slices, tensor_of, within
+from catode.prune.gated.cut import keep_units
 from catode.structures.complexity import Complexity, Term
-from catode.structures.description import Block
-from catode.structures.inventory import Inventory
+from catode.structures.description import CONSUMER, Block, Site, Slice
+from catode.structures.inventory import Inventory, Place
+
+__all__ = ["Counts", "called", "count", "describe", "in_width", "inference", "out_width"]
+
+Part = tuple[int | None, int]  # number of a site, or None, and entries of each of its units
 
 
 @dataclass(frozen=True)
 class Counts:
     """MACs and parameters of a network, per example.
 
-    Convention: a multiply-accumulate is 1 MAC (= 1 FLOP). Convolutions and linear layers count one MAC per weight use,
-    norm layers one per normalised element (scale and shift); additions, biases, activations, pooling, tables that are looked
-    up and products of activations with each other (those of attention) count none.
+    Convention: a multiply-accumulate is 1 MAC (= 1 FLOP). Convolutions, linear layers and every other product of matrices,
+    those of attention included, count one MAC per multiplication, as `torch.utils.flop_counter` counts two; norm layers one
+    per normalised element (scale and shift). Additions, biases, activations, pooling and tables that are looked up count none.
     """
 
     macs: int
     params: int
 
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-
-
-@contextmanager
-def inference(model: nn.Module):
-    """Eval mode without gradients; every module's training flag is restored."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-
-
-def called(model: nn.Module, example: Any) -> Any:
-    """What a model returns when it is called with an example: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
-
-
-def _positions(model: nn.Module, example: Any) -> dict[str, int]:
-    """Number of output positions per example of every counted module, summed over its calls."""
-    found: dict[str, int] = {}
-    hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def record(name: str, channels: int):
-        def hook(module, args, output):
-            found[name] = found.get(name, 0) + output.numel() // (output.shape[0] * channels)
-
-        return hook
-
-    try:
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, *_NORMS)):
-                hooks.append(module.register_forward_hook(record(name, out_width(module))))
-            elif any(True for _ in module.parameters(recurse=False)):
-                raise TypeError(
-                    f"cannot count `{name}` ({type(module).__name__}): only convolutions, linear and norm layers and "
-                    "embeddings may have parameters. Extend catode.prune.describe.costs for other layers."
-                )
-        with inference(model):
-            called(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
 def out_width(module: nn.Module) -> int:
-    """Output channels of a counted layer."""
+    """Output channels of a layer."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.out_channels
     if isinstance(module, nn.Linear):
@@ -91,19 +48,6 @@ def out_width(module: nn.Module) -> int:
     if isinstance(module, nn.LayerNorm):
         return int(np.prod(module.normalized_shape))
     return module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
-
-
-def _costs(module: nn.Module, positions: int) -> tuple[int, int, int, int]:
-    """MACs and parameters per (input, output) pair, and per output unit alone."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        taps = int(np.prod(module.kernel_size))
-        return positions * taps, taps, 0, int(module.bias is not None)
-    if isinstance(module, nn.Linear):
-        return positions, 1, 0, int(module.bias is not None)
-    if isinstance(module, nn.Embedding):
-        return 0, 1, 0, 0
-    affine = int(module.weight is not None) + int(module.bias is not None) if hasattr(module, "weight") else 0
-    return 0, 0, positions, affine
 
 
 def in_width(module: nn.Module) -> int:
@@ -116,21 +60,15 @@ def in_width(module: nn.Module) -> int:
 
 
 def count(model: nn.Module, example: Any) -> Counts:
-    """MACs and parameters of a plain network, from its modules' own sizes.
+    """MACs and parameters of a plain network, from what it executes.
 
     Args:
         model: A network without gates.
         example: One input batch: a tensor, a tuple of arguments, or a mapping of keyword arguments; only shapes matter.
     """
-    macs = params = 0
-    modules = dict(model.named_modules())
-    for name, positions in _positions(model, example).items():
-        module = modules[name]
-        pair_macs, pair_params, unit_macs, unit_params = _costs(module, positions)
-        n_in, n_out = in_width(module), out_width(module)
-        macs += n_out * (pair_macs * n_in + unit_macs)
-        params += n_out * (pair_params * n_in + unit_params)
-    return Counts(macs, params)
+    with inference(model):
+        found = executed(model, lambda: called(model, example))
+    return Counts(round(found.macs / batch_size(example)), sum(p.numel() for p in model.parameters()))
 
 
 def describe(model: nn.Module, blocks: Sequence[Block], example: Any) -> Complexity:
@@ -144,44 +82,213 @@ def describe(model: nn.Module, blocks: Sequence[Block], example: Any) -> Complex
     Raises:
         ValueError: if the description names a module that is not there or gets a width wrong.
     """
-    modules = dict(model.named_modules())
     inventory = Inventory(blocks)
-    inner, outer = {}, {}
     for place in inventory.places:
-        site = place.site
-        for table, names, width_of in ((outer, site.producers, out_width), (inner, site.consumers, in_width)):
-            for name in names:
-                if name not in modules:
-                    raise ValueError(f"`structures()` names `{name}`, which the model does not have")
-                if width_of(modules[name]) != site.width:
-                    raise ValueError(
-                        f"site `{site.name}` must have the width of `{name}`; got {site.width} and {width_of(modules[name])}"
-                    )
-                if isinstance(modules[name], (nn.GroupNorm, nn.LayerNorm)):
-                    raise ValueError(
-                        f"site `{site.name}` must not pass `{name}`, a {type(modules[name]).__name__}, which mixes the units: "
-                        "removing one would change the others. Use a batch norm, or leave the site out."
-                    )
-                if isinstance(modules[name], nn.Embedding):
-                    raise ValueError(
-                        f"site `{site.name}` must be made by a convolution, a linear layer or a batch norm; `{name}` is an "
-                        "Embedding. Leave the site out."
-                    )
-                table[name] = place.number
-    terms = []
-    for name, positions in _positions(model, example).items():
-        module = modules[name]
-        pair_macs, pair_params, unit_macs, unit_params = _costs(module, positions)
-        block = next((i for i, b in enumerate(blocks) if _inside(name, b.name) and not _inside(name, *b.fixed)), None)
-        s_in, s_out = inner.get(name), outer.get(name)
-        rows = 1 if s_out is not None else out_width(module)
-        if pair_macs or pair_params:
-            size = rows * (1 if s_in is not None else in_width(module))
-            terms.append(Term(name, size * pair_macs, size * pair_params, block, s_in, s_out))
-        if unit_macs or unit_params:
-            terms.append(Term(name, rows * unit_macs, rows * unit_params, block, None, s_out))
+        _check_widths(model, place.site)
+    with inference(model):
+        found = executed(model, lambda: called(model, example))
+        terms = list(_Terms(model, inventory, found, batch_size(example), example).all())
     return Complexity(terms, inventory)
 
 
-def _inside(name: str, *roots: str) -> bool:
-    return any(name == root or name.startswith(root + ".") for root in roots)
+def _check_widths(model: nn.Module, site: Site) -> None:
+    """Make sure that the plain layers of a site have its width and mix no units."""
+    modules = dict(model.named_modules())
+    for names, width_of in ((site.producers, out_width), (site.consumers, in_width)):
+        for name in names:
+            if name not in modules:
+                raise ValueError(f"`structures()` names `{name}`, which the model does not have")
+            if width_of(modules[name]) != site.width:
+                raise ValueError(
+                    f"site `{site.name}` must have the width of `{name}`; got {site.width} and {width_of(modules[name])}"
+                )
+            if isinstance(modules[name], (nn.GroupNorm, nn.LayerNorm)):
+                raise ValueError(
+                    f"site `{site.name}` must not pass `{name}`, a {type(modules[name]).__name__}, which mixes the units: "
+                    "removing one would change the others. Use a batch norm, or leave the site out."
+                )
+            if isinstance(modules[name], nn.Embedding):
+                raise ValueError(
+                    f"site `{site.name}` must be made by a convolution, a linear layer or a batch norm; `{name}` is an "
+                    "Embedding. Leave the site out."
+                )
+
+
+class _Terms:
+    """The terms of a network's polynomial.
+
+    Args:
+        model: The whole network.
+        inventory: Numbering of its structures.
+        found: What it executes.
+        examples: Number of examples that it executed that for.
+        example: The example input.
+    """
+
+    def __init__(self, model: nn.Module, inventory: Inventory, found: Executed, examples: int, example: Any):
+        self.model, self.inventory, self.found, self.examples, self.example = model, inventory, found, examples, example
+        self.modules = dict(model.named_modules())
+        self.numbers = {id(p): number for number, p in enumerate(model.parameters())}
+        self.names: dict[int, list[str]] = {}
+        for name, p in model.named_parameters(remove_duplicate=False):
+            self.names.setdefault(self.numbers[id(p)], []).append(name)
+        self.axes: dict[tuple[int, int], dict[tuple[int, int], tuple[int, Slice]]] = {}
+        for place in inventory.places:
+            for part in slices(model, place.site):
+                ranges = self.axes.setdefault((id(tensor_of(model, part.tensor)), part.dim), {})
+                ranges.setdefault((part.offset, part.each), (place.number, part))
+        self.products: dict[int, list[tuple[str, int]]] = {}
+        for (path, number), macs in found.products.items():
+            self.products.setdefault(number, []).append((path, macs))
+
+    def all(self) -> Iterator[Term]:
+        """Those of every module in the order in which they ran, then of those that did not, then of functional products."""
+        done: set[int] = set()
+        for path in dict.fromkeys([*self.found.modules, *self.modules]):
+            module = self.modules[path]
+            if isinstance(module, NORMS):
+                yield from self._norm(path, module, done)
+            for name, parameter in module._parameters.items():
+                if parameter is not None and self.numbers[id(parameter)] not in done:
+                    done.add(self.numbers[id(parameter)])
+                    yield from self._parameter(f"{path}.{name}" if path else name, parameter)
+        for path, macs in self.found.functional.items():
+            yield from self._functional(path, macs)
+
+    def _block(self, *paths: str) -> int | None:
+        """Number of the block that all of some modules or parameters go with."""
+        found = set()
+        for path in paths:
+            found.add(next((n for n, block in enumerate(self.inventory.blocks) if goes_with(block, path)), None))
+        return found.pop() if len(found) == 1 else None
+
+    def _parts(self, tensor: Any, dim: int) -> list[Part]:
+        """Entries along one dimension: of the units of each site, and those that always stay."""
+        ranges = self.axes.get((id(tensor), dim), {}).values()
+        fixed = tensor.shape[dim] - sum(part.each * self.inventory.places[n].site.width for n, part in ranges)
+        parts: list[Part] = [(number, part.each) for number, part in ranges]
+        return [*parts, (None, fixed)] if fixed or not parts else parts
+
+    def _parameter(self, name: str, parameter: nn.Parameter) -> Iterator[Term]:
+        """Terms of a parameter: its entries, and what every entry is multiplied with."""
+        path, number = name.rpartition(".")[0], self.numbers[id(parameter)]
+        names, uses = self.names[number], self.products.get(number, [])
+        several = len({self._block(other) for other in names}) > 1
+        used = [(self._block(place) if several else self._block(*names), macs) for place, macs in uses]
+        # params with the first use, if all go together
+        if not used or several:
+            used = [(self._block(*names), 0), *used]
+        params = 1.0
+        for block, macs in used:
+            each = macs / self.examples / parameter.numel() if parameter.numel() else 0.0
+            for inner, outer, entries in self._pairs(name, parameter):
+                if entries * each or entries * params:
+                    yield Term(path, entries * each, entries * params, block, inner, outer)
+            params = 0.0
+
+    def _pairs(self, name: str, parameter: nn.Parameter) -> Iterator[tuple[int | None, int | None, int]]:
+        """Sites on the input and output side of the entries of a tensor, and the entries of each pair of their units."""
+        cut = [dim for dim in range(parameter.dim()) if (id(parameter), dim) in self.axes]
+        rest = prod(parameter.shape[dim] for dim in range(parameter.dim()) if dim not in cut)
+        if len(cut) > 2:
+            raise ValueError(
+                f"`{name}` must have units along at most two dimensions; got {len(cut)}. Leave a site out."
+            )
+        reads = [dim for dim in cut if self._read(parameter, dim)]
+        inner = reads[0] if reads else (cut[1] if len(cut) == 2 else None)
+        outer = next((dim for dim in cut if dim != inner), None)
+        for i, size in [(None, 1)] if inner is None else self._parts(parameter, inner):
+            for o, other in [(None, 1)] if outer is None else self._parts(parameter, outer):
+                yield i, o, rest * size * other
+
+    def _read(self, parameter: nn.Parameter, dim: int) -> bool:
+        return any(part.role == CONSUMER for _, part in self.axes[id(parameter), dim].values())
+
+    def _norm(self, path: str, module: nn.Module, done: set[int]) -> Iterator[Term]:
+        """Terms of a norm: its elements, scales and shifts."""
+        width = out_width(module)
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        sized = [tensor for tensor in tensors if tensor is not None and tensor.shape == (width,)]
+        known = next((tensor for tensor in sized if (id(tensor), 0) in self.axes), None)
+        parts = self._by_attribute(path, width) if known is None else self._parts(known, 0)
+        own = [p for p in module._parameters.values() if p is not None and p.numel() == width]
+        own = [p for p in own if self.numbers[id(p)] not in done]
+        if any(len(self.names[self.numbers[id(p)]]) > 1 for p in own):
+            own = []  # a shared one counts by itself
+        done.update(self.numbers[id(p)] for p in own)
+        elements = self.found.normalised.get(path, 0) / self.examples / width
+        for site, size in parts:
+            if size * elements or size * len(own):
+                yield Term(path, size * elements, size * len(own), self._block(path), None, site)
+
+    def _by_attribute(self, path: str, width: int) -> list[Part]:
+        """Channels of a norm without tensors that sites cut, from the attributes that a cut rewrites."""
+        parts: list[Part] = [
+            (place.number, part.each)
+            for place in self.inventory.places
+            for part in place.site.attributes
+            if part.module == path and part.name == "num_features"
+        ]
+        fixed = width - sum(each * self.inventory.places[n].site.width for n, each in parts)
+        return [*parts, (None, fixed)] if fixed or not parts else parts
+
+    def _functional(self, path: str, macs: int) -> Iterator[Term]:
+        """Terms of products of activations in a module: linear in the units of each site inside it, as cut copies of it show."""
+        block, rest = self._block(path), float(macs)
+        inside = [place for place in self.inventory.places if any(within(p.tensor, path) for p in place.site.parts)]
+        if inside:
+            for place, slope in self._slopes(path, inside, macs):
+                rest -= slope * place.site.width
+                if slope:
+                    yield Term(path, slope / self.examples, 0.0, block, place.number, None)
+        if rest:
+            yield Term(path, rest / self.examples, 0.0, block)
+
+    def _slopes(self, path: str, places: Sequence[Place], macs: int) -> list[tuple[Place, float]]:
+        """MACs of one unit of each site in the functional products of a module."""
+        found: list[tuple[Place, float]] = []
+
+        def measure(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if found:  # the module runs several times
+                return
+            whole = sum(executed(module, lambda: module(*args, **kwargs)).functional.values())
+            for place in places:
+                try:
+                    small = _cut(module, path, place.site)
+                    left = sum(executed(small, lambda small=small: small(*args, **kwargs)).functional.values())
+                except Exception:  # the self-check says what is wrong with the site
+                    left = whole
+                slope = (whole - left) / max(place.site.width - 1, 1)
+                found.append((place, slope * macs / whole if whole else 0.0))
+
+        module, busy = self.modules[path], []
+
+        def once(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not busy:
+                busy.append(True)
+                measure(module, args, kwargs)
+                busy.clear()
+
+        hook = module.register_forward_pre_hook(once, with_kwargs=True)
+        try:
+            called(self.model, self.example)
+        finally:
+            hook.remove()
+        return found
+
+
+def _cut(module: nn.Module, path: str, site: Site) -> nn.Module:
+    """A copy of a module with one unit of a site, as far as the site is inside it."""
+
+    def inner(name: str) -> str:
+        return name.removeprefix(f"{path}.") if name != path else ""
+
+    parts = tuple(dataclasses.replace(p, tensor=inner(p.tensor)) for p in site.parts if within(p.tensor, path))
+    attributes = tuple(
+        dataclasses.replace(a, module=inner(a.module)) for a in site.attributes if within(a.module, path)
+    )
+    small = copy.deepcopy(module)
+    for hooks in (small._forward_pre_hooks, small._forward_hooks):
+        hooks.clear()
+    keep_units(small, dataclasses.replace(site, parts=parts, attributes=attributes), [0])
+    return small

@@ -6,17 +6,19 @@ optimizer, a gradient clipper) holds the cut ones. Units are given as positions 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from catode.prune.describe.protocol import slices
+from catode.prune.describe.protocol import attributes, branch, owner, slices, tensor_of
+from catode.prune.gated import absent
+from catode.prune.gated.remainder import without
 from catode.structures.description import CONSUMER, PRODUCER, Block, Site, Slice
 from catode.structures.inventory import Inventory
+from catode.structures.layout import Layout
 
 
 class Change:
@@ -80,63 +82,6 @@ def shrink(parameter: nn.Parameter, data: torch.Tensor) -> None:
     parameter.data = data
 
 
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """What one cut of a `Pruner` removes: applied to its model, and to any plain copy with the same structure.
-
-    Args:
-        inventory: Numbering of the structures.
-        kept: Structures that stay, shape (n,).
-        before: Structures that were kept before, shape (n,).
-        present: Numbers of the units physically present at each site.
-        multiple: Widths are rounded up to a multiple of this by dead channels.
-        stay: Instead, the units that stay at each site, dead channels included.
-        fold: Factors of the weights that read each unit, shape (n,).
-    """
-
-    inventory: Inventory
-    kept: NDArray[np.bool_]
-    before: NDArray[np.bool_]
-    present: Sequence[NDArray[np.int64]]
-    multiple: int = 1
-    stay: Sequence[NDArray[np.int64]] | None = None
-    fold: NDArray | None = None
-
-    def apply(self, model: nn.Module, change: Change | None = None) -> list[NDArray[np.int64]]:
-        """Cut a model in place, its parameters and buffers.
-
-        Args:
-            model: A plain network, without gates, to which all earlier cuts were applied, such as a copy for averaged weights.
-            change: Record to extend; its `follow` then cuts the state of the model's optimizer.
-
-        Returns:
-            Numbers of the units now present at each site.
-
-        Raises:
-            RuntimeError: if a dead channel is no longer dead.
-        """
-        change, after = Change() if change is None else change, list(self.present)
-        for layer, block in enumerate(self.inventory.blocks):
-            if self.before[layer] and not self.kept[layer]:
-                drop_block(model, block, change)
-        for place in self.inventory.standing(self.kept):
-            here, site = self.present[place.number], place.site
-            live = self.kept[here]
-            dead = np.flatnonzero(~live)
-            check_dead(model, site, np.flatnonzero(~self.before[here]))
-            wanted = np.arange(len(dead)) < -int(live.sum()) % self.multiple
-            fill = dead[wanted if self.stay is None else np.isin(here[dead], self.stay[place.number])]
-            if self.fold is not None and (self.fold[here] != 1.0).any():
-                fold_units(model, site, self.fold[here], change)
-            if len(fill):
-                silence_units(model, site, fill.tolist(), change)
-            left = np.union1d(np.flatnonzero(live), fill)
-            if len(left) < len(live):
-                keep_units(model, site, left.tolist(), change)
-            after[place.number] = here[left]
-        return after
-
-
 def _take(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     """Copy of the slices `index` along `dim`, in the memory format of `tensor`."""
     taken = tensor.index_select(dim, index)
@@ -152,7 +97,9 @@ def _scale(tensor: torch.Tensor, dim: int, factors: torch.Tensor) -> torch.Tenso
     return tensor * factors.to(tensor).view([-1 if d == dim else 1 for d in range(tensor.dim())])
 
 
-def keep_units(model: nn.Module, site: Site, index: Iterable[int], change: Change | None = None) -> Change:
+def keep_units(
+    model: nn.Module, site: Site, index: Iterable[int], change: Change | None = None, layout: Layout | None = None
+) -> Change:
     """Keep only some units of one site.
 
     Args:
@@ -160,6 +107,8 @@ def keep_units(model: nn.Module, site: Site, index: Iterable[int], change: Chang
         site: The site's description.
         index: Units to keep, as positions among those now present, at least one.
         change: Record to extend.
+        layout: Where the units of all sites are; None for a site that is whole, with no cut one in its tensors. It is brought up to
+            date.
 
     Raises:
         ValueError: if no unit would be left: an emptied site must be removed with its block.
@@ -168,22 +117,32 @@ def keep_units(model: nn.Module, site: Site, index: Iterable[int], change: Chang
     index = list(index)
     if not index:
         raise ValueError(f"site `{site.name}` must keep at least one unit; got none. Remove its block instead.")
-    for part in distinct(model, slices(model, site)):
-        module, name = _owner(model, part)
-        change.slice(module, name, part.dim, _entries(part, index, getattr(module, name)))
-    for names, attributes in (
+    layout = layout or Layout([site])
+    widths = attributes(model, site)
+    for parts in _by_dimension(model, slices(model, site)):
+        module, name = owner(model, parts[0].tensor)
+        kept = _kept(layout, site, parts, index, getattr(module, name))
+        change.slice(module, name, parts[0].dim, kept)
+    for names, counted in (
         (site.producers, ("out_channels", "out_features", "num_features")),
         (site.consumers, ("in_channels", "in_features")),
     ):
         for name in names:
             module = model.get_submodule(name)
-            for attribute in attributes:
+            for attribute in counted:
                 if hasattr(module, attribute):
                     setattr(module, attribute, len(index))
+    for width in widths:
+        module = model.get_submodule(width.module)
+        gone = width.each * (layout.present(site) - len(index))
+        setattr(module, width.name, getattr(module, width.name) - gone)
+    layout.keep(site, len(index))
     return change
 
 
-def silence_units(model: nn.Module, site: Site, index: Iterable[int], change: Change) -> None:
+def silence_units(
+    model: nn.Module, site: Site, index: Iterable[int], change: Change, layout: Layout | None = None
+) -> None:
     """Keep units only as dead channels, for the speed of a round width: every weight into and out of them is 0.
 
     With an activation that maps 0 to 0 no gradient reaches a dead channel, and decay leaves it at 0, so it stays dead.
@@ -193,15 +152,16 @@ def silence_units(model: nn.Module, site: Site, index: Iterable[int], change: Ch
         site: The site's description.
         index: Units to silence, as positions among those now present.
         change: Record to extend.
+        layout: Where the units of all sites are; None as for `keep_units`.
     """
-    index = list(index)
+    index, layout = list(index), layout or Layout([site])
     for part in slices(model, site):
-        module, name = _owner(model, part)
+        module, name = owner(model, part.tensor)
         if isinstance(getattr(module, name), nn.Parameter):
-            change.silence(module, name, part.dim, _entries(part, index, getattr(module, name)))
+            change.silence(module, name, part.dim, _entries(layout, part, index, getattr(module, name)))
 
 
-def fold_units(model: nn.Module, site: Site, factors: NDArray, change: Change) -> None:
+def fold_units(model: nn.Module, site: Site, factors: NDArray, change: Change, layout: Layout | None = None) -> None:
     """Multiply the weights that read a site's units by `factors`: gates folded into the weights.
 
     Args:
@@ -209,35 +169,49 @@ def fold_units(model: nn.Module, site: Site, factors: NDArray, change: Change) -
         site: The site's description.
         factors: Shape (units present,).
         change: Record to extend.
+        layout: Where the units of all sites are; None as for `keep_units`.
     """
-    for part in distinct(model, _with_role(slices(model, site), CONSUMER)):
-        module, name = _owner(model, part)
-        change.scale(module, name, part.dim, torch.from_numpy(np.repeat(factors, part.each)))
+    layout = layout or Layout([site])
+    for parts in _by_dimension(model, _with_role(slices(model, site), CONSUMER)):
+        module, name = owner(model, parts[0].tensor)
+        weight = getattr(module, name)
+        every = np.ones(weight.shape[parts[0].dim])
+        for part in parts:
+            every[layout.entries(part, np.arange(len(factors)))] = np.repeat(factors, part.each)
+        change.scale(module, name, parts[0].dim, torch.from_numpy(every))
 
 
-def check_dead(model: nn.Module, site: Site, index: NDArray[np.int64]) -> None:
+def check_dead(model: nn.Module, site: Site, index: NDArray[np.int64], layout: Layout | None = None) -> None:
     """Make sure that silenced units are still dead.
 
     Args:
         model: The plain network.
         site: The site's description.
         index: Silenced units, as positions among those now present, shape (k,).
+        layout: Where the units of all sites are; None as for `keep_units`.
 
     Raises:
         RuntimeError: if training changed one, which an activation with f(0) != 0 allows.
     """
     if not len(index):
         return
+    layout = layout or Layout([site])
     for part in _with_role(slices(model, site), CONSUMER):
-        weight = getattr(*_owner(model, part))
-        if weight.index_select(part.dim, _entries(part, index, weight)).any():
+        weight = tensor_of(model, part.tensor)
+        if weight.index_select(part.dim, _entries(layout, part, index, weight)).any():
             raise RuntimeError(
                 f"`width_multiple` must be 1 where an activation does not map 0 to 0; dead channels of `{site.name}` "
                 "are no longer 0. Pass width_multiple=1."
             )
 
 
-def keep_units_of_state(model: nn.Module, state: dict[str, torch.Tensor], site: Site, index: NDArray[np.int64]) -> None:
+def keep_units_of_state(
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    site: Site,
+    index: NDArray[np.int64],
+    layout: Layout | None = None,
+) -> None:
     """Keep only some units of one site in a state dict, as `keep_units` does in the network.
 
     Args:
@@ -245,39 +219,59 @@ def keep_units_of_state(model: nn.Module, state: dict[str, torch.Tensor], site: 
         state: Its state dict; changed in place.
         site: The site's description.
         index: Units to keep, as positions among those now present, shape (k,).
+        layout: Where the units of all sites are in the state; None as for `keep_units`. It is brought up to date.
     """
+    layout, parts = layout or Layout([site]), {}
     for part in slices(model, site):
-        tensor = state[part.tensor]
-        state[part.tensor] = _take(tensor, part.dim, _entries(part, index, tensor))
+        parts.setdefault((part.tensor, part.dim), []).append(part)
+    for (name, dim), several in parts.items():
+        state[name] = _take(state[name], dim, _kept(layout, site, several, index, state[name]))
+    layout.keep(site, len(index))
 
 
-def unit_norms(model: nn.Module, site: Site) -> NDArray:
+def unit_norms(model: nn.Module, site: Site, layout: Layout | None = None) -> NDArray:
     """Norm of the filter that makes each unit of a site, and scale of its norm layer, shape (2, width); gates left out.
 
     Where a site has no norm layer the filter's norm is used for both.
     """
-    filters, scale = 0.0, None
-    for part in _with_role(slices(model, site), PRODUCER):
-        module, name = _owner(model, part)
-        if name != "weight":
+    layout, filters, scale = layout or Layout([site]), 0.0, None
+    for part in slices(model, site):
+        module, name = owner(model, part.tensor)
+        if name != "weight" or part.role == CONSUMER:
             continue
         weight = module.weight.detach()
+        units = layout.present(site)
+        if units is not None:
+            entries = _entries(layout, part, np.arange(units), weight)
+            weight = weight.movedim(part.dim, 0).index_select(0, entries)
         if weight.dim() > 1:
-            filters = filters + weight.flatten(1).double().square().sum(1)
+            if part.role == PRODUCER:
+                squares = weight.flatten(1).double().square().sum(1)
+                filters = filters + squares.view(-1, part.each).sum(1)
         else:
-            scale = weight.double().abs()
+            scale = weight.double().abs().view(-1, part.each).sum(1)
+    if isinstance(filters, float):  # a site without a weight of its own
+        filters = torch.zeros(layout.present(site), dtype=torch.float64)
     filters = filters.sqrt()
     return torch.stack([filters, filters if scale is None else scale]).cpu().numpy()
 
 
 def drop_block(model: nn.Module, block: Block, change: Change | None = None) -> Change:
-    """Replace a block by its shortcut; changes `model` in place."""
+    """Replace a block by what is left of it without its branch; changes `model` in place."""
     change = Change() if change is None else change
-    before = model.get_submodule(block.name)
-    after = before.shortcut_only()
-    after.train(before.training)
+    if block.absent:
+        gone = set(branch(model, block).values())
+        absent.remove(model, block)
+        change.removed |= gone - set(model.parameters())
+        return change
+    before = model.get_submodule(block.place)
+    if block.addend:
+        after = without(before, block.addend)
+    else:
+        after = before.shortcut_only()
+        after.train(before.training)
     change.removed |= set(before.parameters()) - set(after.parameters())
-    model.set_submodule(block.name, after)
+    model.set_submodule(block.place, after)
     return change
 
 
@@ -293,6 +287,7 @@ def restrict(model: nn.Module, blocks: list[Block], structure: dict) -> nn.Modul
         ValueError: if the record does not fit the architecture.
     """
     inventory = Inventory(blocks)
+    layout = Layout(place.site for place in inventory.places)
     kept = inventory.kept(structure)
     for block, stays in zip(blocks, kept, strict=False):
         if not stays:
@@ -300,29 +295,36 @@ def restrict(model: nn.Module, blocks: list[Block], structure: dict) -> nn.Modul
     for place in inventory.standing(kept):
         units = structure[place.block.name]["sites"][place.site.name]
         if len(units) < place.site.width:
-            keep_units(model, place.site, units)
+            keep_units(model, place.site, units, layout=layout)
     return model
 
 
-def distinct(model: nn.Module, parts: Iterable[Slice]) -> list[Slice]:
-    """The slices without those of a tensor that another name has had already: a shared parameter is cut once."""
-    found = {}
+def _by_dimension(model: nn.Module, parts: Iterable[Slice]) -> list[list[Slice]]:
+    """Slices of one dimension of one tensor together; a shared parameter of several names is cut once."""
+    found: dict[tuple[int, int], dict[tuple[int, int], Slice]] = {}
     for part in parts:
-        module, name = _owner(model, part)
-        found.setdefault((id(getattr(module, name)), part.dim, part.offset, part.each), part)
-    return list(found.values())
+        several = found.setdefault((id(tensor_of(model, part.tensor)), part.dim), {})
+        several.setdefault((part.offset, part.each), part)
+    return [list(several.values()) for several in found.values()]
 
 
 def _with_role(parts: Iterable[Slice], role: str) -> list[Slice]:
     return [part for part in parts if part.role == role]
 
 
-def _owner(model: nn.Module, part: Slice) -> tuple[nn.Module, str]:
-    """The module that holds a tensor, and the tensor's name there."""
-    path, _, name = part.tensor.rpartition(".")
-    return model.get_submodule(path), name
-
-
-def _entries(part: Slice, units: Iterable[int] | NDArray, tensor: torch.Tensor) -> torch.Tensor:
+def _entries(layout: Layout, part: Slice, units: Iterable[int] | NDArray, tensor: torch.Tensor) -> torch.Tensor:
     """Indices of units along a slice's dimension, on the device of its tensor."""
-    return torch.from_numpy(part.entries(units)).to(tensor.device)
+    return torch.from_numpy(layout.entries(part, units)).to(tensor.device)
+
+
+def _kept(
+    layout: Layout, site: Site, parts: list[Slice], units: Iterable[int] | NDArray, tensor: torch.Tensor
+) -> torch.Tensor:
+    """Indices along the parts' dimension that are left when only some units of the site are kept."""
+    if layout.present(site) is None:
+        return _entries(layout, parts[0], units, tensor)
+    stays = np.ones(tensor.shape[parts[0].dim], dtype=bool)
+    gone = np.setdiff1d(np.arange(layout.present(site)), np.asarray(units, dtype=np.int64))
+    for part in parts:
+        stays[layout.entries(part, gone)] = False
+    return torch.from_numpy(np.flatnonzero(stays)).to(tensor.device)

@@ -1,7 +1,7 @@
 """Bernoulli gates at negligible cost: one draw a step, a multiplication of small tensors.
 
-A layer gate scales the affine of its block's last module; a unit gate scales the input slices of the module that
-*consumes* the unit. (Scaling the norm before the ReLU instead would erase dL/dxi wherever xi = 0, since relu'(0) = 0.)
+A layer gate scales the affine of its branch's last module, or what that returns; a unit gate scales the input slices of the
+modules that *consume* the unit. (Scaling the norm before the ReLU instead would erase dL/dxi wherever xi = 0, since relu'(0) = 0.)
 A gated module's weight is scaled while its forward pass runs and is the plain parameter at all other times, so that
 names, order and identity of the parameters never change. Every gate reads its value from one flat vector, so that after
 ``loss.backward()`` the vector's ``.grad`` holds dL/dxi of every structure at its draw.
@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
+from catode.structures.description import CONSUMER, Slice
 from catode.structures.inventory import Inventory
+from catode.structures.layout import Layout
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 NO_GRADIENTS = (
@@ -47,6 +50,7 @@ class Tap:
         channels: Dimension of the channels.
         before: Activation before the gates, detached, shape (batch, ...).
         after: The same times the draw: a node of the graph.
+        entries: Channels that are gated, shape (len(structures),); None for all.
     """
 
     structures: torch.Tensor
@@ -54,6 +58,7 @@ class Tap:
     channels: int
     before: torch.Tensor
     after: torch.Tensor
+    entries: torch.Tensor | None = None
 
     @torch.no_grad()
     def derivative(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -66,10 +71,11 @@ class Tap:
             Shape (batch, len(structures)).
         """
         x = self.before if self.mean is None else self.before - self.mean
-        own = [0, self.channels] if len(self.structures) > 1 else [0]
+        own = [0, self.channels] if len(self.structures) > 1 or self.entries is not None else [0]
         over = [d for d in range(x.dim()) if d not in own]
         product = x * gradient
-        return (product.sum(over) if over else product).reshape(len(x), -1)
+        found = (product.sum(over) if over else product).reshape(len(x), -1)
+        return found if self.entries is None else found.index_select(1, self.entries)
 
 
 class Copied:
@@ -142,25 +148,35 @@ class Gates:
         """Gate values that the forward pass uses, shape (n,)."""
         return self.draw if self.training else self.keep_prob
 
-    def install(self, layers: Sequence[bool], sites: Sequence[torch.Tensor | None]) -> None:
+    def install(
+        self, layers: Sequence[bool], sites: Sequence[torch.Tensor | None], layout: Layout | None = None
+    ) -> None:
         """Put gates into the model.
 
         Args:
             layers: For each block, whether its layer is gated.
             sites: For each site of each block in order, the numbers of the units that are now present in it, or None
                 where no unit of the site is gated.
+            layout: Where the units are; None for a network that is whole.
         """
+        ranges: dict[nn.Module, list[tuple[Slice, torch.Tensor, Layout]]] = {}
         for place in self.inventory.places:
-            if sites[place.number] is not None:
-                units = upload(sites[place.number], self.draw.device)
-                for name in place.site.consumers:
-                    gate = self._gate(self.model.get_submodule(name))
-                    gate.units = units
-                    if place.site.normalised:
-                        block = self.model.get_submodule(place.block.name)
-                        gate.norms = [norm for norm in block.modules() if isinstance(norm, BatchNorm)]
+            units, site = sites[place.number], place.site
+            if units is None:
+                continue
+            layout = layout or Layout(other.site for other in self.inventory.places)
+            plain = [Slice(f"{name}.weight", 1, CONSUMER) for name in site.consumers]
+            for part in site.parts or plain:
+                if part.role == CONSUMER:
+                    module = self.model.get_submodule(part.tensor.rpartition(".")[0])
+                    ranges.setdefault(module, []).append((part, units, layout))
+                    if site.normalised:
+                        block = self.model.get_submodule(place.block.place)
+                        self._gate(module).norms = [norm for norm in block.modules() if isinstance(norm, BatchNorm)]
+        for module, parts in ranges.items():
+            self._gate(module).read(module, parts, self.draw)
         for number, block in enumerate(self.blocks):
-            if layers[number]:
+            if layers[number] and block.removable:
                 here = upload(torch.tensor([number]), self.draw.device)
                 self._gate(self.model.get_submodule(block.output)).layer = number, here
         for module, gate in self._installed.items():
@@ -206,7 +222,18 @@ class Gates:
 
     @torch.no_grad()
     def folded_state(self) -> dict[str, torch.Tensor]:
-        """State dict of the network that eval mode computes: theta folded into the weights."""
+        """State dict of the network that eval mode computes: theta folded into the weights.
+
+        Raises:
+            ValueError: if the gate of a layer scales what a module without parameters returns.
+        """
+        for module, gate in self._installed.items():
+            if gate.layer is not None and not affine(module):
+                block = self.blocks[gate.layer[0]]
+                raise ValueError(
+                    f"`output` of block `{block.name}` must have parameters that its gate can be folded into; `{block.output}` has "
+                    "none. Call snapshot() when the layer is decided."
+                )
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         names = {module: name for name, module in self.model.named_modules()}
         for module, gate in self._installed.items():
@@ -224,7 +251,9 @@ class _ModuleGate(Copied):
 
     Attributes:
         gates: All gates.
-        units: Numbers of the units that its weight reads, or None.
+        units: Number of the unit that each entry of its weight along `dim` reads, and n for one without a gate; or None.
+        dim: Dimension of its weight that reads units.
+        entries: Entries with a gate; None for all.
         norms: The block's batch norms, if its output goes straight into one.
         layer: Number of the layer that it ends, and the same as a tensor of the device; or None.
     """
@@ -232,9 +261,34 @@ class _ModuleGate(Copied):
     def __init__(self, gates: Gates):
         self.gates = gates
         self.units: torch.Tensor | None = None
+        self.dim = 1
+        self.entries: torch.Tensor | None = None
         self.norms: list[nn.Module] = []
         self.layer: tuple[int, torch.Tensor] | None = None
         self._plain: dict[str, nn.Parameter] = {}
+
+    def read(self, module: nn.Module, parts: Sequence[tuple[Slice, torch.Tensor, Layout]], draw: torch.Tensor) -> None:
+        """Gate what a module reads.
+
+        Args:
+            module: The module.
+            parts: Slices of its weight, the numbers of the units present there, and where they are.
+            draw: Gate values, whose device counts.
+        """
+        self.dim, nothing = parts[0][0].dim, len(draw)
+        units = torch.full((module._parameters["weight"].shape[self.dim],), nothing)
+        for part, numbers, layout in parts:
+            entries = torch.from_numpy(layout.entries(part, np.arange(len(numbers))))
+            units[entries] = numbers.repeat_interleave(part.each)
+        gated = units < nothing
+        self.entries = None if gated.all() else upload(gated.nonzero().flatten(), draw.device)
+        self.units = upload(units, draw.device)
+
+    def _of_units(self, values: torch.Tensor) -> torch.Tensor:
+        """Gate of every entry along `dim`, from values of shape (..., n)."""
+        if self.entries is not None:  # 1 for entries without a gate
+            values = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], -1)
+        return values[..., self.units]
 
     def scaled(self, module: nn.Module, values: torch.Tensor, units: bool = True, layer: bool = True) -> dict:
         """Scaled parameters of a module by name.
@@ -248,11 +302,11 @@ class _ModuleGate(Copied):
         found = {}
         if units and self.units is not None:
             weight = module._parameters["weight"]
-            found["weight"] = weight * values[self.units].to(weight.dtype).view(1, -1, *[1] * (weight.dim() - 2))
+            shape = [-1 if d == self.dim else 1 for d in range(weight.dim())]
+            found["weight"] = weight * self._of_units(values).to(weight.dtype).view(shape)
         if layer and self.layer is not None:
-            for name in ("weight", "bias"):
-                if module._parameters.get(name) is not None:
-                    found[name] = found.get(name, module._parameters[name]) * values[self.layer[0]]
+            for name in affine(module):
+                found[name] = found.get(name, module._parameters[name]) * values[self.layer[0]]
         return found
 
     def before(self, module: nn.Module, args: tuple) -> tuple | None:
@@ -270,8 +324,8 @@ class _ModuleGate(Copied):
         if self.units is None or not (by_example or tapped):
             return None
         x = args[0]
-        channels = x.dim() - 1 if isinstance(module, nn.Linear) else 1
-        gate = (gates.rows if by_example else gates.draw)[..., self.units]
+        channels = 1 if isinstance(module, nn.modules.conv._ConvNd) else x.dim() - 1
+        gate = self._of_units(gates.rows if by_example else gates.draw)
         gate = gate.view(-1, *(len(self.units) if d == channels else 1 for d in range(1, x.dim()))).to(x.dtype)
         # A gate of the whole batch shifts the units' means, which the following norm removes; a gate of one example closes
         # towards the mean instead.
@@ -279,7 +333,8 @@ class _ModuleGate(Copied):
         centred = bool(self.norms) and gates.training and all(norm.training for norm in self.norms)
         mean = gates.group.mean(x.detach().mean(_all_but(x, channels), keepdim=True)) if centred else None
         if tapped:
-            gates._taps.append(Tap(self.units, mean, channels, x.detach(), _node(x * gate)))
+            structures = self.units if self.entries is None else self.units[self.entries]
+            gates._taps.append(Tap(structures, mean, channels, x.detach(), _node(x * gate), self.entries))
             return (gates._taps[-1].after, *args[1:])
         return (torch.lerp(mean, x, gate) if centred else x * gate, *args[1:])
 
@@ -290,12 +345,23 @@ class _ModuleGate(Copied):
         if self.layer is None or output is None:
             return None
         gates, (number, here) = self.gates, self.layer
+        x = output[0] if isinstance(output, tuple) else output
         if gates._tap_layers and gates.tapping:
-            gates._taps.append(Tap(here, None, 1, output.detach(), _node(output * gates.draw[number])))
-            return gates._taps[-1].after
-        if gates.rows is None:
+            gates._taps.append(Tap(here, None, 1, x.detach(), _node(x * gates.draw[number])))
+            scaled = gates._taps[-1].after
+        elif gates.rows is not None:
+            scaled = x * gates.rows[:, number].view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        elif not affine(module):
+            scaled = x * gates.values[number].to(x.dtype)
+        else:
             return None
-        return output * gates.rows[:, number].view(-1, *[1] * (output.dim() - 1)).to(output.dtype)
+        return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
+
+
+def affine(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters that scale with what it returns: weight and bias, or a single one of another name."""
+    own = [name for name, parameter in module._parameters.items() if parameter is not None]
+    return own if len(own) == 1 else [name for name in ("weight", "bias") if name in own]
 
 
 def _node(x: torch.Tensor) -> torch.Tensor:

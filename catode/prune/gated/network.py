@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from catode.prune.gated.gates import Gates, drop_copied_hooks
 from catode.prune.measure.growth import GradientProducts
 from catode.structures.description import Block, Site
 from catode.structures.inventory import Inventory
+from catode.structures.layout import Layout, layout_of, units_in
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Cut:
     Attributes:
         blocks: Residual branches that go.
         sites: What becomes of the units of the others.
+        layout: Where the units were before it.
     """
 
     blocks: tuple[Block, ...]
     sites: tuple[SiteCut, ...]
+    layout: Layout = field(default_factory=lambda: Layout(()))
 
     def apply(self, model: nn.Module) -> cut.Change:
         """Cut a network without gates, in place.
@@ -55,17 +58,17 @@ class Cut:
         Returns:
             What changed, which an optimizer can follow.
         """
-        change = cut.Change()
+        change, layout = cut.Change(), self.layout.copy()
         for block in self.blocks:
             cut.drop_block(model, block, change)
         change.removed -= set(model.parameters())  # shared with what stays
         for part in self.sites:
             if part.fold is not None:
-                cut.fold_units(model, part.site, part.fold, change)
+                cut.fold_units(model, part.site, part.fold, change, layout)
             if part.silence:
-                cut.silence_units(model, part.site, part.silence, change)
+                cut.silence_units(model, part.site, part.silence, change, layout)
             if part.keep is not None:
-                cut.keep_units(model, part.site, part.keep, change)
+                cut.keep_units(model, part.site, part.keep, change, layout)
         return change
 
 
@@ -93,7 +96,7 @@ class Network:
         self._copies: list[tuple[nn.Module, Gates]] = []
         self._callbacks: list[Callable[[Cut], object]] = []
         self._begun = False
-        self._placed: tuple[list[bool], list[torch.Tensor | None]] | None = None
+        self._placed: tuple[list[bool], list[torch.Tensor | None], Layout] | None = None
 
     def follow(self, copy: nn.Module) -> None:
         """Let a copy of the network, such as an average of its weights, follow every cut; its gates are always at theta.
@@ -140,9 +143,9 @@ class Network:
             units = present[place.number]
             if open_[units].any():
                 sites[place.number] = torch.from_numpy(units)
-        self._placed = layers, sites
+        self._placed = layers, sites, self.layout(present)
         for gates in (self.gates, *(gates for _, gates in self._copies)):
-            gates.install(layers, sites)
+            gates.install(*self._placed)
         self._forget_compiled()
 
     def remove_gates(self) -> None:
@@ -187,13 +190,13 @@ class Network:
         Returns:
             Numbers of the units now present at each site.
         """
-        after, sites = list(present), []
+        after, sites, layout = list(present), [], self.layout(present)
         for place in self.inventory.standing(kept):
             here, site = present[place.number], place.site
             live = kept[here]
             dead = np.flatnonzero(~live)
-            cut.check_dead(self.model, site, np.flatnonzero(~before[here]))
-            wanted = np.arange(len(dead)) < -int(live.sum()) % multiple
+            cut.check_dead(self.model, site, np.flatnonzero(~before[here]), layout)
+            wanted = np.arange(len(dead)) < -int(live.sum()) % units_in(multiple, site)
             fill = dead[wanted if stay is None else np.isin(here[dead], stay[place.number])]
             left = np.union1d(np.flatnonzero(live), fill)
             factors = None if fold is None or (fold[here] == 1.0).all() else fold[here]
@@ -203,7 +206,7 @@ class Network:
             after[place.number] = here[left]
         gone = [b for layer, b in enumerate(self.inventory.blocks) if before[layer] and not kept[layer]]
         if gone or sites:
-            made = Cut(tuple(gone), tuple(sites))
+            made = Cut(tuple(gone), tuple(sites), layout)
             made.apply(self.model).follow(self.optimizer)
             for copy, _ in self._copies:
                 made.apply(copy)
@@ -218,9 +221,13 @@ class Network:
             kept: Structures in the network, shape (n,).
             present: Numbers of the units physically present at each site.
         """
-        state = self.gates.folded_state()
+        state, layout = self.gates.folded_state(), self.layout(present)
         for place in self.inventory.standing(kept):
             live = kept[present[place.number]]
             if not live.all():
-                cut.keep_units_of_state(self.model, state, place.site, np.flatnonzero(live))
+                cut.keep_units_of_state(self.model, state, place.site, np.flatnonzero(live), layout)
         return state
+
+    def layout(self, present: Sequence[NDArray[np.int64]]) -> Layout:
+        """Where the units are, from the numbers of those physically present at each site."""
+        return layout_of(self.inventory, present)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from catode.decisions.limits import Limits
+from catode.prune.describe.protocol import branch
 from catode.structures.description import Block
 
 
@@ -47,8 +48,8 @@ class Bounds:
             limits: Measured quantities.
         """
         number = len(blocks)
-        now, found = norms(model, blocks, kept), np.zeros(number)
-        standing = np.flatnonzero(kept[:number])
+        now, found = norms(model, blocks, with_branch(model, blocks, kept)), np.zeros(number)
+        standing = np.flatnonzero(with_branch(model, blocks, kept))
         if not len(standing):
             return
         found[standing] = torch.stack(now).double().cpu().numpy()
@@ -61,13 +62,9 @@ class Bounds:
         self.violation = np.maximum(self.violation, ratio)
 
 
-def branch(model: nn.Module, block: Block) -> list[nn.Parameter]:
-    """The parameters of a block's branch."""
-    found = []
-    for name, parameter in model.get_submodule(block.name).named_parameters(prefix=block.name):
-        if not any(name.startswith(f"{path}.") for path in block.fixed):
-            found.append(parameter)
-    return found
+def with_branch(model: nn.Module, blocks: Sequence[Block], kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Blocks in the network whose branch has parameters, shape (layers,)."""
+    return np.array([bool(kept[n]) and bool(branch(model, block)) for n, block in enumerate(blocks)], dtype=bool)
 
 
 @torch.no_grad()
@@ -77,9 +74,9 @@ def norms(model: nn.Module, blocks: Sequence[Block], kept: NDArray[np.bool_]) ->
     Args:
         model: The network.
         blocks: Its description.
-        kept: Structures in the network, shape (n,).
+        kept: Structures in the network, shape (n,); blocks with a branch alone.
     """
-    parts = [branch(model, block) for number, block in enumerate(blocks) if kept[number]]
+    parts = [list(branch(model, block).values()) for number, block in enumerate(blocks) if kept[number]]
     return [torch.stack(torch._foreach_norm([p.float() for p in part])).norm() for part in parts]
 
 
@@ -94,7 +91,6 @@ def project(model: nn.Module, blocks: Sequence[Block], kept: NDArray[np.bool_], 
         most: The bound.
     """
     for number, block in enumerate(blocks):
-        if kept[number]:
-            part = branch(model, block)
+        if kept[number] and (part := list(branch(model, block).values())):
             (norm,) = norms(model, [block], np.ones(1, dtype=bool))
             torch._foreach_mul_(part, (most / norm.clamp_min(1e-30)).clamp_max(1.0).to(part[0]))

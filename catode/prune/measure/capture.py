@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from catode.prune.describe.protocol import branch
 from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
 from catode.prune.gated.draws import GateDraws
@@ -118,7 +119,7 @@ class Capture(Copied):
             self.model.register_forward_hook(self._after),
         ]
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        removable = {p for block in self.gates.blocks for p in self.model.get_submodule(block.name).parameters()}
+        removable = {p for block in self.gates.blocks for p in branch(self.model, block).values()}
         for last in ([p for p in learning if p not in removable] or learning)[-1:]:
             self._hooks.append(last.register_hook(partial(self._arriving, last)))
             self._hooks.append(last.register_post_accumulate_grad_hook(self._arrived))

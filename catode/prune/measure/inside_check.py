@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from catode.prune.describe.protocol import gated_modules
 from catode.prune.gated.gates import NO_GRADIENTS
 from catode.prune.measure.capture import Call, Capture, Moment, differentiable
 from catode.prune.measure.curvature import last
@@ -117,8 +118,7 @@ def _shut(capture: Capture) -> Iterator[list[nn.Module]]:
         if not torch.is_grad_enabled():
             found.append(module)
 
-    blocks = capture.gates.blocks
-    names = {name for b in blocks for name in (b.output, *(c for site in b.sites for c in site.consumers))}
+    names = gated_modules(capture.gates.blocks)
     standing = dict(capture.model.named_modules())
     hooks = [standing[name].register_forward_pre_hook(note) for name in sorted(names & standing.keys())]
     try:

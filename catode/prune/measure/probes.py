@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from catode.prune.describe.protocol import before
 from catode.prune.devices.distributed import Group
 from catode.prune.gated.gates import Gates, Tap
 from catode.prune.measure import nests
@@ -167,16 +168,16 @@ class Probe:
     @torch.no_grad()
     def paired(self, structures: Sequence[int]) -> torch.Tensor:
         """Loss without minus loss with each of the given structures, shape (len(structures),), nats."""
-        blocks = [self.model.get_submodule(block.name) for block in self.gates.blocks]
-        with _recorded(blocks) as outputs:
+        blocks = self.gates.blocks
+        with _recorded(before(self.model, blocks, len(blocks))) as outputs:
             base = self._evaluated(self.draw)
         differences = []
         for number in structures:
             other = self.draw.clone()
             other[number] = 1.0 - other[number]
             # what comes before a layer is the same with and without it
-            before = blocks[:number] if number < len(blocks) else []
-            with _replayed(before, outputs):
+            earlier = before(self.model, blocks, number) if number < len(blocks) else []
+            with _replayed(earlier, outputs):
                 change = self._evaluated(other) - base
             differences.append(torch.where(self.draw[number] > 0.5, change, -change))
         return self.group.mean(torch.stack(differences)) if differences else self.draw.new_zeros(0)

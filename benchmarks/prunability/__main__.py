@@ -1,0 +1,140 @@
+"""Prunability: what `catode.describe` finds in models nobody here wrote, and whether cutting it is exact.
+
+    python -m benchmarks.prunability [--list torchvision|timm|hf] [--only PATTERN] [--vertices N] [--quick] [--write]
+
+Every model is described, then verified: in double precision (in single precision above 40 M parameters), with random
+parameters, at `--vertices` random sets of units and branches, in eval and train mode, the network with closed gates is compared
+with the physically cut one; the largest difference, relative to the largest output, must stay below 1e-4. Units' gates scale
+the entries of the weights that read them, branches' gates what the branch's last module returns. Then some structures' gates
+are closed alone: each must change the output. Results are kept, one file for each model, and the table is made of them: a run that
+was stopped resumes where it was; `--again` measures anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import HOME, add_quick, guarded, hardware, markdown, publish
+from benchmarks.prunability.models import LISTS, Model, models
+from catode._validate import check_int
+from catode.prune.describe.trace import describe
+from catode.prune.describe.trace.verifying import verify
+from catode.train.settings.commandline import CommandLine
+
+RECORDS = HOME / "records" / "prunability"
+LARGEST_DEVIATION = 1e-4
+HEADER = ["model", "parameters, M", "widths", "units", "branches", "deviation", "seconds", "refused", "remark"]
+
+
+def measured(model: Model, vertices: int, alone: int) -> dict[str, Any]:
+    """Describe and verify a model; an error is part of the result.
+
+    Args:
+        model: The model.
+        vertices: Random sets of structures to compare; 0: none.
+        alone: Structures to close alone.
+    """
+    torch.manual_seed(0)
+    network, example = model.build()
+    found: dict[str, Any] = {"model": model.name, "parameters": sum(p.numel() for p in network.parameters())}
+    began = time.perf_counter()
+    try:
+        blocks = describe(network, example)
+    except ValueError as error:
+        return {**found, "error": str(error)}
+    found |= {
+        "seconds": time.perf_counter() - began,
+        "widths": sum(len(block.sites) for block in blocks),
+        "units": sum(site.width for block in blocks for site in block.sites),
+        "branches": sum(block.removable for block in blocks),
+        "refused": [str(refusal) for refusal in blocks.refused],
+    }
+    if vertices:
+        try:
+            verdict = verify(network, blocks, example, vertices, alone)
+        except Exception as error:  # the table says what went wrong
+            return {**found, "error": f"cut network: {type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+        found |= {"vertices": vertices, "deviation": verdict.deviation, "where": verdict.where}
+        found |= {"idle": verdict.idle, "alone": verdict.tried}
+    return found
+
+
+def is_verified(record: dict[str, Any]) -> bool:
+    """Whether a model was described and its description is true."""
+    return "error" not in record and record.get("deviation", 1.0) <= LARGEST_DEVIATION and not record.get("idle")
+
+
+def row(record: dict[str, Any]) -> list[str]:
+    """The table's line of a model."""
+    remark = record.get("error", "")
+    if record.get("idle"):
+        remark = f"gates without effect: {', '.join(record['idle'])}"
+    refused = [text for text in record.get("refused", ()) if "residual stream" not in text and "over it" not in text]
+    cells = [record["model"], f"{record['parameters'] / 1e6:.1f}"]
+    cells += [str(record.get(key, "-")) for key in ("widths", "units", "branches")]
+    cells += [f"{record['deviation']:.0e}" if "deviation" in record else "-"]
+    cells += [f"{record['seconds']:.1f}" if "seconds" in record else "-", str(len(refused))]
+    return [*cells, (remark or (refused[0] if refused else "")).replace("|", "/")[:160]]
+
+
+def summary(records: Sequence[dict[str, Any]]) -> str:
+    """What the list comes to, in a line."""
+    described = [record for record in records if "error" not in record]
+    verified = [record for record in described if is_verified(record)]
+    with_branches = sum(bool(record["branches"]) for record in described)
+    return (
+        f"{len(records)} models: {len(described)} described, {with_branches} of them with branches that can go, "
+        f"{len(verified)} verified to {LARGEST_DEVIATION:g}."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: for a pattern that no model has.
+    """
+    parser = CommandLine(prog="python -m benchmarks.prunability", description=__doc__.partition("\n")[0])
+    parser.add_argument("--list", choices=LISTS, default=LISTS[0], dest="which", help="whose models")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="names of models, a glob pattern")
+    parser.add_argument("--vertices", type=int, default=3, help="random sets of structures to compare; 0: only describe")
+    parser.add_argument("--alone", type=int, default=4, help="structures whose gate is closed alone")
+    parser.add_argument("--again", action="store_true", help="measure again what has a result")
+    parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER", help="where results are kept")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/prunability.md, or that of the list")
+    add_quick(parser)
+    args = parser.parse_args(argv)
+    check_int("vertices", args.vertices, low=0)
+    check_int("alone", args.alone, low=0)
+    torch.set_num_threads(1)
+    chosen = [model for model in models(args.which) if fnmatchcase(model.name, args.only)]
+    if not chosen:
+        raise ValueError(f"`only` must be a pattern of names of the list {args.which}; got {args.only!r}, which none has.")
+    if args.quick:
+        chosen, args.vertices, args.alone = chosen[:1], 1, 1
+    records = []
+    for model in chosen:
+        path = args.records / args.which / f"{model.name.replace(' ', '_')}.json"
+        if args.again or args.quick or not path.exists():
+            record = measured(model, args.vertices, args.alone)
+            if not args.quick:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(record, indent=1) + "\n")
+        else:
+            record = json.loads(path.read_text())
+        records.append(record)
+        print("  ".join(row(record)), file=sys.stderr, flush=True)
+    text = [summary(records), "", markdown(HEADER, [row(record) for record in records]), "", hardware()]
+    publish("prunability" if args.which == LISTS[0] else f"prunability_{args.which}", "\n".join(text), args.write)
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,177 @@
+"""What a forward pass executes: products of activations with weights and with each other, and normalised elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from catode.prune.measure import nests
+
+aten = torch.ops.aten
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_attention_math_for_mps: _attention_flops,
+}
+"""Operations of every product, two for a multiply-accumulate, from shapes of arguments: torch's, and the CPU's attention."""
+
+
+@dataclass
+class Executed:
+    """MACs of a forward pass, of all examples together; modules by path, in the order in which they ran.
+
+    Attributes:
+        modules: Modules that ran, each once.
+        products: MACs of a parameter, by the path of the innermost module that ran and the parameter's own number.
+        functional: MACs of activations with each other, by the path of the innermost module that ran.
+        normalised: Elements that a norm returned.
+    """
+
+    modules: list[str] = field(default_factory=list)
+    products: dict[tuple[str, int], int] = field(default_factory=dict)
+    functional: dict[str, int] = field(default_factory=dict)
+    normalised: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def macs(self) -> int:
+        """All of them, an element of a norm for one."""
+        return sum(sum(part.values()) for part in (self.products, self.functional, self.normalised))
+
+
+class _Products(TorchDispatchMode):
+    """Notes every product, for the innermost module that runs."""
+
+    def __init__(self, model: nn.Module, found: Executed, running: list[tuple[str, nn.Module]]):
+        super().__init__()
+        self.found, self.running = found, running
+        self.places: dict[tuple, int] = {}
+        for number, parameter in enumerate(model.parameters()):
+            self.places[_storage(parameter)] = number
+        self.number = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        flops = FLOPS.get(getattr(function, "_overloadpacket", None))
+        if flops is not None:
+            shapes = [part.shape if isinstance(part, torch.Tensor) else part for part in args]
+            macs = self._macs(function, flops, shapes, args, kwargs or {}, output)
+            path, number = self.running[-1][0], self._weight(args)
+            if number is None:
+                self.found.functional[path] = self.found.functional.get(path, 0) + macs
+            else:
+                self.found.products[path, number] = self.found.products.get((path, number), 0) + macs
+        return output
+
+    def _macs(self, function, flops, shapes, args, kwargs, output) -> int:
+        if flops is _attention_flops:
+            return flops(*shapes[:3]) // 2
+        return flops(*args, **kwargs, out_val=output) // 2
+
+    def _weight(self, args: tuple) -> int | None:
+        """Number of the parameter among the factors: itself, a view of it, or computed from one of the module that runs."""
+        factors = [part for part in args if isinstance(part, torch.Tensor)]
+        for part in factors:
+            if (number := self.places.get(_storage(part))) is not None and part.dim() > 1:
+                return number
+        own = [p for p in self.running[-1][1]._parameters.values() if p is not None and p.dim() > 1]
+        for part in factors[1:]:
+            for parameter in own:
+                if parameter.numel() == part.numel():
+                    return self.number[id(parameter)]
+        return None
+
+
+def _storage(tensor: torch.Tensor) -> tuple[int, int]:
+    """What a tensor and its views share."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+
+
+def executed(model: nn.Module, run: Callable[[], Any]) -> Executed:
+    """What the modules of a network execute.
+
+    Args:
+        model: The network, without gates.
+        run: Calls it, or one of its modules.
+    """
+    found, running, hooks = Executed(), [("", model)], []
+
+    def enter(name: str, module: nn.Module) -> Callable:
+        def hook(*_: Any) -> None:
+            running.append((name, module))
+
+        return hook
+
+    def leave(name: str, module: nn.Module) -> Callable:
+        def hook(_: nn.Module, args: tuple, output: Any) -> None:
+            running.pop()
+            if name not in seen:
+                seen.add(name)
+                found.modules.append(name)
+            if isinstance(module, NORMS) and isinstance(output, torch.Tensor):
+                found.normalised[name] = found.normalised.get(name, 0) + output.numel()
+
+        return hook
+
+    seen: set[str] = set()
+    try:
+        for name, module in model.named_modules():
+            if name:
+                hooks.append(module.register_forward_pre_hook(enter(name, module)))
+                hooks.append(module.register_forward_hook(leave(name, module)))
+        with _without_fast_paths(), _Products(model, found, running):
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextmanager
+def _without_fast_paths():
+    """nn.MultiheadAttention and nn.TransformerEncoderLayer as in train mode, instead of in one operation that nobody counts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def inference(model: nn.Module):
+    """Eval mode without gradients; every module's training flag is restored."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def called(model: nn.Module, example: Any) -> Any:
+    """What a model returns when it is called with an example: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def batch_size(example: Any) -> int:
+    """Number of examples in an example input: the first dimension of its first tensor that has one."""
+    sizes = [len(tensor) for tensor in nests.tensors(example) if tensor.dim()]
+    return sizes[0] if sizes else 1

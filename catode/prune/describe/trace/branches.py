@@ -1,0 +1,289 @@
+"""Residual branches: what lies between a fork and an addition and serves nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from catode.prune.describe.trace.maps import Maps
+from catode.prune.describe.trace.recording import Operation, Recording, Value
+from catode.prune.describe.trace.rules import BATCH_NORMS, PRODUCTS
+from catode.prune.gated.remainder import ADDITIONS, trace
+
+MULTIPLES = (
+    "mul",
+    "mul_",
+    "div",
+    "div_",
+    "neg",
+    "clone",
+    "_to_copy",
+    "view",
+    "_unsafe_view",
+    "permute",
+    "transpose",
+    "expand",
+)
+MULTIPLES += ("squeeze", "unsqueeze", "native_dropout", "contiguous", "detach", "alias", "slice", "roll", "cat")
+"""Operators that map a multiple of their one argument that depends on the input to the same multiple."""
+
+
+@dataclass(eq=False)
+class Branch:
+    """A residual branch.
+
+    Attributes:
+        addition: The operation that ends it.
+        addend: What is added to the shortcut.
+        shortcut: What it is added to.
+        operations: Operations that serve the branch alone.
+        parameters: Names of the parameters that it alone uses.
+        module: Path of the smallest module that holds it and its addition.
+        node: Name of the addend's node in the module's own graph.
+        output: Path of the module that a gate scales.
+        paths: Modules and parameters that go with it.
+        reason: Why it cannot go, or "".
+    """
+
+    addition: Operation
+    addend: Value
+    shortcut: Value
+    operations: set[Operation]
+    parameters: set[str]
+    module: str = ""
+    node: str = ""
+    output: str = ""
+    paths: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass
+class _Flow:
+    """Who depends on whom in a pass."""
+
+    recording: Recording
+    maps: Maps
+    bases: dict[Value, Value] = field(default_factory=dict)
+
+    def exclusive(self, value: Value, reader: Operation) -> set[Operation]:
+        """Operations whose every result serves `value` as `reader` reads it, and nothing else."""
+        results = set(self.recording.results)
+        found: set[Operation] = set()
+        if value.op is None or value in results or any(user is not reader for user in value.users):
+            return found
+        waiting = {value.op}
+        while waiting:
+            op = max(waiting, key=lambda op: op.number)
+            waiting.discard(op)
+            made = [*op.outputs, *(after for _, after in op.aliases)]
+            users = {user for output in made for user in output.users}
+            if any(output in results for output in made):
+                continue
+            if op is not value.op and not users <= found:
+                continue
+            if op is value.op and not users <= {reader}:
+                continue
+            if any(not self.maps.active[source] and source.tensor and op.name.endswith("_") for source in op.inputs):
+                continue
+            found.add(op)
+            waiting |= {source.op for source in (*op.inputs, *(b for b, _ in op.aliases)) if source.op is not None}
+        return found
+
+    def depends(self, value: Value, source: Value) -> bool:
+        """Whether a value is computed from another one."""
+        seen, waiting = set(), [value]
+        while waiting:
+            here = waiting.pop()
+            if here is source:
+                return True
+            if here.op is None or here in seen or here.number < source.number:
+                continue
+            seen.add(here)
+            waiting += [*here.op.inputs, *(before for before, _ in here.op.aliases)]
+        return False
+
+    def entries(self, operations: set[Operation]) -> set[Value]:
+        """Values that depend on the input and that operations read from outside."""
+        return {
+            value for op in operations for value in op.inputs if self.maps.active[value] and value.op not in operations
+        }
+
+    def stream(self, value: Value) -> list[Value]:
+        """A value and those that it is the sum of a shortcut with, back to the first."""
+        found = [value]
+        while found[-1] in self.bases:
+            found.append(self.bases[found[-1]])
+        return found
+
+
+def branches(maps: Maps, recording: Recording) -> list[Branch]:
+    """Residual branches of a network, none of which holds another one, in the order of their additions.
+
+    Args:
+        maps: Index maps, which know what depends on the input.
+        recording: A pass in eval mode.
+    """
+    flow, found = _Flow(recording, maps), []
+    for op in recording.operations:
+        if op.name not in ("add", "add_") or len(op.inputs) != 2:
+            continue
+        one, other = op.inputs
+        if one is other or one.shape != other.shape or not (maps.active[one] and maps.active[other]):
+            continue
+        branch = _branch(flow, op, one, other)
+        if branch is not None:
+            flow.bases[op.outputs[0]] = branch.shortcut
+            found.append(branch)
+    for branch in found:
+        inner = [other for other in found if other is not branch and other.operations < branch.operations]
+        if inner:
+            branch.reason = f"holds the branch that is added in `{inner[0].addition.path}`"
+        _place(branch, recording)
+        outside = _used(op for op in recording.operations if op not in branch.operations) & branch.parameters
+        if not branch.reason and outside:
+            branch.reason = f"`{min(outside)}` is used outside of it too"
+    return found
+
+
+def _branch(flow: _Flow, op: Operation, one: Value, other: Value) -> Branch | None:
+    """The branch that ends in an addition of two values, if one of them is that of a shortcut."""
+    regions = {value: flow.exclusive(value, op) for value in (one, other)}
+    weights = {value: _used(region) for value, region in regions.items()}
+    choices = []
+    for addend, shortcut in ((other, one), (one, other)):
+        if not weights[addend] or not flow.entries(regions[addend]):
+            continue
+        base = next((value for value in flow.stream(shortcut) if flow.depends(addend, value)), None)
+        if base is not None:
+            return Branch(op, addend, shortcut, regions[addend], weights[addend])
+        choices.append((_products(flow, regions[addend]), addend, shortcut))
+    for products, addend, shortcut in choices:
+        there = _products(flow, regions[shortcut])
+        forked = flow.entries(regions[addend]) & flow.entries(regions[shortcut]) or shortcut in flow.entries(
+            regions[addend]
+        )
+        if there <= 1 and products > there and (forked or not regions[shortcut]):
+            return Branch(op, addend, shortcut, regions[addend], weights[addend])
+    return None
+
+
+def _products(flow: _Flow, operations: set[Operation]) -> int:
+    """Number of operations with a weight."""
+    return sum(op.name in PRODUCTS and any(not flow.maps.active[value] for value in op.inputs) for op in operations)
+
+
+def _used(operations: Iterable[Operation], maps: Maps | None = None) -> set[str]:
+    """Parameters and buffers that operations read; with `maps`, those that they read a view of."""
+    found = {value.tensor for op in operations for value in op.inputs}
+    if maps is not None:
+        found |= {maps.origin.get(value, "") for op in operations for value in op.inputs}
+    return found - {""}
+
+
+def _place(branch: Branch, recording: Recording) -> None:
+    """Find the smallest module that holds a branch and its addition, and the modules that go with it."""
+    stacks = [op.stack for op in (*branch.operations, branch.addition)]
+    depth = 0
+    while all(len(stack) > depth for stack in stacks) and len({stack[depth] for stack in stacks}) == 1:
+        depth += 1
+    path, number = stacks[0][depth - 1] if depth else ("", 0)
+    branch.module = path
+    if not path:
+        branch.reason = branch.reason or "it spans the whole network's own forward pass"
+    elif sum(call[0] == path for call in recording.calls) > 1:
+        branch.reason = branch.reason or f"`{path}` is used several times"
+    elif branch.addition.path != path:
+        branch.reason = branch.reason or f"its addition is inside `{branch.addition.path}`, a part of `{path}`"
+    gone, stays = set(), set()
+    for op in recording.operations:
+        names = [name for name, _ in op.stack[depth:]]
+        if not op.inputs:
+            continue
+        (gone if op in branch.operations else stays).update(names)
+    gone -= stays
+    paths = [name for name in gone if not any(name.startswith(f"{other}.") for other in gone)]
+    rest = [name for name in branch.parameters if not any(name.startswith(f"{other}.") for other in paths)]
+    branch.paths = (*sorted(paths), *sorted(rest))
+
+
+def name_nodes(found: Sequence[Branch], recording: Recording, again: Recording, graphs: dict[str, fx.Graph]) -> None:
+    """Find the nodes of the branches' addends in the graphs of the modules that hold them.
+
+    Args:
+        found: The branches; changed in place.
+        recording: The pass that they were found in.
+        again: The same, in which the graphs ran.
+        graphs: Graph of each module.
+    """
+    for branch in found:
+        if branch.reason:
+            continue
+        one, other = (_inside(one, branch.module) for one in (recording, again))
+        if [op.name.rstrip("_") for op in one] != [op.name.rstrip("_") for op in other]:
+            branch.reason = f"the graph of `{branch.module}` does not compute the same"
+            continue
+        nodes = {node.name: node for node in graphs[branch.module].nodes}
+        node = nodes[other[one.index(branch.addition)].nodes[branch.module]]
+        position = branch.addition.inputs.index(branch.addend)
+        arguments = [part for part in node.args if isinstance(part, fx.Node)]
+        if node.target not in ADDITIONS or len(arguments) != 2:
+            branch.reason = f"it is added by `{node.target}` in `{branch.module}`"
+            continue
+        addend = arguments[position]
+        if len(addend.users) != 1:
+            branch.reason = f"what it adds is used several times in `{branch.module}`"
+            continue
+        branch.node = addend.name
+
+
+def _inside(recording: Recording, path: str) -> list[Operation]:
+    return [op for op in recording.operations if any(name == path for name, _ in op.stack)]
+
+
+def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph) -> str:
+    """Path of the module that a branch's gate scales: what the addend is a multiple of.
+
+    Args:
+        model: The network.
+        maps: Index maps.
+        branch: The branch.
+        graph: Graph of the module that holds it.
+
+    Returns:
+        Path of its last affine; if a function that is not linear follows that, of a module without parameters which returns the
+        addend; empty if there is neither.
+    """
+    value = branch.addend
+    while value.op is not None and value.op.name in MULTIPLES:
+        active = [source for source in value.op.inputs if maps.active[source]]
+        if len(active) != 1:
+            break
+        value = active[0]
+    if value.op is not None and value.op.name in (*PRODUCTS, *BATCH_NORMS, "native_layer_norm", "native_group_norm"):
+        owners = {name.rpartition(".")[0] for name in _used([value.op], maps)}
+        path = next(iter(owners)) if len(owners) == 1 else ""
+        own = model.get_submodule(path)._parameters if path and path == value.op.path else {}
+        if own.get("weight") is not None and set(own) <= {"weight", "bias"}:
+            return path
+    node = next(node for node in graph.nodes if node.name == branch.node)
+    if node.op == "call_module":
+        path = f"{branch.module}.{node.target}"
+        if not any(True for _ in model.get_submodule(path).parameters(recurse=False)):
+            return path
+    return ""
+
+
+def graph_of(module: nn.Module) -> fx.Graph:
+    """Graph of a module's own forward pass in eval mode.
+
+    Raises:
+        ValueError: if it cannot be traced.
+    """
+    before = module.training
+    module.training = False
+    try:
+        return trace(module)
+    finally:
+        module.training = before

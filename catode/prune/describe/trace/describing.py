@@ -1,0 +1,236 @@
+"""Describing a network that nobody here wrote: its widths and residual branches, found by tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten
+
+from catode._validate import check_int, fail
+from catode.prune.describe.trace.branches import Branch, branches, graph_of, name_nodes, output_of
+from catode.prune.describe.trace.description import Description, Refusal, check_patterns, matches
+from catode.prune.describe.trace.fitting import misfits
+from catode.prune.describe.trace.maps import Maps
+from catode.prune.describe.trace.recording import Failed, Recording, doubled, fake_copy, record
+from catode.prune.describe.trace.rules import PRODUCTS, rule
+from catode.prune.describe.trace.sites import Width, as_sites, known_attributes, selected, variants, widths
+from catode.structures.description import Block, Site
+
+REST = "rest of the network"
+"""Name of the block of all widths that lie in no branch."""
+Shares = dict[tuple[str, str], int]
+
+
+def describe(
+    model: nn.Module,
+    example: Any,
+    keep: Sequence[str] = (),
+    least: Mapping[str, int] | None = None,
+) -> Description:
+    """Find what can be removed from any network.
+
+    The network is neither changed nor run: a copy without numbers is. Widths and branches are exact: with the gates of units
+    closed in every weight that reads them, the network computes what it does without them.
+
+    Args:
+        model: The network.
+        example: One input batch: a tensor, a tuple of arguments, or a mapping of keyword arguments; only shapes matter.
+        keep: Paths of modules, or glob patterns of them, that stay whole with everything inside them.
+        least: Fewest units that stay of the widths that modules make, by path or glob pattern.
+
+    Returns:
+        The blocks, and in `refused` what cannot go and why.
+
+    Raises:
+        ValueError: in one line: if the network does not run on the example, holds no branch and no width that can go, or a
+            pattern names no module.
+    """
+    paths = [name for name, _ in model.named_modules()]
+    keep, least = _listed(keep), dict(least or {})
+    check_patterns("keep", keep, paths)
+    check_patterns("least", least, paths)
+    for pattern, count in least.items():
+        check_int(f"least[{pattern!r}]", count, low=1)
+    trace = _Trace(model, example)
+    found = trace.description(keep, least)
+    if not any(block.removable or block.sites for block in found):
+        why = "; ".join(str(refusal) for refusal in found.refused[:3])
+        raise ValueError(
+            f"`model` must have a branch or a width that can go; {type(model).__name__} has none: {why}. "
+            "Describe it by hand in structures(), see catode.prune.describe.protocol."
+        )
+    return found
+
+
+def _listed(keep: Sequence[str]) -> list[str]:
+    if isinstance(keep, str):
+        fail("keep", "be a list of patterns", keep, hint=f"Write keep=[{keep!r}].")
+    return list(keep)
+
+
+class _Trace:
+    """A network's passes and what follows from them."""
+
+    def __init__(self, model: nn.Module, example: Any):
+        self.model, self.example = model, doubled(example)
+        _check_example(model, example)
+        self.refused: list[Refusal] = []
+        self.maps, self.passes = Maps(), {}
+        for training in (False, True):
+            try:
+                self.passes[training] = self._record(training)
+            except Failed as error:
+                if not training:
+                    raise ValueError(
+                        f"`example` must be an input that the network runs on; `{error.path or type(model).__name__}` fails: "
+                        f"{error}. Give a batch as in training."
+                    ) from error
+                self.refused.append(Refusal(error.path, "train mode", 0, f"not looked at: {error}"))
+                continue
+            self.maps.follow(self.passes[training], rule, PRODUCTS)
+        self.widths = widths(self.maps, self.passes.values())
+
+    def _record(self, training: bool, graphs: Mapping[str, fx.Graph] | None = None) -> Recording:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        return record(fake_copy(self.model, mode), self.example, mode, training, graphs)
+
+    def description(self, keep: Sequence[str], least: Mapping[str, int]) -> Description:
+        """The blocks."""
+        sites = self._sites(keep)
+        found = self._branches(keep)
+        blocks: list[Block] = []
+        taken: set[Width] = set()
+        names = [branch.module for branch in found]
+        for branch in found:
+            inside = {w: s for w, s in sites.items() if w not in taken and all(_goes(branch, t) for t in w.tensors)}
+            taken |= set(inside)
+            name = branch.module if names.count(branch.module) == 1 else f"{branch.module}:{branch.node}"
+            blocks.append(
+                Block(
+                    name,
+                    branch.output,
+                    tuple(inside.values()),
+                    module=branch.module,
+                    addend=branch.node,
+                    branch=branch.paths,
+                )
+            )
+        rest = tuple(site for width, site in sites.items() if width not in taken)
+        if rest:
+            blocks.append(Block(REST, "", rest, removable=False))
+        fewest = {
+            site.name: min(count, site.width)
+            for width, site in sites.items()
+            for pattern, count in least.items()
+            if any(matches(pattern, tensor.rpartition(".")[0]) for tensor in width.making)
+        }
+        return Description(blocks, self.refused, fewest)
+
+    def _sites(self, keep: Sequence[str]) -> dict[Width, Site]:
+        """Sites of all widths that fit, the others refused."""
+        candidates = []
+        for width in self.widths:
+            guard = next((p for p in keep for t in width.tensors if matches(p, t.rpartition(".")[0])), None)
+            if guard is not None and not width.reasons:
+                width.reasons.append(f"kept by {guard!r}")
+            if not width.reasons:
+                candidates.append(width)
+        options = {width: variants(self.model, width) for width in candidates}
+        blocked: dict[Width, Width] = {}
+        while True:
+            chosen, blocked = selected(candidates)
+            sites = self._as_sites(chosen, options)
+            bad, why = self._misfits(sites)
+            if not bad:
+                break
+            for width in {other for width in bad for other in self._alike(width, candidates)}:
+                options[width].pop(0)
+                if not options[width]:
+                    width.reasons.append(why if width in bad else f"as in `{min(other.first for other in bad)}`: {why}")
+                    candidates.remove(width)
+        for width, other in blocked.items():
+            width.reasons.append(f"inside the units of `{other.first}`")
+        for width in self.widths:
+            if width.reasons and width.making and width.reading:
+                self.refused.append(Refusal(width.first, "width", width.leaf.size, width.reasons[0]))
+        return sites
+
+    def _alike(self, width: Width, candidates: Sequence[Width]) -> list[Width]:
+        """A width, and if modules that reshape by themselves hold it, those at the same place of other such modules."""
+
+        def place(one: Width) -> list[tuple] | None:
+            kinds = [(type(self.model.get_submodule(path)), path) for path in sorted(one.reshaped)]
+            if len(kinds) != 1 or not kinds[0][1]:
+                return None
+            kind, path = kinds[0]
+            return [kind, *((t.removeprefix(path), dim, run.each > 1) for t, dim, run in one.places[:1])]
+
+        mine = place(width)
+        return [width] if mine is None else [other for other in candidates if place(other) == mine]
+
+    def _as_sites(self, chosen: Sequence[Width], options: Mapping[Width, list[Shares]]) -> dict[Width, Site]:
+        pairs = [(width, {**known_attributes(self.model, width), **options[width][0]}) for width in chosen]
+        return as_sites(self.model, pairs)
+
+    def _misfits(self, sites: Mapping[Width, Site]) -> tuple[set[Width], str]:
+        parts = [(width, site.parts, site.attributes) for width, site in sites.items()]
+        for training, whole in self.passes.items():
+            bad, why = misfits(self.model, self.example, self.maps, whole, parts, training) if parts else (set(), "")
+            if bad:
+                return bad, why
+        return set(), ""
+
+    def _branches(self, keep: Sequence[str]) -> list[Branch]:
+        """Branches that can go, the others refused."""
+        whole = self.passes[False]
+        found = branches(self.maps, whole)
+        graphs: dict[str, fx.Graph] = {}
+        for branch in found:
+            guard = next((p for p in keep for t in branch.parameters if matches(p, t.rpartition(".")[0])), None)
+            if guard is not None and not branch.reason:
+                branch.reason = f"kept by {guard!r}"
+            if not branch.reason and branch.module not in graphs:
+                try:
+                    graphs[branch.module] = graph_of(self.model.get_submodule(branch.module))
+                except ValueError as error:
+                    branch.reason = str(error)
+        if graphs:
+            try:
+                again = self._record(False, graphs)
+            except Failed as error:
+                again = None
+                for branch in found:
+                    branch.reason = branch.reason or f"the graph of `{error.path}` fails: {error}"
+            if again is not None:
+                name_nodes(found, whole, again, graphs)
+        for branch in found:
+            if not branch.reason:
+                branch.output = output_of(self.model, self.maps, branch, graphs[branch.module])
+                if not branch.output:
+                    branch.reason = f"no module's output in `{branch.module}` is its addend, which a gate could scale"
+            if branch.reason:
+                self.refused.append(Refusal(branch.addition.path, "branch", 0, branch.reason))
+        return [branch for branch in found if not branch.reason]
+
+
+def _goes(branch: Branch, tensor: str) -> bool:
+    return any(tensor == path or tensor.startswith(f"{path}.") for path in branch.paths)
+
+
+def _check_example(model: nn.Module, example: Any) -> None:
+    """Make sure that there is a tensor on the network's device."""
+    tensors: Iterable[torch.Tensor] = [
+        part
+        for part in tree_flatten(dict(example) if isinstance(example, Mapping) else example)[0]
+        if isinstance(part, torch.Tensor)
+    ]
+    if not tensors:
+        fail("example", "hold a tensor", type(example).__name__, hint="Give one input batch.")
+    device = next((parameter.device for parameter in model.parameters()), None)
+    for tensor in tensors:
+        if device is not None and tensor.device != device:
+            fail("example", f"be on the network's device {device}", str(tensor.device), hint="Move one of them.")
