@@ -92,10 +92,9 @@ class Copied:
 class Gates(Copied):
     """Values of all gates and their installation in a model.
 
-    Structures keep the numbers of the original network, also when units have been cut. A call of the model scales the
-    parameters of all gated modules at once, in one part of the graph, which costs about half as much as one by one; where
-    a part of the model is called by itself, is checkpointed, or runs with gradients off inside the model, they are scaled by
-    module.
+    Structures keep the numbers of the original network, also when units have been cut. A call of the model in train mode
+    scales the parameters of all gated modules at once, which takes less time; where a part of the model is called by
+    itself, is checkpointed, or runs with gradients off inside the model, they are scaled by module.
 
     Args:
         model: The model.
@@ -133,8 +132,7 @@ class Gates(Copied):
         alone = dict(
             model=None, inventory=None, group=Group(), blocks=(), rows=None, traced=False, several=False, _taps=None
         )
-        alone |= dict(_tap_layers=False, _differentiated=False)
-        alone |= dict(scaled=(False, {}), _pieces=None)
+        alone |= dict(_tap_layers=False, _differentiated=False, scaled=(False, {}), _pieces=None)
         return {**alone, "draw": theta, "keep_prob": theta, "_installed": {}, "_hooks": []}
 
     @classmethod
@@ -195,23 +193,25 @@ class Gates(Copied):
             self._hooks.append(self.model.register_forward_hook(self._end, always_call=True))
 
     def _begin(self, module: nn.Module, args: tuple) -> None:
-        """Scale the parameters of all gated modules."""
-        differentiated = torch.is_grad_enabled()
-        taps = self._taps is not None and differentiated
-        if self.rows is not None or taps or torch.compiler.is_compiling() or saved_elsewhere() or self._pieces is None:
+        """Scale the parameters of all gated modules; by module in eval mode, which need not hold all of them at once."""
+        if torch.compiler.is_compiling() or not self.training or self._pieces is None:
+            return
+        if self.rows is not None or self._taps is not None or saved_elsewhere():
             return
         order, sizes = self._pieces
-        layered, *reading = self.values[order].split(sizes)
+        layered, *reading = self.draw[order].split(sizes)
         layers, units, found = iter(layered.unbind()), iter(reading), {}
         for inner, gate in self._installed.items():
             own = None if gate.units is None else next(units), None if gate.layer is None else next(layers)
             scaled = gate.scaled(inner, *own)
             plain = {name: inner._parameters[name] for name in scaled}
             found[gate] = scaled, plain, [version(parameter) for parameter in plain.values()]
-        self.scaled = differentiated, found
+        self.scaled = torch.is_grad_enabled(), found
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.scaled = False, {}
+        """Forget what was scaled, also after an error."""
+        if not torch.compiler.is_compiling():
+            self.scaled = False, {}
 
     @contextmanager
     def tapped(self, layers: bool = True) -> Iterator[list[Tap]]:
@@ -316,7 +316,7 @@ class _ModuleGate(Copied):
             return None
         _, plain, versions = found[self]
         for (name, parameter), before in zip(plain.items(), versions, strict=True):
-            if module._parameters[name] is not parameter or version(parameter) != before:
+            if module._parameters.get(name) is not parameter or version(parameter) != before:
                 return None
         return found[self]
 
