@@ -118,7 +118,7 @@ def keep_units(
     if not index:
         raise ValueError(f"site `{site.name}` must keep at least one unit; got none. Remove its block instead.")
     layout = layout or Layout([site])
-    widths = attributes(model, site)
+    widths = attributes(model, site) if site.parts else []  # plain sites: below
     for parts in _by_dimension(model, slices(model, site)):
         module, name = owner(model, parts[0].tensor)
         kept = _kept(layout, site, parts, index, getattr(module, name))
