@@ -3,7 +3,7 @@
     python -m benchmarks.gate_cost [--arch resnet20] [--quick] [--threads N] [--clock wall|cpu] [--write]
 
 One process; what is compared takes turns step by step, and ratios are taken within a round, so that a drift of the
-machine affects all alike. Medians with quartiles. Probes run in fp32 also where the training step is bf16.
+machine affects all alike. Medians with quartiles. Probes run in the precision of the training step.
 CPU time counts the work of all threads: the steadier clock on a machine that others use too.
 """
 

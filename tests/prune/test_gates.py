@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from catode.prune.gated.gates import Gates
 from catode.structures.inventory import Inventory
@@ -173,6 +175,70 @@ def test_law_taps_give_every_examples_derivative(name, layers, seed, theta, bott
     if not layers:
         rows[:, : len(gates.blocks)] = 0.0
     torch.testing.assert_close(found, rows, rtol=1e-8, atol=1e-12)
+
+
+def by_parts(model, x):
+    x = F.relu(model.bn1(model.conv1(x)))
+    for stage in range(model.stages):
+        x = getattr(model, f"layer{stage + 1}")(x)
+    return model.fc(x.mean((2, 3)))
+
+
+def checkpointed(reentrant):
+    def call(model, x):
+        for module in [m for m in model.modules() if hasattr(m, "shortcut_only")]:
+            inner = module.forward
+            module.forward = lambda z, inner=inner: checkpoint(inner, z, use_reentrant=reentrant)
+        return model(x.requires_grad_())
+
+    return call
+
+
+def doubled_on_the_way(model, x):
+    """A weight that changes in place when its module is about to run."""
+    module, halved = model.layer1[0].conv2, []
+
+    @torch.no_grad()
+    def double_it(module, args):
+        parameter = module._parameters["weight"]
+        if not halved:
+            halved.append(parameter.mul_(2.0))
+
+    with torch.no_grad():
+        module.weight.mul_(0.5)
+    module.register_forward_pre_hook(double_it, prepend=True)
+    return model(x)
+
+
+def given_weights(model, x):
+    """Other tensors in the parameters' place."""
+    return functional_call(model, {name: p.view_as(p) for name, p in model.named_parameters()}, (x,))
+
+
+@pytest.mark.parametrize(
+    "way", [by_parts, checkpointed(False), checkpointed(True), doubled_on_the_way, given_weights, torch.compile]
+)
+def test_law_gates_act_alike_however_the_model_is_called(way):
+    found = []
+    for call in (way, lambda model, x: model(x)):
+        model = network("resnet14", None)
+        gates, (x, y) = install(model), data()
+        gates.set(torch.ones_like(gates.draw), bernoulli(len(gates.draw), 3))
+        output = torch.compile(model, backend="eager")(x) if call is torch.compile else call(model, x)
+        F.cross_entropy(output, y).backward()
+        found.append([gates.draw.grad, *(p.grad for p in model.parameters())])
+    assert found[1][0].count_nonzero() > 40
+    for got, right in zip(*found, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-6)
+
+
+def test_a_copy_that_was_made_for_inference_is_gated():
+    model = network("resnet14", None)
+    gates, (x, _) = install(model), data()
+    gates.set(torch.full_like(gates.draw, 0.7), torch.ones_like(gates.draw))
+    with torch.inference_mode():
+        own = copy.deepcopy(model).eval()
+        torch.testing.assert_close(own(x), model.eval()(x))
 
 
 @settings(max_examples=10)

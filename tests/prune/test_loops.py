@@ -485,11 +485,58 @@ def in_autocast(model, optimizer, pruner, x, y, inside=False):
         pruner.step()
 
 
-def test_probes_have_the_precision_of_the_weights_wherever_autocast_is():
+def test_probes_have_the_precision_of_the_step_wherever_autocast_is():
     """A whole loop inside of it, and a batch of fewer bits."""
     found = measured(functools.partial(in_autocast, inside=True))
     for got, right in zip(found, measured(in_autocast), strict=True):
         np.testing.assert_allclose(np.asarray(got), np.asarray(right), rtol=0.02, atol=0.02 * np.abs(right).max())
+
+
+@pytest.mark.parametrize(
+    "dtype, kept",
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (None, torch.float32)],
+)
+def test_probes_run_in_the_precision_of_the_step(dtype, kept):
+    """Not in float16, where a derivative without a loss scale may be less than the least number."""
+    model = network()
+    optimizer, pruner = make(model, None, warmup=0, initial_keep_prob=0.9, nu=0.05, rate_ratio=0.05)
+    seen = set()
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    last.register_forward_hook(lambda m, a, z: seen.add(z.dtype) if pruner._capture.paused else None)
+    for step, (x, y) in enumerate(batches(9)):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if step == 0:  # whose loss is checked, also in the precision of the step
+            pruner.step()
+            seen.clear()
+        else:
+            pruner.step()
+    assert seen == {kept}
+
+
+def test_curvature_in_the_steps_precision_is_that_of_the_weights():
+    """Of the same vectors: nothing systematic is left above the rounding of 8 bits."""
+    found = []
+    for enabled in (True, False):
+        model = network()
+        optimizer, pruner = make(model, None, warmup=0, initial_keep_prob=0.9, nu=0.05, rate_ratio=0.05)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # the same weights in both
+        for x, y in batches(40):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            pruner.step()
+        found.append(pruner.state.evidence.curvature.mean)
+    low, full = found
+    assert np.isfinite(low).all() and np.abs(full).max() > 0.0
+    np.testing.assert_allclose(low, full, rtol=0.1, atol=0.02 * np.abs(full).max())
+    assert abs(low.sum() / full.sum() - 1.0) < 0.02
 
 
 def test_a_model_of_16_bits_needs_no_loss():

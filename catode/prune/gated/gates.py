@@ -22,6 +22,8 @@ from catode.prune.devices.transfer import upload
 from catode.structures.inventory import Inventory
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+# scaled parameters of a module and the plain ones, by name, and the latter's numbers of changes
+Scaled = tuple[dict[str, torch.Tensor], dict[str, nn.Parameter], list[int]]
 NO_GRADIENTS = (
     "`model` must run the modules that read units with gradients; got one that runs some inside torch.no_grad(), as "
     "checkpoints do with use_reentrant=True. Use use_reentrant=False, or leave the units out."
@@ -35,6 +37,16 @@ AGAIN = (
 def in_backward() -> bool:
     """Whether a backward pass is running, as where checkpointed modules run again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def saved_elsewhere() -> bool:
+    """Whether what is saved for the backward pass is handled by others, as in checkpointed modules, which run again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Number of changes in place that a tensor has seen; 0 where that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)
@@ -76,10 +88,12 @@ class Copied:
     """Owner of hooks that a copy of a gated model takes along."""
 
 
-class Gates:
+class Gates(Copied):
     """Values of all gates and their installation in a model.
 
-    Structures keep the numbers of the original network, also when units have been cut.
+    Structures keep the numbers of the original network, also when units have been cut. A call of the model in train mode
+    scales the parameters of all gated modules at once, which takes less time; where a part of the model is called by
+    itself, is checkpointed, or runs with gradients off inside the model, they are scaled by module.
 
     Args:
         model: The model.
@@ -94,6 +108,7 @@ class Gates:
             scaled instead of weights. Where a batch norm follows the consumer, a closed gate leaves the unit's mean.
         several: Whether the batch is not the step's first one with rows of its own.
         traced: Whether compiled code holds gates.
+        scaled: Parameters of the call of the model that is running, scaled in advance, by gate; with whether there are gradients.
     """
 
     def __init__(self, model: nn.Module, inventory: Inventory, group: Group | None = None):
@@ -106,6 +121,8 @@ class Gates:
         self._taps: list[Tap] | None = None
         self._tap_layers = self._differentiated = self.several = False
         self._installed: dict[nn.Module, _ModuleGate] = {}
+        self.scaled: tuple[bool, dict[_ModuleGate, Scaled]] = False, {}
+        self._pieces: tuple[torch.Tensor, list[int]] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,7 +131,7 @@ class Gates:
         alone = dict(
             model=None, inventory=None, group=Group(), blocks=(), rows=None, traced=False, several=False, _taps=None
         )
-        alone |= dict(_tap_layers=False, _differentiated=False)
+        alone |= dict(_tap_layers=False, _differentiated=False, scaled=(False, {}), _pieces=None)
         return {**alone, "draw": theta, "keep_prob": theta, "_installed": {}, "_hooks": []}
 
     @classmethod
@@ -166,6 +183,34 @@ class Gates:
         for module, gate in self._installed.items():
             self._hooks.append(module.register_forward_pre_hook(gate.before))
             self._hooks.append(module.register_forward_hook(gate.after, always_call=True))
+        if self._installed:
+            every = self._installed.values()
+            layered = [gate.layer[1] for gate in every if gate.layer is not None]
+            reading = [gate.units for gate in every if gate.units is not None]
+            self._pieces = torch.cat(layered + reading), [len(layered), *map(len, reading)]
+            self._hooks.append(self.model.register_forward_pre_hook(self._begin))
+            self._hooks.append(self.model.register_forward_hook(self._end, always_call=True))
+
+    def _begin(self, module: nn.Module, args: tuple) -> None:
+        """Scale the parameters of all gated modules; by module in eval mode, which need not hold all of them at once."""
+        if torch.compiler.is_compiling() or not self.training or self._pieces is None:
+            return
+        if self.rows is not None or self._taps is not None or saved_elsewhere():
+            return
+        order, sizes = self._pieces
+        layered, *reading = self.draw[order].split(sizes)
+        layers, units, found = iter(layered.unbind()), iter(reading), {}
+        for inner, gate in self._installed.items():
+            own = None if gate.units is None else next(units), None if gate.layer is None else next(layers)
+            scaled = gate.scaled(inner, *own)
+            plain = {name: inner._parameters[name] for name in scaled}
+            found[gate] = scaled, plain, [version(parameter) for parameter in plain.values()]
+        self.scaled = torch.is_grad_enabled(), found
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forget what was scaled, also after an error."""
+        if not torch.compiler.is_compiling():
+            self.scaled = False, {}
 
     @contextmanager
     def tapped(self, layers: bool = True) -> Iterator[list[Tap]]:
@@ -202,7 +247,7 @@ class Gates:
         """Remove all gates; the model holds the same parameters as before."""
         for hook in self._hooks:
             hook.remove()
-        self._installed, self._hooks = {}, []
+        self._installed, self._hooks, self._pieces = {}, [], None
 
     @torch.no_grad()
     def folded_state(self) -> dict[str, torch.Tensor]:
@@ -210,7 +255,7 @@ class Gates:
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         names = {module: name for name, module in self.model.named_modules()}
         for module, gate in self._installed.items():
-            for name, weight in gate.scaled(module, self.keep_prob).items():
+            for name, weight in gate.scaled(module, *gate.own(self.keep_prob)).items():
                 state[f"{names[module]}.{name}"] = weight
         return state
 
@@ -236,35 +281,58 @@ class _ModuleGate(Copied):
         self.layer: tuple[int, torch.Tensor] | None = None
         self._plain: dict[str, nn.Parameter] = {}
 
-    def scaled(self, module: nn.Module, values: torch.Tensor, units: bool = True, layer: bool = True) -> dict:
+    def own(self, values: torch.Tensor, units: bool = True, layer: bool = True) -> tuple[torch.Tensor | None, ...]:
+        """Gates of the units and of the layer, among all gate values; None where there are none, or they are not wanted."""
+        return (
+            values[self.units] if units and self.units is not None else None,
+            values[self.layer[0]] if layer and self.layer is not None else None,
+        )
+
+    def scaled(
+        self, module: nn.Module, units: torch.Tensor | None, layer: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         """Scaled parameters of a module by name.
 
         Args:
             module: The module.
-            values: Gate values, shape (n,).
-            units: Whether its weight is scaled by the gates of the units.
-            layer: Whether its affine is scaled by the gate of the layer.
+            units: Gates of the units that scale its weight, shape (units,); None for none.
+            layer: Gate of the layer that scales its affine, shape (); None for none.
         """
         found = {}
-        if units and self.units is not None:
+        if units is not None:
             weight = module._parameters["weight"]
-            found["weight"] = weight * values[self.units].to(weight.dtype).view(1, -1, *[1] * (weight.dim() - 2))
-        if layer and self.layer is not None:
+            found["weight"] = weight * units.to(weight.dtype).view(1, -1, *[1] * (weight.dim() - 2))
+        if layer is not None:
             for name in ("weight", "bias"):
                 if module._parameters.get(name) is not None:
-                    found[name] = found.get(name, module._parameters[name]) * values[self.layer[0]]
+                    found[name] = found.get(name, module._parameters[name]) * layer
         return found
+
+    def _in_advance(self, module: nn.Module) -> Scaled | None:
+        """What the call of the model has scaled in advance, if it holds here: with or without gradients alike, and unchanged."""
+        differentiated, found = self.gates.scaled
+        if self not in found or differentiated is not torch.is_grad_enabled() or saved_elsewhere():
+            return None
+        _, plain, versions = found[self]
+        for (name, parameter), before in zip(plain.items(), versions, strict=True):
+            if module._parameters.get(name) is not parameter or version(parameter) != before:
+                return None
+        return found[self]
 
     def before(self, module: nn.Module, args: tuple) -> tuple | None:
         """Put the scaled parameters into the module, or scale what it reads."""
         gates = self.gates
         if torch.compiler.is_compiling():
             gates.traced = True
+        elif gates.rows is None and gates._taps is None and (found := self._in_advance(module)) is not None:
+            scaled, self._plain, _ = found
+            module._parameters.update(scaled)
+            return None
         by_example, tapped = gates.rows is not None, gates.tapping
         if by_example and gates.several and not torch.compiler.is_compiling() and in_backward():
             raise RuntimeError(AGAIN)
         units, layer = not (by_example or tapped), not (by_example or (tapped and gates._tap_layers))
-        scaled = self.scaled(module, gates.values, units, layer)
+        scaled = self.scaled(module, *self.own(gates.values, units, layer))
         self._plain = {name: module._parameters[name] for name in scaled}
         module._parameters.update(scaled)
         if self.units is None or not (by_example or tapped):

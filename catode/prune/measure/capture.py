@@ -16,7 +16,7 @@ from torch import nn
 from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
 from catode.prune.gated.draws import GateDraws
-from catode.prune.gated.gates import AGAIN, Copied, Gates, in_backward
+from catode.prune.gated.gates import AGAIN, Copied, Gates, in_backward, version
 from catode.prune.measure import nests
 
 
@@ -70,12 +70,12 @@ class Call:
     def changed_inputs(self) -> list[torch.Tensor]:
         """Inputs that have been changed in place since the call began."""
         inputs = nests.tensors((self.args, self.kwargs))
-        return [x for x, version in zip(inputs, self.versions[0], strict=True) if _version(x) != version]
+        return [x for x, before in zip(inputs, self.versions[0], strict=True) if version(x) != before]
 
     @property
     def changed_outputs(self) -> list[torch.Tensor]:
         """Outputs that have been changed in place since the call ended."""
-        return [z for z, version in zip(self.outputs, self.versions[1], strict=True) if _version(z) != version]
+        return [z for z, before in zip(self.outputs, self.versions[1], strict=True) if version(z) != before]
 
 
 class Capture(Copied):
@@ -201,7 +201,7 @@ class Capture(Copied):
                     raise
             else:
                 call.moment = self._moment() if self.checked else None
-            call.versions[0].extend(map(_version, nests.tensors((call.args, call.kwargs))))
+            call.versions[0].extend(map(version, nests.tensors((call.args, call.kwargs))))
         kind = self.gates.draw.device.type
         call.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -217,7 +217,7 @@ class Capture(Copied):
         for place, tensor in enumerate(differentiable(output)):
             call.loss = place if tensor is own else call.loss
             call.outputs.append(tensor.detach().clone() if self.checked else tensor.detach())
-            call.versions[1].append(_version(call.outputs[-1]))
+            call.versions[1].append(version(call.outputs[-1]))
             call.gradients.append(None)
             tensor.register_hook(lambda gradient, place=place: _accumulate(call.gradients, place, gradient))
         if self.checked:
@@ -266,11 +266,6 @@ class Capture(Copied):
         self._moved |= self._weights is not None and parameter._version != self._weights
         self._gradient, self._weights = (parameter.grad, parameter.grad._version), parameter._version
         self._seen = len(self.calls)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Number of changes in place that a tensor has seen; 0 where that is not counted."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _accumulate(gradients: list[torch.Tensor | None], place: int, gradient: torch.Tensor) -> None:

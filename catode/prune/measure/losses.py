@@ -108,15 +108,23 @@ class Objective:
             inputs = nests.mapped(inputs, _in_32_bits)
         args, kwargs = inputs
         examples = sum(rows.stop - rows.start for _, rows in pieces)
+        # as the step ran, but not in float16, in which derivatives without a loss scale may come to 0
+        low = all(call.autocast is torch.bfloat16 for call in calls)
+        precision = partial(torch.autocast, calls[0].outputs[0].device.type, torch.bfloat16, low, cache_enabled=False)
+
+        def output(model: nn.Module) -> Any:
+            with precision():
+                return model(*args, **kwargs)
+
         if own:
-            return Sample(lambda model: own_loss(model(*args, **kwargs)), examples, finite, yes)
+            return Sample(lambda model: own_loss(output(model)), examples, finite, yes)
         self.most = max(self.most, len(calls))
         found = (_targets(call, rows, calls, self.most, grad_scale) for call, rows in pieces)
         targets, fits = zip(*found, strict=True)
         labels = torch.cat(targets)
 
         def cross_entropy(model: nn.Module) -> torch.Tensor:
-            return nn.functional.cross_entropy(model(*args, **kwargs).float(), labels)
+            return nn.functional.cross_entropy(output(model).float(), labels)
 
         return Sample(cross_entropy, examples, finite, torch.stack(fits).all())
 
