@@ -43,7 +43,7 @@ def declare_operators() -> None:
 
 
 def models(which: str) -> list[Model]:
-    """The models of a list.
+    """The models of a list; torchvision's smallest first.
 
     Args:
         which: One of `LISTS`.
@@ -68,7 +68,10 @@ def _torchvision() -> list[Model]:
             settings["init_weights"] = False
         return torchvision.models.get_model(name, **settings), torch.zeros(1, 3, size, size)
 
-    names = torchvision.models.list_models(module=torchvision.models)
+    def size(name: str) -> int:
+        return torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
+
+    names = sorted(torchvision.models.list_models(module=torchvision.models), key=size)
     return [Model(name, lambda name=name: build(name)) for name in names]
 
 
@@ -118,6 +121,7 @@ def _transformers() -> list[Model]:
 
     image = {"image_size": 32, "patch_size": 8}
     small = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    silent = {"attention_probs_dropout_prob": 0.0}
     text = {**small, "vocab_size": 99, "max_position_embeddings": 32}
     tokens = {"input_ids": torch.arange(12).view(1, 12)}
     pixels = {"pixel_values": torch.zeros(1, 3, 32, 32)}
@@ -127,7 +131,7 @@ def _transformers() -> list[Model]:
         return lambda: (model(config), example)
 
     swin = hf.SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
-    gpt = hf.GPT2Config(vocab_size=99, n_positions=32, n_embd=48, n_layer=2, n_head=4, use_cache=False)
+    gpt = hf.GPT2Config(vocab_size=99, n_positions=32, n_embd=48, n_layer=2, n_head=4, use_cache=False, attn_pdrop=0.0)
     grouped = {**text, "num_key_value_heads": 2, "use_cache": False}
     clip = hf.CLIPVisionConfig(**small, **image, projection_dim=48)
     whisper = hf.WhisperConfig(
@@ -138,7 +142,7 @@ def _transformers() -> list[Model]:
         Model("vit", of(hf.ViTForImageClassification, hf.ViTConfig(**small, **image, **plain), pixels)),
         Model("deit", of(hf.DeiTForImageClassification, hf.DeiTConfig(**small, **image, **plain), pixels)),
         Model("swin", of(hf.SwinForImageClassification, swin, pixels)),
-        Model("bert", of(hf.BertForSequenceClassification, hf.BertConfig(**text), tokens)),
+        Model("bert", of(hf.BertForSequenceClassification, hf.BertConfig(**text, **silent), tokens)),
         Model("gpt2", of(hf.GPT2LMHeadModel, gpt, tokens)),
         Model("llama", of(hf.LlamaForCausalLM, hf.LlamaConfig(**grouped), tokens)),
         Model("qwen2", of(hf.Qwen2ForCausalLM, hf.Qwen2Config(**grouped), tokens)),

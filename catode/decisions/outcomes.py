@@ -104,8 +104,7 @@ class Outcomes:
             last, rest, down = last | more, rest & ~more, down & ~more
             left, waits = self._without(left, down, open_, limits)
             certain |= rest & left & ~waits & (self.target is not None)
-        layers = self.complexity.inventory.is_layer & self.complexity.inventory.removable
-        if layers.any() and not left[layers].any():
+        if not left[self.complexity.inventory.is_layer].any():
             none = np.zeros_like(open_)
             return Outcome(np.where(open_, fates.KEPT_AS_LAST, fate), kept.copy(), none, none, none, everything=True)
         if self.target is not None:  # others of the site stay, too

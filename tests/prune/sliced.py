@@ -427,12 +427,45 @@ class Foreign(Described):
             yield Block(f"{name}.mlp", f"{name}.mlp.down", (site,), module=name, absent=absent, branch=branch)
 
 
+class Shared(Described):
+    """A width that a branch and what comes after it read; it stays when the branch goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.fc = nn.Conv2d(3, 6, 3, padding=1), Fork(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.body(self.stem(x)).mean((2, 3)))
+
+    def blocks_(self):
+        inner = made("body.one", bias=True) + read("body.two")
+        branch = ("body.one", "body.two")
+        site = Site("body.one", 7, (), (), parts=inner)
+        yield Block("branch", "body.two", (site,), module="body", addend="two", branch=branch)
+        parts = made("body.wide", bias=True) + read("body.one") + read("body.side")
+        yield Block("rest", "", (Site("wide", 8, (), (), parts=parts),), removable=False)
+
+
+class Fork(nn.Module):
+    """``side(y) + two(relu(one(y)))`` with ``y = relu(wide(x))``."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.side = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.one, self.two = nn.Conv2d(8, 7, 3, padding=1), nn.Conv2d(7, 4, 1)
+
+    def forward(self, x):
+        y = F.relu(self.wide(x))
+        return self.side(y) + self.two(F.relu(self.one(y)))
+
+
 IMAGES = (2, 3, 12, 12)
 NETWORKS = {
     "inverted residuals with squeeze and excitation": MobileNet,
     "concatenation": Concatenated,
     "grouped convolutions": ResNeXt,
     "no branches": VGG,
+    "a width that a branch reads, too": Shared,
     "a transposed convolution": Transposed,
     "attention and GLU": Transformer,
     "modules that cannot be traced": Foreign,

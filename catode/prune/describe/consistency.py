@@ -205,18 +205,28 @@ def _check_consumer(module: nn.Module, part: Slice, where: str) -> None:
 
 
 def _check_owners(model: nn.Module, block: Block, site: Site, blocks: Sequence[Block]) -> None:
-    """Make sure that the tensors of a site stay as long as its block."""
+    """Make sure that a site stays as long as its block: what makes it, and something that reads it."""
+    leaving: dict[str, Block] = {}
     for part in slices(model, site):
         if block.removable and site.parts and not goes_with(block, part.tensor):
             raise ValueError(
                 f"site `{site.name}` must lie in the branch of `{block.name}` alone; got `{part.tensor}`, which stays without it."
             )
+        if block.removable and goes_with(block, part.tensor):
+            continue
         other = next((other for other in blocks if other is not block and goes_with(other, part.tensor)), None)
-        if other is not None and not (block.removable and goes_with(block, part.tensor)):
-            raise ValueError(
-                f"site `{site.name}` must not lie in the branch of another block; got `{part.tensor}`, which goes with "
-                f"`{other.name}`. Make it a site of that block, or leave it out."
-            )
+        if other is not None:
+            leaving[part.tensor] = other
+    readers = [part for part in slices(model, site) if part.role == CONSUMER]
+    makers = [part.tensor for part in slices(model, site) if part.role == PRODUCER]
+    wrong = next((name for name in makers if name in leaving), None)
+    if wrong is None and all(part.tensor in leaving for part in readers):
+        wrong = readers[0].tensor
+    if wrong is not None:
+        raise ValueError(
+            f"site `{site.name}` must not lie in the branch of another block; got `{wrong}`, which goes with "
+            f"`{leaving[wrong].name}`. Make it a site of that block, or leave it out."
+        )
 
 
 def _check_member(model: nn.Module, block: Block, name: str, where: str, names: dict[int, list[str]]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from catode.prune.describe.protocol import slices
 from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
 from catode.structures.description import CONSUMER, Slice
@@ -183,8 +184,7 @@ class Gates(Copied):
             if units is None:
                 continue
             layout = layout or Layout(other.site for other in self.inventory.places)
-            plain = [Slice(f"{name}.weight", 1, CONSUMER) for name in site.consumers]
-            for part in site.parts or plain:
+            for part in slices(self.model, site):  # without those of branches that went
                 if part.role == CONSUMER:
                     module = self.model.get_submodule(part.tensor.rpartition(".")[0])
                     ranges.setdefault(module, []).append((part, units, layout))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -310,12 +311,16 @@ def record(
     for tensor in tree_flatten(example if not isinstance(example, Mapping) else dict(example))[0]:
         if isinstance(tensor, torch.Tensor):
             recorder.value(tensor, is_input=True)
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # shapes that do not fit are expected, and named by the error
+    level = logger.level
     try:
+        logger.setLevel(logging.CRITICAL)
         with torch.no_grad(), plain_attention(), mode or nullcontext(), recorder:
             found = called(copied, example)
     except Exception as error:  # whatever the model's own code raises
         raise Failed(recorder.stack[-1][0] if recorder.stack else "", recording, error) from error
     finally:
+        logger.setLevel(level)
         for hook in hooks:
             hook.remove()
     flat = tree_flatten(dict(found) if isinstance(found, Mapping) else found)[0]

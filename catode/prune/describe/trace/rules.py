@@ -34,6 +34,8 @@ BATCH_NORMS = (
     "cudnn_batch_norm",
 )
 LIKE = ("empty", "zeros", "ones", "rand", "randn", "full")
+ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh")
+ACTIVATIONS += ("softplus", "softshrink", "hardshrink", "threshold", "sigmoid", "tanh", "logit", "log_sigmoid_forward", "clamp")
 ELEMENTWISE = frozenset(
     (
         "clone",
@@ -83,6 +85,7 @@ ELEMENTWISE = frozenset(
         "trunc_normal_",
     )
     + tuple(f"{name}_like" for name in LIKE)
+    + tuple(name + end for name in ACTIVATIONS for end in ("", "_"))
 )
 MULTIPLES = (
     "mul",
