@@ -115,7 +115,7 @@ class Checks:
             safe = none
         elif not moment.final:
             left = inventory.left(moment.kept)
-            safe = rules.ration(safe, limits, inventory.is_layer, left, self.outcomes.round_to)
+            safe = rules.ration(safe, limits, inventory.is_layer, left, self.outcomes.multiples)
         certain = none
         if self.commits:
             certain = rules.certain(

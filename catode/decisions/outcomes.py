@@ -10,6 +10,7 @@ Source: docs/mathematics.md sections 2 (removal with the block) and 3; groups an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from catode.decisions.limits import Limits
 from catode.decisions.target import Target
 from catode.structures import fates
 from catode.structures.complexity import Complexity
+from catode.structures.layout import units_in
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,18 @@ class Outcomes:
 
     Args:
         complexity: The network's complexity.
-        round_to: Final widths of sites are multiples of this.
+        round_to: Final widths of sites are multiples of this, in entries of their tensors.
         target: A share of the network to end at, or None.
     """
 
     complexity: Complexity
     round_to: int = 1
     target: Target | None = None
+
+    @cached_property
+    def multiples(self) -> list[int]:
+        """Units of each site that make up a width of `round_to`."""
+        return [units_in(self.round_to, place.site) for place in self.complexity.inventory.places]
 
     def settle(
         self,
@@ -97,8 +104,7 @@ class Outcomes:
             last, rest, down = last | more, rest & ~more, down & ~more
             left, waits = self._without(left, down, open_, limits)
             certain |= rest & left & ~waits & (self.target is not None)
-        layers = self.complexity.inventory.is_layer & self.complexity.inventory.removable
-        if layers.any() and not left[layers].any():
+        if not left[self.complexity.inventory.is_layer].any():
             none = np.zeros_like(open_)
             return Outcome(np.where(open_, fates.KEPT_AS_LAST, fate), kept.copy(), none, none, none, everything=True)
         if self.target is not None:  # others of the site stay, too
@@ -145,16 +151,16 @@ class Outcomes:
             Those that stay, and those of `going` that wait for others to make a group.
         """
         inventory = self.complexity.inventory
-        waits = rules.hold_back(kept & going, limits, inventory.left(kept), self.round_to)
+        waits = rules.hold_back(kept & going, limits, inventory.left(kept), self.multiples)
         going = kept & going & ~waits
         if self.target is None:
             return inventory.close(kept & ~going), waits
         worth = limits.benefit_upper / limits.price
         groups = [np.array([s]) for s in np.flatnonzero(going & inventory.is_layer)]
-        for left in inventory.left(kept):
+        for left, multiple in zip(inventory.left(kept), self.multiples, strict=True):
             units = left[going[left]]
             units = units[np.argsort(worth[units], kind="stable")]
-            ends = range(self._group(len(left)), len(units), self.round_to)
+            ends = range(len(left) % multiple or multiple, len(units), multiple)
             groups += [group for group in np.split(units, ends) if len(group)]
         return self.target.remove(kept, going, kept & open_, worth, groups), waits
 
@@ -162,8 +168,8 @@ class Outcomes:
         """Whether any undecided structure, with its group, may still be removed before the target is met."""
         inventory = self.complexity.inventory
         sizes = np.where(inventory.is_layer, 1.0, np.inf)
-        for left, lasts in zip(inventory.left(kept), inventory.lasting, strict=True):
-            group = self._group(len(left))
+        for left, lasts, multiple in zip(inventory.left(kept), inventory.lasting, self.multiples, strict=True):
+            group = len(left) % multiple or multiple  # units that must leave together, so that a multiple is left
             if open_[left].sum() >= group and not (lasts and len(left) <= group):
                 sizes[left] = group
         return bool(self.target.may_go(kept, open_, sizes).any())
@@ -174,7 +180,3 @@ class Outcomes:
         for units in self.complexity.inventory.units:
             stuck[units] = not (open_ & ~waits)[units].any()
         return stuck
-
-    def _group(self, width: int) -> int:
-        """Units that must leave a site of this width together, so that its width becomes a multiple of `round_to`."""
-        return width % self.round_to or self.round_to

@@ -60,7 +60,7 @@ def ration(
     limits: Limits,
     is_layer: NDArray[np.bool_],
     sites: Sequence[NDArray[np.int64]],
-    multiple: int = 1,
+    multiple: int | Sequence[int] = 1,
 ) -> NDArray[np.bool_]:
     """Let one check remove at most one layer and a quarter of a site, or one group, the least useful first.
 
@@ -71,16 +71,16 @@ def ration(
         limits: Measured quantities.
         is_layer: Which structures are layers, shape (n,).
         sites: Numbers of the units left at each site.
-        multiple: Size of a group; fewer units cannot leave, see `hold_back`.
+        multiple: Size of a group, of each site or of all; fewer units cannot leave, see `hold_back`.
     """
     allowed = np.zeros_like(safe)
     ratio = np.divide(limits.benefit_upper, limits.price, out=np.zeros(len(safe)), where=safe)
     layers = np.flatnonzero(safe & is_layer)
     if len(layers):
         allowed[layers[np.argmin(ratio[layers])]] = True
-    for left in sites:
+    for left, group in zip(sites, np.broadcast_to(multiple, len(sites)).tolist(), strict=True):
         units = left[safe[left]]
-        most = max(multiple, int(MOST_OF_A_SITE * len(left)))
+        most = max(group, int(MOST_OF_A_SITE * len(left)))
         allowed[units[np.argsort(ratio[units], kind="stable")[:most]]] = True
     return allowed
 
@@ -91,7 +91,7 @@ def worth(limits: Limits) -> NDArray[np.float64]:
 
 
 def hold_back(
-    leaving: NDArray[np.bool_], limits: Limits, sites: Sequence[NDArray[np.int64]], multiple: int
+    leaving: NDArray[np.bool_], limits: Limits, sites: Sequence[NDArray[np.int64]], multiple: int | Sequence[int]
 ) -> NDArray[np.bool_]:
     """Units that must wait so that each site is left with a multiple of some number of units, with none, or with all.
 
@@ -102,14 +102,14 @@ def hold_back(
         leaving: Structures that may go, shape (n,).
         limits: Measured quantities.
         sites: Numbers of the units left at each site.
-        multiple: Widths are rounded up to multiples of this.
+        multiple: Widths are rounded up to multiples of this, that of each site or of all.
     """
     held = np.zeros_like(leaving)
     every = worth(limits)
-    for left in sites:
+    for left, group in zip(sites, np.broadcast_to(multiple, len(sites)).tolist(), strict=True):
         units = left[leaving[left]]
         order = np.lexsort((every[units], limits.keep_prob[units]))[::-1]
-        held[units[order[: -(len(left) - len(units)) % multiple]]] = True
+        held[units[order[: -(len(left) - len(units)) % group]]] = True
     return held
 
 

@@ -199,7 +199,7 @@ class _Trial:
                         "modules of their own, or leave the block out."
                     )
         named = [block for block in self.blocks if block.removable]
-        ran = sorted(named, key=lambda block: order.index(block.output if block.addend else block.place))
+        ran = sorted(named, key=lambda block: order.index(block.output if block.branch else block.place))
         if ran != named:
             first, second = next((a.name, b.name) for a, b in zip(named, ran, strict=True) if a is not b)
             raise ValueError(
@@ -337,9 +337,10 @@ class _Trial:
         for block, kept in layers:
             wrong = self._alone(kept)
             if wrong:
-                if block.addend:
+                if block.branch:
+                    what = block.addend or ", ".join(path for path, _ in block.absent)
                     raise ValueError(
-                        f"block `{block.name}` must be `{block.place}` without `{block.addend}` when the gate of its output "
+                        f"block `{block.name}` must be `{block.place}` without `{what}` when the gate of its output "
                         f"`{block.output}` is 0; {wrong}. Name the branch's last module with an affine as output."
                     )
                 raise ValueError(

@@ -86,11 +86,11 @@ class Site:
 class Block:
     """A residual branch that can be removed as a whole, or a part of the network that only holds sites.
 
-    Without `addend`, the module at `name` must have a method ``shortcut_only() -> nn.Module``: what is left when its branch
-    is gone.
+    Without `addend` or `absent`, the module at `name` must have a method ``shortcut_only() -> nn.Module``: what is left when
+    its branch is gone.
 
     Args:
-        name: Path of the block's module. With `addend`, or if not `removable`: any name that no other block has.
+        name: Path of the block's module. With `addend` or `absent`, or if not `removable`: any name that no other block has.
         output: Path of the branch's last module with an affine (a norm, or a linear or convolutional layer); the layer
             gate scales its weight and bias, or what it returns if it has no parameters. Empty if not `removable`.
         sites: Hidden widths of the branch, in order.
@@ -99,8 +99,11 @@ class Block:
             ``shortcut_only()`` or several branches: the remainder of its own traced graph takes its place. Empty: `name`.
         addend: Name of the node of that module's traced graph which is added to the shortcut; it is what goes. The graph is
             that of `catode.prune.gated.remainder.trace`, which follows no submodule. Empty: the block has ``shortcut_only()``.
-        branch: Paths of the modules and parameters that go with the branch, where there is an `addend`. Empty: everything
-            inside `name` but what is `fixed`.
+        absent: Instead of an `addend`, where `module` cannot be traced: paths of the branch's modules that `module` calls, and the
+            number of things that each returns, 0 for a tensor. What takes their places returns a single 0, so that 0 is added
+            to the shortcut; see `catode.prune.gated.absent`.
+        branch: Paths of the modules and parameters that go with the branch, where there is an `addend`, or what is `absent`.
+            Empty: everything inside `name` but what is `fixed`.
         removable: Whether the branch can go as a whole. If not, the block only holds sites, none of which may lose its last
             unit, and its layer counts as decided: kept.
     """
@@ -111,10 +114,11 @@ class Block:
     fixed: tuple[str, ...] = ()
     module: str = ""
     addend: str = ""
+    absent: tuple[tuple[str, int], ...] = ()
     branch: tuple[str, ...] = ()
     removable: bool = True
 
     @property
     def place(self) -> str:
         """Path of the module that holds the block; empty for the whole network."""
-        return self.module or (self.name if self.removable else "")
+        return self.module or (self.name if self.removable and not self.absent else "")

@@ -301,12 +301,173 @@ class Transformer(Described):
             yield Block(f"{name}.mlp", f"{name}.mlp.down", (site,), module=name, addend="depth2", branch=branch)
 
 
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, whose weight has the shape (in, out)."""
+
+    def __init__(self, width_in, nf):
+        super().__init__()
+        self.nf, self.weight, self.bias = (
+            nf,
+            nn.Parameter(0.3 * torch.randn(width_in, nf)),
+            nn.Parameter(torch.zeros(nf)),
+        )
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Queries(nn.Module):
+    """Grouped queries: two for every head of keys and values."""
+
+    def __init__(self, width=6, heads=3, size=2):
+        super().__init__()
+        self.heads, self.kv_heads, self.size = 2 * heads, heads, size
+        self.q, self.o = nn.Linear(width, 2 * heads * size), nn.Linear(2 * heads * size, width)
+        self.k, self.v = nn.Linear(width, heads * size), nn.Linear(width, heads * size)
+
+    def forward(self, x):
+        q = self.q(x).view(len(x), -1, self.heads, self.size).transpose(1, 2)
+        k, v = (part(x).view(len(x), -1, self.kv_heads, self.size).transpose(1, 2) for part in (self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Grouped queries, and an MLP of `Conv1D` in the layer itself."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(width), Queries()
+        self.norm2, self.c_fc, self.c_proj = nn.LayerNorm(width), Conv1D(width, 7), Conv1D(7, width)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm(x))
+        return torch.add(x, self.c_proj(F.gelu(self.c_fc(self.norm2(x)))))
+
+
+class Decoder(Described):
+    """One of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.body, self.fc = nn.Conv2d(3, 6, 4, 4), Layer(), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.fc(self.body(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+    def blocks_(self):
+        q, k, v, o = (f"body.attn.{name}" for name in "qkvo")
+        heads = made(q, bias=True, each=4) + made(k, bias=True, each=2) + made(v, bias=True, each=2)
+        numbers = (Attribute("body.attn", "heads", 2), Attribute("body.attn", "kv_heads"))
+        site = Site("body.attn", 3, (), (), parts=heads + read(o, each=4), attributes=numbers)
+        branch = ("body.norm", "body.attn")
+        yield Block("attention", o, (site,), module="body", addend="attn", branch=branch)
+        units = (Slice("body.c_fc.weight", 1, PRODUCER), *made("body.c_fc", bias=True)[1:], *read("body.c_proj", dim=0))
+        site = Site("body.c_fc", 7, (), (), parts=units, attributes=(Attribute("body.c_fc", "nf"),))
+        branch = tuple(f"body.{name}" for name in ("norm2", "c_fc", "c_proj"))
+        yield Block("mlp", "body.c_proj", (site,), module="body", addend="c_proj", branch=branch)
+
+
+class Pair(nn.Module):
+    """An attention that returns two things, as Hugging Face's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, states, mask=None):
+        return self.inner(states), None
+
+
+class Untraceable(nn.Module):
+    """Hugging Face's form of a layer, which takes whatever it is given and branches on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(6), Pair()
+        self.norm2, self.mlp, self.gamma = nn.LayerNorm(6), GLU(), nn.Parameter(0.5 * torch.ones(6))
+
+    def forward(self, states, *args, **kwargs):
+        residual = states
+        states, _ = self.attn(states=self.norm1(states), mask=None if not args else args[0])
+        states = residual + states
+        if any(float(part.detach().sum()) > 1e9 for part in (states,)):
+            states = states.clamp(max=1e9)
+        return states + self.gamma * self.mlp(self.norm2(states))
+
+
+class Foreign(Described):
+    """Two of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.body, self.fc = (
+            nn.Conv2d(3, 6, 4, 4),
+            nn.Sequential(Untraceable(), Untraceable()),
+            nn.Linear(6, 5),
+        )
+
+    def forward(self, x):
+        return self.fc(self.body(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+    def blocks_(self):
+        for name in ("body.0", "body.1"):
+            inner = f"{name}.attn.inner"
+            heads = tuple(
+                Slice(f"{inner}.qkv.{t}", 0, PRODUCER, 12 * i, 3) for i in range(3) for t in ("weight", "bias")
+            )
+            heads += (Slice(f"{inner}.table", 0, TIED), *read(f"{inner}.proj", each=3))
+            site = Site(inner, 4, (), (), parts=heads, attributes=(Attribute(inner, "num_heads"),))
+            absent = ((f"{name}.norm1", 0), (f"{name}.attn", 2))
+            branch = (f"{name}.norm1", f"{name}.attn")
+            yield Block(f"{name}.attn", f"{inner}.proj", (site,), module=name, absent=absent, branch=branch)
+            units = made(f"{name}.mlp.gate") + made(f"{name}.mlp.up") + read(f"{name}.mlp.down")
+            site = Site(f"{name}.mlp", 8, (), (), parts=units)
+            absent = ((f"{name}.norm2", 0), (f"{name}.mlp", 0))
+            branch = (f"{name}.norm2", f"{name}.mlp", f"{name}.gamma")
+            yield Block(f"{name}.mlp", f"{name}.mlp.down", (site,), module=name, absent=absent, branch=branch)
+
+
+class Shared(Described):
+    """A width that a branch and what comes after it read; it stays when the branch goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.fc = nn.Conv2d(3, 6, 3, padding=1), Fork(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.body(self.stem(x)).mean((2, 3)))
+
+    def blocks_(self):
+        inner = made("body.one", bias=True) + read("body.two")
+        branch = ("body.one", "body.two")
+        site = Site("body.one", 7, (), (), parts=inner)
+        yield Block("branch", "body.two", (site,), module="body", addend="two", branch=branch)
+        parts = made("body.wide", bias=True) + read("body.one") + read("body.side")
+        yield Block("rest", "", (Site("wide", 8, (), (), parts=parts),), removable=False)
+
+
+class Fork(nn.Module):
+    """``side(y) + two(relu(one(y)))`` with ``y = relu(wide(x))``."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.side = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.one, self.two = nn.Conv2d(8, 7, 3, padding=1), nn.Conv2d(7, 4, 1)
+
+    def forward(self, x):
+        y = F.relu(self.wide(x))
+        return self.side(y) + self.two(F.relu(self.one(y)))
+
+
 IMAGES = (2, 3, 12, 12)
 NETWORKS = {
     "inverted residuals with squeeze and excitation": MobileNet,
     "concatenation": Concatenated,
     "grouped convolutions": ResNeXt,
     "no branches": VGG,
+    "a width that a branch reads, too": Shared,
     "a transposed convolution": Transposed,
     "attention and GLU": Transformer,
+    "modules that cannot be traced": Foreign,
+    "grouped queries and weights of shape (in, out)": Decoder,
 }

@@ -11,7 +11,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sliced import IMAGES, NETWORKS, VGG, Concatenated, Depth, MobileNet, ResNeXt, Transformer, Transposed, made, read
+from sliced import (
+    IMAGES,
+    NETWORKS,
+    VGG,
+    Concatenated,
+    Depth,
+    Foreign,
+    MobileNet,
+    ResNeXt,
+    Transformer,
+    Transposed,
+    made,
+    read,
+)
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,10 +32,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import Counts, count, describe, inference
 from catode.prune.describe.protocol import branch, slices, tensor_of
+from catode.prune.gated.absent import outputs_of
 from catode.prune.gated.cut import Change, drop_block, keep_units, keep_units_of_state, restrict
 from catode.prune.gated.gates import Gates
 from catode.prune.gated.remainder import trace, without
 from catode.prune.measure.owned import Owned
+from catode.prune.measure.probes import Probe
 from catode.prune.pruner import Pruner
 from catode.prune.selfcheck import check
 from catode.structures import fates
@@ -144,7 +159,9 @@ def test_law_cuts_compose_and_names_classes_and_state_dicts_follow(kind, seed):
                 keep_units_of_state(one, whole, place.site, left, of_state)
             present[place.number] = here[left]
     restrict(other, inventory.blocks, inventory.record(kept))
-    assert [(n, type(m).__name__) for n, m in one.named_modules()] == [(n, type(m).__name__) for n, m in other.named_modules()]
+    assert [(n, type(m).__name__) for n, m in one.named_modules()] == [
+        (n, type(m).__name__) for n, m in other.named_modules()
+    ]
     for (name, a), (again, b) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
         assert name == again and torch.equal(a, b) and torch.equal(whole[name], b)
     for a, b in zip(one.modules(), other.modules(), strict=True):
@@ -278,6 +295,30 @@ def test_law_owned_sums_of_a_cut_network_are_the_whole_ones_of_what_is_left(kind
     assert not found[~torch.from_numpy(kept)].any()
 
 
+@networks
+def test_law_paired_differences_are_those_of_the_loss(kind):
+    model, inventory = network(kind)
+    kept = vertex(inventory, 6, 0.8, 0.8)
+    gates = gated(model, inventory, kept)
+    x, y = images(), torch.tensor([1, 3])
+
+    def loss(model):
+        return F.cross_entropy(model(x), y)
+
+    train(model)
+    found = Probe(model, gates, loss, len(x), torch.Generator()).paired(range(inventory.size))
+    for number in range(inventory.size):
+        values = []
+        for value in (0.0, 1.0):
+            draw = torch.from_numpy(kept.astype(np.float32))
+            draw[number] = value
+            gates.set(None, draw)
+            with torch.no_grad():
+                values.append(float(loss(model)))
+        if inventory.removable[number]:
+            assert float(found[number]) == pytest.approx(values[0] - values[1], abs=1e-5)
+
+
 # branches
 
 
@@ -319,6 +360,35 @@ def test_copies_of_remainders_lose_further_branches():
         drop_block(one, inventory.blocks[3])
     x = images()
     torch.testing.assert_close(model.eval()(x), other.eval()(x), rtol=0, atol=0)
+
+
+def test_a_module_that_cannot_be_traced_keeps_its_class_and_loses_its_branch():
+    model, inventory = network(Foreign)
+    before, layer = dict(model.named_parameters()), model.body[0]
+    paths = [path for block in inventory.blocks for path, _ in block.absent]
+    found = outputs_of(model, paths, lambda: model(images()))
+    assert found == tuple(entry for block in inventory.blocks for entry in block.absent)
+    assert not any(module._forward_hooks for module in model.modules())
+    change = drop_block(model, inventory.blocks[1])
+    after, x = dict(model.named_parameters()), torch.randn(2, 9, 6, dtype=torch.float64)
+    gone = {n for n in before if n.startswith(("body.0.norm2", "body.0.mlp", "body.0.gamma"))}
+    assert model.body[0] is layer and set(after) == set(before) - gone and change.removed == {before[n] for n in gone}
+    assert all(p is before[n] for n, p in after.items())
+    torch.testing.assert_close(layer(x), x + layer.attn(layer.norm1(x))[0], **EXACT)
+    drop_block(model, inventory.blocks[0])
+    assert torch.equal(layer(x), x) and not list(layer.parameters())
+    assert torch.equal(copy.deepcopy(layer)(x), x)
+
+
+def test_a_branch_that_returns_no_tensors_is_refused():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return {"x": x}
+
+    model = nn.Sequential(Odd())
+    with pytest.raises(ValueError, match="^a branch must return tensors to be taken out; `0` returns a dict"):
+        outputs_of(model, ["0"], lambda: model(torch.zeros(1)))
+    assert not model[0]._forward_hooks
 
 
 class Functional(nn.Module):
@@ -487,6 +557,16 @@ WRONG = {
         dict(branch=("body.0.attn", "body.0.scale1")),
         r"^`branch` of block `body\.0\.attn` .*`body\.0\.norm1\.weight` goes",
     ),
+    "two ways to go": (
+        Transformer,
+        dict(absent=(("body.0.attn", 0),)),
+        r"must have an `addend`, or name what is `absent`",
+    ),
+    "an absent module that stays": (
+        Foreign,
+        dict(branch=("body.0.attn",)),
+        r"^block `body\.0\.attn` must name every module of `branch` in `absent`, .* got `body\.0\.norm1`",
+    ),
     "no members": (Transformer, dict(branch=()), r"must name the modules and parameters that go in `branch`"),
     "a site elsewhere": (
         Transformer,
@@ -512,6 +592,16 @@ def test_a_site_of_a_branch_that_goes_with_another_block_is_refused():
     blocks[1] = dataclasses.replace(blocks[1], sites=())
     with pytest.raises(ValueError, match=r"^site `body\.0\.mlp\.gate` must not lie in the branch of another block"):
         consistency.check(model, [*blocks, held])
+
+
+def test_a_remainder_whose_numbers_would_change_is_refused():
+    model = Transformer()
+    blocks = model.structures()
+    model.body[0].width = 8
+    site = dataclasses.replace(blocks[1].sites[0], attributes=(Attribute("body.0", "width"),))
+    blocks[1] = dataclasses.replace(blocks[1], sites=(site,))
+    with pytest.raises(ValueError, match=r"^block `body\.0\.attn` must leave .* got `body\.0\.width`"):
+        consistency.check(model, blocks)
 
 
 def test_a_norm_over_the_units_is_refused():

@@ -209,3 +209,40 @@ def test_every_fate_has_one_meaning_and_one_colour():
     assert {fate for fate in fates.FATES if "removed" in fates.MEANINGS[fate]} == set(fates.REMOVED)
     rule = {fates.UNDECIDED, fates.COMMITTED, fates.PRUNED_TOLERANCE, fates.PRUNED_ZERO, fates.REMOVED_WITH_BLOCK}
     assert set(fates.NOT_BY_RULE) == set(fates.FATES) - rule
+
+
+def lasting(widths):
+    """A block that is a branch, and one that only holds sites, of which none may lose its last unit."""
+    sites = [Site(f"s{n}", width, (), ()) for n, width in enumerate(widths)]
+    return Inventory([Block("branch", "o", (sites[0],)), Block("held", "", tuple(sites[1:]), removable=False)])
+
+
+def test_a_block_that_stays_keeps_a_unit_of_every_site():
+    owner = lasting([2, 3, 2])
+    assert owner.removable.tolist() == [True, False, *[True] * 7] and owner.lasting.tolist() == [False, True, True]
+    closed = owner.close(np.zeros(owner.size, dtype=bool))
+    assert np.flatnonzero(closed).tolist() == [1, 4, 7]
+    some = np.ones(owner.size, dtype=bool)
+    some[[4, 5]] = False
+    assert (owner.close(some) == some).all()
+    assert owner.alone(some).tolist() == [False, False, *[False] * 2, False, False, True, False, False]
+    assert [units.tolist() for units in owner.emptied(some, ~some)] == []
+    going = np.isin(np.arange(owner.size), [2, 3, 6, 7])
+    assert [units.tolist() for units in owner.emptied(some, going)] == [[6]]
+
+
+@given(st.data())
+def test_law_closing_twice_is_closing_once_and_what_must_stay_stays(data):
+    owner = lasting(data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=4)))
+    closed = owner.close(masks(data.draw, owner))
+    assert (owner.close(closed) == closed).all() and closed[~owner.removable].all()
+    assert all(closed[owner.units[number]].any() for number in np.flatnonzero(owner.lasting))
+    assert (owner.kept(owner.record(closed)) == closed).all()
+
+
+def test_a_record_without_a_block_that_stays_is_refused():
+    owner = lasting([2, 3])
+    record = owner.record(np.ones(owner.size, dtype=bool))
+    record["held"]["kept"] = False
+    with pytest.raises(ValueError, match="`held` in structure.json must be kept"):
+        owner.kept(record)

@@ -48,6 +48,8 @@ def check(model: nn.Module, blocks: Sequence[Block]) -> None:
     sites = [site for block in blocks for site in block.sites]
     _check_shared(model, sites)
     _check_attributes(model, sites)
+    for block in blocks:
+        _check_numbers(block, blocks)
 
 
 def _check_branch(
@@ -58,7 +60,9 @@ def _check_branch(
     outer = next((other.name for other in blocks if other is not block and goes_with(other, block.place)), None)
     if outer is not None:
         raise ValueError(f"{where} must not lie inside another one; got it inside `{outer}`. Leave one of them out.")
-    if block.addend:
+    if block.absent:
+        _check_absent(model, block, where)
+    elif block.addend:
         _check_addend(model, block, module, where, names)
     elif not callable(getattr(module, "shortcut_only", None)):
         raise ValueError(
@@ -69,7 +73,7 @@ def _check_branch(
         _module(model, path, f"`fixed` of {where}")
     _check_member(model, block, block.output, f"`output` of {where}", names)
     output = model.get_submodule(block.output)
-    if isinstance(output, nn.modules.batchnorm._BatchNorm) and output.weight is None and not block.addend:
+    if isinstance(output, nn.modules.batchnorm._BatchNorm) and output.weight is None and not block.branch:
         raise ValueError(
             f"`output` of {where} must have a weight for the layer's gate; `{block.output}` has none. Use affine=True, or "
             "the module before it."
@@ -101,6 +105,21 @@ def _check_addend(model: nn.Module, block: Block, module: nn.Module, where: str,
             raise ValueError(
                 f"`branch` of {where} must name what goes with `{block.addend}`, and no more; `{name}` {what}. Correct it."
             )
+
+
+def _check_absent(model: nn.Module, block: Block, where: str) -> None:
+    """Make sure that what goes can be taken out of a network."""
+    if block.addend:
+        raise ValueError(f"{where} must have an `addend`, or name what is `absent`; got both. Leave one out.")
+    modules = {path for path, _ in block.absent}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path in block.branch:
+        if path not in parameters:
+            _module(model, path, f"`branch` of {where}")
+    if odd := sorted((modules ^ set(block.branch)) - parameters.keys()):
+        raise ValueError(
+            f"{where} must name every module of `branch` in `absent`, and no other; got `{odd[0]}` in one alone."
+        )
 
 
 def _check_site(model: nn.Module, block: Block, site: Site, names: dict[int, list[str]]) -> None:
@@ -186,18 +205,28 @@ def _check_consumer(module: nn.Module, part: Slice, where: str) -> None:
 
 
 def _check_owners(model: nn.Module, block: Block, site: Site, blocks: Sequence[Block]) -> None:
-    """Make sure that the tensors of a site stay as long as its block."""
+    """Make sure that a site stays as long as its block: what makes it, and something that reads it."""
+    leaving: dict[str, Block] = {}
     for part in slices(model, site):
         if block.removable and site.parts and not goes_with(block, part.tensor):
             raise ValueError(
                 f"site `{site.name}` must lie in the branch of `{block.name}` alone; got `{part.tensor}`, which stays without it."
             )
+        if block.removable and goes_with(block, part.tensor):
+            continue
         other = next((other for other in blocks if other is not block and goes_with(other, part.tensor)), None)
-        if other is not None and not (block.removable and goes_with(block, part.tensor)):
-            raise ValueError(
-                f"site `{site.name}` must not lie in the branch of another block; got `{part.tensor}`, which goes with "
-                f"`{other.name}`. Make it a site of that block, or leave it out."
-            )
+        if other is not None:
+            leaving[part.tensor] = other
+    readers = [part for part in slices(model, site) if part.role == CONSUMER]
+    makers = [part.tensor for part in slices(model, site) if part.role == PRODUCER]
+    wrong = next((name for name in makers if name in leaving), None)
+    if wrong is None and all(part.tensor in leaving for part in readers):
+        wrong = readers[0].tensor
+    if wrong is not None:
+        raise ValueError(
+            f"site `{site.name}` must not lie in the branch of another block; got `{wrong}`, which goes with "
+            f"`{leaving[wrong].name}`. Make it a site of that block, or leave it out."
+        )
 
 
 def _check_member(model: nn.Module, block: Block, name: str, where: str, names: dict[int, list[str]]) -> None:
@@ -208,7 +237,7 @@ def _check_member(model: nn.Module, block: Block, name: str, where: str, names: 
         raise ValueError(
             f"{where} must use modules of the branch of `{block.name}` alone; got `{name}`, which stays without it."
         )
-    if not set(module._parameters) <= {"weight", "bias"} and not block.addend:
+    if not set(module._parameters) <= {"weight", "bias"} and not block.branch:
         _refuse_computed(name, where)
     _check_plain(module, name, where, names)
 
@@ -279,6 +308,17 @@ def _check_attributes(model: nn.Module, sites: Sequence[Site]) -> None:
             raise ValueError(
                 f"site `{site.name}` must say what makes up `{path}.{name}`; got {sorted(fixed)} + {total} for {value}. Correct "
                 "its `attributes`."
+            )
+
+
+def _check_numbers(block: Block, blocks: Sequence[Block]) -> None:
+    """Make sure that what stays of a module without a branch, a graph of fixed numbers, is not cut by them."""
+    for site in (site for other in blocks if other is not block for site in other.sites):
+        own = next((attribute for attribute in site.attributes if attribute.module == block.place), None)
+        if block.removable and block.addend and own is not None:
+            raise ValueError(
+                f"block `{block.name}` must leave a module whose numbers stay; got `{own.module}.{own.name}`, which a cut of site "
+                f"`{site.name}` rewrites. Leave one of them out, or compute the site in a module of its own."
             )
 
 

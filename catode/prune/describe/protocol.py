@@ -64,8 +64,8 @@ def slices(model: nn.Module, site: Site) -> list[Slice]:
         site: One of its sites.
 
     Returns:
-        The site's parts, but for those of branches that went; else producers' weights, biases and statistics along their first dimension, consumers' weights along
-        their second.
+        The site's parts, but for those of branches that went; else producers' weights, biases and statistics along their first
+        dimension, consumers' weights along their second.
     """
     if site.parts:
         return [part for part in site.parts if _stands(model, part.tensor)]

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from catode.prune.describe.protocol import attributes, owner, slices, tensor_of
+from catode.prune.describe.protocol import attributes, branch, owner, slices, tensor_of
+from catode.prune.gated import absent
 from catode.prune.gated.remainder import without
 from catode.structures.description import CONSUMER, PRODUCER, Block, Site, Slice
 from catode.structures.inventory import Inventory
@@ -258,6 +259,11 @@ def unit_norms(model: nn.Module, site: Site, layout: Layout | None = None) -> ND
 def drop_block(model: nn.Module, block: Block, change: Change | None = None) -> Change:
     """Replace a block by what is left of it without its branch; changes `model` in place."""
     change = Change() if change is None else change
+    if block.absent:
+        gone = set(branch(model, block).values())
+        absent.remove(model, block)
+        change.removed |= gone - set(model.parameters())
+        return change
     before = model.get_submodule(block.place)
     if block.addend:
         after = without(before, block.addend)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from catode.prune.describe.protocol import slices
 from catode.prune.devices.distributed import Group
 from catode.prune.devices.transfer import upload
 from catode.structures.description import CONSUMER, Slice
@@ -166,8 +167,7 @@ class Gates:
             if units is None:
                 continue
             layout = layout or Layout(other.site for other in self.inventory.places)
-            plain = [Slice(f"{name}.weight", 1, CONSUMER) for name in site.consumers]
-            for part in site.parts or plain:
+            for part in slices(self.model, site):  # without those of branches that went
                 if part.role == CONSUMER:
                     module = self.model.get_submodule(part.tensor.rpartition(".")[0])
                     ranges.setdefault(module, []).append((part, units, layout))
@@ -228,12 +228,12 @@ class Gates:
         Raises:
             ValueError: if the gate of a layer scales what a module without parameters returns.
         """
-        for number, block in enumerate(self.blocks):
-            gate = self._installed.get(self.model.get_submodule(block.output)) if block.removable else None
-            if gate is not None and gate.layer is not None and not affine(self.model.get_submodule(block.output)):
+        for module, gate in self._installed.items():
+            if gate.layer is not None and not affine(module):
+                block = self.blocks[gate.layer[0]]
                 raise ValueError(
-                    f"`output` of block `{block.name}` must have parameters that the gate of layer {number} can be folded into; "
-                    f"`{block.output}` has none. Call snapshot() when the layer is decided, or finish()."
+                    f"`output` of block `{block.name}` must have parameters that its gate can be folded into; `{block.output}` has "
+                    "none. Call snapshot() when the layer is decided."
                 )
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         names = {module: name for name, module in self.model.named_modules()}

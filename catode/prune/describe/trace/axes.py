@@ -67,7 +67,9 @@ class Axis:
 def product(parts: Sequence[Axis]) -> Axis:
     """Product of axes; those of one index are left out."""
     flat = factors(parts)
-    return flat[0] if len(flat) == 1 else Axis(math.prod(part.size for part in flat), PRODUCT, flat) if flat else Axis(1)
+    return (
+        flat[0] if len(flat) == 1 else Axis(math.prod(part.size for part in flat), PRODUCT, flat) if flat else Axis(1)
+    )
 
 
 def total(parts: Sequence[Axis]) -> Axis:

@@ -13,7 +13,20 @@ from catode.prune.describe.trace.rules import BATCH_NORMS, PRODUCTS
 from catode.prune.describe.trace.shapes import VIEWS
 from catode.prune.gated.remainder import ADDITIONS, trace
 
-MULTIPLES = ("mul", "mul_", "div", "div_", "neg", "clone", "_to_copy", "view", "_unsafe_view", "permute", "transpose", "expand")
+MULTIPLES = (
+    "mul",
+    "mul_",
+    "div",
+    "div_",
+    "neg",
+    "clone",
+    "_to_copy",
+    "view",
+    "_unsafe_view",
+    "permute",
+    "transpose",
+    "expand",
+)
 MULTIPLES += ("squeeze", "unsqueeze", "native_dropout", "contiguous", "detach", "alias", "slice", "roll", "cat")
 """Operators that map a multiple of their one argument that depends on the input to the same multiple."""
 
@@ -149,7 +162,9 @@ def _branch(flow: _Flow, op: Operation, one: Value, other: Value) -> Branch | No
         choices.append((_products(flow, regions[addend]), addend, shortcut))
     for products, addend, shortcut in choices:
         there = _products(flow, regions[shortcut])
-        forked = flow.entries(regions[addend]) & flow.entries(regions[shortcut]) or shortcut in flow.entries(regions[addend])
+        forked = flow.entries(regions[addend]) & flow.entries(regions[shortcut]) or shortcut in flow.entries(
+            regions[addend]
+        )
         if there <= 1 and products > there and (forked or not regions[shortcut]):
             return Branch(op, addend, shortcut, regions[addend], weights[addend])
     return None

@@ -243,7 +243,8 @@ def _goes(branch: Branch, tensor: str) -> bool:
 def _check_example(model: nn.Module, example: Any) -> None:
     """Make sure that there is a tensor on the network's device."""
     tensors: Iterable[torch.Tensor] = [
-        part for part in tree_flatten(dict(example) if isinstance(example, Mapping) else example)[0]
+        part
+        for part in tree_flatten(dict(example) if isinstance(example, Mapping) else example)[0]
         if isinstance(part, torch.Tensor)
     ]
     if not tensors:

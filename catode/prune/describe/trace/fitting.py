@@ -133,7 +133,9 @@ def _first_difference(maps: Maps, whole: Recording, found: Recording, kept: Mapp
         for before, after in zip(one.outputs, other.outputs, strict=True):
             if before not in maps.unruled and tuple(axis.left(kept) for axis in maps.of(before)) != after.shape:
                 return position
-    return None if len(found.operations) >= len(whole.operations) else None if not found.results else len(found.operations)
+    return (
+        None if len(found.operations) >= len(whole.operations) else None if not found.results else len(found.operations)
+    )
 
 
 def _scalars(op: Operation) -> list[float]:

@@ -167,7 +167,13 @@ class _Recorder(TorchDispatchMode):
         noted_kwargs = tree_map_only(torch.Tensor, noted, kwargs)
         found = function(*args, **kwargs)
         op = Operation(
-            len(self.recording.operations), function, noted_args, noted_kwargs, inputs, tuple(self.stack), dict(self.nodes)
+            len(self.recording.operations),
+            function,
+            noted_args,
+            noted_kwargs,
+            inputs,
+            tuple(self.stack),
+            dict(self.nodes),
         )
         self.recording.operations.append(op)
         for value in dict.fromkeys(inputs):

@@ -37,17 +37,89 @@ LIKE = ("empty", "zeros", "ones", "rand", "randn", "full")
 ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh")
 ACTIVATIONS += ("softplus", "softshrink", "hardshrink", "threshold", "sigmoid", "tanh", "logit", "log_sigmoid_forward", "clamp")
 ELEMENTWISE = frozenset(
-    ("clone", "copy", "copy_", "_to_copy", "detach", "detach_", "alias", "lift_fresh", "lift", "contiguous", "fill", "fill_")
-    + ("zero_", "bernoulli", "bernoulli_", "uniform_", "normal_", "native_dropout", "dropout", "random_", "exponential_")
-    + ("_prelu_kernel", "rrelu_with_noise", "where", "masked_fill", "masked_fill_", "view_as_real_copy", "to", "erfinv_")
-    + ("fmod", "real", "imag", "conj", "_conj", "nan_to_num", "requires_grad_", "resolve_conj", "glu_jvp", "trunc_normal_")
+    (
+        "clone",
+        "copy",
+        "copy_",
+        "_to_copy",
+        "detach",
+        "detach_",
+        "alias",
+        "lift_fresh",
+        "lift",
+        "contiguous",
+        "fill",
+        "fill_",
+    )
+    + (
+        "zero_",
+        "bernoulli",
+        "bernoulli_",
+        "uniform_",
+        "normal_",
+        "native_dropout",
+        "dropout",
+        "random_",
+        "exponential_",
+    )
+    + (
+        "_prelu_kernel",
+        "rrelu_with_noise",
+        "where",
+        "masked_fill",
+        "masked_fill_",
+        "view_as_real_copy",
+        "to",
+        "erfinv_",
+    )
+    + (
+        "fmod",
+        "real",
+        "imag",
+        "conj",
+        "_conj",
+        "nan_to_num",
+        "requires_grad_",
+        "resolve_conj",
+        "glu_jvp",
+        "trunc_normal_",
+    )
     + tuple(f"{name}_like" for name in LIKE)
     + tuple(name + end for name in ACTIVATIONS for end in ("", "_"))
 )
-MULTIPLES = ("mul", "mul_", "div", "div_", "neg", "clone", "_to_copy", "detach", "alias", "contiguous", "to", "lift_fresh")
+MULTIPLES = (
+    "mul",
+    "mul_",
+    "div",
+    "div_",
+    "neg",
+    "clone",
+    "_to_copy",
+    "detach",
+    "alias",
+    "contiguous",
+    "to",
+    "lift_fresh",
+)
 """Elementwise operators that leave a parameter a multiple of itself."""
 REDUCTIONS = frozenset(
-    ("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "argmax", "argmin")
+    (
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
+        "prod",
+        "any",
+        "all",
+        "argmax",
+        "argmin",
+    )
     + ("logsumexp", "linalg_vector_norm", "norm", "nansum", "median", "aminmax")
 )
 ALONG = frozenset(

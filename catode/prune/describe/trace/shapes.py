@@ -273,8 +273,10 @@ def picked(maps: Maps, op: Operation) -> None:
     axes = list(maps.of(value))
     maps.forbid([axes[dim]], "indices that are looked up", op)
     for number, output in enumerate(op.outputs):
-        new = [Axis(size) if place == dim or size != axes[place].size else axes[place]
-               for place, size in enumerate(output.shape)]
+        new = [
+            Axis(size) if place == dim or size != axes[place].size else axes[place]
+            for place, size in enumerate(output.shape)
+        ]
         maps.forbid([new[dim]], "indices that are looked up", op)
         maps.make(op, new, number)
 

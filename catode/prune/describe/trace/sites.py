@@ -13,7 +13,17 @@ from catode.prune.describe.trace.maps import Maps
 from catode.prune.describe.trace.recording import Recording
 from catode.structures.description import CONSUMER, PRODUCER, TIED, Attribute, Site, Slice
 
-RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "repeat", "split", "split_with_sizes", "slice")
+RESHAPES = (
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "expand",
+    "repeat",
+    "split",
+    "split_with_sizes",
+    "slice",
+)
 COUNTS = re.compile(r"head|group", re.IGNORECASE)
 SIZES = re.compile(r"dim|feature|channel|width|size|plane|hidden|inner|split|inplanes|nf|nx", re.IGNORECASE)
 
@@ -43,7 +53,9 @@ class Width:
     @property
     def first(self) -> str:
         """Path of the module that makes its units."""
-        return next((tensor for tensor, _, _ in self.places if tensor in self.making), self.places[0][0]).rpartition(".")[0]
+        return next((tensor for tensor, _, _ in self.places if tensor in self.making), self.places[0][0]).rpartition(
+            "."
+        )[0]
 
     @property
     def tensors(self) -> set[str]:

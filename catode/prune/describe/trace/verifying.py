@@ -196,7 +196,8 @@ def verify(
             if difference(run(model, example, evaluating), whole) < (1e-12 if small else 1e-7):
                 first = structures[number][0]
                 idle.append(
-                    blocks[first].name if first < len(blocks)
+                    blocks[first].name
+                    if first < len(blocks)
                     else next(place.site.name for place in inventory.places if first in place.units)
                 )
     return Verdict(worst, where, tuple(idle), len(chosen))

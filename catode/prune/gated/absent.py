@@ -1,0 +1,80 @@
+"""What stands in the place of the modules of a branch that went, where the module around them cannot be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from catode.prune.describe.protocol import owner
+from catode.structures.description import Block
+
+
+class Absent(nn.Module):
+    """Returns a single 0, which the module around it adds to its shortcut.
+
+    Args:
+        outputs: Number of things that the module returned, the first of which is now 0 and the others None; 0 for a tensor.
+    """
+
+    def __init__(self, outputs: int = 0):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.Tensor)]
+        like = next((part for part in given if part.is_floating_point()), None)
+        zero = torch.zeros(()) if like is None else like.new_zeros(())
+        return (zero, *[None] * (self.outputs - 1)) if self.outputs else zero
+
+    def extra_repr(self) -> str:
+        return f"outputs={self.outputs}" if self.outputs else ""
+
+
+def remove(model: nn.Module, block: Block) -> None:
+    """Take the modules and parameters of a block's branch out of a network, in place; all others keep class and name."""
+    for path, outputs in block.absent:
+        before = model.get_submodule(path)
+        after = Absent(outputs)
+        after.training = before.training
+        model.set_submodule(path, after)
+    for path in set(block.branch) - {path for path, _ in block.absent}:
+        module, name = owner(model, path)
+        del module._parameters[name]
+        setattr(module, name, 0.0)
+
+
+def outputs_of(model: nn.Module, paths: Sequence[str], run: Callable[[], Any]) -> tuple[tuple[str, int], ...]:
+    """What `Block.absent` must be for the modules at some paths.
+
+    Args:
+        model: The network.
+        paths: Paths of modules.
+        run: Calls the network.
+
+    Raises:
+        ValueError: if one returns neither a tensor nor a tuple that begins with one.
+    """
+    found, hooks = dict.fromkeys(paths, 0), []
+
+    def note(path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            several = isinstance(output, tuple) and not hasattr(output, "_fields") and len(output) > 0
+            if not isinstance(output[0] if several else output, torch.Tensor):
+                raise ValueError(
+                    f"a branch must return tensors to be taken out; `{path}` returns a {type(output).__name__}. Leave it in."
+                )
+            found[path] = len(output) if several else 0
+
+        return hook
+
+    try:
+        for path in paths:
+            hooks.append(model.get_submodule(path).register_forward_hook(note(path)))
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(found.items())
