@@ -148,6 +148,8 @@ def rule(maps: Maps, op: Operation) -> None:
         group_norm(maps, op)
     elif name == "glu":
         glu(maps, op)
+    elif name == "_weight_norm_interface":
+        weight_norm(maps, op)
     elif name in REDUCTIONS and op.inputs and not (name in ("max", "min") and len(op.inputs) > 1):
         reduction(maps, op)
     elif name in ALONG:
@@ -360,6 +362,18 @@ def glu(maps: Maps, op: Operation) -> None:
     axes[dim] = maps.join(axes[dim], product([Axis(2), Axis(half)]), op)
     axes[dim] = split_product(axes[dim], 2)[1]
     maps.make(op, axes)
+
+
+def weight_norm(maps: Maps, op: Operation) -> None:
+    """A direction scaled to the norm that another parameter says, for every index of one dimension by itself."""
+    direction, length = (list(maps.of(value)) for value in op.inputs)
+    dim = op.argument("dim", 0)
+    maps.forbid([axis for place, axis in enumerate(direction) if place != dim], "a weight norm over it", op)
+    maps.join(direction[dim], length[dim], op)
+    maps.make(op, direction)
+    for value in op.inputs:
+        if value in maps.origin:
+            maps.makes.append(Use(direction[dim], maps.origin[value], op, op.outputs[0]))
 
 
 def _dims(op: Operation, value: Value) -> set[int]:

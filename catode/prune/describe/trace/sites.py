@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -71,8 +71,14 @@ class Width:
         return tuple(found)
 
 
-def widths(maps: Maps, recordings: Iterable[Recording]) -> list[Width]:
-    """All axes of parameters with more than one index, in the order of the parameters."""
+def widths(maps: Maps, recordings: Iterable[Recording], others: Mapping[str, Sequence[str]]) -> list[Width]:
+    """All axes of parameters with more than one index, in the order of the parameters.
+
+    Args:
+        maps: Index maps of the network.
+        recordings: Its passes.
+        others: Further names of tensors that have several.
+    """
     found: dict[Axis, Width] = {}
     for tensor, axes in maps.tensors.items():
         for dim, axis in enumerate(axes):
@@ -84,11 +90,12 @@ def widths(maps: Maps, recordings: Iterable[Recording]) -> list[Width]:
             for run in places:
                 if run.leaf.size > 1:
                     found.setdefault(run.leaf, Width(run.leaf)).places.append((tensor, dim, run))
+                    found[run.leaf].places += [(name, dim, run) for name in others.get(tensor, ())]
     for name, uses in (("reading", maps.reads), ("making", maps.makes), ("counting", maps.grouped)):
         for use in uses:
             for leaf in use.axis.leaves():
                 if leaf in found:
-                    getattr(found[leaf], name).add(use.tensor)
+                    getattr(found[leaf], name).update((use.tensor, *others.get(use.tensor, ())))
     for use in maps.reads:
         owner = use.tensor.rpartition(".")[0]
         if owner and not any(path == owner for path, _ in use.op.stack):
