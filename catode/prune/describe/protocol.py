@@ -85,8 +85,10 @@ def attributes(model: nn.Module, site: Site) -> list[Attribute]:
 
     Args:
         model: The network.
-        site: One of its sites.
+        site: One of its sites; of one without parts nothing is found.
     """
+    if not site.parts:
+        return []
     found = {(own.module, own.name): 0 for own in site.attributes}
     every, parts = [own for own in site.attributes if _stands(model, own.module)], slices(model, site)
     sizes: dict[tuple[str, str], int] = {}
