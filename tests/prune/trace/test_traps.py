@@ -190,7 +190,10 @@ def test_a_tied_embedding_is_left_whole():
 
 @pytest.mark.parametrize(
     "reshape",
-    [lambda x: x.view(-1, 8, 64).transpose(1, 2).reshape(-1, 8, 8, 8).transpose(1, 3), lambda x: x.reshape(len(x), 4, -1, 8, 8).flatten(1, 2)],
+    [
+        lambda x: x.view(-1, 8, 64).transpose(1, 2).reshape(-1, 8, 8, 8).transpose(1, 3),
+        lambda x: x.reshape(len(x), 4, -1, 8, 8).flatten(1, 2),
+    ],
 )
 def test_a_width_written_into_the_code_is_refused(reshape):
     found = reasons(Between(reshape))
@@ -231,7 +234,9 @@ def layers(width: int = 6) -> nn.Sequential:
 
 
 def test_of_nested_branches_the_inner_ones_are_found():
-    model = nn.Sequential(nn.Linear(3, 6), Residual(nn.Sequential(nn.Linear(6, 6), Residual(layers(5)))), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Linear(3, 6), Residual(nn.Sequential(nn.Linear(6, 6), Residual(layers(5)))), nn.Linear(6, 2)
+    )
     blocks = describe(model, torch.zeros(2, 3))
     assert [block.module for block in blocks if block.removable] == ["1.inner.1"]
     assert any(r.kind == "branch" and "holds the branch" in r.reason for r in blocks.refused)
@@ -279,7 +284,10 @@ PLAIN = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
         (lambda: describe(PLAIN, torch.zeros(2, 4)), r"`example` must be an input that the network runs on; `0` fails"),
         (lambda: describe(PLAIN, "image"), r"`example` must hold a tensor"),
         (lambda: describe(PLAIN, torch.zeros(2, 3, device="meta")), r"`example` must be on the network's device cpu"),
-        (lambda: describe(PLAIN, torch.zeros(2, 3), keep="0"), r"`keep` must be a list of patterns.*Write keep=\['0'\]"),
+        (
+            lambda: describe(PLAIN, torch.zeros(2, 3), keep="0"),
+            r"`keep` must be a list of patterns.*Write keep=\['0'\]",
+        ),
         (lambda: describe(PLAIN, torch.zeros(2, 3), keep=["layer*"]), r"`keep` must hold patterns of module paths"),
         (lambda: describe(PLAIN, torch.zeros(2, 3), least={"0": 0}), r"must be an integer of at least 1"),
         (lambda: describe(nn.Linear(3, 2), torch.zeros(2, 3)), r"`model` must have a branch or a width that can go"),
@@ -293,7 +301,9 @@ def test_bad_input_is_one_line(call, words):
 
 
 def test_half_precision_and_the_model_stay_as_they_are():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).to(torch.bfloat16).train()
+    model = (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).to(torch.bfloat16).train()
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     blocks = describe(model, IMAGE.to(torch.bfloat16))
     assert [site.width for site in blocks[0].sites] == [8]

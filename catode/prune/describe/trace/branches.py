@@ -189,7 +189,7 @@ def _place(branch: Branch, recording: Recording) -> None:
     depth = 0
     while all(len(stack) > depth for stack in stacks) and len({stack[depth] for stack in stacks}) == 1:
         depth += 1
-    path, number = stacks[0][depth - 1] if depth else ("", 0)
+    path = stacks[0][depth - 1][0] if depth else ""
     branch.module = path
     if not path:
         branch.reason = branch.reason or "it spans the whole network's own forward pass"
@@ -222,7 +222,9 @@ def name_nodes(found: Sequence[Branch], recording: Recording, again: Recording, 
         if branch.reason:
             continue
         one, other = (_inside(one, branch.module) for one in (recording, again))
-        if [op.name.rstrip("_") for op in one] != [op.name.rstrip("_") for op in other]:  # but for how tensors are taken apart
+        if [op.name.rstrip("_") for op in one] != [
+            op.name.rstrip("_") for op in other
+        ]:  # but for how tensors are taken apart
             branch.reason = f"the graph of `{branch.module}` does not compute the same"
             continue
         nodes = {node.name: node for node in graphs[branch.module].nodes}

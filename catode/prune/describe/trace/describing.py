@@ -154,7 +154,7 @@ class _Trace:
             bad, why = self._misfits(sites)
             if not bad:
                 break
-            for width in {other for width in bad for other in self._alike(width, candidates)}:
+            for width in {other for one in bad for other in self._alike(one, candidates)}:
                 options[width].pop(0)
                 if not options[width]:
                     width.reasons.append(why if width in bad else f"as in `{min(other.first for other in bad)}`: {why}")

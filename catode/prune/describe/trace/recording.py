@@ -310,7 +310,9 @@ def record(
     for tensor in tree_flatten(example if not isinstance(example, Mapping) else dict(example))[0]:
         if isinstance(tensor, torch.Tensor):
             recorder.value(tensor, is_input=True)
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # shapes that do not fit are expected, and named by the error
+    logger = logging.getLogger(
+        "torch._subclasses.fake_tensor"
+    )  # shapes that do not fit are expected, and named by the error
     level = logger.level
     try:
         logger.setLevel(logging.CRITICAL)
