@@ -38,6 +38,7 @@ from catode.prune.describe import consistency
 from catode.prune.describe.costs import describe
 from catode.prune.describe.protocol import branch, unwrapped
 from catode.prune.describe.steptime import MeasuredComplexity, Table
+from catode.prune.describe.trace.describing import blocks_of
 from catode.prune.devices.distributed import Group, current, norms_are_shared, refuse_wrapped
 from catode.prune.devices.transfer import DeferredReads, upload
 from catode.prune.gated import cut
@@ -53,6 +54,7 @@ from catode.prune.queries import Queries
 from catode.prune.recalibration import recalibrate_norms
 from catode.prune.settings import ONE_EPOCH, PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
+from catode.structures.description import Block
 from catode.theory.tolerance.measured import LEAST_PRICE
 
 
@@ -63,10 +65,12 @@ class Pruner(Queries):
     what it returns: then ``step()`` needs no arguments. Any other loss is given; see docs/loops.md.
 
     Args:
-        model: A network with a method ``structures()`` (see `catode.prune.describe.protocol`); gated in place.
+        model: A network; gated in place.
         example_input: One input batch: a tensor, a tuple of arguments or a mapping of keyword arguments; only shapes matter.
         optimizer: The model's optimizer, whose group that learns fastest sets the ODE time of a step; its state follows
             every compaction. See docs/theory.md section 8 for what is known of which.
+        blocks: What can go, such as `catode.describe` finds with some of it protected; None: what the model's method
+            ``structures()`` says (see `catode.prune.describe.protocol`), or, if it has none, what `catode.describe` finds.
         loss: ``loss(model, batch)``, the mean loss over a batch's examples; None for one that is recognised.
         step_times: Price by these measured times (see `catode.prune.describe.steptime`) in place of MACs.
         group: Processes that train together, each on its share of every batch (see `catode.prune.devices.distributed`); None for
@@ -84,7 +88,7 @@ class Pruner(Queries):
         self_check: Result of the self-check; None without one.
 
     Raises:
-        ValueError: for settings out of range or a model without ``structures()``.
+        ValueError: for settings out of range, or a model of which nothing can go or that cannot be described.
         TypeError: for a setting that does not exist, or one without default that is missing.
     """
 
@@ -95,6 +99,7 @@ class Pruner(Queries):
         *,
         optimizer: torch.optim.Optimizer,
         loss: Loss | None = None,
+        blocks: Sequence[Block] | None = None,
         step_times: Sequence[Table] | None = None,
         group: Group | None = None,
         self_check: bool = True,
@@ -106,7 +111,12 @@ class Pruner(Queries):
         own = self.settings = PrunerSettings.of(settings)
         self.model, self.optimizer, self.group = model, optimizer, group or current()
         self.group.agree(model, step=0)
-        self.blocks = model.structures()
+        blocks = blocks_of(model, example_input) if blocks is None else blocks
+        if getattr(blocks, "least", None):
+            raise ValueError(
+                f"`blocks` must be described without least, which the pruner does not follow yet; got {blocks.least}. Use keep=[...]."
+            )
+        self.blocks = list(blocks)
         consistency.check(model, self.blocks)
         check_owner(optimizer, model, [p for block in self.blocks for p in branch(model, block).values()])
         self.complexity = describe(model, self.blocks, example_input)

@@ -32,7 +32,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The network that can be pruned: what ``torch.compile`` was given, or the model itself.
 
     Raises:
-        ValueError: for a model without ``structures()``, or one that a wrapper for several processes or devices holds.
+        ValueError: for a model that a wrapper for several processes or devices holds, or of which parts are compiled.
     """
     model = getattr(model, "_orig_mod", model)
     kind = type(model).__name__
@@ -51,8 +51,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 f"`model` must be compiled as a whole, by torch.compile(model); got one whose {name or 'own call'} is compiled. "
                 "Build the pruner, then call compiled = torch.compile(model) and train that."
             )
-    if not isinstance(model, Prunable):
-        raise ValueError(f"`model` must have a method structures(); got {kind}. See catode.prune.describe.protocol.")
     return model
 
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from catode._validate import check_int, fail
+from catode.prune.describe.protocol import Prunable
 from catode.prune.describe.trace.branches import Branch, branches, graph_of, name_nodes, output_of
 from catode.prune.describe.trace.description import Description, Refusal, check_patterns, matches
 from catode.prune.describe.trace.fitting import misfits
@@ -66,6 +67,19 @@ def describe(
             "Describe it by hand in structures(), see catode.prune.describe.protocol."
         )
     return found
+
+
+def blocks_of(model: nn.Module, example: Any) -> Sequence[Block]:
+    """What a network says can go, or, if it says nothing, what `describe` finds.
+
+    Args:
+        model: The network.
+        example: One input batch; only shapes matter.
+
+    Raises:
+        ValueError: as `describe` does.
+    """
+    return model.structures() if isinstance(model, Prunable) else describe(model, example)
 
 
 def _listed(keep: Sequence[str]) -> list[str]:
