@@ -114,7 +114,8 @@ class Pruner(Queries):
         blocks = blocks_of(model, example_input) if blocks is None else blocks
         if getattr(blocks, "least", None):
             raise ValueError(
-                f"`blocks` must be described without least, which the pruner does not follow yet; got {blocks.least}. Use keep=[...]."
+                f"`blocks` must be described without least, which the pruner does not follow yet; got {blocks.least}. "
+                "Use keep=[...]."
             )
         self.blocks = list(blocks)
         consistency.check(model, self.blocks)

@@ -216,7 +216,9 @@ class Gates(Copied):
         if self.rows is not None or self._taps is not None or saved_elsewhere():
             return
         order, sizes = self._pieces
-        draw = self.draw if self._whole else torch.cat([self.draw, self.draw.new_ones(1)])  # 1 for entries without a gate
+        draw = (
+            self.draw if self._whole else torch.cat([self.draw, self.draw.new_ones(1)])
+        )  # 1 for entries without a gate
         layered, *reading = draw[order].split(sizes)
         layers, units, found = iter(layered.unbind()), iter(reading), {}
         for inner, gate in self._installed.items():
