@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -488,6 +489,22 @@ def test_the_gate_of_a_branch_without_an_affine_scales_what_its_last_module_retu
         ValueError, match=r"^`output` of block `body\.0` must have parameters .* `body\.0\.norm` has none"
     ):
         gates.folded_state()
+
+
+@networks
+def test_a_cut_network_travels(kind):
+    model, inventory = network(kind)
+    kept = vertex(inventory, 2, 0.5, 0.6)
+    restrict(model, inventory.blocks, inventory.record(kept)).eval()
+    fresh = restrict(kind().double(), inventory.blocks, inventory.record(kept)).eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = model(images())
+        travelled = [fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        if kind is not Foreign:  # which branches on its data
+            travelled.append(torch.export.export(model, (images(),)).module())
+        for one in travelled:
+            torch.testing.assert_close(one(images()), expected, **EXACT)
 
 
 # what is said about wrong descriptions
