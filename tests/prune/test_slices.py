@@ -736,6 +736,13 @@ def test_a_site_that_must_last_keeps_its_best_unit(kind, round_to):
     assert pruner.layers_kept == 0 and not pruner.gated[: pruner.inventory.layers].any()
 
 
+def test_layers_alone_of_a_model_without_branches_are_refused():
+    with pytest.raises(
+        ValueError, match="^`alpha` must be below 1 for a model of which no branch can go; got 1. Use 0."
+    ):
+        pruned(VGG, alpha=1.0)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_dead_channels_are_units_of_several_entries():
     model, optimizer, pruner = pruned(ResNeXt, width_multiple=4)
