@@ -10,7 +10,7 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "Pruner": "catode.prune.pruner",
-    "describe": "catode.prune.describe.costs",
+    "describe": "catode.prune.describe.trace",
     "load": "catode.train.loop.checkpoint",
 }
 __getattr__, __dir__ = lazy(__name__, _HOMES)

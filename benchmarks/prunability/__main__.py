@@ -105,11 +105,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandLine(prog="python -m benchmarks.prunability", description=__doc__.partition("\n")[0])
     parser.add_argument("--list", choices=LISTS, default=LISTS[0], dest="which", help="whose models")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of models, a glob pattern")
-    parser.add_argument("--vertices", type=int, default=3, help="random sets of structures to compare; 0: only describe")
+    parser.add_argument(
+        "--vertices", type=int, default=3, help="random sets of structures to compare; 0: only describe"
+    )
     parser.add_argument("--alone", type=int, default=4, help="structures whose gate is closed alone")
     parser.add_argument("--again", action="store_true", help="measure again what has a result")
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER", help="where results are kept")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/prunability.md, or that of the list")
+    parser.add_argument(
+        "--write", action="store_true", help="write benchmarks/results/prunability.md, or that of the list"
+    )
     add_quick(parser)
     args = parser.parse_args(argv)
     check_int("vertices", args.vertices, low=0)
@@ -117,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     chosen = [model for model in models(args.which) if fnmatchcase(model.name, args.only)]
     if not chosen:
-        raise ValueError(f"`only` must be a pattern of names of the list {args.which}; got {args.only!r}, which none has.")
+        raise ValueError(
+            f"`only` must be a pattern of names of the list {args.which}; got {args.only!r}, which none has."
+        )
     if args.quick:
         chosen, args.vertices, args.alone = chosen[:1], 1, 1
     records = []

@@ -75,7 +75,26 @@ def _torchvision() -> list[Model]:
     return [Model(name, lambda name=name: build(name)) for name in names]
 
 
-SMALL = ("test", "atto", "pico", "femto", "nano", "micro", "xxs", "xxt", "tiny", "xs", "_t", "mini", "_s", "small", "18", "_b0", "a0", "_050")
+SMALL = (
+    "test",
+    "atto",
+    "pico",
+    "femto",
+    "nano",
+    "micro",
+    "xxs",
+    "xxt",
+    "tiny",
+    "xs",
+    "_t",
+    "mini",
+    "_s",
+    "small",
+    "18",
+    "_b0",
+    "a0",
+    "_050",
+)
 """Parts of the names of timm's small models, the smallest first."""
 
 
@@ -135,7 +154,12 @@ def _transformers() -> list[Model]:
     grouped = {**text, "num_key_value_heads": 2, "use_cache": False}
     clip = hf.CLIPVisionConfig(**small, **image, projection_dim=48)
     whisper = hf.WhisperConfig(
-        d_model=48, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=96, num_mel_bins=8, max_source_positions=16
+        d_model=48,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        num_mel_bins=8,
+        max_source_positions=16,
     )
     sound = {"input_features": torch.zeros(1, 8, 32)}
     return [

@@ -10,6 +10,7 @@ from torch import fx, nn
 from catode.prune.describe.trace.maps import Maps
 from catode.prune.describe.trace.recording import Operation, Recording, Value
 from catode.prune.describe.trace.rules import BATCH_NORMS, PRODUCTS
+from catode.prune.describe.trace.shapes import VIEWS
 from catode.prune.gated.remainder import ADDITIONS, trace
 
 MULTIPLES = (
@@ -188,7 +189,7 @@ def _place(branch: Branch, recording: Recording) -> None:
     depth = 0
     while all(len(stack) > depth for stack in stacks) and len({stack[depth] for stack in stacks}) == 1:
         depth += 1
-    path, number = stacks[0][depth - 1] if depth else ("", 0)
+    path = stacks[0][depth - 1][0] if depth else ""
     branch.module = path
     if not path:
         branch.reason = branch.reason or "it spans the whole network's own forward pass"
@@ -221,7 +222,9 @@ def name_nodes(found: Sequence[Branch], recording: Recording, again: Recording, 
         if branch.reason:
             continue
         one, other = (_inside(one, branch.module) for one in (recording, again))
-        if [op.name.rstrip("_") for op in one] != [op.name.rstrip("_") for op in other]:
+        if [op.name.rstrip("_") for op in one] != [
+            op.name.rstrip("_") for op in other
+        ]:  # but for how tensors are taken apart
             branch.reason = f"the graph of `{branch.module}` does not compute the same"
             continue
         nodes = {node.name: node for node in graphs[branch.module].nodes}
@@ -239,7 +242,9 @@ def name_nodes(found: Sequence[Branch], recording: Recording, again: Recording, 
 
 
 def _inside(recording: Recording, path: str) -> list[Operation]:
-    return [op for op in recording.operations if any(name == path for name, _ in op.stack)]
+    """Operations of a module that compute something."""
+    ops = (op for op in recording.operations if any(name == path for name, _ in op.stack))
+    return [op for op in ops if op.inputs and op.name not in (*VIEWS, "clone", "alias", "detach", "_to_copy", "copy_")]
 
 
 def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph) -> str:

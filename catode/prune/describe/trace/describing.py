@@ -22,6 +22,8 @@ from catode.structures.description import Block, Site
 
 REST = "rest of the network"
 """Name of the block of all widths that lie in no branch."""
+PLAIN = ("an output of the network", "no weight reads it")
+"""Reasons that go without saying."""
 Shares = dict[tuple[str, str], int]
 
 
@@ -84,6 +86,11 @@ class _Trace:
             try:
                 self.passes[training] = self._record(training)
             except Failed as error:
+                if "DataDependent" in str(error):
+                    raise ValueError(
+                        f"`model` must not depend on the numbers that it computes; `{error.path or type(model).__name__}` asks for "
+                        "one in its forward pass. Take that out of forward(), or describe the network by hand in structures()."
+                    ) from error
                 if not training:
                     raise ValueError(
                         f"`example` must be an input that the network runs on; `{error.path or type(model).__name__}` fails: "
@@ -92,7 +99,7 @@ class _Trace:
                 self.refused.append(Refusal(error.path, "train mode", 0, f"not looked at: {error}"))
                 continue
             self.maps.follow(self.passes[training], rule, PRODUCTS)
-        self.widths = widths(self.maps, self.passes.values())
+        self.widths = widths(self.maps, self.passes.values(), _other_names(model))
 
     def _record(self, training: bool, graphs: Mapping[str, fx.Graph] | None = None) -> Recording:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -147,7 +154,7 @@ class _Trace:
             bad, why = self._misfits(sites)
             if not bad:
                 break
-            for width in {other for width in bad for other in self._alike(width, candidates)}:
+            for width in {other for one in bad for other in self._alike(one, candidates)}:
                 options[width].pop(0)
                 if not options[width]:
                     width.reasons.append(why if width in bad else f"as in `{min(other.first for other in bad)}`: {why}")
@@ -155,7 +162,7 @@ class _Trace:
         for width, other in blocked.items():
             width.reasons.append(f"inside the units of `{other.first}`")
         for width in self.widths:
-            if width.reasons and width.making and width.reading:
+            if width.reasons and width.making and width.reasons[0] not in PLAIN:
                 self.refused.append(Refusal(width.first, "width", width.leaf.size, width.reasons[0]))
         return sites
 
@@ -215,6 +222,18 @@ class _Trace:
             if branch.reason:
                 self.refused.append(Refusal(branch.addition.path, "branch", 0, branch.reason))
         return [branch for branch in found if not branch.reason]
+
+
+def _other_names(model: nn.Module) -> dict[str, list[str]]:
+    """Further names of parameters and buffers that several modules share; a module of two names counts once."""
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            name = f"{path}.{name}" if path else name
+            if tensor is not None and first.setdefault(id(tensor), name) != name:
+                found.setdefault(first[id(tensor)], []).append(name)
+    return found
 
 
 def _goes(branch: Branch, tensor: str) -> bool:

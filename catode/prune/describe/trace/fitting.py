@@ -131,7 +131,7 @@ def _first_difference(maps: Maps, whole: Recording, found: Recording, kept: Mapp
         if one.target is not other.target or len(one.outputs) != len(other.outputs) or _scalars(one) != _scalars(other):
             return position
         for before, after in zip(one.outputs, other.outputs, strict=True):
-            if tuple(axis.left(kept) for axis in maps.of(before)) != after.shape:
+            if before not in maps.unruled and tuple(axis.left(kept) for axis in maps.of(before)) != after.shape:
                 return position
     return (
         None if len(found.operations) >= len(whole.operations) else None if not found.results else len(found.operations)

@@ -49,6 +49,7 @@ class Maps:
         origin: The parameter that a value is a view or a multiple of.
         active: Whether a value depends on the input.
         sources: Operations that made the numbers of a value: products, tables, inputs.
+        unruled: Outputs whose axes no rule has set.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class Maps:
         self.origin: dict[Value, str] = {}
         self.active: dict[Value, bool] = {}
         self.sources: dict[Value, frozenset[int]] = {}
+        self.unruled: set[Value] = set()
 
     def of(self, value: Value) -> tuple[Axis, ...]:
         """Axes of a value."""
@@ -138,6 +140,8 @@ class Maps:
                 self.axes[after] = self.of(before)
                 self.active[after] = active or self.active[before]
             for value in op.outputs:
-                self.of(value)
+                if value not in self.axes:
+                    self.forbid(self.of(value), f"an output of {op.name} without a rule here", op)
+                    self.unruled.add(value)
         for value in recording.results:
             self.forbid(self.of(value), "an output of the network")

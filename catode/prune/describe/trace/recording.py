@@ -1,7 +1,7 @@
 """One forward pass of a network as a list of operations, of any model that runs: nothing of its code is read.
 
 The pass runs on a copy whose parameters have shapes but no numbers (fake tensors), so that it takes neither memory nor the
-time of the arithmetic; only where the model looks at numbers it runs in earnest.
+time of the arithmetic; a model that looks at the numbers it computes cannot be looked at so.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -266,16 +266,16 @@ class _ByNodes(fx.Interpreter):
 def record(
     copied: nn.Module,
     example: Any,
-    mode: FakeTensorMode | None,
+    mode: FakeTensorMode,
     training: bool = False,
     graphs: Mapping[str, fx.Graph] | None = None,
 ) -> Recording:
     """Run a copy of a network and note its operations.
 
     Args:
-        copied: A copy, which may be changed; made by `fake_copy` if `mode` is given.
+        copied: A copy, which may be changed; made by `fake_copy`.
         example: One input batch.
-        mode: The mode of the copy's tensors; None: real ones.
+        mode: The mode of the copy's tensors.
         training: Whether in train mode.
         graphs: Graphs of modules by path, which run in place of the modules' own code.
 
@@ -303,19 +303,20 @@ def record(
     for name, module in copied.named_modules():
         hooks.append(module.register_forward_pre_hook(enter(name)))
         hooks.append(module.register_forward_hook(leave))
-    if mode is not None:
-        example = tree_map_only(torch.Tensor, mode.from_tensor, example)
+    example = tree_map_only(torch.Tensor, mode.from_tensor, example)
     for kind in (copied.named_parameters, copied.named_buffers):
         for name, tensor in kind():
             recording.tensors[name] = recorder.value(tensor, tensor=name)
     for tensor in tree_flatten(example if not isinstance(example, Mapping) else dict(example))[0]:
         if isinstance(tensor, torch.Tensor):
             recorder.value(tensor, is_input=True)
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # shapes that do not fit are expected, and named by the error
+    logger = logging.getLogger(
+        "torch._subclasses.fake_tensor"
+    )  # shapes that do not fit are expected, and named by the error
     level = logger.level
     try:
         logger.setLevel(logging.CRITICAL)
-        with torch.no_grad(), plain_attention(), mode or nullcontext(), recorder:
+        with torch.no_grad(), plain_attention(), mode, recorder:
             found = called(copied, example)
     except Exception as error:  # whatever the model's own code raises
         raise Failed(recorder.stack[-1][0] if recorder.stack else "", recording, error) from error

@@ -11,120 +11,51 @@ from catode.prune.describe.trace.maps import Maps, Use
 from catode.prune.describe.trace.recording import Operation, Value
 from catode.prune.describe.trace.shapes import VIEWS
 
+
+def _names(text: str, form: str = "{}") -> tuple[str, ...]:
+    return tuple(form.format(name) for name in text.split())
+
+
 ATTENTION = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_attention_math",
-    "_scaled_dot_product_attention_math_for_mps",
     "scaled_dot_product_attention",
+    *_names(
+        "flash_attention_for_cpu flash_attention efficient_attention cudnn_attention fused_attention_overrideable attention_math "
+        "attention_math_for_mps",
+        "_scaled_dot_product_{}",
+    ),
 )
-MULTIPLICATIONS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul")
+MULTIPLICATIONS = _names("mm addmm bmm baddbmm mv addmv linear")
 CONVOLUTIONS = ("convolution", "_convolution", "mkldnn_convolution")
 PRODUCTS = frozenset((*MULTIPLICATIONS, *CONVOLUTIONS, *ATTENTION, "embedding"))
 """Operators that make new numbers of the numbers that they read, over a dimension or a table."""
-BATCH_NORMS = (
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "_batch_norm_with_update",
-    "_batch_norm_no_update",
-    "cudnn_batch_norm",
+BATCH_NORMS = _names(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update "
+    "_batch_norm_no_update cudnn_batch_norm"
 )
-LIKE = ("empty", "zeros", "ones", "rand", "randn", "full")
-ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh")
-ACTIVATIONS += ("softplus", "softshrink", "hardshrink", "threshold", "sigmoid", "tanh", "logit", "log_sigmoid_forward", "clamp")
-ELEMENTWISE = frozenset(
-    (
-        "clone",
-        "copy",
-        "copy_",
-        "_to_copy",
-        "detach",
-        "detach_",
-        "alias",
-        "lift_fresh",
-        "lift",
-        "contiguous",
-        "fill",
-        "fill_",
-    )
-    + (
-        "zero_",
-        "bernoulli",
-        "bernoulli_",
-        "uniform_",
-        "normal_",
-        "native_dropout",
-        "dropout",
-        "random_",
-        "exponential_",
-    )
-    + (
-        "_prelu_kernel",
-        "rrelu_with_noise",
-        "where",
-        "masked_fill",
-        "masked_fill_",
-        "view_as_real_copy",
-        "to",
-        "erfinv_",
-    )
-    + (
-        "fmod",
-        "real",
-        "imag",
-        "conj",
-        "_conj",
-        "nan_to_num",
-        "requires_grad_",
-        "resolve_conj",
-        "glu_jvp",
-        "trunc_normal_",
-    )
-    + tuple(f"{name}_like" for name in LIKE)
-    + tuple(name + end for name in ACTIVATIONS for end in ("", "_"))
+LIKE = _names("empty zeros ones rand randn full", "{}_like")
+ACTIVATIONS = _names(
+    "relu relu6 gelu silu mish elu selu celu leaky_relu hardswish hardsigmoid hardtanh softplus softshrink hardshrink threshold "
+    "sigmoid tanh logit log_sigmoid_forward clamp"
 )
-MULTIPLES = (
-    "mul",
-    "mul_",
-    "div",
-    "div_",
-    "neg",
-    "clone",
-    "_to_copy",
-    "detach",
-    "alias",
-    "contiguous",
-    "to",
-    "lift_fresh",
+OTHERS = _names(
+    "clone copy copy_ _to_copy to detach detach_ alias lift_fresh lift contiguous fill fill_ zero_ bernoulli bernoulli_ uniform_ "
+    "normal_ random_ exponential_ erfinv_ native_dropout dropout _prelu_kernel rrelu_with_noise where masked_fill masked_fill_ "
+    "fmod real imag conj _conj resolve_conj nan_to_num requires_grad_"
 )
+ELEMENTWISE = frozenset((*OTHERS, *LIKE, *(name + end for name in ACTIVATIONS for end in ("", "_"))))
+"""Elementwise operators that may have no tag which says so."""
+MULTIPLES = frozenset(_names("mul mul_ div div_ neg clone _to_copy detach alias contiguous to lift_fresh"))
 """Elementwise operators that leave a parameter a multiple of itself."""
 REDUCTIONS = frozenset(
-    (
-        "sum",
-        "mean",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "var",
-        "std",
-        "var_mean",
-        "std_mean",
-        "prod",
-        "any",
-        "all",
-        "argmax",
-        "argmin",
+    _names(
+        "sum mean amax amin max min var std var_mean std_mean prod any all argmax argmin logsumexp linalg_vector_norm norm nansum "
+        "median aminmax"
     )
-    + ("logsumexp", "linalg_vector_norm", "norm", "nansum", "median", "aminmax")
 )
 ALONG = frozenset(
-    ("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "flip", "roll")
-    + ("cummax", "logcumsumexp", "cumsum_")
+    _names(
+        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumsum_ cumprod cummax logcumsumexp sort flip roll"
+    )
 )
 SPATIAL = ("pool", "upsample", "reflection_pad", "replication_pad", "grid_sampler", "_adaptive", "interpolate")
 
@@ -148,6 +79,8 @@ def rule(maps: Maps, op: Operation) -> None:
         group_norm(maps, op)
     elif name == "glu":
         glu(maps, op)
+    elif name == "_weight_norm_interface":
+        weight_norm(maps, op)
     elif name in REDUCTIONS and op.inputs and not (name in ("max", "min") and len(op.inputs) > 1):
         reduction(maps, op)
     elif name in ALONG:
@@ -360,6 +293,18 @@ def glu(maps: Maps, op: Operation) -> None:
     axes[dim] = maps.join(axes[dim], product([Axis(2), Axis(half)]), op)
     axes[dim] = split_product(axes[dim], 2)[1]
     maps.make(op, axes)
+
+
+def weight_norm(maps: Maps, op: Operation) -> None:
+    """A direction scaled to the norm that another parameter says, for every index of one dimension by itself."""
+    direction, length = (list(maps.of(value)) for value in op.inputs)
+    dim = op.argument("dim", 0)
+    maps.forbid([axis for place, axis in enumerate(direction) if place != dim], "a weight norm over it", op)
+    maps.join(direction[dim], length[dim], op)
+    maps.make(op, direction)
+    for value in op.inputs:
+        if value in maps.origin:
+            maps.makes.append(Use(direction[dim], maps.origin[value], op, op.outputs[0]))
 
 
 def _dims(op: Operation, value: Value) -> set[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from catode.prune.describe.trace.axes import Axis, Mismatch, Run, runs
 from catode.prune.describe.trace.maps import Maps
 from catode.prune.describe.trace.recording import Recording
+from catode.prune.describe.trace.rules import BATCH_NORMS
 from catode.structures.description import CONSUMER, PRODUCER, TIED, Attribute, Site, Slice
 
 RESHAPES = (
@@ -40,6 +41,7 @@ class Width:
         making: Tensors whose products have it.
         counting: Tensors of convolutions and norms whose groups it counts.
         reshaped: Paths of modules that reshape a tensor which has it.
+        normalised: Whether all sums over it go straight into batch norms.
     """
 
     leaf: Axis
@@ -49,6 +51,7 @@ class Width:
     making: set[str] = field(default_factory=set)
     counting: set[str] = field(default_factory=set)
     reshaped: set[str] = field(default_factory=set)
+    normalised: bool = True
 
     @property
     def first(self) -> str:
@@ -71,8 +74,14 @@ class Width:
         return tuple(found)
 
 
-def widths(maps: Maps, recordings: Iterable[Recording]) -> list[Width]:
-    """All axes of parameters with more than one index, in the order of the parameters."""
+def widths(maps: Maps, recordings: Iterable[Recording], others: Mapping[str, Sequence[str]]) -> list[Width]:
+    """All axes of parameters with more than one index, in the order of the parameters.
+
+    Args:
+        maps: Index maps of the network.
+        recordings: Its passes.
+        others: Further names of tensors that have several.
+    """
     found: dict[Axis, Width] = {}
     for tensor, axes in maps.tensors.items():
         for dim, axis in enumerate(axes):
@@ -84,12 +93,17 @@ def widths(maps: Maps, recordings: Iterable[Recording]) -> list[Width]:
             for run in places:
                 if run.leaf.size > 1:
                     found.setdefault(run.leaf, Width(run.leaf)).places.append((tensor, dim, run))
+                    found[run.leaf].places += [(name, dim, run) for name in others.get(tensor, ())]
     for name, uses in (("reading", maps.reads), ("making", maps.makes), ("counting", maps.grouped)):
         for use in uses:
             for leaf in use.axis.leaves():
                 if leaf in found:
-                    getattr(found[leaf], name).add(use.tensor)
+                    getattr(found[leaf], name).update((use.tensor, *others.get(use.tensor, ())))
     for use in maps.reads:
+        if not use.value.users or any(user.name not in BATCH_NORMS for user in use.value.users):
+            for leaf in use.axis.leaves():
+                if leaf in found:
+                    found[leaf].normalised = False
         owner = use.tensor.rpartition(".")[0]
         if owner and not any(path == owner for path, _ in use.op.stack):
             maps.forbid([use.axis], f"`{use.tensor}` used outside of its own module's call,", use.op)
@@ -229,5 +243,5 @@ def as_sites(model: nn.Module, chosen: Sequence[tuple[Width, dict[tuple[str, str
             for (path, name), each in attributes.items()
         )
         name = f"{width.first}:{number}" if number else width.first
-        found[width] = Site(name, width.leaf.size, (), (), parts=width.parts(), attributes=rewritten)
+        found[width] = Site(name, width.leaf.size, (), (), width.normalised, parts=width.parts(), attributes=rewritten)
     return found
