@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -490,6 +491,22 @@ def test_the_gate_of_a_branch_without_an_affine_scales_what_its_last_module_retu
         gates.folded_state()
 
 
+@networks
+def test_a_cut_network_travels(kind):
+    model, inventory = network(kind)
+    kept = vertex(inventory, 2, 0.5, 0.6)
+    restrict(model, inventory.blocks, inventory.record(kept)).eval()
+    fresh = restrict(kind().double(), inventory.blocks, inventory.record(kept)).eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = model(images())
+        travelled = [fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        if kind is not Foreign:  # which branches on its data
+            travelled.append(torch.export.export(model, (images(),)).module())
+        for one in travelled:
+            torch.testing.assert_close(one(images()), expected, **EXACT)
+
+
 # what is said about wrong descriptions
 
 
@@ -717,6 +734,13 @@ def test_a_site_that_must_last_keeps_its_best_unit(kind, round_to):
     assert last.any() and (pruner.kept[last]).all() and (pruner.keep_prob[last] == 1.0).all()
     assert count(model, torch.zeros(IMAGES)) == pruner.counts()
     assert pruner.layers_kept == 0 and not pruner.gated[: pruner.inventory.layers].any()
+
+
+def test_layers_alone_of_a_model_without_branches_are_refused():
+    with pytest.raises(
+        ValueError, match="^`alpha` must be below 1 for a model of which no branch can go; got 1. Use 0."
+    ):
+        pruned(VGG, alpha=1.0)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -115,6 +115,12 @@ def test_depthwise_filters_are_tied_and_groups_are_rewritten():
     assert verify(model, blocks, IMAGE).deviation < 1e-8
 
 
+def test_sums_that_go_into_a_batch_norm_are_marked():
+    model = Between(F.relu, last=nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6)))
+    sites = {site.name: site.normalised for block in describe(model, IMAGE) for site in block.sites}
+    assert sites == {"first": True, "last.0": False, "head.0": False}
+
+
 def test_a_weight_used_outside_of_its_module_is_named():
     class Functional(nn.Module):
         def __init__(self):

@@ -11,6 +11,7 @@ from torch import nn
 from catode.prune.describe.trace.axes import Axis, Mismatch, Run, runs
 from catode.prune.describe.trace.maps import Maps
 from catode.prune.describe.trace.recording import Recording
+from catode.prune.describe.trace.rules import BATCH_NORMS
 from catode.structures.description import CONSUMER, PRODUCER, TIED, Attribute, Site, Slice
 
 RESHAPES = (
@@ -40,6 +41,7 @@ class Width:
         making: Tensors whose products have it.
         counting: Tensors of convolutions and norms whose groups it counts.
         reshaped: Paths of modules that reshape a tensor which has it.
+        normalised: Whether all sums over it go straight into batch norms.
     """
 
     leaf: Axis
@@ -49,6 +51,7 @@ class Width:
     making: set[str] = field(default_factory=set)
     counting: set[str] = field(default_factory=set)
     reshaped: set[str] = field(default_factory=set)
+    normalised: bool = True
 
     @property
     def first(self) -> str:
@@ -97,6 +100,10 @@ def widths(maps: Maps, recordings: Iterable[Recording], others: Mapping[str, Seq
                 if leaf in found:
                     getattr(found[leaf], name).update((use.tensor, *others.get(use.tensor, ())))
     for use in maps.reads:
+        if not use.value.users or any(user.name not in BATCH_NORMS for user in use.value.users):
+            for leaf in use.axis.leaves():
+                if leaf in found:
+                    found[leaf].normalised = False
         owner = use.tensor.rpartition(".")[0]
         if owner and not any(path == owner for path, _ in use.op.stack):
             maps.forbid([use.axis], f"`{use.tensor}` used outside of its own module's call,", use.op)
@@ -236,5 +243,5 @@ def as_sites(model: nn.Module, chosen: Sequence[tuple[Width, dict[tuple[str, str
             for (path, name), each in attributes.items()
         )
         name = f"{width.first}:{number}" if number else width.first
-        found[width] = Site(name, width.leaf.size, (), (), parts=width.parts(), attributes=rewritten)
+        found[width] = Site(name, width.leaf.size, (), (), width.normalised, parts=width.parts(), attributes=rewritten)
     return found
