@@ -32,10 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import Counts, count, describe, inference
+from catode.prune.describe.executed import without_fast_paths
 from catode.prune.describe.protocol import branch, slices, tensor_of
 from catode.prune.gated.absent import outputs_of
 from catode.prune.gated.cut import Change, drop_block, keep_units, keep_units_of_state, restrict
-from catode.prune.gated.gates import Gates
+from catode.prune.gated.gates import Gates, holder
 from catode.prune.gated.remainder import trace, without
 from catode.prune.measure.owned import Owned
 from catode.prune.measure.probes import Probe
@@ -120,7 +121,12 @@ def test_counts_are_those_of_torch(kind):
             hooks.append(
                 module.register_forward_hook(lambda m, args, output: norms.append(output.numel() // len(output)))
             )
-    with inference(model), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with (
+        inference(model),
+        without_fast_paths(),
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         model(images())
     for hook in hooks:
         hook.remove()
@@ -236,7 +242,7 @@ def test_law_every_gates_derivative_is_that_of_its_weights(kind):
         torch.testing.assert_close(gates.draw.grad[place.units].double(), expected.detach(), rtol=1e-4, atol=1e-6)
     for number, block in enumerate(inventory.blocks):
         if block.removable:
-            own = model.get_submodule(block.output)._parameters.values()
+            own = holder(model.get_submodule(block.output))._parameters.values()
             expected = sum(float((p * p.grad).detach().sum()) for p in own if p is not None)
             assert float(gates.draw.grad[number]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 

@@ -229,7 +229,7 @@ class Gates:
             ValueError: if the gate of a layer scales what a module without parameters returns.
         """
         for module, gate in self._installed.items():
-            if gate.layer is not None and not affine(module):
+            if gate.layer is not None and not affine(holder(module)):
                 block = self.blocks[gate.layer[0]]
                 raise ValueError(
                     f"`output` of block `{block.name}` must have parameters that its gate can be folded into; `{block.output}` has "
@@ -238,8 +238,8 @@ class Gates:
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         names = {module: name for name, module in self.model.named_modules()}
         for module, gate in self._installed.items():
-            for name, weight in gate.scaled(module, self.keep_prob).items():
-                state[f"{names[module]}.{name}"] = weight
+            for name, weight in gate.scaled(holder(module), self.keep_prob).items():
+                state[f"{names[holder(module)]}.{name}"] = weight
         return state
 
     def _gate(self, module: nn.Module) -> _ModuleGate:
@@ -295,7 +295,7 @@ class _ModuleGate(Copied):
         """Scaled parameters of a module by name.
 
         Args:
-            module: The module.
+            module: The module, or the `holder` of its affine.
             values: Gate values, shape (n,).
             units: Whether its weight is scaled by the gates of the units.
             layer: Whether its affine is scaled by the gate of the layer.
@@ -319,9 +319,10 @@ class _ModuleGate(Copied):
         if by_example and gates.several and not torch.compiler.is_compiling() and in_backward():
             raise RuntimeError(AGAIN)
         units, layer = not (by_example or tapped), not (by_example or (tapped and gates._tap_layers))
-        scaled = self.scaled(module, gates.values, units, layer)
-        self._plain = {name: module._parameters[name] for name in scaled}
-        module._parameters.update(scaled)
+        held = holder(module)._parameters
+        scaled = self.scaled(holder(module), gates.values, units, layer)
+        self._plain = {name: held[name] for name in scaled}
+        held.update(scaled)
         if self.units is None or not (by_example or tapped):
             return None
         x = args[0]
@@ -341,7 +342,7 @@ class _ModuleGate(Copied):
 
     def after(self, module: nn.Module, args: tuple, output: torch.Tensor | None) -> torch.Tensor | None:
         """Put the plain parameters back, also after an error; scale what the module returns."""
-        module._parameters.update(self._plain)
+        holder(module)._parameters.update(self._plain)
         self._plain = {}
         if self.layer is None or output is None:
             return None
@@ -352,11 +353,16 @@ class _ModuleGate(Copied):
             scaled = gates._taps[-1].after
         elif gates.rows is not None:
             scaled = x * gates.rows[:, number].view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-        elif not affine(module):
+        elif not affine(holder(module)):
             scaled = x * gates.values[number].to(x.dtype)
         else:
             return None
         return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
+
+
+def holder(module: nn.Module) -> nn.Module:
+    """The module that holds the affine with which a module ends: torch's attention reads that of its last layer."""
+    return module.out_proj if isinstance(module, nn.MultiheadAttention) else module
 
 
 def affine(module: nn.Module) -> list[str]:
