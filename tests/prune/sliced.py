@@ -487,7 +487,8 @@ class Encoded(Described):
     def blocks_(self):
         for name in ("body.0", "body.1"):
             branch = (f"{name}.norm", f"{name}.attn")
-            yield Block(f"{name}.attn", f"{name}.attn", (), module=name, addend="getitem", branch=branch)
+            ends = dict(output=f"{name}.attn.out_proj", reader=f"{name}.attn")
+            yield Block(f"{name}.attn", sites=(), module=name, addend="getitem", branch=branch, **ends)
             units = made(f"{name}.mlp.0", bias=True) + read(f"{name}.mlp.2")
             site = Site(f"{name}.mlp", 8, (), (), parts=units)
             branch = (f"{name}.norm2", f"{name}.mlp")

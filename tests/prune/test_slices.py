@@ -18,6 +18,7 @@ from sliced import (
     VGG,
     Concatenated,
     Depth,
+    Encoded,
     Foreign,
     MobileNet,
     ResNeXt,
@@ -36,7 +37,7 @@ from catode.prune.describe.executed import without_fast_paths
 from catode.prune.describe.protocol import branch, slices, tensor_of
 from catode.prune.gated.absent import outputs_of
 from catode.prune.gated.cut import Change, drop_block, keep_units, keep_units_of_state, restrict
-from catode.prune.gated.gates import Gates, holder
+from catode.prune.gated.gates import Gates
 from catode.prune.gated.remainder import trace, without
 from catode.prune.measure.owned import Owned
 from catode.prune.measure.probes import Probe
@@ -242,7 +243,7 @@ def test_law_every_gates_derivative_is_that_of_its_weights(kind):
         torch.testing.assert_close(gates.draw.grad[place.units].double(), expected.detach(), rtol=1e-4, atol=1e-6)
     for number, block in enumerate(inventory.blocks):
         if block.removable:
-            own = holder(model.get_submodule(block.output))._parameters.values()
+            own = model.get_submodule(block.output)._parameters.values()
             expected = sum(float((p * p.grad).detach().sum()) for p in own if p is not None)
             assert float(gates.draw.grad[number]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -595,6 +596,11 @@ WRONG = {
         Transformer,
         dict(site={"parts": made("body.0.mlp.gate") + read("body.0.mlp.down"), "width": 8, "attributes": ()}),
         r"must lie in the branch of `body\.0\.attn` alone; got `body\.0\.mlp\.gate\.weight`",
+    ),
+    "a reader elsewhere": (
+        Encoded,
+        dict(reader="body.0.mlp"),
+        r"^`reader` of block `body\.0\.attn` must be a module of the branch that holds `body\.0\.attn\.out_proj`",
     ),
     "nothing to hold": (VGG, dict(sites=()), r"^block `features\.0` must hold a site"),
 }
