@@ -6,9 +6,10 @@ Every model is described, then verified: in double precision (in single precisio
 parameters, at `--vertices` random sets of units and branches, in eval and train mode, the network with closed gates is compared
 with the physically cut one; the largest difference, relative to the largest output, must stay below 1e-4. Units' gates scale
 the entries of the weights that read them, branches' gates what the branch's last module returns. Then some structures' gates
-are closed alone: each must change the output. MACs and parameters of the cut networks are counted, and must be those of the whole
-one's polynomial. `seconds` are those of describing alone, on a machine that may be busy. Results are kept, one file for each model, and the table is made of them: a run that
-was stopped resumes where it was; `--again` measures anew.
+are closed alone: each must change the output. MACs and parameters of the cut networks are counted, and must
+be those of the whole one's polynomial. `seconds` are those of describing alone, on a machine that may be busy. Results are
+kept, one file for each model, and the table is made of them: a run that was stopped resumes where it was; `--again` measures
+anew.
 """
 
 from __future__ import annotations
@@ -165,13 +166,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = []
     for model in chosen:
         path = args.records / args.which / f"{model.name.replace(' ', '_')}.json"
-        if args.again or args.quick or not path.exists():
+        record = json.loads(path.read_text()) if path.exists() and not (args.again or args.quick) else None
+        if record is None or (args.vertices and not {"deviation", "error"} & set(record)):
             record = measured(model, args.vertices, args.alone)
             if not args.quick:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n")
-        else:
-            record = json.loads(path.read_text())
         records.append(record)
         print("  ".join(row(record)), file=sys.stderr, flush=True)
     text = [summary(records), "", markdown(HEADER, [row(record) for record in records]), "", hardware()]
