@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--alone", type=int, default=4, help="structures whose gate is closed alone")
     parser.add_argument("--again", action="store_true", help="measure again what has a result")
+    parser.add_argument("--recorded", action="store_true", help="measure nothing: the table of what has a result")
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER", help="where results are kept")
     parser.add_argument(
         "--write", action="store_true", help="write benchmarks/results/prunability.md, or that of the list"
@@ -167,14 +168,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in chosen:
         path = args.records / args.which / f"{model.name.replace(' ', '_')}.json"
         record = json.loads(path.read_text()) if path.exists() and not (args.again or args.quick) else None
-        if record is None or (args.vertices and not {"deviation", "error"} & set(record)):
+        if args.recorded and record is None:
+            continue
+        if record is None or (not args.recorded and args.vertices and not {"deviation", "error"} & set(record)):
             record = measured(model, args.vertices, args.alone)
             if not args.quick:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n")
         records.append(record)
         print("  ".join(row(record)), file=sys.stderr, flush=True)
-    text = [summary(records), "", markdown(HEADER, [row(record) for record in records]), "", hardware()]
+    missing = len(chosen) - len(records)
+    left = [f"{missing} more of the list have no result yet."] if missing else []
+    text = [
+        " ".join([summary(records), *left]),
+        "",
+        markdown(HEADER, [row(record) for record in records]),
+        "",
+        hardware(),
+    ]
     publish("prunability" if args.which == LISTS[0] else f"prunability_{args.which}", "\n".join(text), args.write)
 
 
