@@ -6,9 +6,10 @@ Every model is described, then verified: in double precision (in single precisio
 parameters, at `--vertices` random sets of units and branches, in eval and train mode, the network with closed gates is compared
 with the physically cut one; the largest difference, relative to the largest output, must stay below 1e-4. Units' gates scale
 the entries of the weights that read them, branches' gates what the branch's last module returns. Then some structures' gates
-are closed alone: each must change the output. MACs and parameters of the cut networks are counted, and must be those of the whole
-one's polynomial. `seconds` are those of describing alone, on a machine that may be busy. Results are kept, one file for each model, and the table is made of them: a run that
-was stopped resumes where it was; `--again` measures anew.
+are closed alone: each must change the output. MACs and parameters of the cut networks are counted, and must
+be those of the whole one's polynomial. `seconds` are those of describing alone, on a machine that may be busy. Results are
+kept, one file for each model, and the table is made of them: a run that was stopped resumes where it was; `--again` measures
+anew.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--alone", type=int, default=4, help="structures whose gate is closed alone")
     parser.add_argument("--again", action="store_true", help="measure again what has a result")
+    parser.add_argument("--recorded", action="store_true", help="measure nothing: the table of what has a result")
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER", help="where results are kept")
     parser.add_argument(
         "--write", action="store_true", help="write benchmarks/results/prunability.md, or that of the list"
@@ -165,16 +167,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = []
     for model in chosen:
         path = args.records / args.which / f"{model.name.replace(' ', '_')}.json"
-        if args.again or args.quick or not path.exists():
+        record = json.loads(path.read_text()) if path.exists() and not (args.again or args.quick) else None
+        if args.recorded and record is None:
+            continue
+        if record is None or (not args.recorded and args.vertices and not {"deviation", "error"} & set(record)):
             record = measured(model, args.vertices, args.alone)
             if not args.quick:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n")
-        else:
-            record = json.loads(path.read_text())
         records.append(record)
         print("  ".join(row(record)), file=sys.stderr, flush=True)
-    text = [summary(records), "", markdown(HEADER, [row(record) for record in records]), "", hardware()]
+    missing = len(chosen) - len(records)
+    left = [f"{missing} more of the list have no result yet."] if missing else []
+    text = [
+        " ".join([summary(records), *left]),
+        "",
+        markdown(HEADER, [row(record) for record in records]),
+        "",
+        hardware(),
+    ]
     publish("prunability" if args.which == LISTS[0] else f"prunability_{args.which}", "\n".join(text), args.write)
 
 
