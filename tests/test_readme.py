@@ -153,7 +153,11 @@ def test_the_example_of_the_readme_runs_and_prunes(kind):
     (code,) = blocks(README, "python")
     if kind == "timm":  # as its comments say
         code = code.replace("model = torchvision", "# model = torchvision").replace("optimizer = torch.optim.SGD", "# ")
-        for old, new in (("# or model =", "model ="), ("# with optimizer = ", "optimizer = "), (": heads, MLPs", "  #")):
+        for old, new in (
+            ("# or model =", "model ="),
+            ("# with optimizer = ", "optimizer = "),
+            (": heads, MLPs", "  #"),
+        ):
             code = code.replace(old, new)
     x, y = digits_in_colour()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:320], y[:320]), 32, shuffle=True)

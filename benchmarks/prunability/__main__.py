@@ -6,8 +6,10 @@ Every model is described, then verified: in double precision (in single precisio
 parameters, at `--vertices` random sets of units and branches, in eval and train mode, the network with closed gates is compared
 with the physically cut one; the largest difference, relative to the largest output, must stay below 1e-4. Units' gates scale
 the entries of the weights that read them, branches' gates what the branch's last module returns. Then some structures' gates
-are closed alone: each must change the output. Results are kept, one file for each model, and the table is made of them: a run that
-was stopped resumes where it was; `--again` measures anew.
+are closed alone: each must change the output. MACs and parameters of the cut networks are counted, and must
+be those of the whole one's polynomial. `seconds` are those of describing alone, on a machine that may be busy. Results are
+kept, one file for each model, and the table is made of them: a run that was stopped resumes where it was; `--again` measures
+anew.
 """
 
 from __future__ import annotations
@@ -20,18 +22,35 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.common import HOME, add_quick, guarded, hardware, markdown, publish
 from benchmarks.prunability.models import LISTS, Model, models
 from catode._validate import check_int
-from catode.prune.describe.trace import describe
-from catode.prune.describe.trace.verifying import verify
+from catode.prune.describe.costs import count
+from catode.prune.describe.costs import describe as complexity
+from catode.prune.describe.trace import Description, describe
+from catode.prune.describe.trace.verifying import cut_copy, verify
+from catode.prune.describe.trace.verifying import vertices as random_vertices
+from catode.structures.inventory import Inventory
 from catode.train.settings.commandline import CommandLine
 
 RECORDS = HOME / "records" / "prunability"
 LARGEST_DEVIATION = 1e-4
-HEADER = ["model", "parameters, M", "widths", "units", "branches", "deviation", "seconds", "refused", "remark"]
+HEADER = [
+    "model",
+    "parameters, M",
+    "widths",
+    "units",
+    "branches",
+    "deviation",
+    "counts",
+    "seconds",
+    "refused",
+    "remark",
+]
 
 
 def measured(model: Model, vertices: int, alone: int) -> dict[str, Any]:
@@ -64,7 +83,23 @@ def measured(model: Model, vertices: int, alone: int) -> dict[str, Any]:
             return {**found, "error": f"cut network: {type(error).__name__}: {str(error).strip().splitlines()[0]}"}
         found |= {"vertices": vertices, "deviation": verdict.deviation, "where": verdict.where}
         found |= {"idle": verdict.idle, "alone": verdict.tried}
+        try:
+            found["counts"] = counted(network, blocks, example, vertices)
+        except Exception as error:
+            found["counts"] = False
+            found["count_error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return found
+
+
+def counted(network: nn.Module, blocks: Description, example: Any, vertices: int) -> bool:
+    """Whether MACs and parameters of cut networks are what the polynomial of the whole one says."""
+    inventory, costs = Inventory(blocks), complexity(network, blocks, example)
+    for _, kept in random_vertices(inventory, vertices, np.random.default_rng(0)):
+        counts = count(cut_copy(network, inventory, kept), example)
+        expected = costs.macs(kept.astype(float)), costs.params(kept.astype(float))
+        if not np.allclose(expected, (counts.macs, counts.params), rtol=1e-12, atol=0.5):
+            return False
+    return True
 
 
 def is_verified(record: dict[str, Any]) -> bool:
@@ -74,13 +109,14 @@ def is_verified(record: dict[str, Any]) -> bool:
 
 def row(record: dict[str, Any]) -> list[str]:
     """The table's line of a model."""
-    remark = record.get("error", "")
+    remark = record.get("error") or record.get("count_error", "")
     if record.get("idle"):
         remark = f"gates without effect: {', '.join(record['idle'])}"
     refused = [text for text in record.get("refused", ()) if "residual stream" not in text and "over it" not in text]
     cells = [record["model"], f"{record['parameters'] / 1e6:.1f}"]
     cells += [str(record.get(key, "-")) for key in ("widths", "units", "branches")]
     cells += [f"{record['deviation']:.0e}" if "deviation" in record else "-"]
+    cells += [{True: "exact", False: "wrong"}.get(record.get("counts"), "-")]
     cells += [f"{record['seconds']:.1f}" if "seconds" in record else "-", str(len(refused))]
     return [*cells, (remark or (refused[0] if refused else "")).replace("|", "/")[:160]]
 
@@ -92,7 +128,8 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     with_branches = sum(bool(record["branches"]) for record in described)
     return (
         f"{len(records)} models: {len(described)} described, {with_branches} of them with branches that can go, "
-        f"{len(verified)} verified to {LARGEST_DEVIATION:g}."
+        f"{len(verified)} verified to {LARGEST_DEVIATION:g}, {sum(record.get('counts') is True for record in records)} with exact "
+        "counts."
     )
 
 
@@ -110,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--alone", type=int, default=4, help="structures whose gate is closed alone")
     parser.add_argument("--again", action="store_true", help="measure again what has a result")
+    parser.add_argument("--recorded", action="store_true", help="measure nothing: the table of what has a result")
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER", help="where results are kept")
     parser.add_argument(
         "--write", action="store_true", help="write benchmarks/results/prunability.md, or that of the list"
@@ -129,16 +167,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = []
     for model in chosen:
         path = args.records / args.which / f"{model.name.replace(' ', '_')}.json"
-        if args.again or args.quick or not path.exists():
+        record = json.loads(path.read_text()) if path.exists() and not (args.again or args.quick) else None
+        if args.recorded and record is None:
+            continue
+        if record is None or (not args.recorded and args.vertices and not {"deviation", "error"} & set(record)):
             record = measured(model, args.vertices, args.alone)
             if not args.quick:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n")
-        else:
-            record = json.loads(path.read_text())
         records.append(record)
         print("  ".join(row(record)), file=sys.stderr, flush=True)
-    text = [summary(records), "", markdown(HEADER, [row(record) for record in records]), "", hardware()]
+    missing = len(chosen) - len(records)
+    left = [f"{missing} more of the list have no result yet."] if missing else []
+    text = [
+        " ".join([summary(records), *left]),
+        "",
+        markdown(HEADER, [row(record) for record in records]),
+        "",
+        hardware(),
+    ]
     publish("prunability" if args.which == LISTS[0] else f"prunability_{args.which}", "\n".join(text), args.write)
 
 

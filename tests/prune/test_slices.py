@@ -18,6 +18,7 @@ from sliced import (
     VGG,
     Concatenated,
     Depth,
+    Encoded,
     Foreign,
     MobileNet,
     ResNeXt,
@@ -32,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import Counts, count, describe, inference
+from catode.prune.describe.executed import without_fast_paths
 from catode.prune.describe.protocol import branch, slices, tensor_of
 from catode.prune.gated.absent import outputs_of
 from catode.prune.gated.cut import Change, drop_block, keep_units, keep_units_of_state, restrict
@@ -120,7 +122,12 @@ def test_counts_are_those_of_torch(kind):
             hooks.append(
                 module.register_forward_hook(lambda m, args, output: norms.append(output.numel() // len(output)))
             )
-    with inference(model), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with (
+        inference(model),
+        without_fast_paths(),
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         model(images())
     for hook in hooks:
         hook.remove()
@@ -589,6 +596,11 @@ WRONG = {
         Transformer,
         dict(site={"parts": made("body.0.mlp.gate") + read("body.0.mlp.down"), "width": 8, "attributes": ()}),
         r"must lie in the branch of `body\.0\.attn` alone; got `body\.0\.mlp\.gate\.weight`",
+    ),
+    "a reader elsewhere": (
+        Encoded,
+        dict(reader="body.0.mlp"),
+        r"^`reader` of block `body\.0\.attn` must be a module of the branch that holds `body\.0\.attn\.out_proj`",
     ),
     "nothing to hold": (VGG, dict(sites=()), r"^block `features\.0` must hold a site"),
 }

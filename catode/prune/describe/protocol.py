@@ -181,7 +181,7 @@ def within(path: str, *roots: str) -> bool:
 
 def gated_modules(blocks: Iterable[Block]) -> set[str]:
     """Paths of the modules that can carry a gate."""
-    found = {block.output for block in blocks if block.removable}
+    found = {block.reader or block.output for block in blocks if block.removable}
     for site in (site for block in blocks for site in block.sites):
         found |= {*site.consumers, *(p.tensor.rpartition(".")[0] for p in site.parts if p.role == CONSUMER)}
     return found

@@ -196,7 +196,9 @@ class Gates(Copied):
         for number, block in enumerate(self.blocks):
             if layers[number] and block.removable:
                 here = upload(torch.tensor([number]), self.draw.device)
-                self._gate(self.model.get_submodule(block.output)).layer = number, here
+                output = self.model.get_submodule(block.output)
+                gate = self._gate(self.model.get_submodule(block.reader) if block.reader else output)
+                gate.layer, gate.holder = (number, here), output if block.reader else None
         for module, gate in self._installed.items():
             self._hooks.append(module.register_forward_pre_hook(gate.before))
             self._hooks.append(module.register_forward_hook(gate.after, always_call=True))
@@ -223,8 +225,9 @@ class Gates(Copied):
         layers, units, found = iter(layered.unbind()), iter(reading), {}
         for inner, gate in self._installed.items():
             own = None if gate.units is None else next(units), None if gate.layer is None else next(layers)
-            scaled = gate.scaled(inner, *own)
-            plain = {name: inner._parameters[name] for name in scaled}
+            held = gate.held(inner)
+            scaled = gate.scaled(held, *own)
+            plain = {name: held._parameters[name] for name in scaled}
             found[gate] = scaled, plain, [version(parameter) for parameter in plain.values()]
         self.scaled = torch.is_grad_enabled(), found
 
@@ -278,7 +281,7 @@ class Gates(Copied):
             ValueError: if the gate of a layer scales what a module without parameters returns.
         """
         for module, gate in self._installed.items():
-            if gate.layer is not None and not affine(module):
+            if gate.layer is not None and not affine(gate.held(module)):
                 block = self.blocks[gate.layer[0]]
                 raise ValueError(
                     f"`output` of block `{block.name}` must have parameters that its gate can be folded into; `{block.output}` has "
@@ -287,8 +290,8 @@ class Gates(Copied):
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         names = {module: name for name, module in self.model.named_modules()}
         for module, gate in self._installed.items():
-            for name, weight in gate.scaled(module, *gate.own(self.keep_prob)).items():
-                state[f"{names[module]}.{name}"] = weight
+            for name, weight in gate.scaled(gate.held(module), *gate.own(self.keep_prob)).items():
+                state[f"{names[gate.held(module)]}.{name}"] = weight
         return state
 
     def _gate(self, module: nn.Module) -> _ModuleGate:
@@ -306,6 +309,7 @@ class _ModuleGate(Copied):
         entries: Entries with a gate; None for all.
         norms: The block's batch norms, if its output goes straight into one.
         layer: Number of the layer that it ends, and the same as a tensor of the device; or None.
+        holder: The module whose parameters it reads without calling it; None where they are its own.
     """
 
     def __init__(self, gates: Gates):
@@ -315,6 +319,7 @@ class _ModuleGate(Copied):
         self.entries: torch.Tensor | None = None
         self.norms: list[nn.Module] = []
         self.layer: tuple[int, torch.Tensor] | None = None
+        self.holder: nn.Module | None = None
         self._plain: dict[str, nn.Parameter] = {}
 
     def read(self, module: nn.Module, parts: Sequence[tuple[Slice, torch.Tensor, Layout]], draw: torch.Tensor) -> None:
@@ -333,6 +338,10 @@ class _ModuleGate(Copied):
         gated = units < nothing
         self.entries = None if gated.all() else upload(gated.nonzero().flatten(), draw.device)
         self.units = upload(units, draw.device)
+
+    def held(self, module: nn.Module) -> nn.Module:
+        """The module that holds the parameters which the gates scale."""
+        return self.holder or module
 
     def _of_units(self, values: torch.Tensor) -> torch.Tensor:
         """Gate of every entry along `dim`, from values of shape (..., n)."""
@@ -353,7 +362,7 @@ class _ModuleGate(Copied):
         """Scaled parameters of a module by name.
 
         Args:
-            module: The module.
+            module: The module, or what is `held`.
             units: Gates of the units that scale its weight, shape (units,); None for none.
             layer: Gate of the layer that scales its affine, shape (); None for none.
         """
@@ -374,7 +383,7 @@ class _ModuleGate(Copied):
             return None
         _, plain, versions = found[self]
         for (name, parameter), before in zip(plain.items(), versions, strict=True):
-            if module._parameters.get(name) is not parameter or version(parameter) != before:
+            if self.held(module)._parameters.get(name) is not parameter or version(parameter) != before:
                 return None
         return found[self]
 
@@ -385,15 +394,16 @@ class _ModuleGate(Copied):
             gates.traced = True
         elif gates.rows is None and gates._taps is None and (found := self._in_advance(module)) is not None:
             scaled, self._plain, _ = found
-            module._parameters.update(scaled)
+            self.held(module)._parameters.update(scaled)
             return None
         by_example, tapped = gates.rows is not None, gates.tapping
         if by_example and gates.several and not torch.compiler.is_compiling() and in_backward():
             raise RuntimeError(AGAIN)
         units, layer = not (by_example or tapped), not (by_example or (tapped and gates._tap_layers))
-        scaled = self.scaled(module, *self.own(gates.values, units, layer))
-        self._plain = {name: module._parameters[name] for name in scaled}
-        module._parameters.update(scaled)
+        held = self.held(module)
+        scaled = self.scaled(held, *self.own(gates.values, units, layer))
+        self._plain = {name: held._parameters[name] for name in scaled}
+        held._parameters.update(scaled)
         if self.units is None or not (by_example or tapped):
             return None
         x = args[0]
@@ -413,7 +423,7 @@ class _ModuleGate(Copied):
 
     def after(self, module: nn.Module, args: tuple, output: torch.Tensor | None) -> torch.Tensor | None:
         """Put the plain parameters back, also after an error; scale what the module returns."""
-        module._parameters.update(self._plain)
+        self.held(module)._parameters.update(self._plain)
         self._plain = {}
         if self.layer is None or output is None:
             return None
@@ -424,7 +434,7 @@ class _ModuleGate(Copied):
             scaled = gates._taps[-1].after
         elif gates.rows is not None:
             scaled = x * gates.rows[:, number].view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-        elif not affine(module):
+        elif not affine(self.held(module)):
             scaled = x * gates.values[number].to(x.dtype)
         else:
             return None
@@ -432,9 +442,9 @@ class _ModuleGate(Copied):
 
 
 def affine(module: nn.Module) -> list[str]:
-    """Names of a module's own parameters that scale with what it returns: weight and bias, or a single one of another name."""
+    """Names of a module's own parameters that scale with what it returns: weight and bias, or those of a LayerScale."""
     own = [name for name, parameter in module._parameters.items() if parameter is not None]
-    return own if len(own) == 1 else [name for name in ("weight", "bias") if name in own]
+    return own if len(own) == 1 and not module._modules else [name for name in ("weight", "bias") if name in own]
 
 
 def _node(x: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from catode.prune.describe.costs import count
+from catode.prune.describe.costs import describe as complexity
 from catode.prune.describe.trace import describe
-from catode.prune.describe.trace.verifying import verify
+from catode.prune.describe.trace.verifying import cut_copy, verify, vertices
+from catode.structures.inventory import Inventory
 
 WIDTH = 8
 
@@ -146,3 +150,8 @@ def test_cut_is_gated(drawn, flat, seed):
     verdict = verify(model, blocks, example, seed=seed)
     assert verdict.deviation < 1e-8, verdict
     assert not verdict.idle
+    inventory, costs = Inventory(blocks), complexity(model, blocks, example)
+    for _, kept in vertices(inventory, 3, np.random.default_rng(seed)):
+        counts = count(cut_copy(model, inventory, kept), example)
+        assert counts.params == round(costs.params(kept.astype(float)))
+        assert counts.macs == round(costs.macs(kept.astype(float)))
