@@ -52,6 +52,18 @@ def check(model: nn.Module, blocks: Sequence[Block]) -> None:
         _check_numbers(block, blocks)
 
 
+def site_fault(model: nn.Module, block: Block, site: Site) -> str:
+    """Why the slices of a site cannot be cut or gated, in one line; empty if they can."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    try:
+        _check_parts(model, block, site, names)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _check_branch(
     model: nn.Module, block: Block, blocks: Sequence[Block], where: str, names: dict[int, list[str]]
 ) -> None:
@@ -181,11 +193,19 @@ def _check_parts(model: nn.Module, block: Block, site: Site, names: dict[int, li
         _check_plain(module, part.tensor.rpartition(".")[0], where, names)
         if name not in module._parameters and name not in module._buffers:
             raise ValueError(f"{where} names `{part.tensor}`, which is computed. Leave the site out.")
-        if isinstance(module, MIXING):
+        if isinstance(module, MIXING) and not _whole_groups(module, part):
             raise ValueError(
                 f"{where} must not pass `{part.tensor.rpartition('.')[0]}`, a {type(module).__name__}, which mixes the units: "
                 "removing one would change the others. Use a batch norm, or leave the site out."
             )
+
+
+def _whole_groups(module: nn.Module, part: Slice) -> bool:
+    """Whether the units of a slice are whole groups of a group norm, which it normalises each by itself."""
+    if not isinstance(module, nn.GroupNorm):
+        return False
+    channels = module.num_channels // module.num_groups
+    return part.each % channels == 0 and part.offset % channels == 0
 
 
 def _check_consumer(module: nn.Module, part: Slice, where: str) -> None:

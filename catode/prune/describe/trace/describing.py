@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from catode._validate import check_int, fail
+from catode.prune.describe.consistency import site_fault
 from catode.prune.describe.protocol import Prunable
 from catode.prune.describe.trace.branches import Branch, branches, graph_of, name_nodes, output_of
 from catode.prune.describe.trace.description import Description, Refusal, check_patterns, matches
@@ -144,6 +146,8 @@ class _Trace:
         rest = tuple(site for width, site in sites.items() if width not in taken)
         if rest:
             blocks.append(Block(REST, "", rest, removable=False))
+        blocks = [self._acceptable(block) for block in blocks]
+        blocks = [block for block in blocks if block.removable or block.sites]
         fewest = {
             site.name: min(count, site.width)
             for width, site in sites.items()
@@ -151,6 +155,12 @@ class _Trace:
             if any(matches(pattern, tensor.rpartition(".")[0]) for tensor in width.making)
         }
         return Description(blocks, self.refused, fewest)
+
+    def _acceptable(self, block: Block) -> Block:
+        """A block without the sites that the pruner would refuse, such as those of weights that are computed."""
+        faults = {site: site_fault(self.model, block, site) for site in block.sites}
+        self.refused += [Refusal(site.name, "width", site.width, fault) for site, fault in faults.items() if fault]
+        return replace(block, sites=tuple(site for site in block.sites if not faults[site]))
 
     def _sites(self, keep: Sequence[str]) -> dict[Width, Site]:
         """Sites of all widths that fit, the others refused."""
