@@ -91,7 +91,7 @@ class _Products(TorchDispatchMode):
         for part in factors[1:]:
             for parameter in own:
                 if parameter.numel() == part.numel():
-                    return self.number[id(parameter)]
+                    return self.number.get(id(parameter))  # None for what a gate has scaled
         return None
 
 
