@@ -116,6 +116,10 @@ class Pruner(Queries):
         self.inventory = inventory = self.complexity.inventory
         self.is_layer = inventory.is_layer
         self.gated = np.where(self.is_layer, own.alpha > 0, own.alpha < 1) & inventory.removable
+        if not self.gated.any():
+            raise ValueError(
+                f"`alpha` must be below 1 for a model of which no branch can go; got {own.alpha:g}. Use 0."
+            )
         speed = ThetaSpeed(own.rate_ratio, own.steps)
         self.schedule = Schedule(
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every

@@ -199,7 +199,9 @@ class _Trial:
                         "modules of their own, or leave the block out."
                     )
         named = [block for block in self.blocks if block.removable]
-        ran = sorted(named, key=lambda block: order.index(block.output if block.branch else block.place))
+        ran = sorted(
+            named, key=lambda block: order.index(block.reader or block.output if block.branch else block.place)
+        )
         if ran != named:
             first, second = next((a.name, b.name) for a, b in zip(named, ran, strict=True) if a is not b)
             raise ValueError(

@@ -93,6 +93,8 @@ class Block:
         name: Path of the block's module. With `addend` or `absent`, or if not `removable`: any name that no other block has.
         output: Path of the branch's last module with an affine (a norm, or a linear or convolutional layer); the layer
             gate scales its weight and bias, or what it returns if it has no parameters. Empty if not `removable`.
+        reader: Path of the module whose forward pass reads the weight of `output` without calling it, as torch's own attention
+            does, and returns a multiple of what it makes. Empty: `output` is called.
         sites: Hidden widths of the branch, in order.
         fixed: Paths inside the block that stay when the branch goes (a shortcut with weights).
         module: Path of the smallest module that holds the whole branch and the addition that ends it, where it has no
@@ -116,6 +118,7 @@ class Block:
     addend: str = ""
     absent: tuple[tuple[str, int], ...] = ()
     branch: tuple[str, ...] = ()
+    reader: str = ""
     removable: bool = True
 
     @property

@@ -23,29 +23,35 @@ class Layout:
     """
 
     def __init__(self, sites: Iterable[Site], present: Mapping[Site, int] | None = None):
-        self._present: dict[Site, int] = {}
-        self._ranges: dict[tuple[str, int], list[tuple[Slice, Site]]] = {}
+        self._numbers: dict[Site, int] = {}  # of the sites; to hash one takes long
+        self._gone: list[int] = []
+        self._ranges: dict[
+            tuple[str, int], list[tuple[int, int, int]]
+        ] = {}  # offset, entries of a unit, number of the site
         for site in sites:
-            if not site.parts:
+            if not site.parts or site in self._numbers:
                 continue
-            self._present[site] = site.width if present is None or site not in present else present[site]
+            number = self._numbers[site] = len(self._gone)
+            self._gone.append(0 if present is None else site.width - present.get(site, site.width))
             for part in site.parts:
-                self._ranges.setdefault((part.tensor, part.dim), []).append((part, site))
+                self._ranges.setdefault((part.tensor, part.dim), []).append((part.offset, part.each, number))
 
     def copy(self) -> Layout:
         """A layout that later cuts of this one do not change."""
         other = Layout(())
-        other._present, other._ranges = dict(self._present), self._ranges
+        other._numbers, other._ranges, other._gone = self._numbers, self._ranges, list(self._gone)
         return other
 
     def keep(self, site: Site, units: int) -> None:
         """Note that a site has been cut down to a number of units."""
-        if site in self._present:
-            self._present[site] = units
+        number = self._numbers.get(site)
+        if number is not None:
+            self._gone[number] = site.width - units
 
     def present(self, site: Site) -> int | None:
         """Number of units present at a site; None for one that is not kept here."""
-        return self._present.get(site)
+        number = self._numbers.get(site)
+        return None if number is None else site.width - self._gone[number]
 
     def entries(self, part: Slice, units: ArrayLike) -> NDArray[np.int64]:
         """Indices of units along a slice's dimension, shape (len(units) * each,).
@@ -54,10 +60,8 @@ class Layout:
             part: The slice.
             units: The units, as positions among those present at their site.
         """
-        gone = 0
-        for other, site in self._ranges.get((part.tensor, part.dim), ()):
-            if other.offset < part.offset:
-                gone += other.each * (site.width - self._present[site])
+        before = self._ranges.get((part.tensor, part.dim), ())
+        gone = sum(each * self._gone[number] for offset, each, number in before if offset < part.offset)
         return part.entries(units) - gone
 
 

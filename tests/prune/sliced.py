@@ -459,6 +459,42 @@ class Fork(nn.Module):
         return self.side(y) + self.two(F.relu(self.one(y)))
 
 
+class Torch(nn.Module):
+    """torchvision's encoder: its attention returns two things, and reads the weight of its last layer without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(6), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.norm2, self.mlp = nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+
+    def forward(self, x):
+        y = self.norm(x)
+        y, _ = self.attn(y, y, y, need_weights=False)
+        x = y + x
+        return x + self.mlp(self.norm2(x))
+
+
+class Encoded(Described):
+    """Two of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.body, self.fc = nn.Conv2d(3, 6, 4, 4), nn.Sequential(Torch(), Torch()), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.fc(self.body(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+    def blocks_(self):
+        for name in ("body.0", "body.1"):
+            branch = (f"{name}.norm", f"{name}.attn")
+            ends = dict(output=f"{name}.attn.out_proj", reader=f"{name}.attn")
+            yield Block(f"{name}.attn", sites=(), module=name, addend="getitem", branch=branch, **ends)
+            units = made(f"{name}.mlp.0", bias=True) + read(f"{name}.mlp.2")
+            site = Site(f"{name}.mlp", 8, (), (), parts=units)
+            branch = (f"{name}.norm2", f"{name}.mlp")
+            yield Block(f"{name}.mlp", f"{name}.mlp.2", (site,), module=name, addend="mlp", branch=branch)
+
+
 IMAGES = (2, 3, 12, 12)
 NETWORKS = {
     "inverted residuals with squeeze and excitation": MobileNet,
@@ -469,5 +505,6 @@ NETWORKS = {
     "a transposed convolution": Transposed,
     "attention and GLU": Transformer,
     "modules that cannot be traced": Foreign,
+    "torch's own attention": Encoded,
     "grouped queries and weights of shape (in, out)": Decoder,
 }

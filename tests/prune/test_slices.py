@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sliced import (
     VGG,
     Concatenated,
     Depth,
+    Encoded,
     Foreign,
     MobileNet,
     ResNeXt,
@@ -31,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import Counts, count, describe, inference
+from catode.prune.describe.executed import without_fast_paths
 from catode.prune.describe.protocol import branch, slices, tensor_of
 from catode.prune.gated.absent import outputs_of
 from catode.prune.gated.cut import Change, drop_block, keep_units, keep_units_of_state, restrict
@@ -119,7 +122,12 @@ def test_counts_are_those_of_torch(kind):
             hooks.append(
                 module.register_forward_hook(lambda m, args, output: norms.append(output.numel() // len(output)))
             )
-    with inference(model), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with (
+        inference(model),
+        without_fast_paths(),
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         model(images())
     for hook in hooks:
         hook.remove()
@@ -490,6 +498,22 @@ def test_the_gate_of_a_branch_without_an_affine_scales_what_its_last_module_retu
         gates.folded_state()
 
 
+@networks
+def test_a_cut_network_travels(kind):
+    model, inventory = network(kind)
+    kept = vertex(inventory, 2, 0.5, 0.6)
+    restrict(model, inventory.blocks, inventory.record(kept)).eval()
+    fresh = restrict(kind().double(), inventory.blocks, inventory.record(kept)).eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = model(images())
+        travelled = [fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        if kind is not Foreign:  # which branches on its data
+            travelled.append(torch.export.export(model, (images(),)).module())
+        for one in travelled:
+            torch.testing.assert_close(one(images()), expected, **EXACT)
+
+
 # what is said about wrong descriptions
 
 
@@ -572,6 +596,11 @@ WRONG = {
         Transformer,
         dict(site={"parts": made("body.0.mlp.gate") + read("body.0.mlp.down"), "width": 8, "attributes": ()}),
         r"must lie in the branch of `body\.0\.attn` alone; got `body\.0\.mlp\.gate\.weight`",
+    ),
+    "a reader elsewhere": (
+        Encoded,
+        dict(reader="body.0.mlp"),
+        r"^`reader` of block `body\.0\.attn` must be a module of the branch that holds `body\.0\.attn\.out_proj`",
     ),
     "nothing to hold": (VGG, dict(sites=()), r"^block `features\.0` must hold a site"),
 }
@@ -717,6 +746,13 @@ def test_a_site_that_must_last_keeps_its_best_unit(kind, round_to):
     assert last.any() and (pruner.kept[last]).all() and (pruner.keep_prob[last] == 1.0).all()
     assert count(model, torch.zeros(IMAGES)) == pruner.counts()
     assert pruner.layers_kept == 0 and not pruner.gated[: pruner.inventory.layers].any()
+
+
+def test_layers_alone_of_a_model_without_branches_are_refused():
+    with pytest.raises(
+        ValueError, match="^`alpha` must be below 1 for a model of which no branch can go; got 1. Use 0."
+    ):
+        pruned(VGG, alpha=1.0)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

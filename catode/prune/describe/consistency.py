@@ -72,6 +72,10 @@ def _check_branch(
     for path in block.fixed:
         _module(model, path, f"`fixed` of {where}")
     _check_member(model, block, block.output, f"`output` of {where}", names)
+    if block.reader and not (block.output.startswith(f"{block.reader}.") and goes_with(block, block.reader)):
+        raise ValueError(
+            f"`reader` of {where} must be a module of the branch that holds `{block.output}`; got `{block.reader}`. Correct it."
+        )
     output = model.get_submodule(block.output)
     if isinstance(output, nn.modules.batchnorm._BatchNorm) and output.weight is None and not block.branch:
         raise ValueError(
@@ -233,6 +237,7 @@ def _check_member(model: nn.Module, block: Block, name: str, where: str, names: 
     """Make sure that a module lies in a block's branch, holds its own weight and has one name."""
     module = _module(model, name, where)
     inside = goes_with(block, name) if block.removable else within(name, block.place)
+    inside |= bool(block.branch) and within(name, block.place) and not any(True for _ in module.parameters())
     if not inside:
         raise ValueError(
             f"{where} must use modules of the branch of `{block.name}` alone; got `{name}`, which stays without it."

@@ -132,7 +132,7 @@ def executed(model: nn.Module, run: Callable[[], Any]) -> Executed:
             if name:
                 hooks.append(module.register_forward_pre_hook(enter(name, module)))
                 hooks.append(module.register_forward_hook(leave(name, module)))
-        with _without_fast_paths(), _Products(model, found, running):
+        with without_fast_paths(), _Products(model, found, running):
             run()
     finally:
         for hook in hooks:
@@ -141,7 +141,7 @@ def executed(model: nn.Module, run: Callable[[], Any]) -> Executed:
 
 
 @contextmanager
-def _without_fast_paths():
+def without_fast_paths():
     """nn.MultiheadAttention and nn.TransformerEncoderLayer as in train mode, instead of in one operation that nobody counts."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

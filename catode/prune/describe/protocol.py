@@ -3,7 +3,9 @@
 An architecture is any ``nn.Module`` with a method ``structures() -> list[Block]``. A `Block` is a residual branch, a
 `Site` one hidden width inside it; both name modules by their dotted path. The pruner, the cutting and the complexity
 polynomial use nothing else of an architecture, so a new one needs only this method (see
-`catode.train.models.resnets` for convolutional and fully-connected examples).
+`catode.train.models.resnets` for convolutional and fully-connected examples). Where units are no plain channels of plain
+layers, a site lists its `parts`: slices of any tensors. A block without ``shortcut_only()`` says what goes by its `addend`, or
+by what is `absent`; one that is not `removable` only holds sites.
 """
 
 from __future__ import annotations
@@ -181,7 +183,7 @@ def within(path: str, *roots: str) -> bool:
 
 def gated_modules(blocks: Iterable[Block]) -> set[str]:
     """Paths of the modules that can carry a gate."""
-    found = {block.output for block in blocks if block.removable}
+    found = {block.reader or block.output for block in blocks if block.removable}
     for site in (site for block in blocks for site in block.sites):
         found |= {*site.consumers, *(p.tensor.rpartition(".")[0] for p in site.parts if p.role == CONSUMER)}
     return found

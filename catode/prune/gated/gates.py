@@ -179,7 +179,9 @@ class Gates:
         for number, block in enumerate(self.blocks):
             if layers[number] and block.removable:
                 here = upload(torch.tensor([number]), self.draw.device)
-                self._gate(self.model.get_submodule(block.output)).layer = number, here
+                output = self.model.get_submodule(block.output)
+                gate = self._gate(self.model.get_submodule(block.reader) if block.reader else output)
+                gate.layer, gate.holder = (number, here), output if block.reader else None
         for module, gate in self._installed.items():
             self._hooks.append(module.register_forward_pre_hook(gate.before))
             self._hooks.append(module.register_forward_hook(gate.after, always_call=True))
@@ -229,7 +231,7 @@ class Gates:
             ValueError: if the gate of a layer scales what a module without parameters returns.
         """
         for module, gate in self._installed.items():
-            if gate.layer is not None and not affine(module):
+            if gate.layer is not None and not affine(gate.held(module)):
                 block = self.blocks[gate.layer[0]]
                 raise ValueError(
                     f"`output` of block `{block.name}` must have parameters that its gate can be folded into; `{block.output}` has "
@@ -238,8 +240,8 @@ class Gates:
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         names = {module: name for name, module in self.model.named_modules()}
         for module, gate in self._installed.items():
-            for name, weight in gate.scaled(module, self.keep_prob).items():
-                state[f"{names[module]}.{name}"] = weight
+            for name, weight in gate.scaled(gate.held(module), self.keep_prob).items():
+                state[f"{names[gate.held(module)]}.{name}"] = weight
         return state
 
     def _gate(self, module: nn.Module) -> _ModuleGate:
@@ -257,6 +259,7 @@ class _ModuleGate(Copied):
         entries: Entries with a gate; None for all.
         norms: The block's batch norms, if its output goes straight into one.
         layer: Number of the layer that it ends, and the same as a tensor of the device; or None.
+        holder: The module whose parameters it reads without calling it; None where they are its own.
     """
 
     def __init__(self, gates: Gates):
@@ -266,6 +269,7 @@ class _ModuleGate(Copied):
         self.entries: torch.Tensor | None = None
         self.norms: list[nn.Module] = []
         self.layer: tuple[int, torch.Tensor] | None = None
+        self.holder: nn.Module | None = None
         self._plain: dict[str, nn.Parameter] = {}
 
     def read(self, module: nn.Module, parts: Sequence[tuple[Slice, torch.Tensor, Layout]], draw: torch.Tensor) -> None:
@@ -285,6 +289,10 @@ class _ModuleGate(Copied):
         self.entries = None if gated.all() else upload(gated.nonzero().flatten(), draw.device)
         self.units = upload(units, draw.device)
 
+    def held(self, module: nn.Module) -> nn.Module:
+        """The module that holds the parameters which the gates scale."""
+        return self.holder or module
+
     def _of_units(self, values: torch.Tensor) -> torch.Tensor:
         """Gate of every entry along `dim`, from values of shape (..., n)."""
         if self.entries is not None:  # 1 for entries without a gate
@@ -295,7 +303,7 @@ class _ModuleGate(Copied):
         """Scaled parameters of a module by name.
 
         Args:
-            module: The module.
+            module: The module, or what is `held`.
             values: Gate values, shape (n,).
             units: Whether its weight is scaled by the gates of the units.
             layer: Whether its affine is scaled by the gate of the layer.
@@ -319,9 +327,10 @@ class _ModuleGate(Copied):
         if by_example and gates.several and not torch.compiler.is_compiling() and in_backward():
             raise RuntimeError(AGAIN)
         units, layer = not (by_example or tapped), not (by_example or (tapped and gates._tap_layers))
-        scaled = self.scaled(module, gates.values, units, layer)
-        self._plain = {name: module._parameters[name] for name in scaled}
-        module._parameters.update(scaled)
+        held = self.held(module)._parameters
+        scaled = self.scaled(self.held(module), gates.values, units, layer)
+        self._plain = {name: held[name] for name in scaled}
+        held.update(scaled)
         if self.units is None or not (by_example or tapped):
             return None
         x = args[0]
@@ -341,7 +350,7 @@ class _ModuleGate(Copied):
 
     def after(self, module: nn.Module, args: tuple, output: torch.Tensor | None) -> torch.Tensor | None:
         """Put the plain parameters back, also after an error; scale what the module returns."""
-        module._parameters.update(self._plain)
+        self.held(module)._parameters.update(self._plain)
         self._plain = {}
         if self.layer is None or output is None:
             return None
@@ -352,7 +361,7 @@ class _ModuleGate(Copied):
             scaled = gates._taps[-1].after
         elif gates.rows is not None:
             scaled = x * gates.rows[:, number].view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-        elif not affine(module):
+        elif not affine(self.held(module)):
             scaled = x * gates.values[number].to(x.dtype)
         else:
             return None
@@ -360,9 +369,9 @@ class _ModuleGate(Copied):
 
 
 def affine(module: nn.Module) -> list[str]:
-    """Names of a module's own parameters that scale with what it returns: weight and bias, or a single one of another name."""
+    """Names of a module's own parameters that scale with what it returns: weight and bias, or those of a LayerScale."""
     own = [name for name, parameter in module._parameters.items() if parameter is not None]
-    return own if len(own) == 1 else [name for name in ("weight", "bias") if name in own]
+    return own if len(own) == 1 and not module._modules else [name for name in ("weight", "bias") if name in own]
 
 
 def _node(x: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ class Branch:
         module: Path of the smallest module that holds it and its addition.
         node: Name of the addend's node in the module's own graph.
         output: Path of the module that a gate scales.
+        reader: Path of the module that reads its weight without calling it, or "".
         paths: Modules and parameters that go with it.
         reason: Why it cannot go, or "".
     """
@@ -56,6 +57,7 @@ class Branch:
     module: str = ""
     node: str = ""
     output: str = ""
+    reader: str = ""
     paths: tuple[str, ...] = ()
     reason: str = ""
 
@@ -269,8 +271,12 @@ def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph) -> 
     if value.op is not None and value.op.name in (*PRODUCTS, *BATCH_NORMS, "native_layer_norm", "native_group_norm"):
         owners = {name.rpartition(".")[0] for name in _used([value.op], maps)}
         path = next(iter(owners)) if len(owners) == 1 else ""
-        own = model.get_submodule(path)._parameters if path and path == value.op.path else {}
+        read = bool(path) and path.startswith(
+            f"{value.op.path}."
+        )  # without being called, as torch's own attention does
+        own = model.get_submodule(path)._parameters if path and (read or path == value.op.path) else {}
         if own.get("weight") is not None and set(own) <= {"weight", "bias"}:
+            branch.reader = value.op.path if read else ""
             return path
     node = next(node for node in graph.nodes if node.name == branch.node)
     if node.op == "call_module":

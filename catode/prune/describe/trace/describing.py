@@ -124,6 +124,7 @@ class _Trace:
                     module=branch.module,
                     addend=branch.node,
                     branch=branch.paths,
+                    reader=branch.reader,
                 )
             )
         rest = tuple(site for width, site in sites.items() if width not in taken)
