@@ -51,6 +51,7 @@ TESTS = {
     "catode.structures.description": [BELOW + "inventory.py"],
     "catode.structures.fates": [BELOW + "inventory.py"],
     "catode.structures.inventory": [BELOW + "inventory.py"],
+    "catode.structures.layout": ["tests/structures/test_layout.py"],
     "catode.theory.tolerance.measured": ["tests/theory/test_measured.py", HERE + "limits.py", HERE + "rules.py"],
 }
 """The pure modules and their direct tests."""

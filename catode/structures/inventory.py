@@ -121,7 +121,7 @@ class Inventory:
             going: Those that would be removed, shape (n,).
         """
         present = (self.units[number][kept[self.units[number]]] for number in np.flatnonzero(self.lasting))
-        return [units for units in present if len(units) and going[units].all()]
+        return [units for units in present if going[units].all()]
 
     def alone(self, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which units are the only one of their site that stays, shape (n,).

@@ -493,9 +493,9 @@ def test_limits_are_of_their_moment():
     assert not np.array_equal(pruner.keep_prob, before["keep_prob"])
 
 
-def test_a_model_without_structures_is_refused():
-    with pytest.raises(ValueError, match=r"`model` must have a method structures\(\); got Linear"):
-        make(nn.Linear(3, 3))
+def test_a_model_of_which_nothing_can_go_is_refused():
+    with pytest.raises(ValueError, match=r"^`model` must have a branch or a width that can go; Sequential has none"):
+        make(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
 
 
 def test_dead_channels_round_widths_up_while_training_and_are_gone_in_the_end():

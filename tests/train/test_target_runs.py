@@ -53,7 +53,7 @@ def test_however_fast_a_theta_sinks_the_price_level_stays_a_number(flags, tmp_pa
 )
 def test_a_missed_target_is_said(tmp_path, flags, capsys):
     quantity, share = flags[0][len("--target-") :].split("=")
-    run = ["--arch=resnet14", "--epochs=2", "--warmup-epochs=0.5", "--memory=20", "--threads=1"]
+    run = ["--arch=resnet14", "--epochs=3", "--warmup-epochs=0.5", "--memory=20", "--threads=1"]
     assert main([*run, *flags, "--out", str(tmp_path / "run")]) == 3
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     left = result[quantity] / result[f"{quantity}_dense"]
@@ -62,7 +62,8 @@ def test_a_missed_target_is_said(tmp_path, flags, capsys):
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == f"target   missed: {said}; train longer, or choose a larger share"
     assert f"**Target missed: {said}.**" in (tmp_path / "run" / "report.md").read_text()
-    assert re.search(rf"everything would go at step \d+: `target_{quantity}`={share} is too small\.", printed.err)
+    if len(flags) == 1:  # else what is left is the least that rounding leaves
+        assert re.search(rf"everything would go at step \d+: `target_{quantity}`={share} is too small\.", printed.err)
     assert "`nu`" not in printed.err
 
 
