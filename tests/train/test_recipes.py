@@ -104,7 +104,7 @@ def test_clipping_bounds_the_norm_that_the_optimizer_sees(tmp_path, monkeypatch)
     for name, more in {"free": {}, "clipped": {"clip_grad": 0.05}}.items():
         seen = found[name] = {"gradients": [], "before": []}
         config = Config.from_presets(
-            arch="resnet14", hidden_scale=0.5, batch_size=60, epochs=6, warmup_epochs=0.5, memory=10, measure_every=1,
+            arch="resnet14", hidden_scale=0.5, batch_size=240, epochs=4, warmup_epochs=0.5, memory=10, measure_every=1,
             nu=3.0, tol=1e-9, lr=1e-6, momentum=0.9, schedule="constant", threads=1, check_every=3,
             out=str(tmp_path / name), **more,
         )  # fmt: skip
@@ -118,9 +118,9 @@ def test_clipping_bounds_the_norm_that_the_optimizer_sees(tmp_path, monkeypatch)
 
         trainer.update = watched
         trainer.optimizer.register_step_pre_hook(lambda *_, t=trainer, s=seen: s["gradients"].append(gradients(t)))
-        for _ in range(6):
+        for _ in range(3):
             trainer.advance()
-        seen["gain"] = trainer.pruner.limits().gain
+        seen["gain"] = trainer.pruner.state.products.pools.gain.mean
         trainer.close()
     for before, after in zip(found["clipped"]["before"], found["clipped"]["gradients"], strict=True):
         assert before.norm() > 0.05 and after.norm() == pytest.approx(0.05, rel=1e-3)
@@ -128,8 +128,8 @@ def test_clipping_bounds_the_norm_that_the_optimizer_sees(tmp_path, monkeypatch)
     for before, after in zip(found["free"]["before"], found["free"]["gradients"], strict=True):
         assert torch.equal(before, after)
     free, clipped = found["free"]["gain"], found["clipped"]["gain"]
-    known = (free > 0) & (free < float("inf"))
-    assert known.sum() > 30
+    known = free > 0
+    assert known.sum() > 50
     assert clipped[known].tolist() == pytest.approx(free[known].tolist(), rel=0.02)
 
 
