@@ -490,8 +490,7 @@ MOVING = {
 }
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("clip", [1.0, 0.2])
+@pytest.mark.parametrize(("clip", "after"), [(1.0, False), (0.2, True)])
 @pytest.mark.parametrize("name", MOVING)
 def test_law_products_with_the_answer_are_the_squared_gradient_where_weights_move(name, clip, after):
     """Stationary weights on a noisy quadratic: products alone are far too low, or negative, and with the answer they are right.
@@ -505,7 +504,7 @@ def test_law_products_with_the_answer_are_the_squared_gradient_where_weights_mov
     generator = torch.Generator().manual_seed(1)
     stiff = {p: 1.0 + torch.rand(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()}
     names, truth, counted = {p: n for n, p in model.named_parameters()}, 0.0, 0
-    for step in range(3000):
+    for step in range(2000):
         if step == 300:
             products.pools.clear(np.ones(size, dtype=bool))
         if step % 3 == 0:
@@ -539,7 +538,7 @@ def test_law_products_with_the_answer_are_the_squared_gradient_where_weights_mov
             clipped()
     pools, truth = products.pools, truth / counted
     corrected, bare = pools.by_products(0.0), pools.gain.mean
-    assert (pools.answer.count > 800).all() and (
+    assert (pools.answer.count > 500).all() and (
         np.abs(corrected / truth - 1.0) < 0.2 + 3 * pools.gain.error / truth
     ).all()
     assert bare.sum() < (0.8 if clip == 1.0 else 0.97) * truth.sum()
