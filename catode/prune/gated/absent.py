@@ -15,13 +15,23 @@ from catode.structures.description import Block
 class Absent(nn.Module):
     """Returns a single 0, which the module around it adds to its shortcut.
 
+    It keeps the numbers, flags and strings that the module had as attributes, and None for its parameters: others may ask for them,
+    as torch's TransformerEncoderLayer does.
+
     Args:
         outputs: Number of things that the module returned, the first of which is now 0 and the others None; 0 for a tensor.
+        instead: The module.
     """
 
-    def __init__(self, outputs: int = 0):
+    def __init__(self, outputs: int = 0, instead: nn.Module | None = None):
         super().__init__()
         self.outputs = outputs
+        for name, value in vars(instead).items() if instead is not None else ():
+            if isinstance(value, (bool, int, float, str)) and not hasattr(self, name):
+                setattr(self, name, value)
+        for name in instead._parameters if instead is not None else ():
+            if not hasattr(self, name):
+                self.register_parameter(name, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.Tensor)]
@@ -37,7 +47,7 @@ def remove(model: nn.Module, block: Block) -> None:
     """Take the modules and parameters of a block's branch out of a network, in place; all others keep class and name."""
     for path, outputs in block.absent:
         before = model.get_submodule(path)
-        after = Absent(outputs)
+        after = Absent(outputs, before)
         after.training = before.training
         model.set_submodule(path, after)
     for path in set(block.branch) - {path for path, _ in block.absent}:

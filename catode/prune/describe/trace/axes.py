@@ -165,6 +165,8 @@ def split_product(axis: Axis, outer: int) -> tuple[Axis, Axis]:
     axis = axis.find()
     if axis.size % outer:
         raise Mismatch
+    if outer in (1, axis.size):
+        return (Axis(1), axis) if outer == 1 else (axis, Axis(1))
     inner = axis.size // outer
     if not axis.form:
         axis.refine(PRODUCT, (Axis(outer), Axis(inner)))
@@ -172,7 +174,7 @@ def split_product(axis: Axis, outer: int) -> tuple[Axis, Axis]:
         first, done, rest = [], 1, factors([axis])
         while done < outer:
             here, need = rest.pop(0), outer // done
-            if here.size % need and need % here.size:
+            if outer % done or (here.size % need and need % here.size):
                 raise Mismatch
             if here.size > need:
                 here, behind = split_product(here, need)

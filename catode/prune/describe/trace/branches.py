@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from catode.prune.describe.protocol import within
 from catode.prune.describe.trace.maps import Maps
 from catode.prune.describe.trace.recording import Operation, Recording, Value
 from catode.prune.describe.trace.rules import BATCH_NORMS, PRODUCTS
@@ -46,7 +47,10 @@ class Branch:
         output: Path of the module that a gate scales.
         reader: Path of the module that reads its weight without calling it, or "".
         paths: Modules and parameters that go with it.
+        absent: Modules whose places something that returns 0 takes, where the module around cannot be traced; with how many things
+            each of them returns.
         reason: Why it cannot go, or "".
+        untraced: Why the module that holds it cannot be replaced by the rest of its graph, or "".
     """
 
     addition: Operation
@@ -59,7 +63,16 @@ class Branch:
     output: str = ""
     reader: str = ""
     paths: tuple[str, ...] = ()
+    absent: tuple[tuple[str, int], ...] = ()
     reason: str = ""
+    untraced: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its name where its module holds several: with that of its addend, or the path of what goes and ends it."""
+        if self.node:
+            return f"{self.module}:{self.node}"
+        return next(path for path, _ in self.absent if within(self.output, path))
 
 
 @dataclass
@@ -193,12 +206,12 @@ def _place(branch: Branch, recording: Recording) -> None:
         depth += 1
     path = stacks[0][depth - 1][0] if depth else ""
     branch.module = path
-    if not path:
-        branch.reason = branch.reason or "it spans the whole network's own forward pass"
-    elif sum(call[0] == path for call in recording.calls) > 1:
+    if sum(call[0] == path for call in recording.calls) > 1:
         branch.reason = branch.reason or f"`{path}` is used several times"
+    if not path:
+        branch.untraced = "it spans the whole network's own forward pass"
     elif branch.addition.path != path:
-        branch.reason = branch.reason or f"its addition is inside `{branch.addition.path}`, a part of `{path}`"
+        branch.untraced = f"its addition is inside `{branch.addition.path}`, a part of `{path}`"
     gone, stays = set(), set()
     for op in recording.operations:
         names = [name for name, _ in op.stack[depth:]]
@@ -221,24 +234,24 @@ def name_nodes(found: Sequence[Branch], recording: Recording, again: Recording, 
         graphs: Graph of each module.
     """
     for branch in found:
-        if branch.reason:
+        if branch.reason or branch.untraced:
             continue
         one, other = (_inside(one, branch.module) for one in (recording, again))
         if [op.name.rstrip("_") for op in one] != [
             op.name.rstrip("_") for op in other
         ]:  # but for how tensors are taken apart
-            branch.reason = f"the graph of `{branch.module}` does not compute the same"
+            branch.untraced = f"the graph of `{branch.module}` does not compute the same"
             continue
         nodes = {node.name: node for node in graphs[branch.module].nodes}
         node = nodes[other[one.index(branch.addition)].nodes[branch.module]]
         position = branch.addition.inputs.index(branch.addend)
         arguments = [part for part in node.args if isinstance(part, fx.Node)]
         if node.target not in ADDITIONS or len(arguments) != 2:
-            branch.reason = f"it is added by `{node.target}` in `{branch.module}`"
+            branch.untraced = f"it is added by `{node.target}` in `{branch.module}`"
             continue
         addend = arguments[position]
         if len(addend.users) != 1:
-            branch.reason = f"what it adds is used several times in `{branch.module}`"
+            branch.untraced = f"what it adds is used several times in `{branch.module}`"
             continue
         branch.node = addend.name
 
@@ -249,14 +262,14 @@ def _inside(recording: Recording, path: str) -> list[Operation]:
     return [op for op in ops if op.inputs and op.name not in (*VIEWS, "clone", "alias", "detach", "_to_copy", "copy_")]
 
 
-def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph) -> str:
+def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph | None) -> str:
     """Path of the module that a branch's gate scales: what the addend is a multiple of.
 
     Args:
         model: The network.
         maps: Index maps.
         branch: The branch.
-        graph: Graph of the module that holds it.
+        graph: Graph of the module that holds it; None if that cannot be traced.
 
     Returns:
         Path of its last affine; if a function that is not linear follows that, of a module without parameters which returns the
@@ -278,6 +291,8 @@ def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph) -> 
         if own.get("weight") is not None and set(own) <= {"weight", "bias"}:
             branch.reader = value.op.path if read else ""
             return path
+    if graph is None:
+        return ""
     node = next(node for node in graph.nodes if node.name == branch.node)
     if node.op == "call_module":
         path = f"{branch.module}.{node.target}"

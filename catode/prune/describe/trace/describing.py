@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_flatten
 
 from catode._validate import check_int, fail
 from catode.prune.describe.consistency import site_fault
-from catode.prune.describe.protocol import Prunable
+from catode.prune.describe.protocol import Prunable, within
+from catode.prune.describe.trace.absence import replace_modules
 from catode.prune.describe.trace.branches import Branch, branches, graph_of, name_nodes, output_of
 from catode.prune.describe.trace.description import Description, Refusal, check_patterns, matches
 from catode.prune.describe.trace.fitting import misfits
@@ -127,11 +128,11 @@ class _Trace:
         found = self._branches(keep)
         blocks: list[Block] = []
         taken: set[Width] = set()
-        names = [branch.module for branch in found]
+        names = [branch.module for branch in found] + [""]  # the network itself is no name
         for branch in found:
             inside = {w: s for w, s in sites.items() if w not in taken and all(_goes(branch, t) for t in w.tensors)}
             taken |= set(inside)
-            name = branch.module if names.count(branch.module) == 1 else f"{branch.module}:{branch.node}"
+            name = branch.module if names.count(branch.module) == 1 else branch.name
             blocks.append(
                 Block(
                     name,
@@ -139,6 +140,7 @@ class _Trace:
                     tuple(inside.values()),
                     module=branch.module,
                     addend=branch.node,
+                    absent=branch.absent,
                     branch=branch.paths,
                     reader=branch.reader,
                 )
@@ -220,33 +222,51 @@ class _Trace:
         """Branches that can go, the others refused."""
         whole = self.passes[False]
         found = branches(self.maps, whole)
-        graphs: dict[str, fx.Graph] = {}
         for branch in found:
             guard = next((p for p in keep for t in branch.parameters if matches(p, t.rpartition(".")[0])), None)
             if guard is not None and not branch.reason:
                 branch.reason = f"kept by {guard!r}"
-            if not branch.reason and branch.module not in graphs:
+        graphs = self._graphs([branch for branch in found if not (branch.reason or branch.untraced)])
+        for branch in found:
+            if branch.reason:
+                continue
+            graph = None if branch.untraced else graphs[branch.module]
+            branch.output = output_of(self.model, self.maps, branch, graph)
+            if not branch.output:
+                here = f" in `{branch.module}`" if branch.module else ""
+                branch.reason = branch.untraced or f"no module's output{here} is its addend, which a gate could scale"
+        untraced = [branch for branch in found if branch.untraced and not branch.reason]
+        if untraced:
+            replace_modules(self.model, self.example, untraced, self.passes)
+        self.refused += [
+            Refusal(branch.addition.path, "branch", 0, branch.reason) for branch in found if branch.reason
+        ]
+        return [branch for branch in found if not branch.reason]
+
+    def _graphs(self, found: Sequence[Branch]) -> dict[str, fx.Graph]:
+        """Graphs of the modules that hold branches, which learn the names of their addends there."""
+        graphs: dict[str, fx.Graph] = {}
+        untraced: dict[str, str] = {}
+        for branch in found:
+            if branch.module not in graphs and branch.module not in untraced:
                 try:
                     graphs[branch.module] = graph_of(self.model.get_submodule(branch.module))
                 except ValueError as error:
-                    branch.reason = str(error)
-        if graphs:
+                    untraced[branch.module] = str(error)
+        again = None
+        while graphs and again is None:
             try:
                 again = self._record(False, graphs)
-            except Failed as error:
-                again = None
-                for branch in found:
-                    branch.reason = branch.reason or f"the graph of `{error.path}` fails: {error}"
-            if again is not None:
-                name_nodes(found, whole, again, graphs)
+            except Failed as error:  # such as the graph of a module that asks whether an argument is None
+                kind = type(self.model.get_submodule(max((p for p in graphs if within(error.path, p)), key=len)))
+                for path in [path for path in graphs if type(self.model.get_submodule(path)) is kind]:
+                    del graphs[path]
+                    untraced[path] = f"the graph of a {kind.__name__} fails: {error}"
         for branch in found:
-            if not branch.reason:
-                branch.output = output_of(self.model, self.maps, branch, graphs[branch.module])
-                if not branch.output:
-                    branch.reason = f"no module's output in `{branch.module}` is its addend, which a gate could scale"
-            if branch.reason:
-                self.refused.append(Refusal(branch.addition.path, "branch", 0, branch.reason))
-        return [branch for branch in found if not branch.reason]
+            branch.untraced = branch.untraced or untraced.get(branch.module, "")
+        if again is not None:
+            name_nodes(found, self.passes[False], again, graphs)
+        return graphs
 
 
 def _other_names(model: nn.Module) -> dict[str, list[str]]:

@@ -75,6 +75,8 @@ def _taken(rest: list[Axis], size: int) -> tuple[Axis, list[Axis]]:
     taken, done = [], 1
     while done < size:
         here, need = rest[0], size // done
+        if size % done:
+            raise Mismatch
         rest = rest[1:]
         if here.size > need:
             here, behind = split_product(here, need)

@@ -107,7 +107,7 @@ def closed(model: nn.Module, inventory: Inventory, kept: np.ndarray) -> Iterator
     hooks = []
     for block, stays in zip(inventory.blocks, kept, strict=False):
         if not stays:
-            hooks.append(model.get_submodule(block.output).register_forward_hook(_nothing))
+            hooks.append(model.get_submodule(block.reader or block.output).register_forward_hook(_nothing))
     with torch.no_grad():
         for place in inventory.places:
             gone = np.flatnonzero(~kept[place.units])
@@ -127,8 +127,9 @@ def closed(model: nn.Module, inventory: Inventory, kept: np.ndarray) -> Iterator
                 tensor.copy_(values)
 
 
-def _nothing(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    return output * 0.0
+def _nothing(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+    """0 times what a module returns, or the first of the things that it returns."""
+    return (output[0] * 0.0, *output[1:]) if isinstance(output, tuple) else output * 0.0
 
 
 def run(model: nn.Module, example: Any, mode: Callable[[nn.Module], None]) -> list[torch.Tensor]:
