@@ -67,8 +67,9 @@ def measured(model: Model, vertices: int, alone: int) -> dict[str, Any]:
     began = time.perf_counter()
     try:
         blocks = describe(network, example)
-    except ValueError as error:
-        return {**found, "error": str(error)}
+    except Exception as error:  # a fault of catode, if it is no ValueError
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return {**found, "error": f"{kind}{error}"}
     found |= {
         "seconds": time.perf_counter() - began,
         "widths": sum(len(block.sites) for block in blocks),

@@ -16,9 +16,7 @@ from catode.prune.gated.absent import outputs_of, remove
 from catode.structures.description import Block
 
 
-def replace_modules(
-    model: nn.Module, example: Any, found: Sequence[Branch], passes: Mapping[bool, Recording]
-) -> None:
+def replace_modules(model: nn.Module, example: Any, found: Sequence[Branch], passes: Mapping[bool, Recording]) -> None:
     """Find for each branch what its modules return, and try the network without all branches together.
 
     Args:

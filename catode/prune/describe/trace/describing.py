@@ -174,9 +174,8 @@ class _Trace:
             if not width.reasons:
                 candidates.append(width)
         options = {width: variants(self.model, width) for width in candidates}
-        blocked: dict[Width, Width] = {}
         while True:
-            chosen, blocked = selected(candidates)
+            chosen = selected(candidates)
             sites = self._as_sites(chosen, options)
             bad, why = self._misfits(sites)
             if not bad:
@@ -186,10 +185,10 @@ class _Trace:
                 if not options[width]:
                     width.reasons.append(why if width in bad else f"as in `{min(other.first for other in bad)}`: {why}")
                     candidates.remove(width)
-        for width, other in blocked.items():
-            width.reasons.append(f"inside the units of `{other.first}`")
+        cut = {(tensor, dim) for width in chosen for tensor, dim, _ in width.places}
         for width in self.widths:
-            if width.reasons and width.making and width.reasons[0] not in PLAIN:
+            divided = {(tensor, dim) for tensor, dim, _ in width.places} <= cut  # by units that can go
+            if width.reasons and width.making and width.reasons[0] not in PLAIN and not divided:
                 self.refused.append(Refusal(width.first, "width", width.leaf.size, width.reasons[0]))
         return sites
 
@@ -238,9 +237,7 @@ class _Trace:
         untraced = [branch for branch in found if branch.untraced and not branch.reason]
         if untraced:
             replace_modules(self.model, self.example, untraced, self.passes)
-        self.refused += [
-            Refusal(branch.addition.path, "branch", 0, branch.reason) for branch in found if branch.reason
-        ]
+        self.refused += [Refusal(branch.addition.path, "branch", 0, branch.reason) for branch in found if branch.reason]
         return [branch for branch in found if not branch.reason]
 
     def _graphs(self, found: Sequence[Branch]) -> dict[str, fx.Graph]:

@@ -129,8 +129,8 @@ def widths(maps: Maps, recordings: Iterable[Recording], others: Mapping[str, Seq
     return list(found.values())
 
 
-def selected(candidates: Sequence[Width]) -> tuple[list[Width], dict[Width, Width]]:
-    """Widths none of which lies inside another one's units: of two, the outer one; and what stands in the others' way."""
+def selected(candidates: Sequence[Width]) -> list[Width]:
+    """Widths none of which lies inside another one's units: of two, the outer one."""
     by_leaf = {width.leaf: width for width in candidates}
     inside = {
         width: {
@@ -144,14 +144,10 @@ def selected(candidates: Sequence[Width]) -> tuple[list[Width], dict[Width, Widt
     }
     depth = {width: sum(width in others for others in inside.values()) for width in candidates}
     chosen: list[Width] = []
-    blocked: dict[Width, Width] = {}
     for width in sorted(candidates, key=lambda width: depth[width]):
-        other = next((other for other in chosen if width in inside[other] or other in inside[width]), None)
-        if other is None:
+        if not any(width in inside[other] or other in inside[width] for other in chosen):
             chosen.append(width)
-        else:
-            blocked[width] = other
-    return [width for width in candidates if width in chosen], blocked
+    return [width for width in candidates if width in chosen]
 
 
 def entries(width: Width) -> dict[tuple[str, int], int]:
