@@ -34,6 +34,7 @@ from catode.prune.describe.costs import describe as complexity
 from catode.prune.describe.trace import Description, describe
 from catode.prune.describe.trace.verifying import cut_copy, verify
 from catode.prune.describe.trace.verifying import vertices as random_vertices
+from catode.prune.gated.heads import adopt
 from catode.structures.inventory import Inventory
 from catode.train.settings.commandline import CommandLine
 
@@ -77,6 +78,7 @@ def measured(model: Model, vertices: int, alone: int) -> dict[str, Any]:
         "branches": sum(block.removable for block in blocks),
         "refused": [str(refusal) for refusal in blocks.refused],
     }
+    adopt(network, blocks)
     if vertices:
         try:
             verdict = verify(network, blocks, example, vertices, alone)

@@ -44,6 +44,7 @@ from catode.prune.devices.transfer import DeferredReads, upload
 from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
 from catode.prune.gated.gates import Gates
+from catode.prune.gated.heads import adopt, release
 from catode.prune.gated.network import Cut, Network
 from catode.prune.measure.bounds import project
 from catode.prune.measure.capture import Capture
@@ -119,6 +120,7 @@ class Pruner(Queries):
             )
         self.blocks = list(blocks)
         consistency.check(model, self.blocks)
+        adopt(model, self.blocks)
         check_owner(optimizer, model, [p for block in self.blocks for p in branch(model, block).values()])
         self.complexity = describe(model, self.blocks, example_input)
         self.target = Target.choose(self.complexity, own.target_macs, own.target_params)
@@ -320,6 +322,7 @@ class Pruner(Queries):
             self.read()
             self._check(ode_time(self.optimizer), final=True, last=True)
         own.present = self._network.cut(self.kept, self.kept, own.present)
+        release(self.model)
         if recalibrate is not None:
             recalibrate_norms(self.model, recalibrate, self._measuring.objective.given, self.group)
         return self.model

@@ -36,6 +36,7 @@ from catode.prune.describe.trial import (
 )
 from catode.prune.gated.cut import restrict
 from catode.prune.gated.gates import Gates
+from catode.prune.gated.heads import adopt
 from catode.prune.measure import nests
 from catode.prune.measure.probes import tracking_norms
 from catode.structures.complexity import Complexity
@@ -95,6 +96,7 @@ def check(model: nn.Module, example: Any, blocks: Sequence[Block] | None = None,
     begin = time.perf_counter()
     blocks = list(model.structures() if blocks is None else blocks)
     consistency.check(model, blocks)
+    adopt(model, blocks)
     complexity = describe(model, blocks, example)
     size = _bytes(model)
     with torch.random.fork_rng(_devices(model)):

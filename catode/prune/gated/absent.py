@@ -50,6 +50,9 @@ def remove(model: nn.Module, block: Block) -> None:
         after = Absent(outputs, before)
         after.training = before.training
         model.set_submodule(path, after)
+        around = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(around, nn.TransformerEncoderLayer):
+            around.activation_relu_or_gelu = 0  # its fused kernel of eval mode takes the parameters of all its parts
     for path in set(block.branch) - {path for path, _ in block.absent}:
         module, name = owner(model, path)
         del module._parameters[name]

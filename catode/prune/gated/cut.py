@@ -15,6 +15,7 @@ from torch import nn
 
 from catode.prune.describe.protocol import attributes, branch, owner, slices, tensor_of
 from catode.prune.gated import absent
+from catode.prune.gated.heads import adopt
 from catode.prune.gated.remainder import without
 from catode.structures.description import CONSUMER, PRODUCER, Block, Site, Slice
 from catode.structures.inventory import Inventory
@@ -289,6 +290,7 @@ def restrict(model: nn.Module, blocks: list[Block], structure: dict) -> nn.Modul
     inventory = Inventory(blocks)
     layout = Layout(place.site for place in inventory.places)
     kept = inventory.kept(structure)
+    adopt(model, blocks)
     for block, stays in zip(blocks, kept, strict=False):
         if not stays:
             drop_block(model, block)

@@ -12,6 +12,7 @@ from torch import nn
 
 from catode.prune.gated import cut
 from catode.prune.gated.gates import Gates, drop_copied_hooks
+from catode.prune.gated.heads import adopt
 from catode.prune.measure.growth import GradientProducts
 from catode.structures.description import Block, Site
 from catode.structures.inventory import Inventory
@@ -119,6 +120,7 @@ class Network:
         if root is self.model:
             raise ValueError("`on_cut` must be given a copy of the model; got the model itself. Use copy.deepcopy.")
         drop_copied_hooks(root)
+        adopt(root, self.gates.blocks)
         gates = Gates.at_theta(root, self.gates)
         self._copies.append((root, gates))
         if self._placed is not None:

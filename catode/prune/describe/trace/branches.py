@@ -97,6 +97,8 @@ class _Flow:
             users = {user for output in made for user in output.users}
             if any(output in results for output in made):
                 continue
+            if not any(output in reader.inputs for output in made):
+                users.discard(reader)  # it adds in place to a view of it
             if op is not value.op and not users <= found:
                 continue
             if op is value.op and not users <= {reader}:

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from catode.prune.gated.heads import convert
+
 IGNORED = ("prim::device", "aten::sym_size", "aten::is_same_size")
 
 
@@ -210,14 +212,16 @@ def _mutated(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.T
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of a network whose parameters and buffers have shapes but no numbers."""
+    """A copy of a network whose parameters and buffers have shapes but no numbers, and whose attention can lose heads."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         fake = mode.from_tensor(tensor.detach())
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fake
-    return copy.deepcopy(model, memo)
+    found = copy.deepcopy(model, memo)
+    convert(found)
+    return found
 
 
 @contextmanager

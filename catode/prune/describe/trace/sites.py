@@ -206,17 +206,20 @@ def variants(model: nn.Module, width: Width) -> list[dict[tuple[str, str], int]]
     shares = {run.each for _, _, run in width.places} | set(entries(width).values())
     taken = {path for path, _ in known_attributes(model, width)}
     paths = {tensor.rpartition(".")[0] for tensor in width.tensors} | width.reshaped
-    counts, sizes = {}, {}
+    counts, both, sizes = {}, {}, {}
     for path in sorted(paths - taken):
         for name, value in vars(model.get_submodule(path)).items():
             if type(value) is not int or not value or value % width.leaf.size:
                 continue
             share = value // width.leaf.size
-            if share == 1 and (COUNTS.search(name) or SIZES.search(name)):
+            if share == 1 and COUNTS.search(name) and not SIZES.search(name):
                 counts[path, name] = 1
+            elif share == 1 and (COUNTS.search(name) or SIZES.search(name)):
+                both[path, name] = 1
             elif share in shares and SIZES.search(name):
                 sizes[path, name] = share
-    return [dict(one) for one in dict.fromkeys(tuple(one.items()) for one in (counts, {**counts, **sizes}, {}))]
+    tried = ({**counts, **both}, counts, {**counts, **both, **sizes}, {})
+    return [dict(one) for one in dict.fromkeys(tuple(one.items()) for one in tried)]
 
 
 def as_sites(model: nn.Module, chosen: Sequence[tuple[Width, dict[tuple[str, str], int]]]) -> dict[Width, Site]:

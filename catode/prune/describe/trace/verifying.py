@@ -21,6 +21,7 @@ from catode.prune.describe.protocol import slices, tensor_of
 from catode.prune.describe.trace.recording import called, doubled, plain_attention
 from catode.prune.describe.trial import difference, evaluating, floats, randomise
 from catode.prune.gated.cut import drop_block, keep_units
+from catode.prune.gated.heads import adopt
 from catode.structures.description import CONSUMER, Block
 from catode.structures.inventory import Inventory
 from catode.structures.layout import Layout
@@ -164,6 +165,7 @@ def verify(
     small = sum(parameter.numel() for parameter in model.parameters()) <= LARGEST
     precision = torch.float64 if small else torch.float32
     model = copy.deepcopy(model).to(precision)
+    adopt(model, blocks)
     randomise(model, seed)
     generator = torch.Generator().manual_seed(seed)
 
