@@ -33,7 +33,7 @@ from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE
 from catode.decisions.target import Target
 from catode.prune import selfcheck
-from catode.prune.checking import Check, Checking, PruningWarning, too_short
+from catode.prune.checking import Check, Checking, PruningWarning, gated, too_short
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import describe
 from catode.prune.describe.protocol import branch, unwrapped
@@ -54,6 +54,7 @@ from catode.prune.queries import Queries
 from catode.prune.recalibration import recalibrate_norms
 from catode.prune.settings import ONE_EPOCH, PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
+from catode.structures import fates
 from catode.structures.description import Block
 from catode.theory.tolerance.measured import LEAST_PRICE
 
@@ -112,25 +113,16 @@ class Pruner(Queries):
         self.model, self.optimizer, self.group = model, optimizer, group or current()
         self.group.agree(model, step=0)
         blocks = blocks_of(model, example_input) if blocks is None else blocks
-        if getattr(blocks, "least", None):
-            raise ValueError(
-                f"`blocks` must be described without least, which the pruner does not follow yet; got {blocks.least}. "
-                "Use keep=[...]."
-            )
         self.blocks = list(blocks)
         consistency.check(model, self.blocks)
         check_owner(optimizer, model, [p for block in self.blocks for p in branch(model, block).values()])
         self.complexity = describe(model, self.blocks, example_input)
-        self.target = Target.choose(self.complexity, own.target_macs, own.target_params)
-        if step_times is not None:
-            self.complexity = MeasuredComplexity(self.complexity, step_times)
         self.inventory = inventory = self.complexity.inventory
         self.is_layer = inventory.is_layer
-        self.gated = np.where(self.is_layer, own.alpha > 0, own.alpha < 1) & inventory.removable
-        if not self.gated.any():
-            raise ValueError(
-                f"`alpha` must be below 1 for a model of which no branch can go; got {own.alpha:g}. Use 0."
-            )
+        self.gated = gated(inventory, own.alpha)
+        self.target = Target.choose(self.complexity, own.target_macs, own.target_params, self.gated)
+        if step_times is not None:
+            self.complexity = MeasuredComplexity(self.complexity, step_times)
         speed = ThetaSpeed(own.rate_ratio, own.steps)
         self.schedule = Schedule(
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every
@@ -479,7 +471,7 @@ class Pruner(Queries):
         own = self.state
         before, changed = own.kept, (outcome.fate != own.fate).any()
         own.fate, own.kept = outcome.fate.astype(own.fate.dtype), outcome.kept
-        own.for_width |= outcome.folded
+        own.for_width |= outcome.folded & (own.fate == fates.KEPT_FOR_WIDTH)
         fold = np.where(outcome.folded, own.keep_prob, 1.0)
         own.keep_prob = np.where(own.kept, np.where(self._open, own.keep_prob, 1.0), 0.0)
         if changed:

@@ -720,7 +720,7 @@ def test_sixty_steps_cut_resume_and_finish(kind):
     done = pruner.finish()
     assert count(done, torch.zeros(IMAGES)) == pruner.counts()
     assert pruner.kept[~pruner.inventory.removable].all()
-    for number in np.flatnonzero(pruner.inventory.lasting):
+    for number in np.flatnonzero(pruner.inventory.least):
         assert pruner.kept[pruner.inventory.units[number]].any()
 
     again, other, resumed = pruned(kind, **FIRM.get(kind, {}))
