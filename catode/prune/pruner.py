@@ -191,9 +191,13 @@ class Pruner(Queries):
         )
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """State dict of the compact network in mean field (theta folded into the weights), and its structure."""
+        """State dict of the compact network in mean field (theta folded into the weights), and its structure.
+
+        A branch without weights to fold theta into, as one that ends in an activation, stands whole from a theta of 1/2 on.
+        """
         self.read()
-        return self._network.snapshot(self.kept, self.state.present), self.structure()
+        state, kept = self._network.snapshot(self.kept, self.state.present, self.keep_prob)
+        return state, self.inventory.record(kept)
 
     def on_cut(self, follower: nn.Module | Callable[[Cut], object]) -> None:
         """Let something follow every cut of the network, such as an average of its weights for evaluation.
