@@ -1,8 +1,8 @@
 """Fate of every structure at one check: removed, certain to stay, waiting for its group, or out of time.
 
 `catode.decisions.rules` judges each structure by its own benefit. This module adds what depends on the others: units are
-removed in whole groups (`round_to`), no removal passes a target, a block is removed with the last unit of a site, and
-everything is decided when the deciding phase ends.
+removed in whole groups (`round_to`), no removal passes a target or the least of a width, a block is removed with the last unit
+of a site, and everything is decided when the deciding phase ends.
 
 Source: docs/mathematics.md sections 2 (removal with the block) and 3; groups and targets are derived in docs/theory.md.
 """
@@ -31,7 +31,8 @@ class Outcome:
         fate: One of `catode.structures.fates.FATES` for every structure.
         kept: Those that stay in the network.
         certain: Those that are decided to stay at this check, by a rule or because the target is met.
-        folded: Units that stay only because their group is not complete, scaled by their keep probability.
+        folded: Units that stay only because their group is not complete or their width is at its least, scaled by their keep
+            probability.
         watched: Those that stay undecided beyond the deciding phase, because a shadow run watches them.
         everything: Whether nothing would have been left. Then all that was undecided is kept instead.
     """
@@ -91,6 +92,7 @@ class Outcomes:
         last = self._last(kept, going, limits)
         going = going & ~last
         left, waits = self._without(kept, going, open_, limits)
+        last |= self._rest(left, open_) & ~waits & ~certain
         refused = going & left & ~waits  # their removal would pass the target
         if self.target is not None:  # the price may still rise: nothing is certain to stay before the target is met
             certain = np.zeros_like(open_) if self._more_may_go(left, open_ & left & ~last) else open_ & left
@@ -108,17 +110,21 @@ class Outcomes:
             none = np.zeros_like(open_)
             return Outcome(np.where(open_, fates.KEPT_AS_LAST, fate), kept.copy(), none, none, none, everything=True)
         if self.target is not None:  # others of the site stay, too
-            several = last & ~self.complexity.inventory.alone(left)
+            several = last & ~self.complexity.inventory.at_least(left, self.multiples)
             certain, last = certain | several, last & ~several
         certain &= ~last
-        folded = waits & left & (final | self._stuck(open_ & left & ~certain, waits & zero))
+        given, last = last & self._given & left, last & left
+        for_width = (
+            waits & left & (final | self._rest(left, open_) | self._stuck(open_ & left & ~certain, waits & zero))
+        )
         timeless = final & rest & ~certain
         low = limits.keep_prob < rules.NEARLY_ONE
         ends = {
+            fates.KEPT_AT_LEAST: given,
             fates.KEPT_AS_LAST: last,
             fates.PRUNED_ZERO: zero & ~left,
             fates.PRUNED_TOLERANCE: safe & ~left,
-            fates.KEPT_FOR_WIDTH: folded,
+            fates.KEPT_FOR_WIDTH: for_width,
             fates.KEPT_OUT_OF_TIME: timeless & left,
             fates.REMOVED_OUT_OF_TIME: timeless & down & ~left,
             # what stays only because the target is met was not decided by its benefit
@@ -126,10 +132,10 @@ class Outcomes:
             fates.REMOVED_WITH_BLOCK: kept & ~left,
             fates.COMMITTED: certain,
         }
-        return Outcome(np.select(list(ends.values()), list(ends), fate), left, certain, folded, watched)
+        return Outcome(np.select(list(ends.values()), list(ends), fate), left, certain, for_width | given, watched)
 
     def _last(self, kept: NDArray[np.bool_], going: NDArray[np.bool_], limits: Limits) -> NDArray[np.bool_]:
-        """The unit of the largest keep probability (then of the largest benefit for its price) of every site that must keep one.
+        """The units that a site's least needs, those of the largest keep probability (then of the largest benefit for their price).
 
         Args:
             kept: Structures in the network, shape (n,).
@@ -137,10 +143,21 @@ class Outcomes:
             limits: Measured quantities.
         """
         last = np.zeros_like(kept)
-        for units in self.complexity.inventory.emptied(kept, going):
+        for units, number in self.complexity.inventory.short(kept, going):
             order = np.lexsort((rules.worth(limits)[units], limits.keep_prob[units]))
-            last[units[order[-1]]] = True
+            last[units[order[-number:]]] = True
         return last
+
+    @cached_property
+    def _given(self) -> NDArray[np.bool_]:
+        """Units of the sites that a description gives a least."""
+        inventory = self.complexity.inventory
+        given = np.array([place.site.least > 0 for place in inventory.places], dtype=bool)
+        return np.concatenate([~inventory.is_layer[inventory.is_layer], given[inventory.unit_site]])
+
+    def _rest(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Undecided units of the sites that have come down to a given least, which nothing can take away any more."""
+        return open_ & self._given & self.complexity.inventory.at_least(kept, self.multiples)
 
     def _without(
         self, kept: NDArray[np.bool_], going: NDArray[np.bool_], open_: NDArray[np.bool_], limits: Limits
@@ -168,9 +185,9 @@ class Outcomes:
         """Whether any undecided structure, with its group, may still be removed before the target is met."""
         inventory = self.complexity.inventory
         sizes = np.where(inventory.is_layer, 1.0, np.inf)
-        for left, lasts, multiple in zip(inventory.left(kept), inventory.lasting, self.multiples, strict=True):
+        for left, least, multiple in zip(inventory.left(kept), inventory.least, self.multiples, strict=True):
             group = len(left) % multiple or multiple  # units that must leave together, so that a multiple is left
-            if open_[left].sum() >= group and not (lasts and len(left) <= group):
+            if open_[left].sum() >= group and len(left) - group >= least:
                 sizes[left] = group
         return bool(self.target.may_go(kept, open_, sizes).any())
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,25 +40,42 @@ class Target:
         complexity: The network's complexity.
         quantity: One of `QUANTITIES`.
         share: Share to end at, in (0, 1).
+        gated: Which structures have gates, so that they can go by themselves, shape (n,); None: all.
 
     Raises:
-        ValueError: if the share is not in (0, 1), or below what is left without any block.
+        ValueError: if the share is not in (0, 1), or below what is left without everything that can go.
     """
 
     complexity: Complexity
     quantity: str
     share: float
+    gated: NDArray[np.bool_] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("quantity", self.quantity, QUANTITIES)
-        nothing = np.zeros(self.complexity.size, dtype=bool)
-        name, least = f"target_{self.quantity}", self.of(self.complexity.inventory.close(nothing).astype(float))
+        inventory = self.complexity.inventory
+        stays = inventory.close(np.zeros(self.complexity.size, dtype=bool) if self.gated is None else ~self.gated)
+        name, least = f"target_{self.quantity}", self.of(stays.astype(float))
         hint = f"Without any block the network keeps {least:.4f}."
+        if (stays[inventory.is_layer] & inventory.removable[inventory.is_layer]).any():
+            hint = f"Without all that can go the network keeps {least:.4f}."
         check_interval(name, self.share, least, 1.0, low_open=True, high_open=True, hint=hint)
 
     @classmethod
-    def choose(cls, complexity: Complexity, macs: float | None, params: float | None) -> Target | None:
+    def choose(
+        cls,
+        complexity: Complexity,
+        macs: float | None,
+        params: float | None,
+        gated: NDArray[np.bool_] | None = None,
+    ) -> Target | None:
         """The target of the one share that is given; None if neither is.
+
+        Args:
+            complexity: The network's complexity.
+            macs: Share of its MACs, or None.
+            params: Share of its parameters, or None.
+            gated: Which structures have gates, shape (n,); None: all.
 
         Raises:
             ValueError: if both are.
@@ -67,7 +84,7 @@ class Target:
             fail("target_macs", "be left out with target_params", macs, hint="Give one of the two.")
         if macs is None and params is None:
             return None
-        return cls(complexity, "macs", macs) if params is None else cls(complexity, "params", params)
+        return cls(complexity, "macs", macs, gated) if params is None else cls(complexity, "params", params, gated)
 
     def of(self, kept: NDArray) -> float:
         """Share of the whole network in a mask or in keep probabilities, shape (n,)."""

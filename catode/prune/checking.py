@@ -20,6 +20,7 @@ from catode.prune.state import PrunerState
 from catode.records import PLACE
 from catode.structures import fates
 from catode.structures.complexity import Complexity
+from catode.structures.inventory import Inventory
 
 HOPELESS = 100  # times as many steps as a run has, from which no longer run is proposed
 ALOUD = 0.1  # share of the structures decided because time was out from which a warning says so
@@ -45,6 +46,31 @@ class Check:
 
 class PruningWarning(UserWarning):
     """Something about a pruned run that its user should know."""
+
+
+def gated(inventory: Inventory, alpha: float) -> NDArray[np.bool_]:
+    """Which structures have gates: those that can go and have a price, shape (n,).
+
+    Args:
+        inventory: Numbering of the structures.
+        alpha: Layers (1) against units (0).
+
+    Raises:
+        ValueError: if none has.
+    """
+    found = np.where(inventory.is_layer, alpha > 0, alpha < 1) & inventory.removable
+    if found.any():
+        return found
+    if not inventory.removable.any():
+        raise ValueError(
+            "`least` must leave something that can go; got the whole width everywhere in a model of which no branch can go. "
+            "Lower it."
+        )
+    if alpha < 1:
+        raise ValueError(
+            f"`alpha` must be above 0 for a model of which no width can go below its `least`; got {alpha:g}. Raise it."
+        )
+    raise ValueError(f"`alpha` must be below 1 for a model of which no branch can go; got {alpha:g}. Use 0.")
 
 
 def too_short(

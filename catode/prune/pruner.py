@@ -33,7 +33,7 @@ from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE
 from catode.decisions.target import Target
 from catode.prune import selfcheck
-from catode.prune.checking import Check, Checking, PruningWarning, too_short
+from catode.prune.checking import Check, Checking, PruningWarning, gated, too_short
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import describe
 from catode.prune.describe.protocol import branch, unwrapped
@@ -55,6 +55,7 @@ from catode.prune.queries import Queries
 from catode.prune.recalibration import recalibrate_norms
 from catode.prune.settings import ONE_EPOCH, PrunerSettings
 from catode.prune.state import PrunerState, check_fits, pack, unpack
+from catode.structures import fates
 from catode.structures.description import Block
 from catode.theory.tolerance.measured import LEAST_PRICE
 
@@ -113,26 +114,17 @@ class Pruner(Queries):
         self.model, self.optimizer, self.group = model, optimizer, group or current()
         self.group.agree(model, step=0)
         blocks = blocks_of(model, example_input) if blocks is None else blocks
-        if getattr(blocks, "least", None):
-            raise ValueError(
-                f"`blocks` must be described without least, which the pruner does not follow yet; got {blocks.least}. "
-                "Use keep=[...]."
-            )
         self.blocks = list(blocks)
         consistency.check(model, self.blocks)
         adopt(model, self.blocks)
         check_owner(optimizer, model, [p for block in self.blocks for p in branch(model, block).values()])
         self.complexity = describe(model, self.blocks, example_input)
-        self.target = Target.choose(self.complexity, own.target_macs, own.target_params)
-        if step_times is not None:
-            self.complexity = MeasuredComplexity(self.complexity, step_times)
         self.inventory = inventory = self.complexity.inventory
         self.is_layer = inventory.is_layer
-        self.gated = np.where(self.is_layer, own.alpha > 0, own.alpha < 1) & inventory.removable
-        if not self.gated.any():
-            raise ValueError(
-                f"`alpha` must be below 1 for a model of which no branch can go; got {own.alpha:g}. Use 0."
-            )
+        self.gated = gated(inventory, own.alpha)
+        self.target = Target.choose(self.complexity, own.target_macs, own.target_params, self.gated)
+        if step_times is not None:
+            self.complexity = MeasuredComplexity(self.complexity, step_times)
         speed = ThetaSpeed(own.rate_ratio, own.steps)
         self.schedule = Schedule(
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every
@@ -201,9 +193,13 @@ class Pruner(Queries):
         )
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """State dict of the compact network in mean field (theta folded into the weights), and its structure."""
+        """State dict of the compact network in mean field (theta folded into the weights), and its structure.
+
+        A branch without weights to fold theta into, as one that ends in an activation, stands whole from a theta of 1/2 on.
+        """
         self.read()
-        return self._network.snapshot(self.kept, self.state.present), self.structure()
+        state, kept = self._network.snapshot(self.kept, self.state.present, self.keep_prob)
+        return state, self.inventory.record(kept)
 
     def on_cut(self, follower: nn.Module | Callable[[Cut], object]) -> None:
         """Let something follow every cut of the network, such as an average of its weights for evaluation.
@@ -482,7 +478,7 @@ class Pruner(Queries):
         own = self.state
         before, changed = own.kept, (outcome.fate != own.fate).any()
         own.fate, own.kept = outcome.fate.astype(own.fate.dtype), outcome.kept
-        own.for_width |= outcome.folded
+        own.for_width |= outcome.folded & (own.fate == fates.KEPT_FOR_WIDTH)
         fold = np.where(outcome.folded, own.keep_prob, 1.0)
         own.keep_prob = np.where(own.kept, np.where(self._open, own.keep_prob, 1.0), 0.0)
         if changed:

@@ -419,6 +419,9 @@ def _contrary(packed: dict, inventory: Inventory) -> str:
     fate, kept = np.array(packed["fate"][NAMES]), packed["kept"][ARRAY].numpy()
     if (kept == np.isin(fate, fates.REMOVED)).any() or (inventory.close(kept) != kept).any():
         return "pruner.kept, which must be what the fates leave in the network"
+    least = np.array([place.site.least for place in inventory.places])[inventory.unit_site]
+    if ((fate[inventory.layers :] == fates.KEPT_AT_LEAST) & (least == 0)).any():
+        return "pruner.fate, where widths are at a least that this pruner's description does not give them"
     fixed = fate != fates.UNDECIDED
     if (packed["keep_prob"][ARRAY].numpy() != kept)[fixed].any():
         return "pruner.keep_prob, which must be 0 or 1 where a fate is decided"

@@ -38,6 +38,7 @@ _MARKERS = {
     fates.KEPT_FOR_WIDTH: "P",
     fates.KEPT_AT_TARGET: "p",
     fates.KEPT_AS_LAST: "*",
+    fates.KEPT_AT_LEAST: "h",
 }
 EDGE = "#444444"
 """Colour of the thin edge of all markers, so that overlapping ones are distinct."""

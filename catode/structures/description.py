@@ -71,6 +71,8 @@ class Site:
         parts: Every slice of the units, where they are no plain channels of plain layers; then `producers` and `consumers`
             are empty.
         attributes: What a cut rewrites beside the tensors, where `parts` are given.
+        least: Fewest units that stay while the block stands. From 1 on the width cannot take its block along by losing its
+            last unit; the block may still go as a whole. 0: the block goes with the last unit.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Site:
     normalised: bool = False
     parts: tuple[Slice, ...] = ()
     attributes: tuple[Attribute, ...] = ()
+    least: int = 0
 
 
 @dataclass(frozen=True)

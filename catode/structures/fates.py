@@ -15,6 +15,7 @@ REMOVED_OUT_OF_TIME = "removed_out_of_time"
 KEPT_FOR_WIDTH = "kept_for_width"
 KEPT_AT_TARGET = "kept_at_target"
 KEPT_AS_LAST = "kept_as_last"
+KEPT_AT_LEAST = "kept_at_least"
 
 MEANINGS = {
     UNDECIDED: "not decided yet",
@@ -27,6 +28,7 @@ MEANINGS = {
     KEPT_FOR_WIDTH: "kept for a round width alone",
     KEPT_AT_TARGET: "kept since the target is met, theta below 0.9",
     KEPT_AS_LAST: "kept since nothing else would be left",
+    KEPT_AT_LEAST: "kept since its width is at its least",
 }
 """Meaning of every fate, in the order of tables and legends."""
 
@@ -43,10 +45,11 @@ COLORS = {
     KEPT_FOR_WIDTH: "sky",
     KEPT_AT_TARGET: "green",
     KEPT_AS_LAST: "indigo",
+    KEPT_AT_LEAST: "yellow",
 }
 """The colour of every fate in every picture, by its name in `catode.theory.plotting.PALETTE`; no two share one."""
 
-NOT_BY_RULE = (KEPT_OUT_OF_TIME, REMOVED_OUT_OF_TIME, KEPT_FOR_WIDTH, KEPT_AT_TARGET, KEPT_AS_LAST)
+NOT_BY_RULE = (KEPT_OUT_OF_TIME, REMOVED_OUT_OF_TIME, KEPT_FOR_WIDTH, KEPT_AT_TARGET, KEPT_AS_LAST, KEPT_AT_LEAST)
 """Fates that no measurement of the structure itself decided; always counted and reported separately."""
 
 REMOVED = (PRUNED_TOLERANCE, PRUNED_ZERO, REMOVED_WITH_BLOCK, REMOVED_OUT_OF_TIME)

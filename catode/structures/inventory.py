@@ -55,8 +55,10 @@ class Inventory:
         unit_site: Number of each unit's site, shape (n - layers,).
         unit_layer: Number of each unit's layer, shape (n - layers,).
         is_layer: Which structures are layers, shape (n,); the others are units.
-        removable: Which structures can go: all but the layers of blocks that are not removable, shape (n,).
-        lasting: Which sites keep a unit, since their block is not removable, shape (sites,).
+        removable: Which structures can go by themselves: all but the layers of blocks that are not removable, and the units of
+            sites that are to stay whole, shape (n,).
+        least: Fewest units that each site keeps while its block stands, shape (sites,): 1 at least if the block is not
+            removable; 0 where the block goes with the last unit.
     """
 
     def __init__(self, blocks: Sequence[Block]):
@@ -78,7 +80,9 @@ class Inventory:
         self.is_layer = np.arange(self.size) < self.layers
         self.removable = np.ones(self.size, dtype=bool)
         self.removable[: self.layers] = [block.removable for block in self.blocks]
-        self.lasting = ~self.removable[self.site_layer]
+        given = np.array([place.site.least for place in places], dtype=np.int64)
+        self.least = np.maximum(given, ~self.removable[self.site_layer])
+        self.removable[self.layers :] = ((given == 0) | (given < self.widths))[self.unit_site]
 
     def standing(self, kept: NDArray[np.bool_]) -> Iterator[Place]:
         """The sites of the blocks in the network.
@@ -95,7 +99,7 @@ class Inventory:
     def close(self, kept: ArrayLike) -> NDArray[np.bool_]:
         """Removal with the block: an emptied site removes its block, a removed block all its units.
 
-        A block that is not removable stays, with the first unit of every site that nothing else would be left of.
+        A block that is not removable stays. A site of a block that stays keeps its `least`, if need be of its first units.
 
         Args:
             kept: Structures that would stay, shape (n,).
@@ -104,33 +108,44 @@ class Inventory:
             Those that stay, the largest such set, shape (n,).
         """
         kept = np.array(kept, dtype=bool) | (self.is_layer & ~self.removable)
-        for number in np.flatnonzero(self.lasting):
-            if not kept[self.units[number]].any():
-                kept[self.units[number][:1]] = True
         layers, units = kept[: self.layers], kept[self.layers :]
+        missing = self.least - np.bincount(self.unit_site, units, len(self.widths)).astype(np.int64)
+        for number in np.flatnonzero((missing > 0) & layers[self.site_layer]):
+            absent = self.units[number][~kept[self.units[number]]]
+            kept[absent[: missing[number]]] = True
         alive = np.bincount(self.unit_site, units, len(self.widths)) > 0
         np.logical_and.at(layers, self.site_layer, alive)
         units &= layers[self.unit_layer]
         return kept
 
-    def emptied(self, kept: NDArray[np.bool_], going: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-        """Numbers of the units present at each site that would lose its last unit, but must not.
+    def short(self, kept: NDArray[np.bool_], going: NDArray[np.bool_]) -> list[tuple[NDArray[np.int64], int]]:
+        """What would leave sites with fewer units than their least: numbers of units, and how many of them must stay.
 
         Args:
             kept: Structures in the network, shape (n,).
             going: Those that would be removed, shape (n,).
         """
-        present = (self.units[number][kept[self.units[number]]] for number in np.flatnonzero(self.lasting))
-        return [units for units in present if going[units].all()]
+        found = []
+        for number in np.flatnonzero(self.least):
+            units = self.units[number][kept[self.units[number]]]
+            leaving = units[going[units]]
+            missing = int(self.least[number]) - (len(units) - len(leaving))
+            if len(leaving) and missing > 0:
+                found.append((leaving, missing))
+        return found
 
-    def alone(self, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which units are the only one of their site that stays, shape (n,).
+    def at_least(self, kept: NDArray[np.bool_], groups: ArrayLike = 1) -> NDArray[np.bool_]:
+        """Which units are left at sites that cannot lose any more, shape (n,).
 
         Args:
             kept: Structures that stay, shape (n,).
+            groups: Final widths are multiples of this, that of each site or of all.
         """
-        number = np.bincount(self.unit_site, kept[self.layers :], len(self.widths))
-        return kept & np.concatenate([~self.is_layer[self.is_layer], (number == 1)[self.unit_site]])
+        number = np.bincount(self.unit_site, kept[self.layers :], len(self.widths)).astype(np.int64)
+        groups = np.broadcast_to(groups, number.shape)
+        next_group = np.where(number % groups, number % groups, groups)
+        full = (self.least > 0) & (number - next_group < self.least)
+        return kept & np.concatenate([~self.is_layer[self.is_layer], full[self.unit_site]])
 
     def names(self) -> list[dict]:
         """kind, block, site and index of every structure, as in structures.csv."""
@@ -178,6 +193,11 @@ class Inventory:
             if not units or min(units) < 0 or max(units) >= width or len(set(units)) < len(units):
                 raise ValueError(
                     f"`{place.site.name}` in structure.json must keep different units of 0..{width - 1}; got {units}"
+                )
+            if len(units) < place.site.least:
+                raise ValueError(
+                    f"`{place.site.name}` in structure.json must keep at least {place.site.least} units; got {len(units)}. "
+                    "Describe the model without `least`."
                 )
             kept[place.units[units]] = True
         return kept

@@ -88,7 +88,7 @@ def test_among_equal_thetas_the_larger_benefit_for_its_price_stays():
 def test_what_is_rounded_down_at_the_end_leaves_one():
     result = settle(np.where(OWNER.is_layer, 1.0, 0.3), final=True)
     last = np.flatnonzero(result.fate == fates.KEPT_AS_LAST)
-    assert last.tolist() == np.flatnonzero(OWNER.alone(result.kept)).tolist() and len(last) == 2
+    assert last.tolist() == np.flatnonzero(OWNER.at_least(result.kept)).tolist() and len(last) == 2
     assert not result.kept[0] and not result.kept[OWNER.units[0]].any() and not result.everything
 
 

@@ -49,6 +49,12 @@ def test_prices_that_nothing_can_be_divided_by_are_refused(change):
         rate_ratios(NETWORK, **SETTINGS | {"theta_speed": 1.0} | change)
 
 
+def test_a_network_without_units_has_ratios_without_a_warning():
+    cost = network((), ())
+    found = rate_ratios(cost, nu=1.0, alpha=0.5, beta=0.0, theta_speed=2.0)
+    assert found == pytest.approx(2.0 / cost.prices(np.ones(2), nu=1.0, alpha=0.5, beta=0.0))
+
+
 def test_the_usual_speed_is_a_tenth_of_the_steps_at_the_base_time():
     speed = ThetaSpeed(None, 400)
     assert speed.value == 0.0 and not speed.settled(1, 50)

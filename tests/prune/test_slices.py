@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 
 import numpy as np
@@ -492,10 +493,29 @@ def test_the_gate_of_a_branch_without_an_affine_scales_what_its_last_module_retu
         plain = inner / (1 + model.body[0].norm.eps) ** 0.5
         y = x + 0.25 * plain
         torch.testing.assert_close(model.body[0](x), y, **EXACT)
-    with pytest.raises(
-        ValueError, match=r"^`output` of block `body\.0` must have parameters .* `body\.0\.norm` has none"
-    ):
-        gates.folded_state()
+    assert gates.unfolded == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("theta", [(0.25, 0.75), (0.75, 0.25), (0.9, 0.5)])
+def test_a_snapshot_rounds_branches_that_have_no_weights_to_fold_theta_into(theta):
+    torch.manual_seed(0)
+    model = PlainNet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    own = dict(nu=1.0, steps=50, initial_keep_prob=0.9, memory=10, epoch_steps=math.inf)
+    pruner = Pruner(model, torch.zeros(4, 6), optimizer=optimizer, **own)
+    pruner.state.keep_prob[:] = theta
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state, structure = pruner.snapshot()
+    assert [structure[f"body.{i}"]["kept"] for i in range(2)] == [value >= 0.5 for value in theta]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    small = restrict(PlainNet(), PlainNet().structures(), structure)
+    small.load_state_dict(state)
+    pruner.gates.set(torch.tensor([float(value >= 0.5) for value in theta]), pruner.gates.draw.detach())
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(small.eval()(x), model.eval()(x))
+    assert pruner.kept.all() and set(model.state_dict()) == set(before)
 
 
 @networks
@@ -720,7 +740,7 @@ def test_sixty_steps_cut_resume_and_finish(kind):
     done = pruner.finish()
     assert count(done, torch.zeros(IMAGES)) == pruner.counts()
     assert pruner.kept[~pruner.inventory.removable].all()
-    for number in np.flatnonzero(pruner.inventory.lasting):
+    for number in np.flatnonzero(pruner.inventory.least):
         assert pruner.kept[pruner.inventory.units[number]].any()
 
     again, other, resumed = pruned(kind, **FIRM.get(kind, {}))

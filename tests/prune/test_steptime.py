@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import catode
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import describe
 from catode.prune.describe.steptime import GRID, MeasuredComplexity, Table
+from catode.structures.description import Block, Site
 from catode.train import loop
 from catode.train.__main__ import main
 from catode.train.models import DenseResNet, build
@@ -203,3 +205,20 @@ def test_a_dry_run_shows_prices_by_time_and_writes_nothing(tmp_path, capsys):
     assert main([*flags, "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     assert "prices by time: " in printed and "layer3.1" in printed and not list(tmp_path.iterdir())
+
+
+def test_units_that_are_slices_or_lie_in_no_branch_are_refused_in_one_line():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 6, 3), torch.nn.ReLU(), torch.nn.Conv2d(6, 4, 3), torch.nn.Flatten())
+    traced = describe(model, catode.describe(model, EXAMPLE), EXAMPLE)
+    held = [Block("held", "", (Site("0", 6, ("0",), ("2",)),), removable=False)]
+    for plain, words in (
+        (traced, "site `0` is described by `parts`"),
+        (describe(model, held, EXAMPLE), "site `0` lies in no"),
+    ):
+        for call in (
+            lambda plain=plain: steptime.measure(model, plain, EXAMPLE, batch=2),
+            lambda plain=plain: MeasuredComplexity(plain, []),
+        ):
+            with pytest.raises(ValueError, match=words) as refused:
+                call()
+            assert "\n" not in str(refused.value) and str(refused.value).endswith("Price by MACs.")

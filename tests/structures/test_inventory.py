@@ -204,8 +204,8 @@ def test_a_slice_is_a_whole_dimension_of_single_entries_unless_it_says_so():
 
 
 def test_every_fate_has_one_meaning_and_one_colour():
-    assert tuple(fates.COLORS) == fates.FATES and len(set(fates.FATES)) == len(fates.FATES) == 10
-    assert len(set(fates.COLORS.values())) == 10 and len(set(fates.MEANINGS.values())) == 10
+    assert tuple(fates.COLORS) == fates.FATES and len(set(fates.FATES)) == len(fates.FATES) == 11
+    assert len(set(fates.COLORS.values())) == 11 and len(set(fates.MEANINGS.values())) == 11
     assert {fate for fate in fates.FATES if "removed" in fates.MEANINGS[fate]} == set(fates.REMOVED)
     rule = {fates.UNDECIDED, fates.COMMITTED, fates.PRUNED_TOLERANCE, fates.PRUNED_ZERO, fates.REMOVED_WITH_BLOCK}
     assert set(fates.NOT_BY_RULE) == set(fates.FATES) - rule
@@ -219,16 +219,16 @@ def lasting(widths):
 
 def test_a_block_that_stays_keeps_a_unit_of_every_site():
     owner = lasting([2, 3, 2])
-    assert owner.removable.tolist() == [True, False, *[True] * 7] and owner.lasting.tolist() == [False, True, True]
+    assert owner.removable.tolist() == [True, False, *[True] * 7] and owner.least.tolist() == [0, 1, 1]
     closed = owner.close(np.zeros(owner.size, dtype=bool))
     assert np.flatnonzero(closed).tolist() == [1, 4, 7]
     some = np.ones(owner.size, dtype=bool)
     some[[4, 5]] = False
     assert (owner.close(some) == some).all()
-    assert owner.alone(some).tolist() == [False, False, *[False] * 2, False, False, True, False, False]
-    assert [units.tolist() for units in owner.emptied(some, ~some)] == []
+    assert np.flatnonzero(owner.at_least(some)).tolist() == [6]
+    assert owner.short(some, ~some) == []
     going = np.isin(np.arange(owner.size), [2, 3, 6, 7])
-    assert [units.tolist() for units in owner.emptied(some, going)] == [[6]]
+    assert [(units.tolist(), number) for units, number in owner.short(some, going)] == [([6], 1)]
 
 
 @given(st.data())
@@ -236,7 +236,7 @@ def test_law_closing_twice_is_closing_once_and_what_must_stay_stays(data):
     owner = lasting(data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=4)))
     closed = owner.close(masks(data.draw, owner))
     assert (owner.close(closed) == closed).all() and closed[~owner.removable].all()
-    assert all(closed[owner.units[number]].any() for number in np.flatnonzero(owner.lasting))
+    assert all(closed[owner.units[number]].any() for number in np.flatnonzero(owner.least))
     assert (owner.kept(owner.record(closed)) == closed).all()
 
 

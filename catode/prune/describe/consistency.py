@@ -43,6 +43,10 @@ def check(model: nn.Module, blocks: Sequence[Block]) -> None:
             raise ValueError(f"{where} must hold a site, as it is not removable; got none. Leave it out.")
         _unique([site.name for site in block.sites], f"site of {where}")
         for site in block.sites:
+            if type(site.least) is not int or not 0 <= site.least <= site.width:
+                raise ValueError(
+                    f"site `{site.name}` must keep 0 to {site.width} units, its width, as `least`; got {site.least}. Correct it."
+                )
             (_check_parts if site.parts else _check_site)(model, block, site, names)
             _check_owners(model, block, site, blocks)
     sites = [site for block in blocks for site in block.sites]

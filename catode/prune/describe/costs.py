@@ -100,7 +100,8 @@ def _check_widths(model: nn.Module, site: Site) -> None:
                 raise ValueError(f"`structures()` names `{name}`, which the model does not have")
             if width_of(modules[name]) != site.width:
                 raise ValueError(
-                    f"site `{site.name}` must have the width of `{name}`; got {site.width} and {width_of(modules[name])}"
+                    f"site `{site.name}` must have the width of `{name}`; got {site.width} and {width_of(modules[name])}. Give its "
+                    f"`parts` where `{name}` has other units beside these, as behind a concatenation."
                 )
             if isinstance(modules[name], (nn.GroupNorm, nn.LayerNorm)):
                 raise ValueError(

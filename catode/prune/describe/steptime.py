@@ -117,7 +117,18 @@ class MeasuredComplexity(Complexity):
 
 
 def timed_terms(plain: Complexity) -> list[Term]:
-    """One term for each layer of the removable part, whose sites say which of its widths can change."""
+    """One term for each layer of the removable part, whose sites say which of its widths can change.
+
+    Raises:
+        ValueError: if units are not whole channels of plain layers in branches, whose times these tables could tell.
+    """
+    odd = next((p for p in plain.inventory.places if p.site.parts or not p.block.removable), None)
+    if odd is not None:
+        kind = "is described by `parts`" if odd.site.parts else "lies in no branch"
+        raise ValueError(
+            f"step times (`step_times`, `cost` latency) must be of channels of plain layers in branches; site `{odd.site.name}` "
+            f"{kind}. Price by MACs."
+        )
     found: dict[str, Term] = {}
     for term in plain.terms:
         if term.block is not None:

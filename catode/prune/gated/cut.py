@@ -112,12 +112,16 @@ def keep_units(
             date.
 
     Raises:
-        ValueError: if no unit would be left: an emptied site must be removed with its block.
+        ValueError: if fewer units than the site's least would be left, or none: an emptied site must be removed with its block.
     """
     change = Change() if change is None else change
     index = list(index)
     if not index:
         raise ValueError(f"site `{site.name}` must keep at least one unit; got none. Remove its block instead.")
+    if len(index) < site.least:
+        raise ValueError(
+            f"site `{site.name}` must keep at least {site.least} units; got {len(index)}. Lower its `least`."
+        )
     layout = layout or Layout([site])
     widths = attributes(model, site) if site.parts else []  # plain sites: below
     for parts in _by_dimension(model, slices(model, site)):

@@ -275,24 +275,19 @@ class Gates(Copied):
 
     @torch.no_grad()
     def folded_state(self) -> dict[str, torch.Tensor]:
-        """State dict of the network that eval mode computes: theta folded into the weights.
-
-        Raises:
-            ValueError: if the gate of a layer scales what a module without parameters returns.
-        """
-        for module, gate in self._installed.items():
-            if gate.layer is not None and not affine(gate.held(module)):
-                block = self.blocks[gate.layer[0]]
-                raise ValueError(
-                    f"`output` of block `{block.name}` must have parameters that its gate can be folded into; `{block.output}` has "
-                    "none. Call snapshot() when the layer is decided."
-                )
+        """State dict of the network that eval mode computes: theta folded into the weights, but for the layers `unfolded`."""
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         names = {module: name for name, module in self.model.named_modules()}
         for module, gate in self._installed.items():
             for name, weight in gate.scaled(gate.held(module), *gate.own(self.keep_prob)).items():
                 state[f"{names[gate.held(module)]}.{name}"] = weight
         return state
+
+    @property
+    def unfolded(self) -> list[int]:
+        """Layers whose gates scale what a module without parameters returns, such as an activation."""
+        gates = self._installed.items()
+        return [gate.layer[0] for module, gate in gates if gate.layer is not None and not affine(gate.held(module))]
 
     def _gate(self, module: nn.Module) -> _ModuleGate:
         """The gate of a module, a new one if it has none."""

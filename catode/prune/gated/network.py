@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -216,19 +217,38 @@ class Network:
                 callback(made)
         return after
 
-    def snapshot(self, kept: NDArray[np.bool_], present: Sequence[NDArray[np.int64]]) -> dict[str, torch.Tensor]:
+    def snapshot(
+        self, kept: NDArray[np.bool_], present: Sequence[NDArray[np.int64]], keep_prob: NDArray
+    ) -> tuple[dict[str, torch.Tensor], NDArray[np.bool_]]:
         """State dict of the compact network in mean field: theta folded into the weights, no dead channels.
+
+        A branch that ends in a module without parameters has no weights to fold theta into: it is in the snapshot as it
+        is if its theta is at least 1/2, else it is not.
 
         Args:
             kept: Structures in the network, shape (n,).
             present: Numbers of the units physically present at each site.
+            keep_prob: theta, shape (n,).
+
+        Returns:
+            The state dict, and the structures in it, shape (n,).
         """
         state, layout = self.gates.folded_state(), self.layout(present)
+        gone = [number for number in self.gates.unfolded if keep_prob[number] < 0.5]
+        if gone:
+            kept = kept.copy()
+            kept[gone] = False
+            small = deepcopy(self.model)
+            drop_copied_hooks(small)
+            small.load_state_dict(state)
+            for number in gone:
+                cut.drop_block(small, self.inventory.blocks[number])
+            state, kept = small.state_dict(), self.inventory.close(kept)
         for place in self.inventory.standing(kept):
             live = kept[present[place.number]]
             if not live.all():
                 cut.keep_units_of_state(self.model, state, place.site, np.flatnonzero(live), layout)
-        return state
+        return state, kept
 
     def layout(self, present: Sequence[NDArray[np.int64]]) -> Layout:
         """Where the units are, from the numbers of those physically present at each site."""

@@ -46,7 +46,8 @@ def describe(
         model: The network.
         example: One input batch: a tensor, a tuple of arguments, or a mapping of keyword arguments; only shapes matter.
         keep: Paths of modules, or glob patterns of them, that stay whole with everything inside them.
-        least: Fewest units that stay of the widths that modules make, by path or glob pattern.
+        least: Fewest units that stay of the widths that modules make, by path or glob pattern; the last pattern counts. The
+            branch around a width may still go as a whole: `keep` protects it.
 
     Returns:
         The blocks, and in `refused` what cannot go and why.
@@ -150,13 +151,7 @@ class _Trace:
             blocks.append(Block(REST, "", rest, removable=False))
         blocks = [self._acceptable(block) for block in blocks]
         blocks = [block for block in blocks if block.removable or block.sites]
-        fewest = {
-            site.name: min(count, site.width)
-            for width, site in sites.items()
-            for pattern, count in least.items()
-            if any(matches(pattern, tensor.rpartition(".")[0]) for tensor in width.making)
-        }
-        return Description(blocks, self.refused, fewest)
+        return Description(blocks, self.refused, _fewest(sites, least))
 
     def _acceptable(self, block: Block) -> Block:
         """A block without the sites that the pruner would refuse, such as those of weights that are computed."""
@@ -264,6 +259,24 @@ class _Trace:
         if again is not None:
             name_nodes(found, self.passes[False], again, graphs)
         return graphs
+
+
+def _fewest(sites: Mapping[Width, Site], least: Mapping[str, int]) -> dict[str, int]:
+    """Fewest units of sites by name; a width below what its pattern says stays whole.
+
+    Raises:
+        ValueError: if all widths of a pattern are.
+    """
+    found: dict[str, int] = {}
+    for pattern, count in least.items():
+        makers = {width: [tensor.rpartition(".")[0] for tensor in width.making] for width in sites}
+        named = [sites[width] for width, paths in makers.items() if any(matches(pattern, path) for path in paths)]
+        most = max((site.width for site in named), default=count)
+        if count > most:
+            hint = f"Use keep=[{pattern!r}] to leave it whole."
+            fail(f"least[{pattern!r}]", f"be at most {most}, the largest of its widths", count, hint=hint)
+        found |= {site.name: min(count, site.width) for site in named}
+    return found
 
 
 def _other_names(model: nn.Module) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from catode._validate import fail
@@ -46,8 +46,16 @@ class Description(list[Block]):
     def __init__(
         self, blocks: Iterable[Block] = (), refused: Iterable[Refusal] = (), least: Mapping[str, int] | None = None
     ):
-        super().__init__(blocks)
         self.refused, self.least = tuple(refused), dict(least or {})
+        super().__init__(self._bounded(block) for block in blocks)
+
+    def _bounded(self, block: Block) -> Block:
+        """A block whose sites know their least."""
+        if not any(site.name in self.least for site in block.sites):
+            return block
+        return replace(
+            block, sites=tuple(replace(site, least=self.least.get(site.name, site.least)) for site in block.sites)
+        )
 
 
 def matches(pattern: str, path: str) -> bool:
