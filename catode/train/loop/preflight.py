@@ -19,7 +19,7 @@ def table(setup: Setup) -> str:
     """
     config, images = setup.config, setup.images
     validation = len(images.validation_labels) if images.validated else 0
-    blocks = setup.model.structures()
+    blocks = setup.blocks
     cost = describe(setup.model, blocks, setup.example)
     if setup.step_times is not None:
         cost = MeasuredComplexity(cost, setup.step_times)
