@@ -87,7 +87,7 @@ def rate_ratios(complexity: Complexity, *, nu: float, alpha: float, beta: float,
     """
     full = complexity.prices(np.ones(complexity.size), nu=nu, alpha=alpha, beta=beta)
     is_layer = complexity.inventory.is_layer
-    for kind in (is_layer, ~is_layer):  # a price near 0 must not make a theta jump
+    for kind in (own for own in (is_layer, ~is_layer) if own.any()):  # a price near 0 must not make a theta jump
         full[kind] = np.maximum(full[kind], LEAST_OF_MEAN * full[kind].mean())
     with np.errstate(over="ignore"):
         ratios = np.divide(theta_speed, full, out=np.ones(complexity.size), where=full > 0)

@@ -55,7 +55,8 @@ class DataSettings(SettingsGroup):
     image_size: int | None = number(
         None,
         int,
-        "for folder: resize the shorter side to this many pixels and crop the centre; needed if images differ in size",
+        "resize the images to this many pixels a side; of a folder the shorter side, and the centre is cropped; needed if images "
+        "differ in size",
         low=4,
         optional=True,
         hint="Use the side in pixels, such as 64.",
@@ -139,11 +140,6 @@ class DataSettings(SettingsGroup):
             raise ConfigError(
                 f"`data_dir` must be given for dataset={self.dataset!r}; got data_dir=None. "
                 "Add --data-dir with the folder that holds the data."
-            )
-        if self.dataset != "folder" and self.image_size is not None:
-            raise ConfigError(
-                f"`image_size` must be left out unless dataset='folder'; got image_size={self.image_size} with "
-                f"dataset={self.dataset!r}. Leave it out."
             )
         if self.download and self.dataset not in ("cifar10", "cifar100"):
             raise ConfigError(
