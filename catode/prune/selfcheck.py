@@ -233,9 +233,8 @@ class _Trial:
             before = silent.sum()
         if round:
             randomise(self.whole, self.seed)
-        for (
-            units
-        ) in self.inventory.units:  # without norms some are closed each time; their slices are those of the others
+        # without norms some are closed each time; their slices are those of the others
+        for units in self.inventory.units:
             if silent[units].mean() < 0.5 and not len(tracking_norms(self.whole)):
                 silent[units] = False
         for number in np.flatnonzero(silent):
@@ -455,7 +454,7 @@ class _Trial:
                 norm.track_running_stats = flag
 
     def _drew(self) -> bool:
-        """Whether the last `_run`, of number 0, drew random numbers, as stochastic depth does, which seldom changes two examples."""
+        """Whether the last `_run`, of number 0, drew random numbers, as stochastic depth does, which may change nothing."""
         devices = _devices(self.model)
         states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         torch.manual_seed(0)
