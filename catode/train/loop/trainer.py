@@ -117,7 +117,7 @@ class Trainer:
         self.model, self.amp = setup.model, AMP[config.amp]
         self.dense = count(self.model, setup.example)
         inventory = Inventory(setup.blocks)
-        self.total = inventory.layers, inventory.size - inventory.layers
+        self.total = int((inventory.is_layer & inventory.removable).sum()), inventory.size - inventory.layers
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = make_scaler(config)
         if self.scaler.is_enabled():  # found_inf is set on the device, and only during the step
