@@ -13,6 +13,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": ("catode.train.__main__", "train a network once, prune it while training, and save the compact network"),
+    "describe": ("catode.report.describe", "print what can go of a network, what it costs, and what cannot go and why"),
     "theory": ("catode.theory.__main__", "derive a tolerance, say why, and draw it"),
     "export": ("catode.export", "export the compact network of a run, or measure its latency on this machine"),
     "report": ("catode.report.__main__", "write the report of a finished run again"),

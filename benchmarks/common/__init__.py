@@ -130,6 +130,8 @@ def overrides(pairs: Iterable[str], *, flags: Iterable[str] = (), fixed: Iterabl
         setting = known[name]
         if setting.optional and text.lower() == "none":
             values[name] = None
+        elif setting.kind is tuple:
+            values[name] = tuple(text.split(","))
         elif setting.kind is bool:
             if text.lower() not in ("true", "false"):
                 raise ConfigError(f"`{name}` must be true or false; got {name}={text!r}. Use one of the two.")

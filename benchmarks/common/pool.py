@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
@@ -30,7 +31,7 @@ def finished(config: Config, flag: str = "runs") -> bool:
     """
     out = Path(config.out)
     if (out / "config.json").exists():
-        there, own = read_json(out / "config.json"), config.identity()
+        there, own = read_json(out / "config.json"), json.loads(json.dumps(config.identity()))
         there |= dict.fromkeys(there.get("derived", ()))
         other = [name for name in own if there.get(name) != own[name] and name not in ("out", "data_dir")]
         if other:

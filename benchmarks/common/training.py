@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks.common import QUICK_IMAGES, pool, subset
 from catode.prune.checking import PruningWarning
+from catode.prune.describe.protect import described
 from catode.train import run
 from catode.train.loop import Setup, Trainer, checkpoint, lock, prepare
 from catode.train.settings.config import Config, ConfigError
@@ -29,6 +30,7 @@ def complete(
     kind: type[Trainer] = Trainer,
     flag: str = "runs",
     quick: bool = False,
+    images: int | None = None,
 ) -> Path:
     """Train one run, resume it if it was interrupted, or do nothing if it is finished.
 
@@ -38,7 +40,8 @@ def complete(
             values of its tensors. None trains the fresh one.
         kind: The trainer.
         flag: Command-line flag of the folder, for messages.
-        quick: Train on the first images alone.
+        quick: Train on the first `QUICK_IMAGES` images alone.
+        images: Train on so many, see `benchmarks.common.subset`; None for all.
 
     Returns:
         Its folder.
@@ -50,25 +53,26 @@ def complete(
     if pool.finished(config, flag):
         return folder
     resumed = (folder / "config.json").exists()
-    if change is None and kind is Trainer and not quick:
+    images = QUICK_IMAGES if quick else images
+    if change is None and kind is Trainer and images is None:
         return run(replace(config, resume=config.out) if resumed else config, progress=False)
-    setup = _prepared(config, folder, quick)
+    setup = _prepared(config, folder, images)
     if change is not None:
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         changed = change(setup.model, setup).train().to(config.device, memory_format=memory_format)
-        setup = replace(setup, model=changed)
+        setup = replace(setup, model=changed, blocks=described(changed, setup.example))
     if resumed:
         state, _ = checkpoint.load_state(folder)
         setup = replace(setup, config=replace(setup.config, resume=config.out), state=state)
     return _train(kind, setup, folder)
 
 
-def _prepared(config: Config, folder: Path, quick: bool) -> Setup:
+def _prepared(config: Config, folder: Path, images: int | None) -> Setup:
     """A prepared run from its start, whether or not its folder exists."""
     unused = folder.with_name(f"{folder.name}.new")
     if unused.exists():
         raise ConfigError(f"`out` must have no folder beside it named {unused.name}; got {str(unused)!r}. Delete it.")
-    setup = subset(prepare(replace(config, out=str(unused))), QUICK_IMAGES if quick else None)
+    setup = subset(prepare(replace(config, out=str(unused))), images)
     return replace(setup, config=replace(setup.config, out=str(folder)))
 
 

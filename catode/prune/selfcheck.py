@@ -43,7 +43,12 @@ from catode.structures.complexity import Complexity
 from catode.structures.description import Block
 
 EXACT = 1e-8  # largest relative difference of what is computed in double precision
-EXAMPLES, FEATURE_EXAMPLES = 2, 16  # in a check: of images and sequences, and of rows of features
+EXAMPLES, SMALL_EXAMPLES, FEATURE_EXAMPLES = (
+    2,
+    4,
+    16,
+)  # in a check: of images and sequences, small images, rows of features
+SMALL = 2**13  # numbers in a small image, for which a batch norm may average over as few as there are examples
 ROUNDS, MOST_ROUNDS = 4, 12  # of random weights until every unit was seen to act; more while further ones are
 
 
@@ -165,7 +170,8 @@ class _Trial:
         if difference(one, self._run(whole, evaluating, 1)) > 0:
             raise _CannotCheck("in eval mode it returns something else each time")
         try:
-            random = difference(self._run(whole, training), self._run(whole, training, 1)) > self.tolerance
+            one = self._run(whole, training)
+            random = self._drew() or difference(one, self._run(whole, training, 1)) > self.tolerance
         except Exception:
             random = True
         if random:
@@ -229,9 +235,8 @@ class _Trial:
             before = silent.sum()
         if round:
             randomise(self.whole, self.seed)
-        for (
-            units
-        ) in self.inventory.units:  # without norms some are closed each time; their slices are those of the others
+        # without norms some are closed each time; their slices are those of the others
+        for units in self.inventory.units:
             if silent[units].mean() < 0.5 and not len(tracking_norms(self.whole)):
                 silent[units] = False
         for number in np.flatnonzero(silent):
@@ -450,12 +455,23 @@ class _Trial:
             for norm, flag in zip(norms, tracking, strict=True):
                 norm.track_running_stats = flag
 
+    def _drew(self) -> bool:
+        """Whether the last `_run`, of number 0, drew random numbers, as stochastic depth does, which may change nothing."""
+        devices = _devices(self.model)
+        states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        torch.manual_seed(0)
+        after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        return not all(map(torch.equal, states, after))
+
     def _inputs(self, device: torch.device, seed: int) -> Any:
         """Random examples of the form of the one given; what is no floating-point number is drawn from the one given."""
         generator = torch.Generator().manual_seed(self.seed + seed)
-        sizes = {len(tensor) for tensor in nests.tensors(self.example) if tensor.dim()}
-        images = any(t.dim() > 2 or not t.is_floating_point() for t in nests.tensors(self.example))
-        count = (EXAMPLES if images else FEATURE_EXAMPLES) if len(sizes) == 1 else None
+        tensors = list(nests.tensors(self.example))
+        sizes = {len(tensor) for tensor in tensors if tensor.dim()}
+        images = any(t.dim() > 2 or not t.is_floating_point() for t in tensors)
+        small = all(t.dim() > 3 and np.prod(t.shape[1:]) < SMALL for t in tensors)
+        count = (SMALL_EXAMPLES if small else EXAMPLES) if images else FEATURE_EXAMPLES
+        count = count if len(sizes) == 1 else None
 
         def change(tensor: torch.Tensor) -> torch.Tensor:
             shape = tensor.shape if count is None or not tensor.dim() else (count, *tensor.shape[1:])

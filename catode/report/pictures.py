@@ -24,6 +24,8 @@ __all__ = ["accuracy_picture", "complexity_picture", "structure_picture", "theta
 
 
 HELD_OUT = ("validation", "test")
+UNEVEN = 12
+"""Ratio of the largest width to the smallest from which widths are drawn as shares of themselves."""
 """What the accuracy of every epoch may be measured on: validation images, or test images before 0.2."""
 _CAPTIONS = {
     "validation": "Every epoch's accuracy is on the validation images; the test images were read once, after the last epoch.",
@@ -165,13 +167,17 @@ def structure_picture(run: Run) -> Picture | None:
             site if site.total is not None else SiteWidth(site.block, site.site, 0, 0, site.alive) for site in sites
         ]
     one_each = len({site.block for site in sites}) == len(sites)
-    labels = [site.block if one_each or not site.site else site.site for site in sites]
+    traced = any(":" in site.block for site in sites)  # named by an addition, which says less than the width's module
+    labels = [site.block if (one_each and not traced) or not site.site else site.site for site in sites]
     total = np.array([1 if site.total is None else site.total for site in sites])
     kept = np.array([int(site.alive) if site.kept is None else site.kept for site in sites])
 
     figure = new_figure(float(np.clip(1.5 + 0.42 * len(sites), 7.0, 15.0)), 4.2)
     ax = figure.subplots()
     x = np.arange(len(sites))
+    shares = bool(sized) and total.max() > UNEVEN * total[total > 0].min()
+    whole = np.where(shares, np.maximum(total, 1), 1)
+    total, kept = total / whole, kept / whole
     dead = np.array([not site.alive for site in sites])
     ax.bar(x, total, width=0.75, color="#E3E3E3", edgecolor="#BDBDBD", linewidth=0.8, label="at the start")
     ax.bar(x, kept, width=0.75, color=PALETTE["blue"], label="at the end")
@@ -194,15 +200,15 @@ def structure_picture(run: Run) -> Picture | None:
                 text = "out" if not site.alive else f"{site.kept}" if crowded else f"{site.kept}/{site.total}"
                 ax.text(
                     position,
-                    site.total + offset,
+                    total[position] + offset,
                     text,
                     ha="center",
                     va="bottom",
                     fontsize=7 if crowded else 8,
                     rotation=90 if crowded else 0,
                 )
-        ax.set_ylabel("channels")
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        ax.set_ylabel("share of the width" if shares else "channels")
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=not shares))
         ax.set_ylim(0, float(total.max()) * 1.1)
     else:
         ax.set_ylabel("block in the network")
@@ -220,12 +226,13 @@ def structure_picture(run: Run) -> Picture | None:
     ax.set_xlim(-0.7, len(sites) - 0.3)
     ax.grid(visible=False, axis="x")
     blocks = {site.block: site.alive for site in sites}
-    ax.set_title(f"Blocks left: {sum(blocks.values())} of {len(blocks)}")
+    counts = run.result.get("layers_kept", sum(blocks.values())), run.result.get("layers_total", len(blocks))
+    ax.set_title(f"Blocks left: {counts[0]} of {counts[1]}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     caption = (
-        "The final network, from its input (left) to its output (right). Grey is the hidden width of a "
-        "residual block before training, blue the channels that remain. A hatched bar is a block that was removed "
-        "as a whole: only its shortcut remains."
+        "The final network, from its input (left) to its output (right), and what lies in no residual block at the end. Grey is "
+        "a hidden width before training, blue the channels, units or attention heads that remain. A hatched bar is a block "
+        "that was removed as a whole: only its shortcut remains."
     )
     return Picture("structure", "Final widths and layers", caption, figure)
 

@@ -26,7 +26,6 @@ WRONG_LINES = [
     ("--arch resnet21", "Did you mean 'resnet20'?"),
     ("--dataset cifar10", "`data_dir` must be given for dataset='cifar10'; got data_dir=None."),
     ("--data-dir x", "`data_dir` must be left out for dataset='digits'"),
-    ("--image-size 32", "`image_size` must be left out unless dataset='folder'"),
     ("--download", "`download` must be left out unless dataset is cifar10 or cifar100"),
     ("--workers 2", "`workers` must be left out unless dataset='folder'; got workers=2"),
     ("--array-gib 0.5", "`array_gib` must be left out unless dataset='folder'; got array_gib=0.5"),

@@ -10,7 +10,7 @@ import numpy as np
 from catode.train.data import cifar, folder
 from catode.train.data.augment import AUGMENTATIONS
 from catode.train.data.batches import Batches
-from catode.train.data.images import DataError, ImageData, assemble
+from catode.train.data.images import DataError, ImageData, assemble, resized
 
 __all__ = ["AUGMENTATIONS", "DATASETS", "Batches", "DataError", "ImageData", "load"]
 
@@ -39,8 +39,8 @@ def load(
             with both val/ and test/ has its validation images in val/, whatever the share; 0 for no validation images.
         split_seed: Seed of that choice. It is not the run's, so that accuracies of different runs are comparable; the test
             images never depend on it.
-        image_size: For `folder`: the shorter side is resized to this many pixels and the centre cropped to a square.
-            Without it all images must share one size.
+        image_size: Side to which the images are resized; of a `folder` the shorter side is, and the centre cropped to a square.
+            Without it all images of a `folder` must share one size.
         augment: Augmentation of `Batches`; `resized-crop` needs the images of a `folder` at their original size.
         array_bytes: For `folder`: images that take more bytes than this when decoded stay on the disk; None for a quarter
             of the memory.
@@ -56,19 +56,12 @@ def load(
         raise DataError(
             f"`dataset` must be one of {', '.join(DATASETS)}; got dataset={dataset!r}. Use one of these names."
         )
-    if image_size is not None:
-        if dataset != "folder":
-            raise DataError(
-                "`image_size` must be left out unless dataset='folder'; "
-                f"got image_size={image_size} with dataset={dataset!r}. Leave it out."
-            )
-        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-            raise DataError(
-                f"`image_size` must be an integer >= 1; got image_size={image_size!r}. "
-                "Use the side in pixels, such as 64."
-            )
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
+        raise DataError(
+            f"`image_size` must be an integer >= 1; got image_size={image_size!r}. Use the side in pixels, such as 64."
+        )
     if dataset == "digits":
-        return _digits(validation_share, split_seed)
+        return resized(_digits(validation_share, split_seed), image_size)
     if data_dir is None:
         raise DataError(
             f"`data_dir` must be given for dataset={dataset!r}; got data_dir=None. Pass the folder that holds the data."
@@ -97,7 +90,7 @@ def load(
             whole_pictures=augment == "resized-crop",
             array_bytes=array_bytes,
         )
-    return cifar.read(root, cifar.CIFAR[dataset], validation_share, split_seed)
+    return resized(cifar.read(root, cifar.CIFAR[dataset], validation_share, split_seed), image_size)
 
 
 def _digits(validation_share: float, split_seed: int) -> ImageData:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from catode.train.data.folder import ImageFiles
@@ -152,6 +153,29 @@ def statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     mean = total.double() / count
     std = (squares.double() / count - mean**2).clamp_min(1.0).sqrt()
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+def resized(data: ImageData, side: int | None) -> ImageData:
+    """The same square images at another size, bilinearly, with the training statistics of these; None: as they are.
+
+    Args:
+        data: Images in memory.
+        side: Pixels of a side.
+    """
+    if side is None or tuple(data.train_images.shape[2:]) == (side, side):
+        return data
+
+    def resize(images: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((*images.shape[:2], side, side), dtype=torch.uint8)
+        for part, place in zip(images.split(1024), out.split(1024), strict=True):
+            wide = F.interpolate(part.float(), (side, side), mode="bilinear", antialias=side < part.shape[-1])
+            place.copy_(wide.round_().clamp_(0, 255))
+        return out
+
+    parts = {name: getattr(data, name) for name in ("train_images", "validation_images", "test_images")}
+    parts = {name: resize(images) for name, images in parts.items() if images is not None}
+    mean, std = statistics(parts["train_images"])
+    return replace(data, **parts, mean=mean, std=std)
 
 
 def pixel_fingerprint(data: ImageData) -> str:

@@ -8,19 +8,25 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
 from torch import nn
 
 from catode import _checksums
+from catode.prune.describe.protect import described
 from catode.prune.gated import cut
 from catode.records import read_json
+from catode.structures.description import Block
 from catode.structures.inventory import Inventory
-from catode.train.models import resnets, weights
+from catode.train.models import sources, weights
+
+if TYPE_CHECKING:
+    from catode.train.data import ImageData
+    from catode.train.settings.config import Config
 
 PART = ".part"  # suffix of a file that is being written
 STRUCTURE = dict(
@@ -156,10 +162,32 @@ def drop_states(folder: Path) -> None:
         path.unlink()
 
 
-def whole_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
+def whole_state(model: nn.Module, blocks: Sequence[Block]) -> tuple[dict[str, torch.Tensor], dict]:
     """State dict, and entry "blocks" of structure.json, of a network from which nothing was removed."""
-    inventory = Inventory(model.structures())
+    inventory = Inventory(blocks)
     return model.state_dict(), inventory.record(np.ones(inventory.size, dtype=bool))
+
+
+def structure(config: Config, images: ImageData, blocks: dict) -> dict:
+    """The content of structure.json.
+
+    Args:
+        config: The run's configuration.
+        images: Its images.
+        blocks: The kept blocks and units, `catode.structures.inventory.Inventory.record`.
+    """
+    own = {name: getattr(config, name) for name in ("shortcut", "stem", "keep") if getattr(config, name) is not None}
+    return {
+        "arch": config.arch,
+        "in_channels": images.train_images.shape[1],
+        "classes": list(images.classes),
+        "hidden_scale": config.hidden_scale,
+        **own,
+        "image_shape": list(images.train_images.shape[1:]),
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "blocks": blocks,
+    }
 
 
 def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:
@@ -246,24 +274,31 @@ def _bad_images(structure: dict) -> list[str]:
 
 
 def fresh(structure: dict) -> nn.Module:
-    """A newly initialised, unpruned network of the architecture in structure.json."""
-    return resnets.build(
+    """A newly initialised, unpruned network of the architecture in structure.json.
+
+    Raises:
+        ValueError: if it cannot be built here, in one line.
+    """
+    return sources.build(
         structure["arch"],
-        in_channels=structure["in_channels"],
+        channels=structure["in_channels"],
         classes=len(structure["classes"]),
-        **{name: structure[name] for name in ("hidden_scale", "shortcut", "stem") if name in structure},
+        size=tuple(structure["image_shape"][1:]),
+        own={name: structure[name] for name in ("hidden_scale", "shortcut", "stem") if name in structure},
     )
 
 
-def load(folder: str | os.PathLike) -> nn.Module:
+def load(folder: str | os.PathLike, *, model: nn.Module | None = None) -> nn.Module:
     """The compact network of a finished run, in eval mode on the CPU.
 
     Args:
         folder: A run's folder.
+        model: A newly made, whole network of the run's architecture, which is cut and filled, and returned; None: one is made by
+            the name that the run was given, which runs the code of a file if it was one.
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
-        ValueError: if its files are damaged or do not match.
+        ValueError: if its files are damaged or do not match, or the network cannot be made here.
     """
     folder = Path(folder)
     structure = read_structure(folder)
@@ -272,14 +307,20 @@ def load(folder: str | os.PathLike) -> nn.Module:
             _checksums.check(folder / "model.pt", file)
     except OSError as error:
         raise ValueError(f"{folder / 'model.pt'} must be a file that can be read; got: {error.strerror}.") from None
+    given = model is not None
     try:
         weights.check_archive(folder / "model.pt")
-        model = fresh(structure)
-        cut.restrict(model, model.structures(), structure["blocks"])
+        model = model if given else fresh(structure)
+        example = torch.zeros(1, *structure["image_shape"], device=next(model.parameters()).device)
+        blocks = described(model, example, structure.get("keep", ()))
+        cut.restrict(model, blocks, structure["blocks"])
         model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
+    except sources.SourceError as error:
+        raise ValueError(f"{error} Or pass model=, a newly made network of that architecture.") from error
     except Exception as error:  # damaged files can raise anything
+        other = ", and `model` be of its architecture" if given else ""
         raise ValueError(
-            f"`folder` must hold a complete model.pt and a matching structure.json; got {str(folder)!r}, which cannot "
+            f"`folder` must hold a complete model.pt and a matching structure.json{other}; got {str(folder)!r}, which cannot "
             f"be read ({_reason(error)}). Restore the files from the run."
         ) from error
     return model.eval()

@@ -133,6 +133,7 @@ def _pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner:
         setup.model,
         setup.example,
         optimizer=optimizer,
+        blocks=setup.blocks,
         loss=partial(mean_loss, label_smoothing=config.label_smoothing),
         nu=config.nu,
         alpha=config.alpha,

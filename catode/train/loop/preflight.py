@@ -19,7 +19,7 @@ def table(setup: Setup) -> str:
     """
     config, images = setup.config, setup.images
     validation = len(images.validation_labels) if images.validated else 0
-    blocks = setup.model.structures()
+    blocks = setup.blocks
     cost = describe(setup.model, blocks, setup.example)
     if setup.step_times is not None:
         cost = MeasuredComplexity(cost, setup.step_times)
@@ -63,7 +63,8 @@ def table(setup: Setup) -> str:
             f"target: {target.share:.1%} of the {target.quantity}, above the minimum; nu starts as above and is adjusted "
             "while training, and the prices with it"
         )
-    gated = prices[cost.inventory.layers :] if config.alpha < 1 else prices[: cost.inventory.layers]
+    units = config.alpha < 1 and cost.size > cost.inventory.layers
+    gated = prices[cost.inventory.layers :] if units else prices[: cost.inventory.layers]
     pool = dict(memory=config.memory, check_every=config.check_every, risk=config.risk, epochs=config.epochs)
     short = too_short(setup.decide_steps, setup.warmup_steps, prices=gated, **pool) if config.nu > 0 else ""
     if short:

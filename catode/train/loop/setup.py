@@ -16,6 +16,8 @@ from catode.decisions.motion import rate_ratios
 from catode.decisions.target import Target
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import describe
+from catode.prune.describe.protect import described
+from catode.prune.describe.trace.description import Description
 from catode.prune.devices import distributed
 from catode.prune.devices.timing import check_compile, keep_freed_memory
 from catode.records import read_json
@@ -23,8 +25,9 @@ from catode.train import data
 from catode.train.loop import board, checkpoint, contents, lock, restoring
 from catode.train.loop.optimization import AMP
 from catode.train.loop.tables import TABLES, checksum
-from catode.train.models import resnets, weights
+from catode.train.models import sources, weights
 from catode.train.settings.config import Config
+from catode.train.settings.pruning import least_units
 from catode.train.settings.run import check_out
 from catode.train.settings.training import learning_rates, ode_time
 
@@ -39,6 +42,7 @@ class Setup:
         config: The configuration, with all derived settings.
         images: The data set.
         model: The unpruned network, on its device.
+        blocks: What can go of it.
         example: Input of one image, zeros, shape (1, C, H, W).
         steps_per_epoch: Training steps in an epoch.
         schedule: Learning rate of every step, shape (steps,).
@@ -52,6 +56,7 @@ class Setup:
     config: Config
     images: data.ImageData
     model: nn.Module
+    blocks: Description
     example: torch.Tensor
     steps_per_epoch: int
     schedule: np.ndarray
@@ -115,6 +120,7 @@ def prepare(config: Config) -> Setup:
         check_compile(config.device)
     if config.tensorboard:
         board.check_package()
+    sources.check(config.arch)
     images = data.load(
         config.dataset,
         config.data_dir,
@@ -133,23 +139,27 @@ def prepare(config: Config) -> Setup:
             f"{len(images.train_labels)} images. Choose a smaller one."
         )
     torch.manual_seed(config.seed)
-    model = _network(config, images, group)
+    model = build_model(config, images)
+    example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
+    if sources.is_foreign(config.arch):
+        sources.check_output(config.arch, model, example, len(images.classes))
+    blocks = described(model, example, config.keep or (), least_units(config.least))
+    _share_norms(config, model, group)
     notes = [*images.notes, *(weights.fill(model, initial, config.init) if initial is not None else ())]
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
         raise data.DataError(
             f"`warmup_epochs` must end before the deciding phase does; got warmup_epochs={config.warmup_epochs:g} with "
             f"{steps * config.epochs} steps in all. Shorten the warm-up or train longer."
         )
-    example = torch.zeros(1, *images.train_images.shape[1:], device=config.device)
     schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
     if state is not None:
         _check_data(state, images, steps, group, config)
         notes += _of_threads(config)
     config = config.resolved(steps * config.epochs, group.size)
-    step_times = _step_times(config, model, example, state)
-    setup = Setup(config, images, model, example, steps, schedule, state, tuple(notes), held, step_times, group)
+    step_times = _step_times(config, model, blocks, example, state)
+    setup = Setup(config, images, model, blocks, example, steps, schedule, state, tuple(notes), held, step_times, group)
     if config.nu > 0:  # raise the pruner's errors before anything is written
-        complexity = describe(model, model.structures(), example)
+        complexity = describe(model, blocks, example)
         Target.choose(complexity, config.target_macs, config.target_params)
         if step_times is not None:
             complexity = steptime.MeasuredComplexity(complexity, step_times)
@@ -224,20 +234,25 @@ def _with_what_fits(setup: Setup) -> Setup:
 
 
 def _network(config: Config, images: data.ImageData, group: distributed.Group) -> nn.Module:
-    """A newly initialised network as the run trains it, with norms over all processes if it has any."""
+    """A newly initialised network as the run trains it."""
     model = build_model(config, images)
-    if config.sync_bn and group.size > 1:
-        distributed.synchronise_norms(model)
+    _share_norms(config, model, group)
     return model
 
 
+def _share_norms(config: Config, model: nn.Module, group: distributed.Group) -> None:
+    """Make a network's norms those over all processes, if there are several that share them."""
+    if config.sync_bn and group.size > 1:
+        distributed.synchronise_norms(model)
+
+
 def _step_times(
-    config: Config, model: nn.Module, example: torch.Tensor, state: dict | None
+    config: Config, model: nn.Module, blocks: Description, example: torch.Tensor, state: dict | None
 ) -> list[steptime.Table] | None:
     """Measured step times for cost = latency: read from a resumed run's folder, or measured now; else None."""
     if config.cost != "latency" or config.nu == 0:
         return None
-    complexity = describe(model, model.structures(), example)
+    complexity = describe(model, blocks, example)
     if state is not None:
         return steptime.read(Path(config.resume) / steptime.FILE, model, complexity)
     settings = dict(amp=AMP[config.amp], channels_last=config.channels_last)
@@ -247,13 +262,13 @@ def _step_times(
 
 def build_model(config: Config, images: data.ImageData) -> nn.Module:
     """A newly initialised, unpruned network for the images, on its device."""
-    model = resnets.build(
+    shape = images.train_images.shape
+    model = sources.build(
         config.arch,
-        in_channels=images.train_images.shape[1],
+        channels=shape[1],
         classes=len(images.classes),
-        hidden_scale=config.hidden_scale,
-        shortcut=config.shortcut,
-        stem=config.stem,
+        size=tuple(shape[2:]),
+        own=dict(hidden_scale=config.hidden_scale, shortcut=config.shortcut, stem=config.stem),
     )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(config.device, memory_format=memory_format)

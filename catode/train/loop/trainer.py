@@ -116,8 +116,8 @@ class Trainer:
         self.setup, self.config, self.folder, self.group, self.stop = setup, config, folder, setup.group, Stop()
         self.model, self.amp = setup.model, AMP[config.amp]
         self.dense = count(self.model, setup.example)
-        inventory = Inventory(self.model.structures())
-        self.total = inventory.layers, inventory.size - inventory.layers
+        inventory = Inventory(setup.blocks)
+        self.total = int((inventory.is_layer & inventory.removable).sum()), inventory.size - inventory.layers
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = make_scaler(config)
         if self.scaler.is_enabled():  # found_inf is set on the device, and only during the step
@@ -415,23 +415,12 @@ class Trainer:
             if self.pruner:
                 state, structure = self.pruner.snapshot()
             else:
-                state, structure = checkpoint.whole_state(self.model)
+                state, structure = checkpoint.whole_state(self.model, self.setup.blocks)
         images = self.setup.images
         checkpoint.save(
             self.folder,
             state,
-            {
-                "arch": self.config.arch,
-                "in_channels": images.train_images.shape[1],
-                "classes": list(images.classes),
-                "hidden_scale": self.config.hidden_scale,
-                "shortcut": self.config.shortcut,
-                "stem": self.config.stem,
-                "image_shape": list(images.train_images.shape[1:]),
-                "mean": list(images.mean),
-                "std": list(images.std),
-                "blocks": structure,
-            },
+            checkpoint.structure(self.config, images, structure),
         )
 
     def save_state(self) -> None:

@@ -7,8 +7,7 @@ import zipfile
 from collections.abc import Mapping
 
 import torch
-
-from catode.train.models.resnets import ResNet
+from torch import nn
 
 WRAPPERS = ("state_dict", "model")  # keys of the state dict in files that hold more
 LISTED = 3  # names listed in a message
@@ -65,7 +64,7 @@ def _is_entry(name: object, tensor: object) -> bool:
     return isinstance(name, str) and isinstance(tensor, torch.Tensor)
 
 
-def fill(model: ResNet, state: Mapping[str, torch.Tensor], source: str) -> list[str]:
+def fill(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> list[str]:
     """Load a state dict into an unpruned network, except a classifier for another number of classes.
 
     The batch norms' ``num_batches_tracked``, which old files lack, may be missing.
@@ -84,24 +83,32 @@ def fill(model: ResNet, state: Mapping[str, torch.Tensor], source: str) -> list[
     own, notes = model.state_dict(), []
     _refuse(source, "lacks", [n for n in own if n not in state and not n.endswith("num_batches_tracked")])
     _refuse(source, "also has", [name for name in state if name not in own])
-    head = state["fc.weight"]
-    if head.dim() == 2 and head.shape[1] == model.fc.in_features and len(head) != model.fc.out_features:
+    head = _classifier(model)
+    theirs, mine = (tensors.get(f"{head}weight", torch.empty(0)) for tensors in (state, own))
+    if theirs.shape[1:] == mine.shape[1:] and len(theirs) != len(mine):
         notes.append(
-            f"the classifier in {source} is for {len(head)} classes, these images have {model.fc.out_features}: "
+            f"the classifier in {source} is for {len(theirs)} classes, these images have {len(mine)}: "
             "it starts from random weights"
         )
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
     wrong = [name for name, tensor in state.items() if tensor.shape != own[name].shape]
-    if wrong == ["conv1.weight"] and state["conv1.weight"].shape[2:] == own["conv1.weight"].shape[2:]:
+    first = next((name for name, p in model.named_parameters() if p.dim() == 4), None)
+    if wrong == [first] and state[first].shape[2:] == own[first].shape[2:]:
         raise ValueError(
-            f"`init` must hold weights for images of {own['conv1.weight'].shape[1]} channels; got init={source!r} for "
-            f"{state['conv1.weight'].shape[1]}. Convert the images, or leave --init out."
+            f"`init` must hold weights for images of {own[first].shape[1]} channels; got init={source!r} for "
+            f"{state[first].shape[1]}. Convert the images, or leave --init out."
         )
     shapes = [f"{name} of shape {_shape(state[name])} instead of {_shape(own[name])}" for name in wrong]
     _refuse(source, "has", shapes)
     _refuse(source, "has values that are not finite in", [n for n, t in state.items() if not t.isfinite().all()])
     model.load_state_dict(state, strict=False)
     return notes
+
+
+def _classifier(model: nn.Module) -> str:
+    """Beginning of the names of the last layer's parameters."""
+    matrices = [name for name, p in model.named_parameters() if p.dim() > 1 and name.rpartition(".")[2] == "weight"]
+    return matrices[-1].removesuffix("weight") if matrices else ""
 
 
 def _shape(tensor: torch.Tensor) -> str:

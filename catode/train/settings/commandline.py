@@ -95,7 +95,16 @@ def _shown(value: Any) -> str:
     )
 
 
-_METAVARS = {"data_dir": "DIR", "init": "FILE", "device": "DEVICE", "out": "FOLDER", "resume": "FOLDER"}
+_OTHER_FLAGS = {"init": ("--pretrained",)}
+_METAVARS = {
+    "data_dir": "DIR",
+    "init": "FILE",
+    "keep": "PATTERN",
+    "least": "PATTERN=NUMBER",
+    "device": "DEVICE",
+    "out": "FOLDER",
+    "resume": "FOLDER",
+}
 _EPILOG = """\
 terms:
   unit, layer     a channel inside a residual block; a whole residual block
@@ -108,6 +117,7 @@ examples:
   python -m catode.train
   python -m catode.train --dataset cifar10 --data-dir DIR --download --target-macs 0.5
   python -m catode.train --dataset folder --data-dir DIR --arch resnet50 --image-size 64 --dry-run
+  python -m catode.train --dataset cifar10 --data-dir DIR --arch torchvision:mobilenet_v2 --keep classifier --target-macs 0.5
   python -m catode.train --resume FOLDER
 """
 
@@ -120,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     """
     parser = CommandLine(
         prog="python -m catode.train",
-        description="Train a residual network once, prune units and layers while training, and save the compact network.",
+        description="Train a network once, prune units and layers while training, and save the compact network.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -138,7 +148,9 @@ def build_parser() -> argparse.ArgumentParser:
             options["metavar"] = "{" + ",".join(setting.choices) + "}" if setting.choices else kind
             if setting.kind in (int, float):
                 options["type"] = _convert(name, setting)
-        groups[setting.group].add_argument("--" + name.replace("_", "-"), **options)
+            if setting.kind is tuple:
+                options |= dict(nargs="+", action="extend")
+        groups[setting.group].add_argument("--" + name.replace("_", "-"), *_OTHER_FLAGS.get(name, ()), **options)
     return parser
 
 

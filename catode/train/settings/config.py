@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from catode.train.models import sources
 from catode.train.settings import presets
 from catode.train.settings.data import DataSettings
 from catode.train.settings.gates import GateSettings
@@ -50,7 +51,8 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
             object.__setattr__(self, "read_every", 1 if self.device == "cpu" else READ_EVERY)
         object.__setattr__(self, "derive_tol", self.tol is None)
         if self.out is None:
-            object.__setattr__(self, "out", f"runs/{self.dataset}-{self.arch}-{self.tag}-s{self.seed}")
+            name = sources.folder_name(self.arch)
+            object.__setattr__(self, "out", f"runs/{self.dataset}-{name}-{self.tag}-s{self.seed}")
 
     def check(self) -> None:
         if self.amp == "fp16" and not self.device.startswith("cuda"):
@@ -112,6 +114,8 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
         base = presets.resolve({"dataset": self.dataset, "arch": self.arch}, _defaults())
         values = {name: value for name, value in self.identity().items() if settings()[name].identity}
         values.pop("derive_tol")  # determined by tol
+        if sources.is_foreign(self.arch) and self.arch.replace(":", "-", 1) != sources.folder_name(self.arch):
+            values["arch"], base["arch"] = self.arch, None  # the folder's name does not tell all of it
         differing = {name: value for name, value in values.items() if value != base[name]}
         if not differing:
             return "default"

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from catode.train.models import sources
 from catode.train.models.catalogue import ARCHITECTURES, SHORTCUTS, STEMS
 from catode.train.settings.setting import ConfigError, SettingsGroup, helpers
 
 number, text, switch = helpers("data")
+
+
+def _is_foreign(value: object) -> bool:
+    """Whether a value has the form of a network that is not the trainer's own; a wrong form is refused."""
+    return sources.is_foreign(value) and sources.parse(value).kind != "own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,8 @@ class DataSettings(SettingsGroup):
     image_size: int | None = number(
         None,
         int,
-        "for folder: resize the shorter side to this many pixels and crop the centre; needed if images differ in size",
+        "resize the images to this many pixels a side; of a folder the shorter side, and the centre is cropped; needed if images "
+        "differ in size",
         low=4,
         optional=True,
         hint="Use the side in pixels, such as 64.",
@@ -84,20 +91,26 @@ class DataSettings(SettingsGroup):
     arch: str = text(
         "resnet20",
         "residual network, of those for CIFAR (resnet14, a shallow baseline, to resnet110) or for ImageNet (resnet18, 34, 50 "
-        "and 101)",
+        "and 101); or torchvision:NAME, timm:NAME, or FILE.py:FUNCTION, which runs the file's code and calls its function with "
+        "those of classes, in_channels and image_size that it has parameters for; arguments may follow, as in "
+        "'timm:vit_tiny_patch16_224(patch_size=4, depth=6)'",
         choices=tuple(ARCHITECTURES),
+        besides=_is_foreign,
+        forms=sources.FORMS,
         identity=False,
     )
-    shortcut: str = text(
+    shortcut: str | None = text(
         "A",
         "shortcut where the shape changes: A pads with zeros and strides, B is a 1x1 convolution with batch norm",
         choices=SHORTCUTS,
+        optional=True,
     )
-    stem: str = text(
+    stem: str | None = text(
         "cifar",
         "first layers: cifar is a 3x3 convolution at full resolution; imagenet is a 7x7 convolution of stride 2 and a "
         "max-pooling of stride 2, which leave a sixteenth of the pixels",
         choices=STEMS,
+        optional=True,
     )
     init: str | None = text(
         None,
@@ -128,16 +141,18 @@ class DataSettings(SettingsGroup):
                 f"`data_dir` must be given for dataset={self.dataset!r}; got data_dir=None. "
                 "Add --data-dir with the folder that holds the data."
             )
-        if self.dataset != "folder" and self.image_size is not None:
-            raise ConfigError(
-                f"`image_size` must be left out unless dataset='folder'; got image_size={self.image_size} with "
-                f"dataset={self.dataset!r}. Leave it out."
-            )
         if self.download and self.dataset not in ("cifar10", "cifar100"):
             raise ConfigError(
                 f"`download` must be left out unless dataset is cifar10 or cifar100; got download=True with "
                 f"dataset={self.dataset!r}. Leave it out."
             )
+        if sources.is_foreign(self.arch):
+            for name, unset in (("shortcut", None), ("stem", None), ("hidden_scale", 1.0)):
+                if getattr(self, name) != unset:
+                    raise ConfigError(
+                        f"`{name}` must be left out with a network that is not the trainer's own; got "
+                        f"{name}={getattr(self, name)!r} with arch={self.arch!r}. Leave it out."
+                    )
         for name in ("array_gib", "workers"):
             if self.dataset != "folder" and getattr(self, name) is not None:
                 raise ConfigError(

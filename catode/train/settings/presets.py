@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from catode.train.models.catalogue import ARCHITECTURES
+from catode.train.models.sources import is_foreign
 
-__all__ = ["OPTIMIZERS", "PRESETS", "resolve"]
+__all__ = ["FOREIGN", "OPTIMIZERS", "PRESETS", "resolve"]
 
 _REAL_IMAGES: dict[str, Any] = dict(
     nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0, probe_size=8
@@ -44,6 +45,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 entry overrides both.
 """
 
+FOREIGN: dict[str, Any] = dict(shortcut=None, stem=None)
+"""Values for networks that are not the trainer's own, instead of an entry of `PRESETS` for the architecture."""
+
 OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": dict(lr=3e-3, weight_decay=0.05, momentum=0.0)}
 """Values by optimizer that override those of `PRESETS`."""
 
@@ -59,6 +63,8 @@ def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     """
     dataset, arch = (given.get(name, defaults[name]) for name in ("dataset", "arch"))
     values = dict(defaults)
+    if is_foreign(arch):
+        values |= FOREIGN
     for key in (("*", arch), (dataset, "*"), (dataset, arch)):
         values |= PRESETS.get(key, {})
     values |= OPTIMIZERS.get(given.get("optimizer", values["optimizer"]), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from catode.train.settings.setting import ConfigError, SettingsGroup, helpers
@@ -154,6 +155,21 @@ class PruningSettings(SettingsGroup):
         optional=True,
         hint="Leave it out for no bound.",
     )
+    keep: tuple[str, ...] | None = number(
+        None,
+        tuple,
+        "paths of modules of the network, or glob patterns of them, that stay whole with everything inside them, such as "
+        "classifier 'layer4.*'",
+        optional=True,
+        hint="Write --keep PATTERN ..., or leave it out.",
+    )
+    least: tuple[str, ...] | None = number(
+        None,
+        tuple,
+        "fewest units that stay of the widths made by modules whose path fits a pattern, as PATTERN=NUMBER, such as 'layer1.*=8'",
+        optional=True,
+        hint="Write --least PATTERN=NUMBER ..., or leave it out.",
+    )
     round_to: int = number(
         1,
         int,
@@ -164,6 +180,7 @@ class PruningSettings(SettingsGroup):
     )
 
     def check(self) -> None:
+        least_units(self.least)
         targets = self.target_macs, self.target_params
         if self.derive_tol and self.tol is not None:
             raise ConfigError(
@@ -194,3 +211,20 @@ class PruningSettings(SettingsGroup):
                     f"`{name}` must be left out with nu=0, which trains without gates; got {name}={getattr(self, name):g}. "
                     "Leave out --nu."
                 )
+
+
+def least_units(least: Iterable[str] | None) -> dict[str, int]:
+    """Fewest units by pattern, of texts PATTERN=NUMBER.
+
+    Raises:
+        ConfigError: if a text has another form.
+    """
+    found = {}
+    for part in least or ():
+        pattern, _, count = part.rpartition("=")
+        if not pattern or not count.isdecimal() or int(count) < 1:
+            raise ConfigError(
+                f"`least` must be PATTERN=NUMBER with a number of at least 1; got least={part!r}. Write --least 'layer1.*=8'."
+            )
+        found[pattern] = int(count)
+    return found

@@ -36,10 +36,12 @@ class Setting:
     """Description of one field of `Config`, without its default.
 
     Args:
-        kind: `float`, `int`, `bool` or `str`.
+        kind: `float`, `int`, `bool`, `str`, or `tuple` for a list of texts.
         help: Text for `--help`.
         group: Heading in `--help`, a key of `GROUPS`.
         choices: Allowed values; empty if they are not a list.
+        besides: What else than the `choices` is allowed: checks a text, raises a ValueError in one line, and tells whether it is.
+        forms: What `besides` allows, as text.
         low: Lower end of the range.
         high: Upper end of the range.
         low_open: The lower end is excluded.
@@ -55,6 +57,8 @@ class Setting:
     help: str
     group: str
     choices: tuple[str, ...] = ()
+    besides: Callable[[object], bool] | None = None
+    forms: str = ""
     low: float = -math.inf
     high: float = math.inf
     low_open: bool = False
@@ -84,10 +88,20 @@ class Setting:
         """
         if value is None and self.optional:
             return None
+        if self.besides is not None and self.besides(value):
+            return value
         if self.choices:
+            if self.forms and value not in self.choices:
+                named = f"one of {', '.join(self.choices)}, or {self.forms}"
+                _validate.fail(name, f"be {named}", value, hint=_suggest(value, self.choices))
             return _validate.check_choice(name, value, self.choices, hint=_suggest(value, self.choices))
         if self.kind is bool:
             return _validate.check_bool(name, value, hint=self.hint or "Use one of the two.")
+        if self.kind is tuple:
+            texts = isinstance(value, (list, tuple)) and all(isinstance(part, str) and part for part in value)
+            if not texts or not value:
+                _validate.fail(name, "be a list of non-empty texts", value, hint=self.hint)
+            return tuple(value)
         if self.kind is str:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)

@@ -215,13 +215,21 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of a network whose parameters and buffers have shapes but no numbers, and whose attention can lose heads."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        fake = mode.from_tensor(tensor.detach())
+        fake = _plain(tensor.detach(), mode)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fake
     found = copy.deepcopy(model, memo)
     convert(found)
     return found
+
+
+def _plain(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """A tensor without numbers, in the usual memory format: others make operators change strides in place."""
+    with mode:
+        fake = mode.from_tensor(tensor)
+        usual = fake.new_empty(fake.shape)
+    return fake if fake.stride() == usual.stride() else usual
 
 
 @contextmanager
@@ -307,7 +315,7 @@ def record(
     for name, module in copied.named_modules():
         hooks.append(module.register_forward_pre_hook(enter(name)))
         hooks.append(module.register_forward_hook(leave))
-    example = tree_map_only(torch.Tensor, mode.from_tensor, example)
+    example = tree_map_only(torch.Tensor, lambda tensor: _plain(tensor, mode), example)
     for kind in (copied.named_parameters, copied.named_buffers):
         for name, tensor in kind():
             recording.tensors[name] = recorder.value(tensor, tensor=name)
