@@ -30,6 +30,7 @@ from catode.prune.describe.trial import (
     evaluating,
     failing_module,
     floats,
+    memory,
     randomise,
     training,
     training_norms,
@@ -103,7 +104,7 @@ def check(model: nn.Module, example: Any, blocks: Sequence[Block] | None = None,
     consistency.check(model, blocks)
     adopt(model, blocks)
     complexity = describe(model, blocks, example)
-    size = _bytes(model)
+    size = memory(model)
     with torch.random.fork_rng(_devices(model)):
         trial = _Trial(model, example, blocks, complexity, seed)
         most = 0.0
@@ -429,7 +430,7 @@ class _Trial:
             own = own.cpu()
         own = own.to(self.dtype)
         randomise(own, self.seed)
-        self.most_bytes = max(self.most_bytes, _bytes(own))
+        self.most_bytes = max(self.most_bytes, memory(own))
         return own
 
     def _run(self, model: nn.Module, mode: Callable, number: int = 0, seed: int = 0) -> list[torch.Tensor]:
@@ -490,11 +491,6 @@ def _said(found: float | str) -> str:
 def _line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:150]}" if lines else type(error).__name__
-
-
-def _bytes(model: nn.Module) -> int:
-    """Memory of the parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -121,3 +121,8 @@ def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> fl
         scale = b.abs().max().clamp_min(torch.finfo(b.dtype).tiny) if b.numel() else 1.0
         most = max(most, float(((a - b).abs().max() / scale).nan_to_num(float("inf"))) if a.numel() else 0.0)
     return most
+
+
+def memory(model: nn.Module) -> int:
+    """Memory of the parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
