@@ -161,7 +161,7 @@ def figure(title: str, found: Sequence[Part]) -> Figure:
         if max((part.units for part in found), default=0) > 50 * min((p.units for p in found if p.units), default=1):
             units.set_yscale("log")
             units.set_ylim(bottom=0.5)
-        costs.set_title("\n".join(textwrap.wrap(title, 90)))
+        costs.set_title("\n".join(textwrap.wrap(title, int(11 * drawn.get_figwidth()))))
         every = max(1, len(found) // 60)
         units.set_xticks(range(0, len(found), every), [p.name for p in found[::every]], rotation=90, fontsize=7)
         units.set_xlim(-0.8, len(found) - 0.2)

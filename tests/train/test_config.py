@@ -415,6 +415,8 @@ def test_nothing_is_null_that_a_run_fills_in():
         "max_norm",
         "clip_grad",
         "resume",
+        "keep",
+        "least",
     }
     values = json.loads(parse([]).resolved(1320).to_json())
     assert {name for name, value in values.items() if value is None} == unused | {"threads", "workers", "array_gib"}

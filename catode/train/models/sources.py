@@ -95,7 +95,8 @@ def parse(text: str) -> Source:
         raise _error(f"be one of the known names, {FORMS}", text, "Check the name behind the colon.")
     try:
         call = ast.parse(f"f{bracket}{rest}", mode="eval").body if bracket else ast.Call(ast.Name("f"), [], [])
-        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        named = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
+        if not named or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError
         arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -200,8 +201,8 @@ def check_output(text: str, model: nn.Module, example: torch.Tensor, classes: in
                 what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
                 raise SourceError(
                     f"`arch` must be a network that returns logits of shape (images, {classes}), one for each class; got "
-                    f"arch={text!r}, which returns {what} for 2 {images} in {mode} mode. Use the number of classes that it is "
-                    "given."
+                    f"arch={text!r}, which returns {what} for 2 {images} in {mode} mode. Return them alone, for as many classes as "
+                    "it is given."
                 )
 
 
@@ -232,7 +233,7 @@ def _known(source: Source) -> Any:
         raise _error(
             f"be a network whose package is installed, {kind} is not",
             source.text,
-            f"Install it: pip install {kind}.",
+            "Install it: pip install 'catode[models]'.",
         )
     try:
         package = importlib.import_module(kind)
