@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import nn
 from catode.prune.describe.executed import NORMS, Executed, batch_size, called, executed, inference
 from catode.prune.describe.protocol import goes_with, slices, tensor_of, within
 from catode.prune.gated.cut import keep_units
+from catode.prune.gated.remainder import without
 from catode.structures.complexity import Complexity, Term
 from catode.structures.description import CONSUMER, Block, Site, Slice
-from catode.structures.inventory import Inventory, Place
+from catode.structures.inventory import Inventory
 
 __all__ = ["Counts", "called", "count", "describe", "in_width", "inference", "out_width"]
 
@@ -237,30 +239,45 @@ class _Terms:
         """Terms of products of activations in a module: linear in the units of each site inside it, as cut copies of it show."""
         block, rest = self._block(path), float(macs)
         inside = [place for place in self.inventory.places if any(within(p.tensor, path) for p in place.site.parts)]
-        if inside:
-            for place, slope in self._slopes(path, inside, macs):
-                rest -= slope * place.site.width
-                if slope:
-                    yield Term(path, slope / self.examples, 0.0, block, place.number, None)
+        ending = [n for n, b in enumerate(self.inventory.blocks) if b.addend and b.place == path and block is None]
+        if not inside and not ending:
+            yield Term(path, rest / self.examples, 0.0, block)
+            return
+        changes = [partial(_cut, path=path, site=place.site) for place in inside]
+        changes += [partial(_shortened, addend=self.inventory.blocks[number].addend) for number in ending]
+        gone = [macs - left for left in self._left(path, macs, changes)]
+        of_branch = dict(zip(ending, gone[len(inside) :], strict=True))
+        for place, less in zip(inside, gone, strict=False):
+            slope = less / max(place.site.width - 1, 1)
+            rest -= slope * place.site.width
+            if place.layer in of_branch:
+                of_branch[place.layer] -= slope * place.site.width
+            if slope:
+                yield Term(
+                    path, slope / self.examples, 0.0, place.layer if place.block.removable else block, place.number
+                )
+        for number, more in of_branch.items():
+            rest -= more
+            if more:
+                yield Term(path, more / self.examples, 0.0, number)
         if rest:
             yield Term(path, rest / self.examples, 0.0, block)
 
-    def _slopes(self, path: str, places: Sequence[Place], macs: int) -> list[tuple[Place, float]]:
-        """MACs of one unit of each site in the functional products of a module."""
-        found: list[tuple[Place, float]] = []
+    def _left(self, path: str, macs: int, changes: Sequence[Callable[[nn.Module], nn.Module]]) -> list[float]:
+        """MACs of the functional products of a module that are left after each of some changes of a copy of it."""
+        found: list[float] = []
 
         def measure(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if found:  # the module runs several times
                 return
             whole = sum(executed(module, lambda: module(*args, **kwargs)).functional.values())
-            for place in places:
+            for change in changes:
                 try:
-                    small = _cut(module, path, place.site)
+                    small = change(module)
                     left = sum(executed(small, lambda small=small: small(*args, **kwargs)).functional.values())
-                except Exception:  # the self-check says what is wrong with the site
+                except Exception:  # the self-check says what is wrong
                     left = whole
-                slope = (whole - left) / max(place.site.width - 1, 1)
-                found.append((place, slope * macs / whole if whole else 0.0))
+                found.append(left * macs / whole if whole else macs)
 
         module, busy = self.modules[path], []
 
@@ -278,6 +295,19 @@ class _Terms:
         return found
 
 
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy without hooks."""
+    small = copy.deepcopy(module)
+    for hooks in (small._forward_pre_hooks, small._forward_hooks):
+        hooks.clear()
+    return small
+
+
+def _shortened(module: nn.Module, addend: str) -> nn.Module:
+    """A copy of a module without one of its branches."""
+    return without(_copied(module), addend)
+
+
 def _cut(module: nn.Module, path: str, site: Site) -> nn.Module:
     """A copy of a module with one unit of a site, as far as the site is inside it."""
 
@@ -288,8 +318,6 @@ def _cut(module: nn.Module, path: str, site: Site) -> nn.Module:
     attributes = tuple(
         dataclasses.replace(a, module=inner(a.module)) for a in site.attributes if within(a.module, path)
     )
-    small = copy.deepcopy(module)
-    for hooks in (small._forward_pre_hooks, small._forward_hooks):
-        hooks.clear()
+    small = _copied(module)
     keep_units(small, dataclasses.replace(site, parts=parts, attributes=attributes), [0])
     return small

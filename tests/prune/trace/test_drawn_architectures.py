@@ -10,7 +10,7 @@ import copy
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_random_networks import KINDS, WIDTH, Network
 from torch import nn
@@ -111,7 +111,7 @@ ALONE = (Chain, Dense, KINDS[2])
 """Parts without a branch."""
 
 
-def flops(model: nn.Module, example: torch.Tensor) -> float:
+def flops(model: nn.Module, x: torch.Tensor) -> float:
     """MACs per example by torch's own counter, and an element of a norm for one."""
     elements = []
     hooks = [
@@ -121,10 +121,10 @@ def flops(model: nn.Module, example: torch.Tensor) -> float:
     ]
     # torch's counter knows no fused attention of CPUs
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(example)
+        model.eval()(x)
     for hook in hooks:
         hook.remove()
-    return (counter.get_total_flops() / 2 + sum(elements)) / len(example)
+    return (counter.get_total_flops() / 2 + sum(elements)) / len(x)
 
 
 def outputs(model: nn.Module, x: torch.Tensor, mode) -> list[torch.Tensor]:
@@ -135,6 +135,7 @@ def outputs(model: nn.Module, x: torch.Tensor, mode) -> list[torch.Tensor]:
 
 
 @settings(max_examples=20)
+@example([(MORE.index(Crossed), 2, 0)] * 4, False, 0)  # a branch goes that shares its module's numbers with another one
 @given(
     st.lists(
         st.tuples(st.integers(0, len(MORE) - 1), st.sampled_from((2, 4, 6)), st.integers(0, 2)), min_size=1, max_size=4
@@ -156,6 +157,14 @@ def test_law_cut_is_gated_and_counts_are_what_is_executed(drawn, flat, seed):
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     every = np.ones(inventory.size)
     assert costs.macs(every) == flops(model, x) and costs.params(every) == sum(p.numel() for p in model.parameters())
+    for number in np.flatnonzero(
+        inventory.removable[: inventory.layers]
+    ):  # the price of a layer is all that goes with it
+        left = every.copy()
+        left[number] = 0.0
+        saved = costs.gradient(every, 0.0)[number] * costs.removable_macs
+        left = inventory.close(left > 0).astype(float)
+        assert abs(saved - (costs.macs(every) - costs.macs(left))) < 1e-6 * costs.macs(every)
     rng = np.random.default_rng(seed)
     for share in (0.5, 0.8):
         kept = inventory.close(rng.random(inventory.size) < share)

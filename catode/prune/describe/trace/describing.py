@@ -150,6 +150,7 @@ class _Trace:
         if rest:
             blocks.append(Block(REST, "", rest, removable=False))
         blocks = [self._acceptable(block) for block in blocks]
+        blocks = [self._apart(block, blocks) for block in blocks]
         blocks = [block for block in blocks if block.removable or block.sites]
         return Description(blocks, self.refused, _fewest(sites, least))
 
@@ -158,6 +159,19 @@ class _Trace:
         faults = {site: site_fault(self.model, block, site) for site in block.sites}
         self.refused += [Refusal(site.name, "width", site.width, fault) for site, fault in faults.items() if fault]
         return replace(block, sites=tuple(site for site in block.sites if not faults[site]))
+
+    def _apart(self, block: Block, blocks: Sequence[Block]) -> Block:
+        """A block without the sites that rewrite a module's number which is fixed once another branch of the module has gone."""
+        kept = []
+        for site in block.sites:
+            places = {part.module for part in site.attributes}
+            other = next((b for b in blocks if b is not block and b.addend and b.place in places), None)
+            if other is None:
+                kept.append(site)
+            else:
+                why = f"a cut rewrites a number of `{other.place}`, which is fixed once the branch of `{other.name}` has gone"
+                self.refused.append(Refusal(site.name, "width", site.width, why))
+        return replace(block, sites=tuple(kept))
 
     def _sites(self, keep: Sequence[str]) -> dict[Width, Site]:
         """Sites of all widths that fit, the others refused."""
