@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from torch import nn
 
 from benchmarks.common import HOME, add_quick, guarded, hardware, markdown, publish
 from benchmarks.prunability.models import LISTS, Model, models
+from benchmarks.prunability.rival import records as rival_records
+from benchmarks.prunability.rival import takes as rival_takes
 from catode._validate import check_int
 from catode.prune.describe.costs import count
 from catode.prune.describe.costs import describe as complexity
@@ -49,6 +51,7 @@ HEADER = [
     "deviation",
     "counts",
     "seconds",
+    "Torch-Pruning",
     "refused",
     "remark",
 ]
@@ -110,8 +113,13 @@ def is_verified(record: dict[str, Any]) -> bool:
     return "error" not in record and record.get("deviation", 1.0) <= LARGEST_DEVIATION and not record.get("idle")
 
 
-def row(record: dict[str, Any]) -> list[str]:
-    """The table's line of a model."""
+def row(record: dict[str, Any], rivals: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The table's line of a model.
+
+    Args:
+        record: Its result.
+        rivals: What Torch-Pruning makes of models, by name.
+    """
     remark = record.get("error") or record.get("count_error", "")
     if record.get("idle"):
         remark = f"gates without effect: {', '.join(record['idle'])}"
@@ -120,19 +128,23 @@ def row(record: dict[str, Any]) -> list[str]:
     cells += [str(record.get(key, "-")) for key in ("widths", "units", "branches")]
     cells += [f"{record['deviation']:.0e}" if "deviation" in record else "-"]
     cells += [{True: "exact", False: "wrong"}.get(record.get("counts"), "-")]
-    cells += [f"{record['seconds']:.1f}" if "seconds" in record else "-", str(len(refused))]
+    cells += [f"{record['seconds']:.1f}" if "seconds" in record else "-"]
+    rival = rivals.get(record["model"])
+    cells += ["-" if rival is None else "runs" if rival_takes(rival) else "fails", str(len(refused))]
     return [*cells, (remark or (refused[0] if refused else "")).replace("|", "/")[:160]]
 
 
-def summary(records: Sequence[dict[str, Any]]) -> str:
-    """What the list comes to, in a line."""
+def summary(records: Sequence[dict[str, Any]], rivals: Mapping[str, dict[str, Any]]) -> str:
+    """What the list comes to, in a line, and what Torch-Pruning comes to."""
     described = [record for record in records if "error" not in record]
     verified = [record for record in described if is_verified(record)]
     with_branches = sum(bool(record["branches"]) for record in described)
+    tried = [rivals[record["model"]] for record in records if record["model"] in rivals]
+    other = f" Torch-Pruning leaves {sum(map(rival_takes, tried))} of {len(tried)} running." if tried else ""
     return (
         f"{len(records)} models: {len(described)} described, {with_branches} of them with branches that can go, "
         f"{len(verified)} verified to {LARGEST_DEVIATION:g}, {sum(record.get('counts') is True for record in records)} with exact "
-        "counts."
+        f"counts.{other}"
     )
 
 
@@ -167,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if args.quick:
         chosen, args.vertices, args.alone = chosen[:1], 1, 1
-    records = []
+    records, rivals = [], rival_records() if args.which == LISTS[0] else {}
     for model in chosen:
         path = args.records / args.which / f"{model.name.replace(' ', '_')}.json"
         record = json.loads(path.read_text()) if path.exists() and not (args.again or args.quick) else None
@@ -179,13 +191,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n")
         records.append(record)
-        print("  ".join(row(record)), file=sys.stderr, flush=True)
+        print("  ".join(row(record, rivals)), file=sys.stderr, flush=True)
     missing = len(chosen) - len(records)
     left = [f"{missing} more of the list have no result yet."] if missing else []
     text = [
-        " ".join([summary(records), *left]),
+        " ".join([summary(records, rivals), *left]),
         "",
-        markdown(HEADER, [row(record) for record in records]),
+        markdown(HEADER, [row(record, rivals) for record in records]),
         "",
         hardware(),
     ]

@@ -2,12 +2,12 @@
 
     python -m benchmarks.prunability.rival [--only PATTERN] [--limit SECONDS]
 
-Its magnitude pruner is asked for half of the channels of every layer but the classifier, set up as in its own script for torchvision's
-models (`benchmarks/prunability/torchvision_pruning.py` of its repository): layers that attention modules read without calling them are
-left out, widths of vision transformers are rounded to their heads, and `hidden_dim` is rewritten for them. A model counts as taken if it
-runs afterwards with fewer parameters. Nothing is asked of what it computes then, as removing by magnitude claims no exactness. Each model
-has a process of its own, which is stopped at the limit. Results are kept, one file for each model, and `python -m
-benchmarks.prunability --recorded --write` puts them into its table.
+Its magnitude pruner is asked for half of the channels of every layer but the classifier, set up as in its own script for
+torchvision's models (`benchmarks/prunability/torchvision_pruning.py` of its repository): layers that attention modules read without
+calling them are left out, widths of vision transformers are rounded to their heads, and `hidden_dim` is rewritten for them. A model
+counts as taken if it runs afterwards with fewer parameters. Nothing is asked of what it computes then, as removing by magnitude
+claims no exactness. Each model has a process of its own, which is stopped at the limit. Results are kept, one file for each model,
+and `python -m benchmarks.prunability --recorded --write` puts them into its table.
 """
 
 from __future__ import annotations

@@ -135,13 +135,18 @@ def _nothing(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> to
 
 def run(model: nn.Module, example: Any, mode: Callable[[nn.Module], None]) -> list[torch.Tensor]:
     """Outputs of a network, whose buffers and random numbers are as before."""
-    buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    buffers = [
+        (module, name, tensor, tensor.clone())
+        for module in model.modules()
+        for name, tensor in module._buffers.items()
+        if tensor is not None
+    ]
     mode(model)
     with torch.no_grad(), plain_attention(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         found = [tensor.clone() for tensor in floats(called(model, example))]
-        for name, tensor in model.named_buffers():
-            tensor.copy_(buffers[name])
+        for module, name, tensor, before in buffers:
+            module._buffers[name] = tensor.copy_(before)  # some models replace a buffer by another one
     return found
 
 
