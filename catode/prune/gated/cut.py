@@ -127,6 +127,7 @@ def keep_units(
     for parts in _by_dimension(model, slices(model, site)):
         module, name = owner(model, parts[0].tensor)
         kept = _kept(layout, site, parts, index, getattr(module, name))
+        _forget(module)
         change.slice(module, name, parts[0].dim, kept)
     for names, counted in (
         (site.producers, ("out_channels", "out_features", "num_features")),
@@ -303,6 +304,13 @@ def restrict(model: nn.Module, blocks: list[Block], structure: dict) -> nn.Modul
         if len(units) < place.site.width:
             keep_units(model, place.site, units, layout=layout)
     return model
+
+
+def _forget(module: nn.Module) -> None:
+    """Empty what a module keeps of tensors that it computed from its parameters, such as timm's biases of attention."""
+    for name, value in vars(module).items():
+        if "cache" in name and isinstance(value, dict):
+            value.clear()
 
 
 def _by_dimension(model: nn.Module, parts: Iterable[Slice]) -> list[list[Slice]]:

@@ -264,7 +264,7 @@ def _inside(recording: Recording, path: str) -> list[Operation]:
     return [op for op in ops if op.inputs and op.name not in (*VIEWS, "clone", "alias", "detach", "_to_copy", "copy_")]
 
 
-def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph | None) -> str:
+def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph | None, whole: Recording) -> str:
     """Path of the module that a branch's gate scales: what the addend is a multiple of.
 
     Args:
@@ -272,17 +272,16 @@ def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph | No
         maps: Index maps.
         branch: The branch.
         graph: Graph of the module that holds it; None if that cannot be traced.
+        whole: The network's pass in eval mode.
 
     Returns:
         Path of its last affine; if a function that is not linear follows that, of a module without parameters which returns the
         addend; empty if there is neither.
     """
-    value = branch.addend
-    while value.op is not None and value.op.name in MULTIPLES:
-        active = [source for source in value.op.inputs if maps.active[source]]
-        if len(active) != 1:
-            break
-        value = active[0]
+    value = _multiple_of(maps, branch.addend)
+    shift = _shift(maps, value)  # a layer may add its bias after the product
+    if shift:
+        value = _multiple_of(maps, next(source for source in value.op.inputs if maps.active[source]))
     if value.op is not None and value.op.name in (*PRODUCTS, *BATCH_NORMS, "native_layer_norm", "native_group_norm"):
         owners = {name.rpartition(".")[0] for name in _used([value.op], maps)}
         path = next(iter(owners)) if len(owners) == 1 else ""
@@ -290,7 +289,7 @@ def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph | No
             f"{value.op.path}."
         )  # without being called, as torch's own attention does
         own = model.get_submodule(path)._parameters if path and (read or path == value.op.path) else {}
-        if own.get("weight") is not None and set(own) <= {"weight", "bias"}:
+        if own.get("weight") is not None and set(own) <= {"weight", "bias"} and shift in ("", f"{path}.bias"):
             branch.reader = value.op.path if read else ""
             return path
     if graph is None:
@@ -298,9 +297,28 @@ def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph | No
     node = next(node for node in graph.nodes if node.name == branch.node)
     if node.op == "call_module":
         path = f"{branch.module}.{node.target}"
-        if not any(True for _ in model.get_submodule(path).parameters(recurse=False)):
+        once = sum(name == path for name, _ in whole.calls) == 1
+        if once and not any(True for _ in model.get_submodule(path).parameters(recurse=False)):
             return path
     return ""
+
+
+def _multiple_of(maps: Maps, value: Value) -> Value:
+    """What a value is a multiple of, as far back as that is so."""
+    while value.op is not None and value.op.name in MULTIPLES:
+        active = [source for source in value.op.inputs if maps.active[source]]
+        if len(active) != 1:
+            break
+        value = active[0]
+    return value
+
+
+def _shift(maps: Maps, value: Value) -> str:
+    """Name of the parameter that a value's operation adds to what depends on the input, or ""."""
+    if value.op is None or value.op.name not in ("add", "add_") or len(value.op.inputs) != 2:
+        return ""
+    names = [maps.origin.get(source, "") for source in value.op.inputs if not maps.active[source]]
+    return names[0] if len(names) == 1 else ""
 
 
 def graph_of(module: nn.Module) -> fx.Graph:

@@ -239,7 +239,7 @@ class _Trace:
             if branch.reason:
                 continue
             graph = None if branch.untraced else graphs[branch.module]
-            branch.output = output_of(self.model, self.maps, branch, graph)
+            branch.output = output_of(self.model, self.maps, branch, graph, whole)
             if not branch.output:
                 here = f" in `{branch.module}`" if branch.module else ""
                 branch.reason = branch.untraced or f"no module's output{here} is its addend, which a gate could scale"
