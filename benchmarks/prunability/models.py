@@ -98,12 +98,18 @@ SMALL = (
 """Parts of the names of timm's small models, the smallest first."""
 
 
+LARGEST, SMALLER = 512, 256
+"""Pixels above which a model of a fixed size is made for fewer."""
+
+
 def _timm() -> list[Model]:
     import timm
 
     def build(name: str) -> tuple[nn.Module, torch.Tensor]:
         model = timm.create_model(name)
         channels, *size = model.default_cfg["input_size"]
+        if model.default_cfg.get("fixed_input_size") and min(size) > LARGEST:
+            model, size = timm.create_model(name, img_size=SMALLER), [SMALLER, SMALLER]
         if not model.default_cfg.get("fixed_input_size") and min(size) > 128 and _runs(model, channels, 128):
             size = [128, 128]
         return model, torch.zeros(1, channels, *size)

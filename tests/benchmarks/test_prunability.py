@@ -43,7 +43,9 @@ def test_what_is_wrong_counts_as_not_verified_and_is_told():
     assert prunability.is_verified(good) and not any(map(prunability.is_verified, wrong))
     rivals = {"a": {"parameters": 10, "left": 4}, "b": {"error": "stuck"}}
     said = prunability.summary([good, wrong[2]], rivals)
-    assert said.startswith("2 models: 1 described, 1 of them with branches that can go, 1 verified to 0.0001, 1 with exact")
+    assert said.startswith(
+        "2 models: 1 described, 1 of them with branches that can go, 1 verified to 0.0001, 1 with exact"
+    )
     assert said.endswith("Torch-Pruning leaves 1 of 2 running.")
     cells = dict(zip(prunability.HEADER, prunability.row(wrong[1], rivals), strict=True))
     assert (cells["Torch-Pruning"], cells["counts"], cells["remark"]) == ("runs", "exact", "gates without effect: x")

@@ -11,9 +11,10 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from catode.prune.describe.executed import NORMS, Executed, batch_size, called, executed, inference
+from catode.prune.describe.executed import NORMS, Executed, batch_size, called, executed, inference, numbers
 from catode.prune.describe.protocol import goes_with, slices, tensor_of, within
 from catode.prune.gated.cut import keep_units
 from catode.prune.gated.remainder import without
@@ -131,10 +132,11 @@ class _Terms:
     def __init__(self, model: nn.Module, inventory: Inventory, found: Executed, examples: int, example: Any):
         self.model, self.inventory, self.found, self.examples, self.example = model, inventory, found, examples, example
         self.modules = dict(model.named_modules())
-        self.numbers = {id(p): number for number, p in enumerate(model.parameters())}
+        self.numbers = numbers(model)
         self.names: dict[int, list[str]] = {}
-        for name, p in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(self.numbers[id(p)], []).append(name)
+        for every in (model.named_parameters, model.named_buffers):
+            for name, tensor in every(remove_duplicate=False):
+                self.names.setdefault(self.numbers[id(tensor)], []).append(name)
         self.axes: dict[tuple[int, int], dict[tuple[int, int], tuple[int, Slice]]] = {}
         for place in inventory.places:
             for part in slices(model, place.site):
@@ -151,10 +153,10 @@ class _Terms:
             module = self.modules[path]
             if isinstance(module, NORMS):
                 yield from self._norm(path, module, done)
-            for name, parameter in module._parameters.items():
-                if parameter is not None and self.numbers[id(parameter)] not in done:
-                    done.add(self.numbers[id(parameter)])
-                    yield from self._parameter(f"{path}.{name}" if path else name, parameter)
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and self.numbers[id(tensor)] not in done:
+                    done.add(self.numbers[id(tensor)])
+                    yield from self._tensor(f"{path}.{name}" if path else name, tensor)
         for path, macs in self.found.functional.items():
             yield from self._functional(path, macs)
 
@@ -172,8 +174,8 @@ class _Terms:
         parts: list[Part] = [(number, part.each) for number, part in ranges]
         return [*parts, (None, fixed)] if fixed or not parts else parts
 
-    def _parameter(self, name: str, parameter: nn.Parameter) -> Iterator[Term]:
-        """Terms of a parameter: its entries, and what every entry is multiplied with."""
+    def _tensor(self, name: str, parameter: torch.Tensor) -> Iterator[Term]:
+        """Terms of a parameter: its entries, and what every entry is multiplied with; of a buffer the latter alone."""
         path, number = name.rpartition(".")[0], self.numbers[id(parameter)]
         names, uses = self.names[number], self.products.get(number, [])
         several = len({self._block(other) for other in names}) > 1
@@ -181,7 +183,7 @@ class _Terms:
         # params with the first use, if all go together
         if not used or several:
             used = [(self._block(*names), 0), *used]
-        params = 1.0
+        params = float(isinstance(parameter, nn.Parameter))
         for block, macs in used:
             each = macs / self.examples / parameter.numel() if parameter.numel() else 0.0
             for inner, outer, entries in self._pairs(name, parameter):

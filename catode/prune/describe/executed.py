@@ -36,7 +36,7 @@ class Executed:
 
     Attributes:
         modules: Modules that ran, each once.
-        products: MACs of a parameter, by the path of the innermost module that ran and the parameter's own number.
+        products: MACs of a parameter or buffer, by the path of the innermost module that ran and its number, as in `numbers`.
         functional: MACs of activations with each other, by the path of the innermost module that ran.
         normalised: Elements that a norm returned.
     """
@@ -59,9 +59,9 @@ class _Products(TorchDispatchMode):
         super().__init__()
         self.found, self.running = found, running
         self.places: dict[tuple, int] = {}
-        for number, parameter in enumerate(model.parameters()):
-            self.places[_storage(parameter)] = number
-        self.number = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+        self.number = numbers(model)
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.places.setdefault(_storage(tensor), self.number[id(tensor)])
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -82,7 +82,7 @@ class _Products(TorchDispatchMode):
         return flops(*args, **kwargs, out_val=output) // 2
 
     def _weight(self, args: tuple) -> int | None:
-        """Number of the parameter among the factors: itself, a view of it, or computed from one of the module that runs."""
+        """Number of the parameter or buffer among the factors: itself, a view of it, or computed of one."""
         factors = [part for part in args if isinstance(part, torch.Tensor)]
         for part in factors:
             if (number := self.places.get(_storage(part))) is not None and part.dim() > 1:
@@ -93,6 +93,14 @@ class _Products(TorchDispatchMode):
                 if parameter.numel() == part.numel():
                     return self.number.get(id(parameter))  # None for what a gate has scaled
         return None
+
+
+def numbers(model: nn.Module) -> dict[int, int]:
+    """Numbers of a network's parameters and then of its buffers, by identity."""
+    found: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        found.setdefault(id(tensor), len(found))
+    return found
 
 
 def _storage(tensor: torch.Tensor) -> tuple[int, int]:

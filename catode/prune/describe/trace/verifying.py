@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from catode.prune.describe.protocol import slices, tensor_of
 from catode.prune.describe.trace.recording import called, doubled, plain_attention
-from catode.prune.describe.trial import difference, evaluating, floats, randomise
+from catode.prune.describe.trial import difference, evaluating, floats, randomise, training_norms
 from catode.prune.gated.cut import drop_block, keep_units
 from catode.prune.gated.heads import adopt
 from catode.structures.description import CONSUMER, Block
@@ -133,7 +133,7 @@ def _nothing(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> to
     return (output[0] * 0.0, *output[1:]) if isinstance(output, tuple) else output * 0.0
 
 
-def run(model: nn.Module, example: Any, mode: Callable[[nn.Module], None]) -> list[torch.Tensor]:
+def run(model: nn.Module, example: Any, mode: Callable[[nn.Module], None], seed: int = 0) -> list[torch.Tensor]:
     """Outputs of a network, whose buffers and random numbers are as before."""
     buffers = [
         (module, name, tensor, tensor.clone())
@@ -143,7 +143,7 @@ def run(model: nn.Module, example: Any, mode: Callable[[nn.Module], None]) -> li
     ]
     mode(model)
     with torch.no_grad(), plain_attention(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         found = [tensor.clone() for tensor in floats(called(model, example))]
         for module, name, tensor, before in buffers:
             module._buffers[name] = tensor.copy_(before)  # some models replace a buffer by another one
@@ -182,6 +182,8 @@ def verify(
     example = tree_map_only(torch.Tensor, noise, doubled(example))
     worst, where = 0.0, ""
     modes = {"eval mode": evaluating, "train mode": without_chance}
+    if _is_random(model, example):
+        modes["train mode"] = training_norms
     for name, kept in vertices(inventory, count, rng):
         with closed(model, inventory, kept):
             gated = {mode: _tried(model, example, setting) for mode, setting in modes.items()}
@@ -209,6 +211,14 @@ def verify(
                     else next(place.site.name for place in inventory.places if first in place.units)
                 )
     return Verdict(worst, where, tuple(idle), len(chosen))
+
+
+def _is_random(model: nn.Module, example: Any) -> bool:
+    """Whether a network draws random numbers in train mode by itself, such as by a dropout that is no module."""
+    try:
+        return difference(run(model, example, without_chance), run(model, example, without_chance, 1)) > 0
+    except Exception:  # it does not run in train mode
+        return False
 
 
 def _tried(model: nn.Module, example: Any, mode: Callable[[nn.Module], None]) -> list[torch.Tensor] | None:
