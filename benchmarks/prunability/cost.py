@@ -20,7 +20,7 @@ import torch
 from benchmarks.common import add_quick, guarded, hardware, markdown, publish
 from benchmarks.prunability.models import declare_operators
 from catode._validate import check_int
-from catode.prune.describe.trial import memory
+from catode.prune.describe.trial import bytes_of
 from catode.train.settings.commandline import CommandLine
 
 MODELS = ("resnet50", "vit_b_16", "convnext_tiny")
@@ -42,7 +42,7 @@ def _measure(name: str, to: Connection) -> None:
     describe(model, image)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * 1024
-    to.send((sum(p.numel() for p in model.parameters()) / 1e6, cpu, wall, more / memory(model)))
+    to.send((sum(p.numel() for p in model.parameters()) / 1e6, cpu, wall, more / bytes_of(model)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

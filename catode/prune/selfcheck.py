@@ -22,18 +22,23 @@ from torch import nn
 
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import called, count, describe
+from catode.prune.describe.executed import parts_executed
 from catode.prune.describe.protocol import gated_modules
 from catode.prune.describe.trial import (
     BatchNorm,
     Lowest,
+    bytes_of,
+    cuda_devices,
     difference,
     evaluating,
     failing_module,
+    first_line,
     floats,
-    memory,
+    random_like,
     randomise,
     training,
     training_norms,
+    turn,
 )
 from catode.prune.gated.cut import restrict
 from catode.prune.gated.gates import Gates
@@ -44,13 +49,8 @@ from catode.structures.complexity import Complexity
 from catode.structures.description import Block
 
 EXACT = 1e-8  # largest relative difference of what is computed in double precision
-EXAMPLES, SMALL_EXAMPLES, FEATURE_EXAMPLES = (
-    2,
-    4,
-    16,
-)  # in a check: of images and sequences, small images, rows of features
-SMALL = 2**13  # numbers in a small image, for which a batch norm may average over as few as there are examples
-ROUNDS, MOST_ROUNDS = 4, 12  # of random weights until every unit was seen to act; more while further ones are
+# of random weights until every unit was seen to act: in a network without norms, in others, and more while further ones are
+LEAST_ROUNDS, ROUNDS, MOST_ROUNDS = 2, 4, 12
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def check(model: nn.Module, example: Any, blocks: Sequence[Block] | None = None,
     consistency.check(model, blocks)
     adopt(model, blocks)
     complexity = describe(model, blocks, example)
-    size = memory(model)
-    with torch.random.fork_rng(_devices(model)):
+    size = bytes_of(model)
+    with torch.random.fork_rng(cuda_devices(model)):
         trial = _Trial(model, example, blocks, complexity, seed)
         most = 0.0
         try:
@@ -149,19 +149,19 @@ class _Trial:
         try:
             self.whole = whole = self._copy()
         except Exception as error:
-            raise _CannotCheck(f"it cannot be copied ({_line(error)})") from None
+            raise _CannotCheck(f"it cannot be copied ({first_line(error)})") from None
         try:
             with Lowest() as lowest:
                 one = self._run(whole, evaluating)
         except Exception as error:
             self.dtype = next(p.dtype for p in self.model.parameters())
             self.tolerance = torch.finfo(self.dtype).eps ** 0.5
-            self.notes.append(f"checked in {self.dtype}, as it does not run in double precision ({_line(error)})")
+            self.notes.append(f"checked in {self.dtype}, as it does not run in double precision ({first_line(error)})")
             self.whole = whole = self._copy()
             try:
                 one = self._run(whole, evaluating)
             except Exception as again:
-                raise _CannotCheck(f"a copy with random weights does not run ({_line(again)})") from None
+                raise _CannotCheck(f"a copy with random weights does not run ({first_line(again)})") from None
         else:
             if lowest.dtype is not None:
                 self.tolerance = torch.finfo(lowest.dtype).eps ** 0.5
@@ -223,23 +223,24 @@ class _Trial:
         Raises:
             ValueError: if one does not.
         """
-        silent = self.inventory.removable.copy()
+        silent, normed = self.inventory.removable.copy(), len(tracking_norms(self.whole)) > 0
         gates = self._gates()
         before = 0
         for round in range(MOST_ROUNDS):
             if round:
-                randomise(self.whole, self.seed + round)
+                turn(self.whole, self.seed + round)
             # train mode in every other round: batch norms leave no unit closed by a ReLU for every example
             silent &= ~self._acting(gates, training_norms if round % 2 else evaluating, round)
+            if (
+                not normed and round + 1 >= LEAST_ROUNDS
+            ):  # some are closed each time; their slices are those of the others
+                for units in self.inventory.units:
+                    silent[units] &= silent[units].mean() >= 0.5
             if not silent.any() or (round + 1 >= ROUNDS and silent.sum() == before):
                 break
             before = silent.sum()
         if round:
             randomise(self.whole, self.seed)
-        # without norms some are closed each time; their slices are those of the others
-        for units in self.inventory.units:
-            if silent[units].mean() < 0.5 and not len(tracking_norms(self.whole)):
-                silent[units] = False
         for number in np.flatnonzero(silent):
             if self._changes(gates, number):
                 continue
@@ -262,6 +263,7 @@ class _Trial:
             ValueError: if one is too large, or a count is wrong.
         """
         vertices, most = self._vertices(), 0.0
+        self._check_counted()
         self._expect(vertices)
         for kept in vertices:
             found = self._compare(kept)
@@ -269,6 +271,24 @@ class _Trial:
                 self._blame(found)
             most = max(most, found)
         return most
+
+    def _check_counted(self) -> None:
+        """Make sure that the whole copy executes what the whole model was counted to.
+
+        Raises:
+            ValueError: if not, with the module whose operations are not counted.
+        """
+        expected, executed = self.complexity.macs(np.ones(self.inventory.size)), self._executed(self.whole)
+        if abs(executed - expected) <= 0.5 + 1e-9 * expected:
+            return
+        here, copied = (parts_executed(model, self._example_for(model)) for model in (self.model, self.whole))
+        path = next(p for p in (*here, *copied) if here.get(p) != copied.get(p))
+        name = f"`{path or type(self.model).__name__}` ({type(self.model.get_submodule(path)).__name__})"
+        raise ValueError(
+            f"`model` must run operations whose MACs are counted; {name} executes {copied.get(path, 0):,} in {self.dtype} and "
+            f"{here.get(path, 0):,} as it is, by an operation that is not counted. Use the same one in every precision, or pass "
+            "self_check=False to price it as it is."
+        )
 
     def _vertices(self) -> list[NDArray[np.bool_]]:
         inventory = self.inventory
@@ -279,7 +299,9 @@ class _Trial:
         for first in (0, 1):
             layers[first][first : inventory.layers : 2] = False
         some = np.random.default_rng(self.seed).random(inventory.size) < np.where(inventory.is_layer, 0.7, 0.6)
-        return [inventory.close(kept) for kept in (half, *layers, some)]
+        every = {kept.tobytes(): kept for kept in map(inventory.close, (half, *layers, some))}
+        every.pop(np.ones(inventory.size, dtype=bool).tobytes(), None)  # nothing goes, as of layers where no branch can
+        return list(every.values())
 
     def _expect(self, vertices: Sequence[NDArray[np.bool_]]) -> None:
         """Run the gated network at some vertices."""
@@ -305,7 +327,7 @@ class _Trial:
                 most = max(most, difference(found, self.expected[kept.tobytes(), mode]))
         except Exception as error:
             place = f" at `{failing[0]}`" if "failing" in locals() and failing else ""
-            return f"the network fails{place} ({_line(error)})"
+            return f"the network fails{place} ({first_line(error)})"
         every, left = np.ones(self.inventory.size), kept.astype(float)
         counted = self.complexity.params(every) - self.complexity.params(left)
         removed = whole_params - sum(p.numel() for p in small.parameters())
@@ -318,13 +340,17 @@ class _Trial:
 
     def _executed(self, model: nn.Module) -> int:
         """MACs per example that a copy executes."""
+        with torch.random.fork_rng(cuda_devices(model)):
+            return count(model, self._example_for(model)).macs
+
+    def _example_for(self, model: nn.Module) -> Any:
+        """The example in the precision of a model, on its device."""
+        like = next(model.parameters())
 
         def change(tensor: torch.Tensor) -> torch.Tensor:
-            device = next(model.parameters()).device
-            return tensor.to(device, self.dtype) if tensor.is_floating_point() else tensor.to(device)
+            return tensor.to(like.device, like.dtype) if tensor.is_floating_point() else tensor.to(like.device)
 
-        with torch.random.fork_rng(_devices(model)):
-            return count(model, nests.mapped(self.example, change)).macs
+        return nests.mapped(self.example, change)
 
     def _blame(self, found: float | str) -> None:
         """Find the block or site that is to blame, and raise.
@@ -381,24 +407,31 @@ class _Trial:
         gates.draw = gates.keep_prob = ones
         found, busy, hooks = torch.zeros_like(ones), [], []
 
+        def add(ends: list[torch.Tensor]) -> None:
+            with torch.enable_grad():
+                value = sum((end * torch.randn_like(end)).sum() for end in ends if end.requires_grad)
+            if isinstance(value, torch.Tensor):
+                (gradient,) = torch.autograd.grad(value, ones)
+                found.add_(gradient.abs().nan_to_num(0.0))
+
         def differentiate(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             if busy:
                 return
             busy.append(block)
             with torch.enable_grad():
                 ends = floats(block(*args, **kwargs))
-                value = sum((end * torch.randn_like(end)).sum() for end in ends if end.requires_grad)
             busy.clear()
-            if isinstance(value, torch.Tensor):
-                (gradient,) = torch.autograd.grad(value, ones)
-                found.add_(gradient.abs().nan_to_num(0.0))
+            add(ends)
 
-        for place in dict.fromkeys(block.place for block in self.blocks):
+        for place in dict.fromkeys(block.place for block in self.blocks if block.place):
             module = self.whole.get_submodule(place)
             hooks.append(module.register_forward_hook(differentiate, with_kwargs=True))
-        self._run(self.whole, mode, seed=round)
+        if hooks:
+            self._run(self.whole, mode, seed=round)
         for hook in hooks:
             hook.remove()
+        if not all(block.place for block in self.blocks):
+            add(self._run(self.whole, mode, seed=round, differentiated=True))
         gates.draw = gates.keep_prob = ones.detach()
         return (found > 0).cpu().numpy()
 
@@ -430,10 +463,12 @@ class _Trial:
             own = own.cpu()
         own = own.to(self.dtype)
         randomise(own, self.seed)
-        self.most_bytes = max(self.most_bytes, memory(own))
+        self.most_bytes = max(self.most_bytes, bytes_of(own))
         return own
 
-    def _run(self, model: nn.Module, mode: Callable, number: int = 0, seed: int = 0) -> list[torch.Tensor]:
+    def _run(
+        self, model: nn.Module, mode: Callable, number: int = 0, seed: int = 0, differentiated: bool = False
+    ) -> list[torch.Tensor]:
         """What a model returns for random examples; its running statistics stay as they are.
 
         Args:
@@ -441,58 +476,31 @@ class _Trial:
             mode: Puts it into a mode.
             number: Another number gives other random numbers inside the model.
             seed: Seed of the examples.
+            differentiated: Whether what it returns is to be differentiated.
         """
         mode(model)
         norms = [module for module in model.modules() if isinstance(module, BatchNorm) and module.training]
         tracking = [norm.track_running_stats for norm in norms]
-        inputs = self._inputs(next(model.parameters()).device, seed)
+        inputs = random_like(self.example, self.dtype, next(model.parameters()).device, self.seed + seed)
         torch.manual_seed(number)
         for norm in norms:
             norm.track_running_stats = False
         try:
-            with torch.no_grad():
-                return [tensor.detach() for tensor in floats(called(model, inputs))]
+            with torch.set_grad_enabled(differentiated):
+                found = floats(called(model, inputs))
+            return found if differentiated else [tensor.detach() for tensor in found]
         finally:
             for norm, flag in zip(norms, tracking, strict=True):
                 norm.track_running_stats = flag
 
     def _drew(self) -> bool:
         """Whether the last `_run`, of number 0, drew random numbers, as stochastic depth does, which may change nothing."""
-        devices = _devices(self.model)
+        devices = cuda_devices(self.model)
         states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         torch.manual_seed(0)
         after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         return not all(map(torch.equal, states, after))
 
-    def _inputs(self, device: torch.device, seed: int) -> Any:
-        """Random examples of the form of the one given; what is no floating-point number is drawn from the one given."""
-        generator = torch.Generator().manual_seed(self.seed + seed)
-        tensors = list(nests.tensors(self.example))
-        sizes = {len(tensor) for tensor in tensors if tensor.dim()}
-        images = any(t.dim() > 2 or not t.is_floating_point() for t in tensors)
-        small = all(t.dim() > 3 and np.prod(t.shape[1:]) < SMALL for t in tensors)
-        count = (SMALL_EXAMPLES if small else EXAMPLES) if images else FEATURE_EXAMPLES
-        count = count if len(sizes) == 1 else None
-
-        def change(tensor: torch.Tensor) -> torch.Tensor:
-            shape = tensor.shape if count is None or not tensor.dim() else (count, *tensor.shape[1:])
-            if tensor.is_floating_point():
-                return torch.randn(shape, generator=generator, dtype=self.dtype).to(device)
-            chosen = torch.randint(tensor.numel(), (int(np.prod(shape)),), generator=generator)
-            return tensor.detach().cpu().reshape(-1)[chosen].reshape(shape).to(device)
-
-        return nests.mapped(self.example, change)
-
 
 def _said(found: float | str) -> str:
     return found if isinstance(found, str) else f"what it returns differs by {found:.1e} of its size"
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:150]}" if lines else type(error).__name__
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    """CUDA devices of a model."""
-    return list({p.device for p in model.parameters() if p.device.type == "cuda"})

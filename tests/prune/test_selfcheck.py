@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+import catode
+from catode.prune.describe.costs import count
 from catode.prune.pruner import Pruner
 from catode.prune.selfcheck import Unchecked, check
 from catode.structures.description import Block, Site
@@ -340,3 +342,45 @@ def test_no_warning_where_nothing_is_wrong():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(Net(), IMAGE)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over embedded tokens, and an MLP behind its last step."""
+
+    def __init__(self, kind=nn.LSTM, **given):
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(11, 8), kind(8, 16, batch_first=True, **given)
+        out = 16 * (2 if given.get("bidirectional") else 1)
+        self.mlp = nn.Sequential(nn.Linear(out, 12), nn.ReLU(), nn.Linear(12, 4))
+
+    def forward(self, x):
+        return self.mlp(self.rnn(self.table(x))[0][:, -1])
+
+
+@pytest.mark.parametrize("kind, matrices", [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize("given", [{}, {"bidirectional": True}, {"num_layers": 2}, {"bias": False}])
+def test_recurrent_layers_are_counted_and_stay(kind, matrices, given):
+    model, tokens = Recurrent(kind, **given), torch.zeros(2, 5, dtype=torch.long)
+    sides = 2 if given.get("bidirectional") else 1
+    macs = sides * 5 * matrices * 16 * (8 + 16) + (5 * matrices * 16 * 32 if given.get("num_layers") else 0)
+    assert count(model, tokens).macs == macs + 16 * sides * 12 + 12 * 4
+    blocks = catode.describe(model, tokens)
+    assert [site.name for block in blocks for site in block.sites] == ["mlp.0"]
+    assert check(model, tokens, blocks).difference < 1e-10
+
+
+def test_an_operation_that_is_not_counted_is_named():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.own(x) if x.dtype == torch.float64 else (self.own.weight * x[:, None]).sum(-1)
+
+    model = nn.Sequential(Odd(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    with pytest.raises(
+        ValueError, match=r"^`model` must run operations whose MACs are counted; `0.own` \(Linear\)"
+    ) as told:
+        check(model, torch.zeros(4, 6), catode.describe(model, torch.zeros(4, 6)))
+    assert "in torch.float64" in str(told.value) and "\n" not in str(told.value)

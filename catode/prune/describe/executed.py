@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -22,12 +23,23 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
     return sdpa_flop_count(query, key, value)
 
 
+def _recurrent_flops(input: torch.Size, *weights: Any, **_: Any) -> int:
+    """Every step of every sequence goes through every matrix once; shapes are of (steps, sequences, channels) or packed."""
+    listed = [part for weight in weights for part in (weight if isinstance(weight, list) else [weight])]
+    shapes = [getattr(part, "shape", part) for part in listed]
+    return 2 * prod(input[:-1]) * sum(prod(shape) for shape in shapes if len(shape) == 2)
+
+
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    aten.mkldnn_rnn_layer: lambda input, *others, **_: _recurrent_flops(input, *others[:2]),
+    aten._cudnn_rnn: lambda input, weights, *_, **__: _recurrent_flops(input, weights),
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_attention_math_for_mps: _attention_flops,
 }
-"""Operations of every product, two for a multiply-accumulate, from shapes of arguments: torch's, and the CPU's attention."""
+"""Operations of every product, two for a multiply-accumulate, from shapes of arguments: torch's, the CPU's attention, and
+recurrent layers that run as one operation."""
+OWN = frozenset(FLOPS) - frozenset(flop_registry)
 
 
 @dataclass
@@ -77,8 +89,8 @@ class _Products(TorchDispatchMode):
         return output
 
     def _macs(self, function, flops, shapes, args, kwargs, output) -> int:
-        if flops is _attention_flops:
-            return flops(*shapes[:3]) // 2
+        if function._overloadpacket in OWN:
+            return flops(*(shapes[:3] if flops is _attention_flops else shapes)) // 2
         return flops(*args, **kwargs, out_val=output) // 2
 
     def _weight(self, args: tuple) -> int | None:
@@ -146,6 +158,16 @@ def executed(model: nn.Module, run: Callable[[], Any]) -> Executed:
         for hook in hooks:
             hook.remove()
     return found
+
+
+def parts_executed(model: nn.Module, example: Any) -> dict[str, int]:
+    """MACs of the products of every module by path, of all examples together, in the order in which they ran."""
+    with inference(model):
+        found = executed(model, lambda: called(model, example))
+    parts = dict.fromkeys(found.modules, 0)
+    for path, macs in [*((path, macs) for (path, _), macs in found.products.items()), *found.functional.items()]:
+        parts[path] = parts.get(path, 0) + macs
+    return parts
 
 
 @contextmanager

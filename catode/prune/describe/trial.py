@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from catode.prune.measure import nests
 
 BatchNorm, Dropout = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+EXAMPLES, SMALL_EXAMPLES, FEATURE_EXAMPLES = 2, 4, 16  # of images and sequences, small images, rows of features
+SMALL = 2**13  # numbers in a small image, for which a batch norm may average over as few as there are examples
 
 
 @torch.no_grad()
@@ -33,10 +36,12 @@ def randomise(model: nn.Module, seed: int) -> None:
             fans = tuple(
                 range(1, tensor.dim())
             )  # without a mean, or units behind a ReLU are on or off for every input alike
-            random = normal(tensor)
-            tensor.copy_(
-                (random - random.mean(fans, keepdim=True) * (tensor[0].numel() > 4)) / max(tensor[0].numel(), 1) ** 0.5
-            )
+            random = torch.randn(
+                tensor.shape, generator=generator, dtype=torch.float32
+            )  # in place and in 32 bits: the largest take long
+            if tensor[0].numel() > 4:
+                random -= random.mean(fans, keepdim=True)
+            tensor.copy_(random.mul_(max(tensor[0].numel(), 1) ** -0.5))
         elif name.rpartition(".")[2] == "bias":
             tensor.copy_(0.3 * normal(tensor))
         else:
@@ -46,6 +51,52 @@ def randomise(model: nn.Module, seed: int) -> None:
             tensor.copy_(0.3 * normal(tensor))
         elif name.endswith("running_var"):
             tensor.copy_(1.0 + 0.3 * normal(tensor).clamp(-2, 2))
+
+
+@torch.no_grad()
+def turn(model: nn.Module, seed: int) -> None:
+    """Give a network with random parameters others at little cost: weights change signs by rows, biases are drawn anew.
+
+    What was closed by a ReLU opens in every other row.
+
+    Args:
+        model: The network; changed in place.
+        seed: Seed of the values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.named_parameters():
+        if tensor.dim() > 1:
+            signs = torch.randint(2, (len(tensor), *[1] * (tensor.dim() - 1)), generator=generator) * 2 - 1
+            tensor.mul_(signs.to(tensor))
+        elif name.rpartition(".")[2] == "bias":
+            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator).to(tensor))
+
+
+def random_like(example: Any, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    """Random examples of the form of the one given; what is no floating-point number is drawn from the one given.
+
+    Args:
+        example: The example.
+        dtype: Type of the floating-point numbers.
+        device: Their device.
+        seed: Seed of the numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {len(tensor) for tensor in nests.tensors(example) if tensor.dim()}
+    tensors = list(nests.tensors(example))
+    images = any(t.dim() > 2 or not t.is_floating_point() for t in tensors)
+    small = all(t.dim() > 3 and np.prod(t.shape[1:]) < SMALL for t in tensors)
+    count = (SMALL_EXAMPLES if small else EXAMPLES) if images else FEATURE_EXAMPLES
+    count = count if len(sizes) == 1 else None
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        shape = tensor.shape if count is None or not tensor.dim() else (count, *tensor.shape[1:])
+        if tensor.is_floating_point():
+            return torch.randn(shape, generator=generator, dtype=dtype).to(device)
+        chosen = torch.randint(tensor.numel(), (int(np.prod(shape)),), generator=generator)
+        return tensor.detach().cpu().reshape(-1)[chosen].reshape(shape).to(device)
+
+    return nests.mapped(example, change)
 
 
 def floats(output: Any) -> list[torch.Tensor]:
@@ -123,6 +174,17 @@ def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> fl
     return most
 
 
-def memory(model: nn.Module) -> int:
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:150]}" if lines else type(error).__name__
+
+
+def bytes_of(model: nn.Module) -> int:
     """Memory of the parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def cuda_devices(model: nn.Module) -> list[torch.device]:
+    """CUDA devices of a model."""
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
