@@ -42,7 +42,7 @@ class Row:
 
 
 CNN: dict[str, Any] = dict(image_size=64, epochs=4, batch_size=32, lr=0.05, warmup_epochs=0.5)
-VIT: dict[str, Any] = dict(epochs=4, batch_size=32, optimizer="adamw", lr=1e-3, warmup_epochs=0.5, clip_grad=1.0)
+VIT: dict[str, Any] = dict(epochs=4, batch_size=32, optimizer="adamw", warmup_epochs=0.5)
 
 ROWS = (
     Row("mobilenet_v2", "torchvision:mobilenet_v2", 16_000, CNN),
