@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
