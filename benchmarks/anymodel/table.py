@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import copies
 from benchmarks.anymodel.rows import ROWS, SHARE
 from benchmarks.common import machine, markdown
 from catode.prune.describe.costs import describe
@@ -38,12 +39,13 @@ HEADER = (
 )
 
 
-def record(folder: Path, records: Path) -> int:
+def record(folder: Path, records: Path, pixels: str | None = None) -> int:
     """Write a run's record: settings, machine, result, metrics, and what is left of every branch and width.
 
     Args:
         folder: The finished run.
         records: Folder of the records; the run gets a folder of its own name there.
+        pixels: Fingerprint of its images, at their own size.
 
     Returns:
         Bytes written.
@@ -52,7 +54,8 @@ def record(folder: Path, records: Path) -> int:
     config = read_json(folder / "config.json") | {"out": folder.name}
     if config["data_dir"] is not None:
         config["data_dir"] = Path(config["data_dir"]).name
-    files = {"config": config, "result": read_result(folder), "env": read_json(folder / "env.json")}
+    env = read_json(folder / "env.json") | ({} if pixels is None else {"pixels": pixels})
+    files = {"config": config, "result": read_result(folder), "env": env}
     contents = {f"{name}.json": (json.dumps(values, indent=2) + "\n").encode() for name, values in files.items()}
     contents["metrics.csv.gz"] = gzip.compress((folder / "metrics.csv").read_bytes(), mtime=0)
     text = io.StringIO()
@@ -122,9 +125,10 @@ def text(records: Path) -> str:
     runs = read(records)
     if not runs:
         raise ValueError(f"`records` must hold a finished run; got {records}. Train one, with --runs and --data-dir.")
+    first = next(iter(runs.values()))
+    name = copies.name_of(first["config"], first["env"])
     lines = [
-        "CIFAR-10, one seed, final epoch, the first images of the training set alone; "
-        f"{machine(next(iter(runs.values()))['env'])}.",
+        f"{name}, one seed, final epoch, the first images of the training set alone; {machine(first['env'])}.",
         "Each network is trained with the same settings with `target_macs` and without gates.",
         "",
         markdown(HEADER, [cells(name, run) for name, run in runs.items()]),
@@ -137,6 +141,7 @@ def text(records: Path) -> str:
     missing = [f"{row.name}-{kind}" for row in ROWS for kind in ("half", "dense") if f"{row.name}-{kind}" not in runs]
     if missing:
         lines.append(f"- not run yet: {', '.join(missing)}")
+    lines += copies.notes([name])
     return "\n".join(lines)
 
 
