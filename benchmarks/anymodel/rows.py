@@ -50,6 +50,6 @@ VIT_TINY = "timm:vit_tiny_patch16_224(patch_size=4, depth=6, embed_dim=96, num_h
 
 ROWS = (
     Row("mobilenet_v2", "torchvision:mobilenet_v2", 16_000, SMALL_CNN, CNN),
-    Row("vit_tiny", VIT_TINY, 12_000, SMALL_VIT, VIT),
+    Row("vit_tiny", VIT_TINY, 8_000, SMALL_VIT, VIT),
     Row("efficientnet_b0", "torchvision:efficientnet_b0", 8_000, SMALL_CNN, CNN),
 )
