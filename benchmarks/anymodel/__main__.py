@@ -12,13 +12,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
+from benchmarks import copies
 from benchmarks.anymodel import picture, table
 from benchmarks.anymodel.rows import ROWS, Row
 from benchmarks.common import HOME, QUICK_IMAGES, RESULTS, add_quick, guarded, publish, training
 from benchmarks.prunability.models import declare_operators
 from catode.report import report
+from catode.train import data
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config
 
@@ -34,11 +37,17 @@ def train(row: Row, kind: str, runs: Path, data_dir: str | None, quick: bool) ->
     return folder
 
 
+@cache
+def _pixels(data_dir: str) -> str | None:
+    """Fingerprint of the images, at their own size."""
+    return copies.fingerprint(data.load("cifar10", data_dir))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandLine(prog="python -m benchmarks.anymodel", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/anymodel"), help="folder of the runs")
-    parser.add_argument("--data-dir", help="folder that holds CIFAR-10")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds CIFAR-10")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="names of runs, such as 'mobilenet*'")
     parser.add_argument("--table", action="store_true", help="train nothing: table and picture of the records")
     add_quick(parser)
@@ -50,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for kind in ("half", "dense"):
             if any(fnmatchcase(f"{row.name}-{kind}", pattern) for pattern in args.only):
                 folder = train(row, kind, args.runs, args.data_dir, args.quick)
-                size = table.record(folder, records)
+                size = table.record(folder, records, None if args.quick else _pixels(args.data_dir))
                 print(f"{folder.name}: record of {size / 1024:.0f} KiB", file=sys.stderr, flush=True)
     if args.write and not args.quick:
         picture.write(records, RESULTS / "anymodel.png")

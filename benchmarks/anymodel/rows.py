@@ -20,14 +20,14 @@ class Row:
         arch: The network, as ``--arch`` takes it.
         images: Training images, the first ones; a fifth as many validation and test images.
         own: Settings other than the presets'.
-        small: Arguments of a small one for ``--quick``.
+        small: A small one of the kind for ``--quick``, which takes the digits.
     """
 
     name: str
     arch: str
     images: int
+    small: str
     own: dict[str, Any] = field(default_factory=dict)
-    small: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, kind: str, quick: bool) -> dict[str, Any]:
         """Settings of a run.
@@ -38,14 +38,18 @@ class Row:
         """
         gates: dict[str, Any] = {"target_macs": SHARE} if kind == "half" else {"nu": 0.0}
         values = {"dataset": "cifar10", "threads": 1, "seed": 0, "arch": self.arch, **self.own, **gates}
-        return values | ({**QUICK, "dataset": "digits", "arch": self.arch, **self.small} if quick else {})
+        return values | ({**QUICK, "dataset": "digits", "image_size": 32, "arch": self.small} if quick else {})
 
 
 CNN: dict[str, Any] = dict(image_size=64, epochs=4, batch_size=32, lr=0.05, warmup_epochs=0.5)
-VIT: dict[str, Any] = dict(epochs=4, batch_size=32, optimizer="adamw", lr=1e-3, warmup_epochs=0.5, clip_grad=1.0)
+VIT: dict[str, Any] = dict(epochs=4, batch_size=32, optimizer="adamw", warmup_epochs=0.5)
+
+SMALL_CNN = "timm:test_efficientnet"
+SMALL_VIT = "timm:vit_tiny_patch16_224(patch_size=8, depth=2, embed_dim=16, num_heads=2)"
+VIT_TINY = "timm:vit_tiny_patch16_224(patch_size=4, depth=6, embed_dim=96, num_heads=3)"
 
 ROWS = (
-    Row("mobilenet_v2", "torchvision:mobilenet_v2", 16_000, CNN),
-    Row("vit_tiny", "timm:vit_tiny_patch16_224(patch_size=4, depth=6, embed_dim=96, num_heads=3)", 12_000, VIT),
-    Row("efficientnet_b0", "torchvision:efficientnet_b0", 8_000, CNN),
+    Row("mobilenet_v2", "torchvision:mobilenet_v2", 16_000, SMALL_CNN, CNN),
+    Row("vit_tiny", VIT_TINY, 8_000, SMALL_VIT, VIT),
+    Row("efficientnet_b0", "torchvision:efficientnet_b0", 8_000, SMALL_CNN, CNN),
 )

@@ -33,7 +33,11 @@ def finished(config: Config, flag: str = "runs") -> bool:
     if (out / "config.json").exists():
         there, own = read_json(out / "config.json"), json.loads(json.dumps(config.identity()))
         there |= dict.fromkeys(there.get("derived", ()))
-        other = [name for name in own if there.get(name) != own[name] and name not in ("out", "data_dir")]
+        other = [
+            name
+            for name in own
+            if there.get(name, getattr(Config, name)) != own[name] and name not in ("out", "data_dir")
+        ]
         if other:
             raise ValueError(
                 f"`{flag}` must hold runs as planned here; got {str(out)!r} with {other[0]}={there.get(other[0])!r} "

@@ -192,12 +192,13 @@ def structure_picture(run: Run) -> Picture | None:
             linewidth=0.8,
             label="whole block removed",
         )
-    crowded = len(sites) > 26
+    crowded = len(sites) > (12 if shares else 26)
     if sized:
         offset = 0.012 * float(total.max())
         for position, site in zip(x, sites, strict=True):
             if site.total:
-                text = "out" if not site.alive else f"{site.kept}" if crowded else f"{site.kept}/{site.total}"
+                text = f"{site.kept}" if crowded and not shares else f"{site.kept}/{site.total}"
+                text = text if site.alive else "out"
                 ax.text(
                     position,
                     total[position] + offset,
@@ -209,7 +210,7 @@ def structure_picture(run: Run) -> Picture | None:
                 )
         ax.set_ylabel("share of the width" if shares else "channels")
         ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=not shares))
-        ax.set_ylim(0, float(total.max()) * 1.1)
+        ax.set_ylim(0, float(total.max()) * (1.3 if crowded and shares else 1.1))
     else:
         ax.set_ylabel("block in the network")
         ax.set_yticks([0, 1], ["no", "yes"])

@@ -96,6 +96,7 @@ WRONG_FIELDS = [
     ("lr", 0),
     ("momentum", 1),
     ("weight_decay", -1e-4),
+    ("decay_on", "weights"),
     ("clip_grad", 0),
     ("clip_grad", "1"),
     ("schedule", "linear"),

@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -70,6 +71,47 @@ def test_the_first_step_of_adamw_is_its_rate_after_its_decay():
     model, _ = trained("adamw", (0, 1))
     rate, decayed = 3e-3, 1.0 - 3e-3 * 0.05
     assert model.weight.flatten().tolist() == pytest.approx([decayed - rate, decayed + rate], rel=1e-6)
+
+
+def test_weight_decay_on_matrices_alone_leaves_out_norms_biases_embeddings_and_tables():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.table = nn.Parameter(torch.zeros(1, 5, 4)), nn.Embedding(5, 4)
+            self.conv, self.norm, self.head = nn.Conv2d(1, 4, 2), nn.LayerNorm(4), nn.Linear(4, 3)
+
+    model, names = Net(), {}
+    for kind in ("sgd", "adamw"):
+        config = Config.from_presets(optimizer=kind, decay_on="matrices", weight_decay=0.25)
+        groups = make_optimizer(model, config).param_groups
+        own = {parameter: name for name, parameter in model.named_parameters()}
+        names[kind] = {own[p]: group["weight_decay"] for group in groups for p in group["params"]}
+        assert {group["lr"] for group in groups} == {config.lr}
+    assert (
+        names["sgd"]
+        == names["adamw"]
+        == {name: 0.0 for name in own.values()}
+        | {
+            "conv.weight": 0.25,
+            "head.weight": 0.25,
+        }
+    )
+
+
+def test_a_warm_cosine_rises_over_a_tenth_and_falls_to_zero():
+    rates = learning_rates("warm-cosine", 2.0, 1000)
+    position = (np.arange(1000) + 0.5) / 1000
+    assert rates[:100] == pytest.approx(20.0 * position[:100]) and rates.argmax() in (99, 100)
+    assert rates[100:] == pytest.approx(1.0 + np.cos(np.pi * (position[100:] - 0.1) / 0.9))
+    assert 0 < rates[-1] < 1e-5 and rates.sum() == pytest.approx(1000, rel=1e-3)
+
+
+def test_foreign_networks_have_presets_of_their_own_under_adamw():
+    foreign, own = (Config.from_presets(optimizer="adamw", arch=arch) for arch in ("timm:vit_x", "resnet20"))
+    names = ("lr", "weight_decay", "schedule", "clip_grad", "decay_on")
+    assert [getattr(foreign, name) for name in names] == [1e-3, 0.05, "warm-cosine", 1.0, "matrices"]
+    assert [getattr(own, name) for name in names] == [3e-3, 0.05, "one-cycle", None, "all"]
+    assert Config.from_presets(arch="timm:vit_x").schedule == "one-cycle" and foreign.tag != "default"
 
 
 @pytest.mark.parametrize("change", [dict(exp_avg_sq=-torch.ones(1, 2)), dict(step=torch.tensor(-1.0))])

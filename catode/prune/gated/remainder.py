@@ -62,6 +62,8 @@ def without(module: nn.Module, addend: str) -> nn.Module:
         finally:
             module.training = before
     graph = _with_flag(module, *graphs)
+    for node in graph.nodes:
+        node.type = None  # annotations that are texts cannot be pickled with the graph
     found = fx.GraphModule(module, graph, type(module).__name__)
     if any(node.target == FLAG for node in graph.nodes):
         found._modules[FLAG].training = before

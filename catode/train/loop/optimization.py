@@ -22,19 +22,30 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD or AdamW with weight decay on every parameter, including the norm layers' (the theory needs it).
+    """SGD or AdamW, with weight decay on every parameter, the norm layers' too (the theory needs it), or on matrices alone.
 
     With fp16 it is fused: it skips a step whose gradient overflowed without synchronising with the host.
     """
     fp16 = config.amp == "fp16"
     common = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True if fp16 else None)
+    groups = _matrices_apart(model) if config.decay_on == "matrices" else model.parameters()
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), **common)
-    optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **common)
+        return torch.optim.AdamW(groups, **common)
+    optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
     if fp16 and config.momentum > 0:
         for parameter in model.parameters():  # a skipped first step would leave the fused buffers uninitialised
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _matrices_apart(model: nn.Module) -> list[dict]:
+    """Parameter groups: weights of more than one dimension, and all else without weight decay."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: tuple[list, list] = [], []
+    for name, parameter in model.named_parameters():
+        decays = name.endswith("weight") and parameter.dim() > 1 and id(parameter) not in tables
+        groups[not decays].append(parameter)
+    return [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:

@@ -321,7 +321,10 @@ def _check_state(config: Config, folder: Path, state: dict) -> None:
     """
     contents.check(state, gated=config.nu > 0, averaged=config.ema > 0, validated=config.validation_share > 0)
     own = config.identity()
-    other = sorted(name for name in own | state["config"] if own.get(name) != state["config"].get(name))
+    then = {name: getattr(Config, name, None) for name in own} | state[
+        "config"
+    ]  # what it does not know had its default
+    other = sorted(name for name in own | then if own.get(name) != then.get(name))
     if other:
         raise ValueError(f"it is of a run with another {', '.join(other)}")
     for name, length, expected in zip(TABLES, state["lengths"], state["checksums"], strict=True):

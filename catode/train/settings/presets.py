@@ -8,7 +8,7 @@ from typing import Any
 from catode.train.models.catalogue import ARCHITECTURES
 from catode.train.models.sources import is_foreign
 
-__all__ = ["FOREIGN", "OPTIMIZERS", "PRESETS", "resolve"]
+__all__ = ["FOREIGN", "FOREIGN_OPTIMIZERS", "OPTIMIZERS", "PRESETS", "resolve"]
 
 _REAL_IMAGES: dict[str, Any] = dict(
     nu=1.2, epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=5.0, probe_size=8
@@ -51,6 +51,11 @@ FOREIGN: dict[str, Any] = dict(shortcut=None, stem=None)
 OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": dict(lr=3e-3, weight_decay=0.05, momentum=0.0)}
 """Values by optimizer that override those of `PRESETS`."""
 
+FOREIGN_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": dict(lr=1e-3, schedule="warm-cosine", clip_grad=1.0, decay_on="matrices")
+}
+"""Values by optimizer, for networks that are not the trainer's own, that override those of `OPTIMIZERS`: usual for transformers."""
+
 
 def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The value of every setting: given values override presets, presets override defaults.
@@ -67,7 +72,8 @@ def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
         values |= FOREIGN
     for key in (("*", arch), (dataset, "*"), (dataset, arch)):
         values |= PRESETS.get(key, {})
-    values |= OPTIMIZERS.get(given.get("optimizer", values["optimizer"]), {})
+    optimizer = given.get("optimizer", values["optimizer"])
+    values |= OPTIMIZERS.get(optimizer, {}) | (FOREIGN_OPTIMIZERS.get(optimizer, {}) if is_foreign(arch) else {})
     epochs = given.get("epochs")
     if isinstance(epochs, int) and 0 < epochs < values["epochs"]:
         values["warmup_epochs"] *= epochs / values["epochs"]

@@ -9,6 +9,8 @@ import numpy as np
 from catode.train.settings.setting import ConfigError, SettingsGroup, helpers
 
 number, text, switch = helpers("training")
+WARM = 0.1
+"""Share of the steps in which the learning rate of `warm-cosine` increases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,15 @@ class TrainingSettings(SettingsGroup):
     weight_decay: float = number(
         5e-4,
         float,
-        "weight decay of every parameter, including norm layers",
+        "weight decay of every parameter, including norm layers; see --decay-on",
         low=0,
         hint="Use 0 for none.",
+    )
+    decay_on: str = text(
+        "all",
+        "what the weight decay is on: all parameters, or matrices, which leaves out biases, norm layers, embeddings and tables of "
+        "positions, as is usual for transformers",
+        choices=("all", "matrices"),
     )
     clip_grad: float | None = number(
         None,
@@ -59,7 +67,9 @@ class TrainingSettings(SettingsGroup):
         optional=True,
         hint="Leave it out for no clipping.",
     )
-    schedule: str = text("one-cycle", "learning-rate schedule", choices=("one-cycle", "cosine", "constant"))
+    schedule: str = text(
+        "one-cycle", "learning-rate schedule", choices=("one-cycle", "cosine", "warm-cosine", "constant")
+    )
     augment: str = text(
         "crop-flip",
         "augmentation: shift moves by a pixel; crop-flip flips, pads 4 pixels and crops; resized-crop flips and resizes a box of "
@@ -113,13 +123,18 @@ def learning_rates(schedule: str, peak: float, steps: int) -> np.ndarray:
     """Learning rate of every step, shape (steps,).
 
     Args:
-        schedule: `one-cycle` (linear increase over 15 % of the steps, linear decrease to 0), `cosine` or `constant`.
+        schedule: `one-cycle` (linear increase over 15 % of the steps, linear decrease to 0), `cosine`, `warm-cosine` (linear
+            increase over 10 % of the steps, then a cosine to 0) or `constant`.
         peak: Peak learning rate.
         steps: Number of steps.
     """
     position = (np.arange(steps) + 0.5) / steps
     if schedule == "one-cycle":
         return peak * np.minimum(position / 0.15, (1.0 - position) / 0.85)
+    if schedule == "warm-cosine":
+        return peak * np.minimum(
+            position / WARM, 0.5 * (1.0 + np.cos(np.pi * (position - WARM).clip(0.0) / (1.0 - WARM)))
+        )
     if schedule == "cosine":
         return peak * 0.5 * (1.0 + np.cos(np.pi * position))
     return np.full(steps, peak)
