@@ -313,3 +313,40 @@ def test_half_precision_and_the_model_stay_as_they_are():
     assert model.training and all(part.training for part in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Scale(nn.Module):
+    """A number for each channel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale.view(1, -1, 1, 1)
+
+
+class Pooled(nn.Module):
+    """A branch without a product: pooling, scaled."""
+
+    def __init__(self, shared: bool):
+        super().__init__()
+        self.norm, self.pool, self.scale = nn.GroupNorm(1, 6), nn.AvgPool2d(3, 1, 1), Scale(6)
+        self.up, self.down, self.other = nn.Conv2d(6, 9, 1), nn.Conv2d(9, 6, 1), self.scale if shared else Scale(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.scale(self.pool(self.norm(x)))
+        return x + self.other(torch.tanh(self.down(self.up(x).relu())))
+
+
+def test_a_branch_that_ends_in_a_scale_is_gated_there_unless_it_shares_it():
+    def model(shared: bool) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 6, 1), Pooled(shared), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+    own, shared = model(False), model(True)
+    blocks = describe(own, IMAGE)
+    assert [block.output for block in blocks if block.removable] == ["1.scale", "1.other"]
+    assert verify(own, blocks, IMAGE).deviation < 1e-12
+    found = describe(shared, IMAGE)
+    assert not [block for block in found if block.removable]
+    assert sum(refusal.kind == "branch" for refusal in found.refused) == 2

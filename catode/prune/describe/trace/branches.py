@@ -275,8 +275,8 @@ def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph | No
         whole: The network's pass in eval mode.
 
     Returns:
-        Path of its last affine; if a function that is not linear follows that, of a module without parameters which returns the
-        addend; empty if there is neither.
+        Path of its last affine; if a function that is not linear follows that, of a module that scales what it returns by a parameter,
+        or of one without parameters which returns the addend; empty if there is none of them.
     """
     value = _multiple_of(maps, branch.addend)
     shift = _shift(maps, value)  # a layer may add its bias after the product
@@ -292,8 +292,9 @@ def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph | No
         if own.get("weight") is not None and set(own) <= {"weight", "bias"} and shift in ("", f"{path}.bias"):
             branch.reader = value.op.path if read else ""
             return path
-    if graph is None:
-        return ""
+    scale = _scale(model, maps, branch.addend, whole)
+    if scale or graph is None:
+        return scale
     node = next(node for node in graph.nodes if node.name == branch.node)
     if node.op == "call_module":
         path = f"{branch.module}.{node.target}"
@@ -301,6 +302,25 @@ def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph | No
         if once and not any(True for _ in model.get_submodule(path).parameters(recurse=False)):
             return path
     return ""
+
+
+def _scale(model: nn.Module, maps: Maps, value: Value, whole: Recording) -> str:
+    """Path of a module, called once, that multiplies with its only parameter what a value is a multiple of, or ""."""
+    while value.op is not None and value.op.name in MULTIPLES:
+        active = [source for source in value.op.inputs if maps.active[source]]
+        if len(active) != 1:
+            break
+        owned = {f"{value.op.path}.{name}" for name in model.get_submodule(value.op.path)._parameters}
+        factors = {maps.origin.get(source, "") for source in value.op.inputs if source is not active[0]}
+        if value.op.name in ("mul", "mul_") and owned and factors == owned and not _holds(model, value.op.path):
+            return value.op.path if sum(name == value.op.path for name, _ in whole.calls) == 1 else ""
+        value = active[0]
+    return ""
+
+
+def _holds(model: nn.Module, path: str) -> bool:
+    """Whether a module holds others."""
+    return any(True for _ in model.get_submodule(path).children())
 
 
 def _multiple_of(maps: Maps, value: Value) -> Value:
