@@ -247,7 +247,11 @@ class _Terms:
             return
         changes = [partial(_cut, path=path, site=place.site) for place in inside]
         changes += [partial(_shortened, addend=self.inventory.blocks[number].addend) for number in ending]
-        gone = [macs - left for left in self._left(path, macs, changes)]
+        left = self._left(path, macs, changes)
+        for number, place in enumerate(inside):
+            if left[number] is None:  # its units reach what the module is called with
+                left[number] = self._left_in_whole(path, place.site)
+        gone = [0.0 if there is None else macs - there for there in left]
         of_branch = dict(zip(ending, gone[len(inside) :], strict=True))
         for place, less in zip(inside, gone, strict=False):
             slope = less / max(place.site.width - 1, 1)
@@ -265,9 +269,9 @@ class _Terms:
         if rest:
             yield Term(path, rest / self.examples, 0.0, block)
 
-    def _left(self, path: str, macs: int, changes: Sequence[Callable[[nn.Module], nn.Module]]) -> list[float]:
-        """MACs of the functional products of a module that are left after each of some changes of a copy of it."""
-        found: list[float] = []
+    def _left(self, path: str, macs: int, changes: Sequence[Callable[[nn.Module], nn.Module]]) -> list[float | None]:
+        """MACs of the functional products of a module left after each of some changes of a copy of it; None if that fails."""
+        found: list[float | None] = []
 
         def measure(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if found:  # the module runs several times
@@ -277,9 +281,10 @@ class _Terms:
                 try:
                     small = change(module)
                     left = sum(executed(small, lambda small=small: small(*args, **kwargs)).functional.values())
-                except Exception:  # the self-check says what is wrong
-                    left = whole
-                found.append(left * macs / whole if whole else macs)
+                except Exception:
+                    found.append(None)
+                else:
+                    found.append(left * macs / whole if whole else macs)
 
         module, busy = self.modules[path], []
 
@@ -295,6 +300,15 @@ class _Terms:
         finally:
             hook.remove()
         return found
+
+    def _left_in_whole(self, path: str, site: Site) -> float | None:
+        """The same after the cut of a site to one unit in the whole network; None if that does not run."""
+        small = _copied(self.model)
+        try:
+            keep_units(small, site, [0])
+            return float(executed(small, lambda: called(small, self.example)).functional.get(path, 0))
+        except Exception:  # the self-check says what is wrong
+            return None
 
 
 def _copied(module: nn.Module) -> nn.Module:

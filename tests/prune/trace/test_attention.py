@@ -234,3 +234,36 @@ def test_training_prunes_it_and_the_compact_model_is_exact(make):
     again.load_state_dict(small.state_dict())
     for other in (again, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         assert torch.equal(other(x), small(x))
+
+
+class BiasedAttention(nn.Module):
+    """Attention that is called with the biases of its heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(((q @ k.transpose(-2, -1) + bias).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Biased(nn.Module):
+    """Two attention layers whose heads one table of biases ties together."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.ModuleList(BiasedAttention() for _ in range(2))
+        self.bias, self.embed, self.head = nn.Embedding(5, HEADS), nn.Linear(6, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, bias = self.embed(x), self.bias(torch.arange(5)).t()[None, :, None]
+        for attention in self.attention:
+            x = torch.tanh(attention(x, bias))
+        return self.head(x.mean(1))
+
+
+def test_heads_that_a_shared_table_ties_together_go_together_and_are_counted():
+    site = next(site for block in exactly(Biased()) for site in block.sites if "q" in site.name)
+    assert site.width == HEADS
+    assert {part.tensor for part in site.parts} >= {"bias.weight", "attention.0.o.weight", "attention.1.o.weight"}

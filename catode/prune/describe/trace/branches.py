@@ -275,8 +275,8 @@ def output_of(model: nn.Module, maps: Maps, branch: Branch, graph: fx.Graph | No
         whole: The network's pass in eval mode.
 
     Returns:
-        Path of its last affine; if a function that is not linear follows that, of a module that scales what it returns by a parameter,
-        or of one without parameters which returns the addend; empty if there is none of them.
+        Path of its last affine; if a function that is not linear follows that, of a module that scales what it returns by a
+        parameter, or of one without parameters which returns the addend; empty if there is none of them.
     """
     value = _multiple_of(maps, branch.addend)
     shift = _shift(maps, value)  # a layer may add its bias after the product
