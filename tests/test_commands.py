@@ -21,9 +21,11 @@ import pytest
 from PIL import Image
 from test_paper_figures import folder as figure_runs  # noqa: F401  a fixture: runs of all groups, written by hand
 
+from benchmarks.prunability.models import declare_operators
 from catode.train import data
 from catode.train.__main__ import main as train
 from catode.train.models import ARCHITECTURES
+from catode.train.models.sources import is_foreign
 from catode.train.settings.config import Config
 
 ROOT = Path(__file__).parent.parent
@@ -48,12 +50,13 @@ BARE = {
     "catode.theory": "--from-run FOLDER",
     "catode.report": "FOLDER",
     "catode.report.compare": "FOLDER",
+    "catode.report.describe": "resnet14",
     "benchmarks.cifar run": "dense",
     "benchmarks.loading": "--data-dir DIR",
 }
 """What is added where a page only mentions a program that needs more."""
 
-SCRIPTS = {"compare": "catode.report.compare"}
+SCRIPTS = {"compare": "catode.report.compare", "describe": "catode.report.describe"}
 """Programs of the console script `catode` whose module has another name."""
 
 IMAGES = 128
@@ -140,6 +143,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """All data sets by their first images alone, no latencies, and results written elsewhere."""
+    declare_operators()
 
     def first(*args, load=data.load, **kwargs):
         whole = load(*args, **kwargs)
@@ -192,7 +196,8 @@ def tiny(module: str, words: list[str], places: dict[str, Path], finished: Path,
         full += map(str, stands)
     if module == "catode.train" and "--resume" not in full:
         arch = next((full[i + 1] for i, word in enumerate(full) if word == "--arch"), "resnet20")
-        full += [*TINY.split(), "--arch", SMALLEST[ARCHITECTURES[arch].stem], "--out", str(out)]
+        small = arch if is_foreign(arch) else SMALLEST[ARCHITECTURES[arch].stem]
+        full += [*TINY.split(), "--arch", small, "--out", str(out)]
         full += ["--image-size", "32"] if "--image-size" in full else []
     elif module == "paper_figures":
         full += ["--runs", str(figures), "--out", str(out), "--records", str(places["records"])]
