@@ -175,7 +175,8 @@ def test_the_example_of_the_readme_runs_and_prunes(kind):
 def test_the_page_on_models_runs_as_printed():
     declare_operators()
     pytest.importorskip("torchvision", reason="needs the extra `models`")
-    first, second, third = blocks(DOCS["models"], "python")
+    first, second, transformers, third = blocks(DOCS["models"], "python")
+    assert "import transformers" in transformers
     names, said = executed(first, "models.md")
     assert "rest of the network" in said and "features.3" in said
     assert not any(site.name.startswith("classifier") for block in names["found"] for site in block.sites)
@@ -206,6 +207,21 @@ def test_the_page_on_models_runs_as_printed():
         assert torch.equal(again["model"].eval()(x), model.eval()(x))
 
 
+def test_a_language_model_of_transformers_is_pruned_as_the_page_says():
+    declare_operators()
+    pytest.importorskip("transformers", reason="needs the extra `models`")
+    (block,) = [text for text in blocks(DOCS["models"], "python") if "import transformers" in text]
+    torch.manual_seed(0)
+    text = torch.arange(60 * 16 * 32) % 7 + torch.randint(3, (60 * 16 * 32,))
+    batches = [{"input_ids": part, "labels": part} for part in text.view(60, 16, 32)]
+    names, _ = executed(block, "models.md", batches=batches, torch=torch, catode=catode)
+    small, example = names["language"], names["example"]
+    assert type(small).__name__ == "GPT2LMHeadModel" and small.lm_head.weight is small.transformer.wte.weight
+    whole = names["pruner"].complexity.macs(np.ones(names["pruner"].inventory.size))
+    assert count(small, example).macs <= 0.6 * whole
+    assert small.eval().generate(torch.zeros(1, 3, dtype=torch.long), max_new_tokens=4, do_sample=False).shape == (1, 7)
+
+
 def handmade(names):
     residual = names["Residual"]
     return nn.Conv2d(1, 16, 3, padding=1), *(residual() for _ in range(3)), nn.Flatten(), nn.Linear(1024, 10)
@@ -223,7 +239,7 @@ def named_commands():
     """Every ``python -m`` command of a shell block of README and docs, as words from the module on."""
     found = set()
     for text in (README, *DOCS.values()):
-        for line in "\n".join(blocks(text, "sh")).splitlines():
+        for line in "\n".join(blocks(text, "sh")).replace("\\\n", " ").splitlines():
             if match := re.search(
                 r"(?:^python|^torchrun .*?) -m (?:-- )?((?:catode|benchmarks|paper_figures).*?)(?:  +#|$)", line
             ):
