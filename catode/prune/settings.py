@@ -18,6 +18,7 @@ ONE_EPOCH = (
     "they go through the images epoch by epoch, tolerances come out too large; if not, pass epoch_steps=math.inf."
 )
 SHORT = 40  # memory, in steps, below which every step is probed by default
+ENOUGH, RAREST = 100, 8  # probes that a memory holds in long runs, in which they may be as rare as this many steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class PrunerSettings:
             correction then uses the batch means of draw and curvature, taken as uncorrelated.
         probe_size: Examples in a probe; None: a tenth of the batch, at least 12. More where images are small.
         layers_per_probe: Structures (layers by default) whose paired difference one probe takes.
-        measure_every: Steps between probes; probes of curvature and of paired differences take turns. None: 2, and 1 in runs so
-            short that the default of `memory` is below 40.
+        measure_every: Steps between probes; probes of curvature and of paired differences take turns. None: 2; 1 in runs so
+            short that `memory` is below 40; a hundredth of `memory`, at most 8, in long ones.
         check_every: Steps between checks; None: a quarter of `memory`.
         read_every: Steps after which the host reads what was measured, waiting for the device, moves the thetas step by
             step and checks; 1 on a CPU, about 10 elsewhere. In between thetas do not move.
@@ -164,7 +165,7 @@ class PrunerSettings:
             object.__setattr__(self, "memory", fitting_memory(self.steps, self.warmup))
         for name, value in (
             ("check_every", check_steps(self.memory)),
-            ("measure_every", 1 if self.memory < SHORT else 2),
+            ("measure_every", 1 if self.memory < SHORT else min(max(self.memory // ENOUGH, 2), RAREST)),
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -94,7 +94,8 @@ def test_a_pool_of_that_memory_tells_them_apart_at_the_stated_risk(share, correl
         (300, 100, 20, 5, 1),
         (1000, 0, 100, 25, 2),
         (2000, 0, 200, 50, 2),
-        (100_000, 0, pool_memory(100_000), 317, 2),
+        (20_000, 0, 435, 108, 4),
+        (100_000, 0, pool_memory(100_000), 317, 8),
     ],
 )
 def test_memory_and_checks_scale_with_the_run(steps, warmup, memory, check_every, measure_every):
