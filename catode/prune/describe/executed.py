@@ -70,10 +70,11 @@ class _Products(TorchDispatchMode):
     def __init__(self, model: nn.Module, found: Executed, running: list[tuple[str, nn.Module]]):
         super().__init__()
         self.found, self.running = found, running
-        self.places: dict[tuple, int] = {}
         self.number = numbers(model)
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.places.setdefault(_storage(tensor), self.number[id(tensor)])
+        self.parameters, self.buffers = (
+            {_storage(tensor): self.number[id(tensor)] for tensor in tensors}
+            for tensors in (model.parameters(), model.buffers())
+        )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -94,17 +95,18 @@ class _Products(TorchDispatchMode):
         return flops(*args, **kwargs, out_val=output) // 2
 
     def _weight(self, args: tuple) -> int | None:
-        """Number of the parameter or buffer among the factors: itself, a view of it, or computed of one."""
+        """Number of the parameter among the factors: itself, a view, or computed from one of the module; or of a buffer."""
         factors = [part for part in args if isinstance(part, torch.Tensor)]
-        for part in factors:
-            if (number := self.places.get(_storage(part))) is not None and part.dim() > 1:
-                return number
+        found = [self.parameters.get(_storage(part)) for part in factors if part.dim() > 1]
+        if (number := next((number for number in found if number is not None), None)) is not None:
+            return number
         own = [p for p in self.running[-1][1]._parameters.values() if p is not None and p.dim() > 1]
         for part in factors[1:]:
             for parameter in own:
                 if parameter.numel() == part.numel():
                     return self.number.get(id(parameter))  # None for what a gate has scaled
-        return None
+        kept = [self.buffers.get(_storage(part)) for part in factors if part.dim() > 1]
+        return next((number for number in kept if number is not None), None)
 
 
 def numbers(model: nn.Module) -> dict[int, int]:

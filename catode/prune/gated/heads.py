@@ -1,8 +1,8 @@
-"""torch's multi-head attention in a form that can lose heads.
+"""Attention of torch and torchvision in forms that can lose heads.
 
 `nn.MultiheadAttention` takes the size of its heads from the width of what it reads, so that it cannot run with fewer of them, and
 reads the weight of its last layer without calling that. `FewerHeads` is a subclass of the same parameters under the same names that
-does neither; an attention module becomes one by its class alone.
+does neither; an attention module becomes one by its class alone. The same holds for torchvision's Swin (`windows`).
 """
 
 from __future__ import annotations
@@ -99,25 +99,27 @@ def _added(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(mask, float("-inf"))
 
 
-def fits(module: nn.Module) -> bool:
-    """Whether a module is torch's attention in a form that can become `FewerHeads`."""
-    return (
-        type(module) is nn.MultiheadAttention
-        and module.in_proj_weight is not None
-        and module.bias_k is None
-        and not module.add_zero_attn
-    )
+def fewer(module: nn.Module) -> tuple[type, str] | None:
+    """Class of the form of an attention module that can lose heads, and name of the layer that reads them; None if there is none."""
+    if type(module) is nn.MultiheadAttention:
+        plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
+        return (FewerHeads, "out_proj") if plain else None
+    if type(module).__module__ != "torchvision.models.swin_transformer":
+        return None
+    from catode.prune.gated.windows import FEWER
+
+    return (FEWER[type(module)], "proj") if type(module) in FEWER else None
 
 
 def convert(model: nn.Module) -> None:
     """Turn every attention module that can lose heads into one that runs with fewer, in place."""
     for module in model.modules():
-        if fits(module):
-            module.__class__ = FewerHeads
+        if (form := fewer(module)) is not None:
+            module.__class__ = form[0]
 
 
 def adopt(model: nn.Module, blocks: Iterable[Block]) -> None:
-    """Turn the attention modules that a description wants gated inside into `FewerHeads`, in place.
+    """Turn the attention modules that a description wants gated inside into forms that can lose heads, in place.
 
     Args:
         model: The network that the blocks describe; nothing that it computes changes.
@@ -129,12 +131,18 @@ def adopt(model: nn.Module, blocks: Iterable[Block]) -> None:
         for site in block.sites:
             called |= {part.tensor.rpartition(".")[0] for part in site.parts if part.role == CONSUMER}
     for path, module in model.named_modules():
-        if fits(module) and f"{path}.out_proj".removeprefix(".") in called:
-            module.__class__ = FewerHeads
+        form = fewer(module)
+        if form is not None and f"{path}.{form[1]}".removeprefix(".") in called:
+            module.__class__ = form[0]
 
 
 def release(model: nn.Module) -> None:
-    """Turn attention modules that lost no head back into torch's own, in place."""
+    """Turn attention modules that lost no head back into those of their library, in place."""
     for module in model.modules():
-        if type(module) is FewerHeads and module.in_proj_weight.shape == (3 * module.embed_dim, module.embed_dim):
+        own = type(module).__mro__
+        if own[0] is FewerHeads and module.in_proj_weight.shape == (3 * module.embed_dim, module.embed_dim):
             module.__class__ = nn.MultiheadAttention
+        elif (
+            own[0].__module__ == "catode.prune.gated.windows" and module.qkv.out_features == 3 * module.qkv.in_features
+        ):
+            module.__class__ = own[2]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import catode
+from benchmarks.prunability.models import declare_operators
 from catode.prune.describe.costs import count
 from catode.prune.describe.costs import describe as complexity
 from catode.prune.describe.trace import describe
@@ -267,3 +268,53 @@ def test_heads_that_a_shared_table_ties_together_go_together_and_are_counted():
     site = next(site for block in exactly(Biased()) for site in block.sites if "q" in site.name)
     assert site.width == HEADS
     assert {part.tensor for part in site.parts} >= {"bias.weight", "attention.0.o.weight", "attention.1.o.weight"}
+
+
+@pytest.mark.parametrize("kind", ["ShiftedWindowAttention", "ShiftedWindowAttentionV2"])
+@pytest.mark.parametrize("size", [(7, 7), (8, 10), (14, 21), (5, 3)])
+def test_windows_that_can_lose_heads_compute_what_torchvision_s_do(kind, size):
+    declare_operators()
+    swin = pytest.importorskip("torchvision.models.swin_transformer", reason="needs the extra `models`")
+    for shift in ([0, 0], [3, 3]):
+        for bias in (True, False):
+            whole = getattr(swin, kind)(12, [7, 7], shift, 3, qkv_bias=bias).double()
+            for parameter in whole.parameters():
+                nn.init.normal_(parameter)
+            small, x = copy.deepcopy(whole), torch.randn(2, *size, 12, dtype=torch.float64)
+            convert(small)
+            assert type(small) is not type(whole)
+            torch.testing.assert_close(small(x), whole(x), rtol=1e-12, atol=1e-12)
+            release(small)
+            assert type(small) is type(whole)
+
+
+@pytest.mark.parametrize("version", ["swin", "swin_v2"])
+def test_heads_of_torchvision_s_swin(version):
+    declare_operators()
+    swin = pytest.importorskip("torchvision.models.swin_transformer", reason="needs the extra `models`")
+    block = swin.SwinTransformerBlock if version == "swin" else swin.SwinTransformerBlockV2
+    merging = swin.PatchMerging if version == "swin" else swin.PatchMergingV2
+    model = swin.SwinTransformer(
+        [2, 2],
+        12,
+        [1, 2],
+        [2, 4],
+        [3, 3],
+        num_classes=4,
+        block=block,
+        downsample_layer=merging,
+        stochastic_depth_prob=0.0,
+    )
+    blocks = exactly(model, torch.zeros(2, 3, 16, 16))
+    heads = [site.width for block in blocks for site in block.sites if site.name.endswith("attn.qkv")]
+    assert heads == [2, 4, 4]
+    assert sum(block.removable for block in blocks) == 6
+    model.train()
+    first = blocks[0]
+    inventory = Inventory(blocks)
+    kept = torch.ones(inventory.size).numpy() > 0
+    kept[inventory.places[0].units[0]] = False
+    small = restrict(copy.deepcopy(model), blocks, inventory.record(kept))
+    x = torch.randn(2, 3, 16, 16)
+    again = pickle.loads(pickle.dumps(small)).eval()
+    assert torch.equal(again(x), small.eval()(x)) and first.removable
