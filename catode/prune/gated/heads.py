@@ -100,7 +100,7 @@ def _added(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def fewer(module: nn.Module) -> tuple[type, str] | None:
-    """Class of the form of an attention module that can lose heads, and name of the layer that reads them; None if there is none."""
+    """Class of an attention module's form that can lose heads, and name of the layer that reads them; None if there is none."""
     if type(module) is nn.MultiheadAttention:
         plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
         return (FewerHeads, "out_proj") if plain else None
