@@ -190,7 +190,7 @@ def complete(recipe: Recipe, seed: int, pruned: bool, folder: Path) -> dict[str,
 
 HEADER = (
     "seed", "loss, nats a character", "dense", "difference", "MACs", "parameters", "heads", "MLP units", "attention", "MLP",
-    "decided by rule", "by tolerance", "seconds / dense",
+    "decided by rule", "by tolerance",
 )  # fmt: skip
 
 
@@ -215,7 +215,6 @@ def row(pruned: dict[str, Any], dense: dict[str, Any]) -> list[str]:
         kept(mlp, False),
         f"{pruned['decided_by_rule']:.1%}",
         str(pruned["decisions"].get(fates.PRUNED_TOLERANCE, 0)),
-        f"{pruned['seconds']:.0f} / {dense['seconds']:.0f}",
     ]
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
+from catode._validate import fail
 from catode.decisions.check import Checks, Moment, Verdict
 from catode.decisions.evidence import LEAST_EVIDENCE
 from catode.decisions.limits import QUANTITIES, Limits
@@ -46,6 +48,17 @@ class Check:
 
 class PruningWarning(UserWarning):
     """Something about a pruned run that its user should know."""
+
+
+def check_numbers(model: nn.Module) -> None:
+    """Make sure that a network holds numbers, as one on the device ``meta`` does not.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if name is not None:
+        fail("model", "hold numbers", f"`{name}` on the device meta", hint="Use to_empty(device=...), and fill it.")
 
 
 def gated(inventory: Inventory, alpha: float) -> NDArray[np.bool_]:

@@ -33,7 +33,7 @@ from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE
 from catode.decisions.target import Target
 from catode.prune import selfcheck
-from catode.prune.checking import Check, Checking, PruningWarning, gated, too_short
+from catode.prune.checking import Check, Checking, PruningWarning, check_numbers, gated, too_short
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import describe
 from catode.prune.describe.protocol import branch, unwrapped
@@ -110,6 +110,7 @@ class Pruner(Queries):
         model = unwrapped(model)
         check_optimizer(optimizer)
         check_owner(optimizer, model)
+        check_numbers(model)
         own = self.settings = PrunerSettings.of(settings)
         self.model, self.optimizer, self.group = model, optimizer, group or current()
         self.group.agree(model, step=0)

@@ -483,6 +483,7 @@ class _Trial:
         tracking = [norm.track_running_stats for norm in norms]
         inputs = random_like(self.example, self.dtype, next(model.parameters()).device, self.seed + seed)
         torch.manual_seed(number)
+        buffers = [(b, b._version, b.clone()) for b in model.buffers()]  # spectral norms go on in train mode
         for norm in norms:
             norm.track_running_stats = False
         try:
@@ -492,6 +493,10 @@ class _Trial:
         finally:
             for norm, flag in zip(norms, tracking, strict=True):
                 norm.track_running_stats = flag
+            with torch.no_grad():
+                for buffer, version, before in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(before)
 
     def _drew(self) -> bool:
         """Whether the last `_run`, of number 0, drew random numbers, as stochastic depth does, which may change nothing."""

@@ -114,6 +114,8 @@ RUN = "run dense --data-dir d --out o"
         ("vit", "--set seed=1", "`set` must be name=value of epochs, "),
         ("vit", "--set lr=fast", "`lr` must be a number; got 'lr=fast'. Write lr=NUMBER."),
         ("vit", "--seeds 0", "`seeds` must be at least 1; got 0. Leave it out."),
+        ("gpt", "--seeds 0", "`seeds` must be at least 1; got 0. Leave it out."),
+        ("gpt", "--set heads=many", "`heads` must be a number; got 'heads=many'. Write heads=NUMBER."),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(module, line, expected, tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from torch import nn
 
 from catode.prune.describe.executed import NORMS, Executed, batch_size, called, executed, inference, numbers
 from catode.prune.describe.protocol import goes_with, slices, tensor_of, within
+from catode.prune.describe.trial import failing_module, first_line
 from catode.prune.gated.cut import keep_units
 from catode.prune.gated.remainder import without
 from catode.structures.complexity import Complexity, Term
@@ -83,13 +84,20 @@ def describe(model: nn.Module, blocks: Sequence[Block], example: Any) -> Complex
         example: One input batch: a tensor, a tuple of arguments, or a mapping of keyword arguments; only shapes matter.
 
     Raises:
-        ValueError: if the description names a module that is not there or gets a width wrong.
+        ValueError: if the description names a module that is not there or gets a width wrong, or the network does not run.
     """
     inventory = Inventory(blocks)
     for place in inventory.places:
         _check_widths(model, place.site)
     with inference(model):
-        found = executed(model, lambda: called(model, example))
+        try:
+            with failing_module(model) as running:
+                found = executed(model, lambda: called(model, example))
+        except Exception as error:
+            raise ValueError(
+                f"`example` must be an input that the network runs on; `{running[0] if running else type(model).__name__}` fails: "
+                f"{first_line(error).rstrip('.')}. Give a batch as in training, of its type and on its device."
+            ) from error
         terms = list(_Terms(model, inventory, found, batch_size(example), example).all())
     return Complexity(terms, inventory)
 

@@ -28,6 +28,12 @@ REST = "rest of the network"
 """Name of the block of all widths that lie in no branch."""
 PLAIN = ("an output of the network", "no weight reads it")
 """Reasons that go without saying."""
+NUMBERS = {
+    "DataDependent": "asks for one",
+    "DynamicOutputShape": "computes a shape from them",
+    ".numpy() is not supported": "hands them to NumPy",
+}
+"""Errors of tensors without numbers, and what the network did."""
 Shares = dict[tuple[str, str], int]
 
 
@@ -65,7 +71,7 @@ def describe(
     trace = _Trace(model, example)
     found = trace.description(keep, least)
     if not any(block.removable or block.sites for block in found):
-        why = "; ".join(str(refusal) for refusal in found.refused[:3])
+        why = "; ".join(str(refusal) for refusal in found.refused[:3]) or "no weight reads what another one makes"
         raise ValueError(
             f"`model` must have a branch or a width that can go; {type(model).__name__} has none: {why}. "
             "Describe it by hand in structures(), see catode.prune.describe.protocol."
@@ -96,23 +102,26 @@ class _Trace:
     """A network's passes and what follows from them."""
 
     def __init__(self, model: nn.Module, example: Any):
-        self.model, self.example = model, doubled(example)
+        _check_model(model)
         _check_example(model, example)
+        self.model, self.example = model, doubled(example)
         self.refused: list[Refusal] = []
         self.maps, self.passes = Maps(), {}
         for training in (False, True):
             try:
                 self.passes[training] = self._record(training)
             except Failed as error:
-                if "DataDependent" in str(error):
+                where = f"`{error.path or type(model).__name__}`"
+                said = str(error).rstrip(".")
+                asked = next((what for word, what in NUMBERS.items() if word in str(error)), None)
+                if asked is not None:
                     raise ValueError(
-                        f"`model` must not depend on the numbers that it computes; `{error.path or type(model).__name__}` asks for "
-                        "one in its forward pass. Take that out of forward(), or describe the network by hand in structures()."
+                        f"`model` must not depend on the numbers that it computes; {where} {asked} in its forward pass "
+                        f"({said.partition(': ')[2]}). Take that out of forward(), or describe the network by hand in structures()."
                     ) from error
                 if not training:
                     raise ValueError(
-                        f"`example` must be an input that the network runs on; `{error.path or type(model).__name__}` fails: "
-                        f"{error}. Give a batch as in training."
+                        f"`example` must be an input that the network runs on; {where} fails: {said}. Give a batch as in training."
                     ) from error
                 self.refused.append(Refusal(error.path, "train mode", 0, f"not looked at: {error}"))
                 continue
@@ -121,7 +130,16 @@ class _Trace:
 
     def _record(self, training: bool, graphs: Mapping[str, fx.Graph] | None = None) -> Recording:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        return record(fake_copy(self.model, mode), self.example, mode, training, graphs)
+        try:
+            copied = fake_copy(self.model, mode)
+        except RuntimeError as error:
+            old = "graph leaves" in str(error)  # what torch.nn.utils.weight_norm leaves in a module
+            why = "holds a computed tensor, as the old weight_norm does" if old else str(error).splitlines()[0]
+            hint = "Use torch.nn.utils.parametrizations." if old else "Describe it by hand in structures()."
+            raise ValueError(
+                f"`model` must be one that can be copied; {type(self.model).__name__} {why}. {hint}"
+            ) from error
+        return record(copied, self.example, mode, training, graphs)
 
     def description(self, keep: Sequence[str], least: Mapping[str, int]) -> Description:
         """The blocks."""
@@ -309,6 +327,15 @@ def _goes(branch: Branch, tensor: str) -> bool:
     return any(tensor == path or tensor.startswith(f"{path}.") for path in branch.paths)
 
 
+def _check_model(model: nn.Module) -> None:
+    """Make sure that a network can be looked at."""
+    if isinstance(model, torch.jit.ScriptModule):
+        fail("model", "be a plain nn.Module", type(model).__name__, hint="Describe the module that was scripted.")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            fail("model", "have all its parameters", f"{name} without a shape", hint="Call it once with the example.")
+
+
 def _check_example(model: nn.Module, example: Any) -> None:
     """Make sure that there is a tensor on the network's device."""
     tensors: Iterable[torch.Tensor] = [
@@ -318,6 +345,10 @@ def _check_example(model: nn.Module, example: Any) -> None:
     ]
     if not tensors:
         fail("example", "hold a tensor", type(example).__name__, hint="Give one input batch.")
+    if any(tensor.dim() and not len(tensor) for tensor in tensors):
+        fail(
+            "example", "hold at least one example", [tuple(tensor.shape) for tensor in tensors], hint="Give one batch."
+        )
     device = next((parameter.device for parameter in model.parameters()), None)
     for tensor in tensors:
         if device is not None and tensor.device != device:
