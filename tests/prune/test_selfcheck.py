@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from catode.prune.describe.trace.describing import describe
 from catode.prune.pruner import Pruner
 from catode.prune.selfcheck import Unchecked, check
 from catode.structures.description import Block, Site
@@ -340,3 +341,41 @@ def test_no_warning_where_nothing_is_wrong():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(Net(), IMAGE)
+
+
+class DropsRows(nn.Module):
+    """Stochastic depth: whole examples of a branch are left out, seldom."""
+
+    def forward(self, x):
+        return x * torch.bernoulli(torch.full((len(x), 1, 1, 1), 0.99)) if self.training else x
+
+
+def test_stochastic_depth_is_noticed_even_if_it_drops_nothing():
+    """A cut network draws other numbers than the gated one, so that only its norms can be compared in train mode."""
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+            self.conv2, self.bn2 = nn.Conv2d(6, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.drop = DropsRows()
+
+        def forward(self, x):
+            return x + self.drop(self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())))
+
+    model = nn.Sequential(Dropping(), Dropping(), nn.Flatten(), nn.Linear(192, 4))
+    found = check(model, torch.zeros(1, 3, 8, 8), describe(model, torch.zeros(1, 3, 8, 8)))
+    assert found.notes == ("random in train mode: there, only the batch norms were checked",)
+    assert found.difference < 1e-8
+
+
+def test_a_norm_over_one_pixel_of_small_images_is_no_false_alarm():
+    """Two numbers that are nearly the same would be blown up by a batch norm in train mode."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1) if j == 0 else nn.BatchNorm2d(8) if j == 1 else nn.ReLU()
+          for i in range(6) for j in range(3)),
+        nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    example = torch.zeros(1, 3, 32, 32)
+    for seed in range(3):
+        assert check(model, example, describe(model, example), seed=seed).difference < 1e-8
