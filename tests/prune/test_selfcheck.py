@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from benchmarks.prunability.models import declare_operators
 from catode.prune.describe.trace.describing import describe
 from catode.prune.pruner import Pruner
 from catode.prune.selfcheck import Unchecked, check
@@ -369,13 +370,9 @@ def test_stochastic_depth_is_noticed_even_if_it_drops_nothing():
     assert found.difference < 1e-8
 
 
-def test_a_norm_over_one_pixel_of_small_images_is_no_false_alarm():
-    """Two numbers that are nearly the same would be blown up by a batch norm in train mode."""
-    model = nn.Sequential(
-        *(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1) if j == 0 else nn.BatchNorm2d(8) if j == 1 else nn.ReLU()
-          for i in range(6) for j in range(3)),
-        nn.Flatten(), nn.Linear(8, 4),
-    )  # fmt: skip
+def test_norms_over_single_pixels_of_small_images_are_no_false_alarm():
+    """Two numbers that are nearly the same are blown up by a batch norm in train mode, here beyond the tolerance."""
+    declare_operators()
+    model = pytest.importorskip("torchvision").models.mobilenet_v2(num_classes=10)
     example = torch.zeros(1, 3, 32, 32)
-    for seed in range(3):
-        assert check(model, example, describe(model, example), seed=seed).difference < 1e-8
+    assert check(model, example, describe(model, example)).difference < 1e-8
