@@ -67,7 +67,7 @@ def test_no_module_of_the_ground_floors_loads_pytorch():
         (["--help"], ""),
         (
             ["trian"],
-            "error: `command` must be one of train, theory, export, report, compare; got 'trian'. Did you mean train?\n",
+            "error: `command` must be one of train, describe, theory, export, report, compare; got 'trian'. Did you mean train?\n",
         ),
     ],
 )

@@ -30,6 +30,7 @@ from catode.prune.describe.trial import (
     bytes_of,
     cuda_devices,
     difference,
+    drew,
     evaluating,
     failing_module,
     first_line,
@@ -172,7 +173,7 @@ class _Trial:
             raise _CannotCheck("in eval mode it returns something else each time")
         try:
             one = self._run(whole, training)
-            random = self._drew() or difference(one, self._run(whole, training, 1)) > self.tolerance
+            random = drew(cuda_devices(self.model)) or difference(one, self._run(whole, training, 1)) > self.tolerance
         except Exception:
             random = True
         if random:
@@ -231,9 +232,8 @@ class _Trial:
                 turn(self.whole, self.seed + round)
             # train mode in every other round: batch norms leave no unit closed by a ReLU for every example
             silent &= ~self._acting(gates, training_norms if round % 2 else evaluating, round)
-            if (
-                not normed and round + 1 >= LEAST_ROUNDS
-            ):  # some are closed each time; their slices are those of the others
+            # without norms some are closed each time; their slices are those of the others
+            if not normed and round + 1 >= LEAST_ROUNDS:
                 for units in self.inventory.units:
                     silent[units] &= silent[units].mean() >= 0.5
             if not silent.any() or (round + 1 >= ROUNDS and silent.sum() == before):
@@ -245,11 +245,8 @@ class _Trial:
             if self._changes(gates, number):
                 continue
             name = self.inventory.names()[number]
-            what = (
-                f"unit {name['index']} of site `{name['site']}`"
-                if name["kind"] == "unit"
-                else f"block `{name['block']}`"
-            )
+            unit = f"unit {name['index']} of site `{name['site']}`"
+            what = unit if name["kind"] == "unit" else f"block `{name['block']}`"
             raise ValueError(
                 f"the gate of {what} must change what the model returns; it does not. Name the modules that read the units as "
                 "consumers, and the branch's last module with a weight as output."
@@ -497,14 +494,6 @@ class _Trial:
                 for buffer, version, before in buffers:
                     if buffer._version != version:
                         buffer.copy_(before)
-
-    def _drew(self) -> bool:
-        """Whether the last `_run`, of number 0, drew random numbers, as stochastic depth does, which may change nothing."""
-        devices = cuda_devices(self.model)
-        states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-        torch.manual_seed(0)
-        after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-        return not all(map(torch.equal, states, after))
 
 
 def _said(found: float | str) -> str:

@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import catode
+from benchmarks.prunability.models import declare_operators
 from catode.prune.describe.costs import count
+from catode.prune.describe.trace.describing import describe
 from catode.prune.pruner import Pruner
 from catode.prune.selfcheck import Unchecked, check
 from catode.structures.description import Block, Site
@@ -384,3 +386,37 @@ def test_an_operation_that_is_not_counted_is_named():
     ) as told:
         check(model, torch.zeros(4, 6), catode.describe(model, torch.zeros(4, 6)))
     assert "in torch.float64" in str(told.value) and "\n" not in str(told.value)
+
+
+class DropsRows(nn.Module):
+    """Stochastic depth: whole examples of a branch are left out, seldom."""
+
+    def forward(self, x):
+        return x * torch.bernoulli(torch.full((len(x), 1, 1, 1), 0.99)) if self.training else x
+
+
+def test_stochastic_depth_is_noticed_even_if_it_drops_nothing():
+    """A cut network draws other numbers than the gated one, so that only its norms can be compared in train mode."""
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+            self.conv2, self.bn2 = nn.Conv2d(6, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.drop = DropsRows()
+
+        def forward(self, x):
+            return x + self.drop(self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())))
+
+    model = nn.Sequential(Dropping(), Dropping(), nn.Flatten(), nn.Linear(192, 4))
+    found = check(model, torch.zeros(1, 3, 8, 8), describe(model, torch.zeros(1, 3, 8, 8)))
+    assert found.notes == ("random in train mode: there, only the batch norms were checked",)
+    assert found.difference < 1e-8
+
+
+def test_norms_over_single_pixels_of_small_images_are_no_false_alarm():
+    """Two numbers that are nearly the same are blown up by a batch norm in train mode, here beyond the tolerance."""
+    declare_operators()
+    model = pytest.importorskip("torchvision").models.mobilenet_v2(num_classes=10)
+    example = torch.zeros(1, 3, 32, 32)
+    assert check(model, example, describe(model, example)).difference < 1e-8

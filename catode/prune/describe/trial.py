@@ -188,3 +188,11 @@ def bytes_of(model: nn.Module) -> int:
 def cuda_devices(model: nn.Module) -> list[torch.device]:
     """CUDA devices of a model."""
     return list({p.device for p in model.parameters() if p.device.type == "cuda"})
+
+
+def drew(devices: Sequence[torch.device]) -> bool:
+    """Whether random numbers were drawn since the seed was set to 0, as stochastic depth does, which may change nothing."""
+    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    torch.manual_seed(0)
+    after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    return not all(map(torch.equal, states, after))
