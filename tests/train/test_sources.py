@@ -497,6 +497,16 @@ def test_initial_weights_of_any_network(file, tmp_path, capsys):
         loop.prepare(parse(["--arch", other, "--init", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "run")]))
 
 
+def test_what_the_self_check_finds_is_one_line(file, tmp_path, capsys, monkeypatch):
+    def finds(*_, **__):
+        raise ValueError("`structures()` must be right; got wrong. Leave it out.")
+
+    monkeypatch.setattr("catode.prune.selfcheck.check", finds)
+    assert main(["--arch", f"{file}:make_model", *TINY, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: `structures()` must be right; got wrong. Leave it out."
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 # --- catode describe --------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from catode.prune.checking import PruningWarning
 from catode.prune.pruner import Pruner
-from catode.train.settings.config import Config
+from catode.train.settings.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from catode.train.loop.setup import Setup
@@ -135,7 +135,10 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PruningWarning)  # printed as lines of the run
-        return _pruner(setup, optimizer)
+        try:
+            return _pruner(setup, optimizer)
+        except ValueError as error:  # of the network, such as what the self-check found
+            raise ConfigError(str(error)) from error
 
 
 def _pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner:
