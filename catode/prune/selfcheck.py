@@ -38,7 +38,6 @@ from catode.prune.describe.trial import (
     randomise,
     training,
     training_norms,
-    turn,
 )
 from catode.prune.gated.cut import restrict
 from catode.prune.gated.gates import Gates
@@ -225,12 +224,11 @@ class _Trial:
         before = 0
         for round in range(MOST_ROUNDS):
             if round:
-                turn(self.whole, self.seed + round)
+                randomise(self.whole, self.seed + round, again=True)
             # train mode in every other round: batch norms leave no unit closed by a ReLU for every example
             silent &= ~self._acting(gates, training_norms if round % 2 else evaluating, round)
-            if (
-                not normed and round + 1 >= LEAST_ROUNDS
-            ):  # some are closed each time; their slices are those of the others
+            if not normed and round + 1 >= LEAST_ROUNDS:
+                # some are closed each time; their slices are those of the others
                 for units in self.inventory.units:
                     silent[units] &= silent[units].mean() >= 0.5
             if not silent.any() or (round + 1 >= ROUNDS and silent.sum() == before):
