@@ -39,7 +39,6 @@ from catode.prune.describe.trial import (
     randomise,
     training,
     training_norms,
-    turn,
 )
 from catode.prune.gated.cut import restrict
 from catode.prune.gated.gates import Gates
@@ -229,7 +228,7 @@ class _Trial:
         before = 0
         for round in range(MOST_ROUNDS):
             if round:
-                turn(self.whole, self.seed + round)
+                randomise(self.whole, self.seed + round, again=True)
             # train mode in every other round: batch norms leave no unit closed by a ReLU for every example
             silent &= ~self._acting(gates, training_norms if round % 2 else evaluating, round)
             # without norms some are closed each time; their slices are those of the others

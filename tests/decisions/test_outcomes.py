@@ -466,4 +466,4 @@ def test_every_fate_occurs_in_the_tables_above():
     for case in (test_fates_by_hand, test_fates_at_a_target_by_hand):
         for _, expected in case.pytestmark[0].args[1]:
             seen |= expected.keys()
-    assert seen == set(fates.FATES) - {fates.KEPT_AT_LEAST}  # which tests/decisions/test_least.py has
+    assert seen == set(fates.FATES) - {fates.KEPT_AT_LEAST}  # which tests/decisions/test_fewest_units.py has

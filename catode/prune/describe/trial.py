@@ -14,17 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from catode.prune.measure import nests
 
 BatchNorm, Dropout = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+MANY = 1_000_000
 EXAMPLES, SMALL_EXAMPLES, FEATURE_EXAMPLES = 2, 4, 16  # of images and sequences, small images, rows of features
 SMALL = 2**13  # numbers in a small image, for which a batch norm may average over as few as there are examples
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, seed: int) -> None:
+def randomise(model: nn.Module, seed: int, again: bool = False) -> None:
     """Give all parameters and running statistics random values, as after some training.
 
     Args:
         model: The network; changed in place.
         seed: Seed of the values.
+        again: Whether it has such values already: then weights of more than `MANY` entries change signs by rows alone, which
+            takes much less time.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -32,7 +35,10 @@ def randomise(model: nn.Module, seed: int) -> None:
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
 
     for name, tensor in model.named_parameters():
-        if tensor.dim() > 1:
+        if again and tensor.dim() > 1 and tensor.numel() > MANY:
+            signs = torch.randint(2, (len(tensor), *[1] * (tensor.dim() - 1)), generator=generator) * 2 - 1
+            tensor.mul_(signs.to(tensor))
+        elif tensor.dim() > 1:
             fans = tuple(
                 range(1, tensor.dim())
             )  # without a mean, or units behind a ReLU are on or off for every input alike
@@ -51,25 +57,6 @@ def randomise(model: nn.Module, seed: int) -> None:
             tensor.copy_(0.3 * normal(tensor))
         elif name.endswith("running_var"):
             tensor.copy_(1.0 + 0.3 * normal(tensor).clamp(-2, 2))
-
-
-@torch.no_grad()
-def turn(model: nn.Module, seed: int) -> None:
-    """Give a network with random parameters others at little cost: weights change signs by rows, biases are drawn anew.
-
-    What was closed by a ReLU opens in every other row.
-
-    Args:
-        model: The network; changed in place.
-        seed: Seed of the values.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.named_parameters():
-        if tensor.dim() > 1:
-            signs = torch.randint(2, (len(tensor), *[1] * (tensor.dim() - 1)), generator=generator) * 2 - 1
-            tensor.mul_(signs.to(tensor))
-        elif name.rpartition(".")[2] == "bias":
-            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator).to(tensor))
 
 
 def random_like(example: Any, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
