@@ -350,3 +350,20 @@ def test_a_branch_that_ends_in_a_scale_is_gated_there_unless_it_shares_it():
     found = describe(shared, IMAGE)
     assert not [block for block in found if block.removable]
     assert sum(refusal.kind == "branch" for refusal in found.refused) == 2
+
+
+def test_what_runs_in_train_mode_alone_stays():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+            self.helper = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+
+        def forward(self, x: torch.Tensor):
+            x = self.stem(x)
+            out = self.down(F.relu(self.up(x)))
+            return (out, self.helper(x)) if self.training else out
+
+    found = describe(Auxiliary(), torch.zeros(2, 4))
+    assert {site.name for block in found for site in block.sites} == {"stem", "up"}
+    assert [refusal.reason for refusal in found.refused if refusal.name == "helper.0"] == ["it runs in train mode alone"]

@@ -127,6 +127,10 @@ class _Trace:
                 continue
             self.maps.follow(self.passes[training], rule, PRODUCTS)
         self.widths = widths(self.maps, self.passes.values(), _other_names(model))
+        used = {value.tensor for value in self.passes[False].tensors.values() if value.users}
+        for width in self.widths:
+            if width.making and not width.making & used:  # such as an auxiliary classifier's: they have no price
+                width.reasons.insert(0, "it runs in train mode alone")
 
     def _record(self, training: bool, graphs: Mapping[str, fx.Graph] | None = None) -> Recording:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
