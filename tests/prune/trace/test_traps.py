@@ -366,4 +366,22 @@ def test_what_runs_in_train_mode_alone_stays():
 
     found = describe(Auxiliary(), torch.zeros(2, 4))
     assert {site.name for block in found for site in block.sites} == {"stem", "up"}
-    assert [refusal.reason for refusal in found.refused if refusal.name == "helper.0"] == ["it runs in train mode alone"]
+    assert [refusal.reason for refusal in found.refused if refusal.name == "helper.0"] == [
+        "it runs in train mode alone"
+    ]
+
+
+def test_a_branch_with_a_recurrent_layer_goes_with_the_states_that_nobody_reads():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.rnn, self.out = nn.LayerNorm(6), nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.out(self.rnn(self.norm(x))[0])
+
+    model = nn.Sequential(nn.Linear(4, 6), Recurrent(), nn.Linear(6, 3))
+    blocks = describe(model, torch.zeros(2, 7, 4))
+    (block,) = [block for block in blocks if block.removable]
+    assert block.branch == ("1.norm", "1.out", "1.rnn")
+    assert verify(model, blocks, torch.zeros(2, 7, 4)).deviation < 1e-12

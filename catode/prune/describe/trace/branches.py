@@ -82,19 +82,30 @@ class _Flow:
     recording: Recording
     maps: Maps
     bases: dict[Value, Value] = field(default_factory=dict)
+    idle: set[Operation] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Find the operations whose results nobody reads, such as the last state of a recurrent layer."""
+        results = set(self.recording.results)
+        for op in reversed(self.recording.operations):
+            made = [*op.outputs, *(after for _, after in op.aliases)]
+            read = any(user not in self.idle for value in made for user in value.users)
+            if not read and not results & set(made) and not op.name.endswith("_"):
+                self.idle.add(op)
 
     def exclusive(self, value: Value, reader: Operation) -> set[Operation]:
         """Operations whose every result serves `value` as `reader` reads it, and nothing else."""
         results = set(self.recording.results)
         found: set[Operation] = set()
-        if value.op is None or value in results or any(user is not reader for user in value.users):
+        others = [user for user in value.users if user is not reader and user not in self.idle]
+        if value.op is None or value in results or others:
             return found
         waiting = {value.op}
         while waiting:
             op = max(waiting, key=lambda op: op.number)
             waiting.discard(op)
             made = [*op.outputs, *(after for _, after in op.aliases)]
-            users = {user for output in made for user in output.users}
+            users = {user for output in made for user in output.users} - self.idle
             if any(output in results for output in made):
                 continue
             if not any(output in reader.inputs for output in made):
@@ -158,8 +169,9 @@ def branches(maps: Maps, recording: Recording) -> list[Branch]:
         inner = [other for other in found if other is not branch and other.operations < branch.operations]
         if inner:
             branch.reason = f"holds the branch that is added in `{inner[0].addition.path}`"
-        _place(branch, recording)
-        outside = _used(op for op in recording.operations if op not in branch.operations) & branch.parameters
+        _place(branch, flow)
+        others = (op for op in recording.operations if op not in branch.operations and op not in flow.idle)
+        outside = _used(others) & branch.parameters
         if not branch.reason and outside:
             branch.reason = f"`{min(outside)}` is used outside of it too"
     return found
@@ -200,7 +212,7 @@ def _used(operations: Iterable[Operation], maps: Maps | None = None) -> set[str]
     return found - {""}
 
 
-def _place(branch: Branch, recording: Recording) -> None:
+def _place(branch: Branch, flow: _Flow) -> None:
     """Find the smallest module that holds a branch and its addition, and the modules that go with it."""
     stacks = [op.stack for op in (*branch.operations, branch.addition)]
     depth = 0
@@ -208,16 +220,16 @@ def _place(branch: Branch, recording: Recording) -> None:
         depth += 1
     path = stacks[0][depth - 1][0] if depth else ""
     branch.module = path
-    if sum(call[0] == path for call in recording.calls) > 1:
+    if sum(call[0] == path for call in flow.recording.calls) > 1:
         branch.reason = branch.reason or f"`{path}` is used several times"
     if not path:
         branch.untraced = "it spans the whole network's own forward pass"
     elif branch.addition.path != path:
         branch.untraced = f"its addition is inside `{branch.addition.path}`, a part of `{path}`"
     gone, stays = set(), set()
-    for op in recording.operations:
+    for op in flow.recording.operations:
         names = [name for name, _ in op.stack[depth:]]
-        if not op.inputs:
+        if not op.inputs or op in flow.idle:
             continue
         (gone if op in branch.operations else stays).update(names)
     gone -= stays
