@@ -42,6 +42,7 @@ NOT_RUN = {
     "python -m tests.faults": "tests/test_faults.py runs a sample of it; all of it takes many minutes",
     "python -m benchmarks.queue run": "tests/benchmarks/test_queue.py makes some of its runs",
     "python -m benchmarks.rival": "torch-pruning is no part of the tests' environment",
+    "python -m benchmarks.prunability.rival": "torch-pruning is no part of the tests' environment",
 }
 """Beginnings of commands that are not run, each with its reason; their flags and files are looked up all the same."""
 
@@ -50,6 +51,7 @@ BARE = {
     "catode.theory": "--from-run FOLDER",
     "catode.report": "FOLDER",
     "catode.report.compare": "FOLDER",
+    "catode": "describe resnet14",
     "catode.report.describe": "resnet14",
     "benchmarks.cifar run": "dense",
     "benchmarks.loading": "--data-dir DIR",
@@ -221,7 +223,14 @@ def cut_off(out: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def costly(command: str) -> bool:
+    """Whether a command takes long even so, and is one of several of a benchmark, of which the first is always run."""
+    words = command.split()
+    heavy = words[:2] == ["python", "-m"] and words[2] in ("benchmarks.gate_cost", "benchmarks.gate_versions")
+    return heavy and command != next(other for other in COMMANDS if other.startswith(" ".join(words[:3])))
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.slow) if costly(c) else c for c in COMMANDS])
 def test_every_command_of_the_pages_runs(command, places, finished, figure_runs, tmp_path, monkeypatch, capsys):  # noqa: F811
     words = shlex.split(command)
     for begin in NOT_RUN:

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import math
 import os
 import re
@@ -329,11 +330,12 @@ def test_every_figure_is_part_of_a_claim():
 INTERVAL = r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\] \(95 %, n = \d\)"
 
 
-def interval(values):
+def interval(values, places=2):
     """Mean and 95 % t-interval as the pages write them."""
     mean = np.mean(values)
     low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] (95 %, n = {len(values)})"
+    mean, low, high = (f"{number:+.{places}f}" for number in (mean, low, high))
+    return f"{mean} [{low}, {high}] (95 %, n = {len(values)})"
 
 
 @cache
@@ -397,6 +399,8 @@ def test_every_interval_of_readme_and_results_is_computed():
     earlier = [-1, 0, -1, -2, -1]  # images of 359, the table of version 0.1
     known = {points for _, _, points, _ in differences()} | {interval(digits())}
     known |= {interval(np.array(own) / 3.59) for own in (images, earlier)}
+    loss = {path.stem: json.loads(path.read_text())["held_out_loss"] for path in (RECORDS / "gpt").glob("*.json")}
+    known |= {interval([loss[f"pruned-s{seed}"] - loss[f"dense-s{seed}"] for seed in range(len(loss) // 2)], 4)}
     for text in (README, RESULTS):
         said = re.findall(INTERVAL, re.sub(r"\s+", " ", text.replace("**", "")))
         assert len(said) > 3 and not set(said) - known

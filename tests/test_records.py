@@ -365,6 +365,7 @@ def test_an_older_shadow_csv_reads_as_todays(tmp_path):
 def test_the_committed_records_are_read_with_known_fates_alone():
     folder = Path(__file__).parent.parent / "benchmarks" / "records"
     runs = sorted(path.parent for path in folder.rglob("result.json"))
+    runs = [run for run in runs if not (run / "parts.csv").exists()]  # condensed otherwise, see benchmarks/anymodel
     assert len(runs) >= 29
     for run in runs:
         config, result = records.read_config(run), records.read_result(run)

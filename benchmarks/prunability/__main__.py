@@ -2,7 +2,7 @@
 
     python -m benchmarks.prunability [--list torchvision|timm|hf] [--only PATTERN] [--vertices N] [--quick] [--write]
 
-Every model is described, then verified: in double precision (in single precision above 250 M parameters), with random
+Every model is described, then verified: in double precision (in single precision above 700 M parameters), with random
 parameters, at `--vertices` random sets of units and branches, in eval and train mode, the network with closed gates is compared
 with the physically cut one; the largest difference, relative to the largest output, must stay below 1e-4. Units' gates scale
 the entries of the weights that read them, branches' gates what the branch's last module returns. Then some structures' gates

@@ -113,7 +113,8 @@ class Outcomes:
             several = last & ~self.complexity.inventory.at_least(left, self.multiples)
             certain, last = certain | several, last & ~several
         certain &= ~last
-        given, last = last & self._given & left, last & left
+        last &= left
+        given = last & self._given
         for_width = (
             waits & left & (final | self._rest(left, open_) | self._stuck(open_ & left & ~certain, waits & zero))
         )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catode.structures import fates
-from catode.structures.description import CONSUMER, PRODUCER, Block, Site, Slice
+from catode.structures.description import CONSUMER, PRODUCER, Attribute, Block, Site, Slice
 from catode.structures.inventory import KINDS, Inventory
 
 
@@ -246,3 +246,7 @@ def test_a_record_without_a_block_that_stays_is_refused():
     record["held"]["kept"] = False
     with pytest.raises(ValueError, match="`held` in structure.json must be kept"):
         owner.kept(record)
+
+
+def test_an_attribute_counts_each_unit_once_unless_it_says_otherwise():
+    assert Attribute("module", "width") == Attribute("module", "width", each=1, fixed=0)

@@ -138,7 +138,11 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SLOW = ("all training images", "AdamW", "clipping", "accumulation, AdamW, clipping", "many validation images")
+"""Of which another recipe has the same part."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES])
 def test_a_run_of_another_recipe_goes_on_bit_by_bit(name, tmp_path, monkeypatch):
     flags = [*FLAGS, *RECIPES[name]]
     _, expected = run_whole(flags, tmp_path / "whole")

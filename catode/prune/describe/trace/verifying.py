@@ -26,7 +26,7 @@ from catode.structures.description import CONSUMER, Block
 from catode.structures.inventory import Inventory
 from catode.structures.layout import Layout
 
-LARGEST = 250_000_000
+LARGEST = 700_000_000
 """Parameters above which a network is run in single precision, so that its copies fit into memory."""
 RANDOM_DEPTH = ("Dropout", "DropPath", "StochasticDepth", "DropBlock")
 
