@@ -63,3 +63,10 @@ def test_the_rival_takes_what_runs_with_fewer_parameters(tmp_path):
     found = rival.records(tmp_path)
     assert [name for name in found if rival.takes(found[name])] == ["a"]
     assert not rival.takes({"error": "not done in 1 s"})
+
+
+@pytest.mark.parametrize("which", LISTS)
+def test_the_tables_are_those_of_the_committed_records(which):
+    found = [json.loads(path.read_text()) for path in (prunability.RECORDS / which).glob("*.json")]
+    table = prunability.HOME / "results" / f"prunability{'' if which == LISTS[0] else f'_{which}'}.md"
+    assert table.read_text().startswith(prunability.summary(found, rival.records() if which == LISTS[0] else {}))
