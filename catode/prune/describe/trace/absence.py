@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -70,7 +70,7 @@ def _try(model: nn.Module, example: Any, found: Sequence[Branch], passes: Mappin
             raise Failed("", without, ValueError("what stays computes something else"))
 
 
-def _products(operations: Sequence[Operation]) -> list[tuple]:
+def _products(operations: Iterable[Operation]) -> list[tuple]:
     """Sums of products, where they run and of which shapes."""
     return [(op.name, op.path, [value.shape for value in op.inputs]) for op in operations if op.name in PRODUCTS]
 
