@@ -23,6 +23,7 @@ from catode.records import PLACE
 from catode.structures import fates
 from catode.structures.complexity import Complexity
 from catode.structures.inventory import Inventory
+from catode.theory.tolerance.measured import LEAST_PRICE
 
 HOPELESS = 100  # times as many steps as a run has, from which no longer run is proposed
 ALOUD = 0.1  # share of the structures decided because time was out from which a warning says so
@@ -86,10 +87,10 @@ def gated(inventory: Inventory, alpha: float) -> NDArray[np.bool_]:
     raise ValueError(f"`alpha` must be below 1 for a model of which no branch can go; got {alpha:g}. Use 0.")
 
 
-def too_short(
+def cannot_decide(
     steps: int, warmup: int, *, memory: int, check_every: int, risk: float, prices: NDArray, epochs: float | None = None
 ) -> str:
-    """Why a run is too short to decide by rule, before anything was measured, as text; empty if it is not.
+    """Why a run cannot decide by rule, before anything was measured, as text: too few steps, or prices of 0; empty if it can.
 
     Args:
         steps: Steps until the deciding phase ends.
@@ -101,6 +102,11 @@ def too_short(
         epochs: Epochs of the run, to say how many it needs; None to say how many steps.
     """
     phase, price = steps - warmup, float(np.median(prices))
+    if price < LEAST_PRICE:
+        return (
+            f"{int((prices < LEAST_PRICE).sum()):,} of {prices.size:,} structures are free at first and not removed for their "
+            "price: the measured times do not grow with their widths. Measure again on an idle device, or price by MACs."
+        )
     by_phase, by_pool = needed_phase(memory, check_every), needed_phase(float(needed_memory(NOISE, price, risk)))
     needed = max(by_phase, by_pool)
     if phase >= needed:
@@ -282,6 +288,7 @@ class Checking:
         """
         variance = state.evidence.variance()
         known = where & np.isfinite(variance) & np.isfinite(limits.step_time) & (limits.step_time > 0)
+        known &= limits.price > LEAST_PRICE  # no number of steps tells a benefit of 0 from a price of 0
         if not known.any() or state.time <= 0:
             return None
         every = limits.step_time[known] * state.done / state.time  # steps from one estimate to the next

@@ -33,7 +33,7 @@ from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE
 from catode.decisions.target import Target
 from catode.prune import selfcheck
-from catode.prune.checking import Check, Checking, PruningWarning, check_numbers, gated, too_short
+from catode.prune.checking import Check, Checking, PruningWarning, check_numbers, gated, cannot_decide
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import describe
 from catode.prune.describe.protocol import branch, unwrapped
@@ -179,7 +179,7 @@ class Pruner(Queries):
         which = self.gated & (~self.is_layer if self.gated[~self.is_layer].any() else self.is_layer)
         pool = dict(memory=own.memory, check_every=own.check_every, risk=own.risk)
         self._say("" if own.epoch_steps or own.tolerance is not None else ONE_EPOCH)
-        self._say(too_short(own.steps, own.warmup, prices=self.prices()[which], **pool))
+        self._say(cannot_decide(own.steps, own.warmup, prices=self.prices()[which], **pool))
 
     # --- queries ----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from catode.decisions.schedule import needed_memory, needed_phase
-from catode.prune.checking import PruningWarning, too_short
+from catode.prune.checking import PruningWarning, cannot_decide
 from catode.prune.pruner import Pruner
 from catode.prune.recalibration import recalibrate_norms
 from catode.prune.settings import PrunerSettings
@@ -109,13 +109,15 @@ def test_memory_and_checks_scale_with_the_run(steps, warmup, memory, check_every
 
 def test_a_short_run_is_told_before_its_first_step():
     pool = dict(memory=10, check_every=2, risk=0.05)
-    assert too_short(1000, 0, prices=np.full(5, 1e-2), **pool) == ""
-    by_phase = too_short(60, 10, prices=np.full(5, 1e-2), **pool)
+    assert cannot_decide(1000, 0, prices=np.full(5, 1e-2), **pool) == ""
+    by_phase = cannot_decide(60, 10, prices=np.full(5, 1e-2), **pool)
     assert "about 100 steps, ten times `memory`, 10" in by_phase and "it has 50" in by_phase and "steps=110" in by_phase
-    by_pool = too_short(1000, 100, prices=np.full(5, 1e-4), **pool)
+    by_pool = cannot_decide(1000, 100, prices=np.full(5, 1e-4), **pool)
     assert "about 3,464 steps, at the noise of a ResNet-20" in by_pool and "steps=3564 or a larger nu" in by_pool
-    assert "about 8 epochs" in too_short(1000, 100, prices=np.full(5, 1e-4), epochs=2, **pool)
-    assert "steps=" not in too_short(1000, 0, prices=np.full(5, 1e-7), **pool)
+    assert "about 8 epochs" in cannot_decide(1000, 100, prices=np.full(5, 1e-4), epochs=2, **pool)
+    assert "steps=" not in cannot_decide(1000, 0, prices=np.full(5, 1e-7), **pool)
+    free = cannot_decide(1000, 0, prices=np.array([0.0, 0.0, 1e-2]), **pool)
+    assert free.startswith("2 of 3 structures are free") and cannot_decide(1000, 0, prices=np.array([0, 1, 1.0]), **pool) == ""
     with pytest.warns(PruningWarning, match="deciding phase should have about 100 steps"):
         _, _, pruner = make(nu=1.0, steps=38)
     assert len(pruner.warnings) == 1 and "\n" not in pruner.warnings[0]

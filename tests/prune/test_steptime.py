@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import catode
+from catode.prune.checking import PruningWarning
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import describe
 from catode.prune.describe.steptime import GRID, MeasuredComplexity, Table
@@ -205,6 +206,31 @@ def test_a_dry_run_shows_prices_by_time_and_writes_nothing(tmp_path, capsys):
     assert main([*flags, "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     assert "prices by time: " in printed and "layer3.1" in printed and not list(tmp_path.iterdir())
+
+
+def test_times_that_do_not_grow_with_the_widths_are_told_and_no_unit_goes_for_them():
+    torch.manual_seed(0)
+    model = DenseResNet(64, 10, hidden=9)
+    plain = describe(model, model.structures(), EXAMPLE)
+    flat = tables_of(model, plain, lambda *a: 1.0)  # what noise leaves of small layers
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    loader = [(torch.randn(16, 1, 8, 8), torch.randint(10, (16,))) for _ in range(40)]
+    more = dict(nu=1.0, steps=200, epoch_steps=40, memory=10, check_every=10, step_times=flat)
+    with pytest.warns(PruningWarning, match="structures are free at first .* do not grow with their widths"):
+        pruner = catode.Pruner(model, EXAMPLE, optimizer=optimizer, loss=loss, **more)
+    assert (pruner.prices()[~pruner.is_layer] == 0).all() and (pruner.prices()[pruner.is_layer] > 0).all()
+    for step in range(60):
+        x, y = loader[step % 40]
+        optimizer.zero_grad()
+        loss(model, (x, y)).backward()
+        optimizer.step()
+        pruner.step((x, y))
+    alive = pruner.kept[pruner.is_layer][pruner.inventory.unit_layer]
+    assert alive.any() and pruner.kept[~pruner.is_layer][alive].all() and np.isfinite(pruner.keep_prob).all()
 
 
 def test_units_that_are_slices_or_lie_in_no_branch_are_refused_in_one_line():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from catode.decisions.target import Target
-from catode.prune.checking import too_short
+from catode.prune.checking import cannot_decide
 from catode.prune.describe.costs import describe
 from catode.prune.describe.steptime import MeasuredComplexity
 from catode.train.loop.setup import Setup
@@ -66,7 +66,7 @@ def table(setup: Setup) -> str:
     units = config.alpha < 1 and cost.size > cost.inventory.layers
     gated = prices[cost.inventory.layers :] if units else prices[: cost.inventory.layers]
     pool = dict(memory=config.memory, check_every=config.check_every, risk=config.risk, epochs=config.epochs)
-    short = too_short(setup.decide_steps, setup.warmup_steps, prices=gated, **pool) if config.nu > 0 else ""
+    short = cannot_decide(setup.decide_steps, setup.warmup_steps, prices=gated, **pool) if config.nu > 0 else ""
     if short:
         lines.append(f"warning: {short}")
     return "\n".join(lines)
