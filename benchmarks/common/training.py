@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from benchmarks.common import QUICK_IMAGES, pool, subset
@@ -18,6 +17,7 @@ from catode.prune.checking import PruningWarning
 from catode.prune.describe.protect import described
 from catode.train import run
 from catode.train.loop import Setup, Trainer, checkpoint, lock, prepare
+from catode.train.loop.layout import memory_format
 from catode.train.settings.config import Config, ConfigError
 
 Change = Callable[[nn.Module, Setup], nn.Module]
@@ -58,8 +58,8 @@ def complete(
         return run(replace(config, resume=config.out) if resumed else config, progress=False)
     setup = _prepared(config, folder, images)
     if change is not None:
-        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        changed = change(setup.model, setup).train().to(config.device, memory_format=memory_format)
+        own = setup.config
+        changed = change(setup.model, setup).train().to(own.device, memory_format=memory_format(own))
         setup = replace(setup, model=changed, blocks=described(changed, setup.example))
     if resumed:
         state, _ = checkpoint.load_state(folder)

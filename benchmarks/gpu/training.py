@@ -119,6 +119,7 @@ def narrowing(build, share: float, steps: int = 12) -> float:
 def shape_builds(shape: Path | None, arch: str) -> str:
     """Let the trainer build the stage-shaped network in place of the whole one, in this process; returns what it is."""
     from catode.train.loop import result, setup
+    from catode.train.loop.layout import memory_format
     from catode.train.models import resnets
 
     plain = setup.build_model
@@ -128,7 +129,7 @@ def shape_builds(shape: Path | None, arch: str) -> str:
 
         def build(config, images):
             model = resnets.build(arch, in_channels=3, classes=len(images.classes), hidden_scale=factor)
-            return model.to(config.device, memory_format=_format(config))
+            return model.to(config.device, memory_format=memory_format(config))
     else:
         means = stage_means(json.loads(shape.read_text()))
         own = ", ".join(f"{stage}: {blocks} blocks of width {width}" for stage, (blocks, width) in means.items())
@@ -139,12 +140,6 @@ def shape_builds(shape: Path | None, arch: str) -> str:
 
     setup.build_model = result.build_model = build
     return what
-
-
-def _format(config):
-    import torch
-
-    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,6 +35,7 @@ from catode.records import read_json
 from catode.train import loop
 from catode.train.loop import checkpoint
 from catode.train.settings.config import Config
+from catode.train.settings.training import LAYOUTS
 from catode.train.stop import Stopped, terminated
 
 PART = ".part"
@@ -99,7 +100,8 @@ KINDS: dict[str, Callable[[dict[str, Any], Path, bool], dict[str, Any]]] = {
 def settings(plan: dict[str, Any], data_dir: str | None, quick: bool) -> dict[str, Any]:
     """The settings of a planned run on this machine."""
     values, way = dict(plan["settings"]), plan["way"]
-    values |= {name: way[name] for name in ("channels_last", "threads")}
+    values["threads"] = way["threads"]
+    values.setdefault("layout", LAYOUTS[0] if way["channels_last"] else LAYOUTS[1])
     values.setdefault("amp", way["amp"])
     values |= {"seed": plan["seed"]}
     if quick:

@@ -33,7 +33,7 @@ from catode.decisions.schedule import Schedule
 from catode.decisions.shadow import FILTER, SCALE
 from catode.decisions.target import Target
 from catode.prune import selfcheck
-from catode.prune.checking import Check, Checking, PruningWarning, check_numbers, gated, cannot_decide
+from catode.prune.checking import Check, Checking, PruningWarning, cannot_decide, check_numbers, gated
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import describe
 from catode.prune.describe.protocol import branch, unwrapped

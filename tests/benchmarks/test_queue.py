@@ -653,7 +653,7 @@ def test_a_run_of_the_queue_has_the_settings_of_its_plan_and_the_way_of_its_mach
         "lr": 0.2,
         "seed": 3,
         "amp": "bf16",
-        "channels_last": False,
+        "layout": "channels-first",
         "threads": 2,
         "data_dir": "d",
     }

@@ -117,7 +117,10 @@ def test_a_short_run_is_told_before_its_first_step():
     assert "about 8 epochs" in cannot_decide(1000, 100, prices=np.full(5, 1e-4), epochs=2, **pool)
     assert "steps=" not in cannot_decide(1000, 0, prices=np.full(5, 1e-7), **pool)
     free = cannot_decide(1000, 0, prices=np.array([0.0, 0.0, 1e-2]), **pool)
-    assert free.startswith("2 of 3 structures are free") and cannot_decide(1000, 0, prices=np.array([0, 1, 1.0]), **pool) == ""
+    assert (
+        free.startswith("2 of 3 structures are free")
+        and cannot_decide(1000, 0, prices=np.array([0, 1, 1.0]), **pool) == ""
+    )
     with pytest.warns(PruningWarning, match="deciding phase should have about 100 steps"):
         _, _, pruner = make(nu=1.0, steps=38)
     assert len(pruner.warnings) == 1 and "\n" not in pruner.warnings[0]

@@ -112,7 +112,12 @@ def accuracy(folder, dataset="digits", data_dir=None, split="test"):
     model, config = load(folder), json.loads((folder / "config.json").read_text())
     images = data.load(dataset, data_dir, validation_share=config["validation_share"], split_seed=config["split_seed"])
     layout = data.Batches(
-        images.train_images, images.train_labels, 2, images.mean, images.std, channels_last=config["channels_last"]
+        images.train_images,
+        images.train_labels,
+        2,
+        images.mean,
+        images.std,
+        channels_last=config["layout"] == "channels-last",
     )
     right = 0
     with torch.no_grad():

@@ -86,8 +86,8 @@ def test_flag_over_preset_over_default(monkeypatch):
 
 
 def test_switches_can_be_turned_both_ways():
-    assert not parse(["--no-channels-last"]).channels_last
-    assert parse(["--channels-last"]).channels_last
+    assert parse(["--nesterov"]).nesterov
+    assert not parse(["--no-nesterov"]).nesterov
     assert parse(["--per-example-gates"]).per_example_gates
 
 

@@ -391,6 +391,10 @@ BAD = [
     (["--batch-size=63"], "`batch_size` must be a multiple of the number of processes"),
     (["--batch-size=2"], "at least two images for each; got batch_size=2 with 2 processes"),
     (["--nu=-1"], "`nu` must be >= 0"),
+    (
+        ["--layout=auto"],
+        "`layout` must be channels-last or channels-first for several processes; got layout='auto' with 2",
+    ),
     (["--device=mps"], "`device` must be"),
     ((["--threads=1"], ["--dataset=cifar10", "--data-dir=nowhere"]), "`data_dir` must be an existing folder"),
     ((["--seed=1"], ["--seed=2"]), "must begin with the same settings"),

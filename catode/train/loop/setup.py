@@ -22,14 +22,15 @@ from catode.prune.devices import distributed
 from catode.prune.devices.timing import check_compile, keep_freed_memory
 from catode.records import read_json
 from catode.train import data
-from catode.train.loop import board, checkpoint, contents, lock, restoring
+from catode.train.loop import board, checkpoint, contents, layout, lock, restoring
+from catode.train.loop.layout import memory_format
 from catode.train.loop.optimization import AMP
 from catode.train.loop.tables import TABLES, checksum
 from catode.train.models import sources, weights
 from catode.train.settings.config import Config
 from catode.train.settings.pruning import least_units
 from catode.train.settings.run import check_out
-from catode.train.settings.training import learning_rates, ode_time
+from catode.train.settings.training import AUTO, LAYOUTS, learning_rates, ode_time
 
 PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history", "executed")  # attributes of `Trainer`
 
@@ -103,10 +104,11 @@ def prepare(config: Config) -> Setup:
             f"batch_size={config.batch_size} with {group.size} processes{f' and accumulate={config.accumulate}' if times else ''}. "
             f"Use {2 * parts}, {4 * parts}, ..."
         )
-    if config.cost == "latency" and group.size > 1:
-        raise ValueError(
-            f"`cost` must be macs for several processes; got cost='latency' with {group.size}. Use one process."
-        )
+    for name, value, other in (("cost", "latency", "macs"), ("layout", AUTO, " or ".join(LAYOUTS))):
+        if getattr(config, name) == value and group.size > 1:  # each process would measure times of its own
+            raise ValueError(
+                f"`{name}` must be {other} for several processes; got {name}={value!r} with {group.size}. Use one process."
+            )
     if config.resume is None:
         check_out(config)
     else:
@@ -144,8 +146,13 @@ def prepare(config: Config) -> Setup:
     if sources.is_foreign(config.arch):
         sources.check_output(config.arch, model, example, len(images.classes))
     blocks = described(model, example, config.keep or (), least_units(config.least))
+    notes = list(images.notes)
+    if config.layout == AUTO:
+        config, told = _fastest(config, images, blocks)
+        notes.append(told)
+        model = model.to(memory_format=memory_format(config))
     _share_norms(config, model, group)
-    notes = [*images.notes, *(weights.fill(model, initial, config.init) if initial is not None else ())]
+    notes += [*(weights.fill(model, initial, config.init) if initial is not None else ())]
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
         raise data.DataError(
             f"`warmup_epochs` must end before the deciding phase does; got warmup_epochs={config.warmup_epochs:g} with "
@@ -260,6 +267,17 @@ def _step_times(
     return steptime.measure(model, complexity, example, batch=part, **settings)
 
 
+def _fastest(config: Config, images: data.ImageData, blocks: Description) -> tuple[Config, str]:
+    """The configuration with the layout in which steps take the least time here, and what was measured, as text."""
+    shape, classes = tuple(images.train_images.shape[1:]), len(images.classes)
+    times = layout.trial(config, lambda own: build_model(own, images), blocks, shape, classes)
+    best, other = sorted(times, key=times.__getitem__)
+    what = "a step of the network and one of half of it" if config.nu > 0 else "a step"
+    return replace(
+        config, layout=best
+    ), f"layout {best}: {what} took {times[best]:.4g} ms, {other} {times[other]:.4g} ms."
+
+
 def build_model(config: Config, images: data.ImageData) -> nn.Module:
     """A newly initialised, unpruned network for the images, on its device."""
     shape = images.train_images.shape
@@ -270,8 +288,7 @@ def build_model(config: Config, images: data.ImageData) -> nn.Module:
         size=tuple(shape[2:]),
         own=dict(hidden_scale=config.hidden_scale, shortcut=config.shortcut, stem=config.stem),
     )
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    return model.to(config.device, memory_format=memory_format)
+    return model.to(config.device, memory_format=memory_format(config))
 
 
 def _check_unfinished(config: Config) -> None:

@@ -19,7 +19,7 @@ from catode.train.settings.gates import GateSettings
 from catode.train.settings.pruning import PruningSettings
 from catode.train.settings.run import RunSettings, check_device, check_out
 from catode.train.settings.setting import LEAST, ConfigError, Setting, nearest
-from catode.train.settings.training import TrainingSettings, learning_rates, ode_time
+from catode.train.settings.training import LAYOUTS, TrainingSettings, learning_rates, ode_time
 
 __all__ = ["DERIVED", "Config", "ConfigError", "check_device", "check_out", "settings"]
 
@@ -176,6 +176,8 @@ class Config(RunSettings, TrainingSettings, GateSettings, PruningSettings, DataS
             raise ConfigError(
                 f"`config.json` must hold one JSON object; got {type(values).__name__}. Restore the file from the run."
             )
+        if isinstance(values.get("channels_last"), bool) and "layout" not in values:  # of a version without `layout`
+            values["layout"] = LAYOUTS[0] if values.pop("channels_last") else LAYOUTS[1]
         derived = values.pop("derived", ())
         if isinstance(derived, list):
             derived = tuple(derived)

@@ -9,6 +9,7 @@ import numpy as np
 from catode.train.settings.setting import ConfigError, SettingsGroup, helpers
 
 number, text, switch = helpers("training")
+LAYOUTS, AUTO = ("channels-last", "channels-first"), "auto"
 WARM = 0.1
 """Share of the steps in which the learning rate of `warm-cosine` increases."""
 
@@ -98,7 +99,17 @@ class TrainingSettings(SettingsGroup):
         "part",
         negatable=True,
     )
-    channels_last: bool = switch(True, "keep images in the channels-last memory format", negatable=True, identity=False)
+    layout: str = text(
+        "channels-last",
+        "memory layout of images and weights; auto tries steps of the network and of half of it in both, and takes the faster",
+        choices=(*LAYOUTS, AUTO),
+        identity=False,
+    )
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the layout is channels-last; for `auto`, before the trial, it is."""
+        return self.layout != LAYOUTS[1]
 
     def check(self) -> None:
         if self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
