@@ -1,10 +1,11 @@
-"""What pruning saves during training: the ungated and the pruned network side by side, epoch by epoch.
+"""What pruning saves during training: the ungated network, the pruned one, and the steps of the latter alone, side by side.
 
     python -m benchmarks.end_to_end [--dataset NAME] [--data-dir DIR] [--images N] [--set NAME=VALUE ...] [--quick] [--write NAME]
 
-One process trains both in turn, an epoch each, so that a drift of the machine affects both alike; everything that an
-epoch does is counted: measuring, checks, compaction, evaluation, the checkpoint. CPU time counts the work of all threads and is the
-steadier clock where a machine is shared; on an accelerator only wall time is meaningful.
+One process trains all three in turn, an epoch each, so that a drift of the machine affects all alike; everything that an
+epoch does is counted: measuring, checks, compaction, evaluation, the checkpoint. The third is trained without gates and cut
+where the second one was, after the same steps: what the second takes beyond its time is the price of deciding. CPU time counts
+the work of all threads and is the steadier clock where a machine is shared; on an accelerator only wall time is meaningful.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from benchmarks.common import (
     publish,
     subset,
 )
+from catode.prune.gated.network import Cut
 from catode.train import loop
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config
 
 TIME_LIMIT, MACS_TARGET = 0.8, 0.5
+DENSE = {"nu": 0.0, "target_macs": None, "target_params": None}
+DECIDING_LIMIT = 1.1  # of the time that the compacted steps alone take
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,39 @@ class Epochs:
     rows: list[dict]
 
 
+class Alone(loop.Trainer):
+    """Trains without gates a network that loses the same as another one, after the same steps."""
+
+    def __init__(self, setup: loop.Setup, folder: Path, pruned: loop.Trainer):
+        super().__init__(setup, folder, False)
+        self.cuts: list[tuple[int, Cut]] = []
+        pruned.pruner.on_cut(lambda cut: self.cuts.append((pruned.step, cut)))
+
+    def update(self):
+        done = super().update()
+        while self.cuts and self.cuts[0][0] <= self.step + 1:
+            self.cuts.pop(0)[1].apply(self.model).follow(self.optimizer)
+        return done
+
+    def save(self, *given) -> None:
+        """Write nothing: the structure is not that of a run."""
+
+
 def train(configs: Sequence[Config], images: int | None) -> tuple[list[Epochs], str]:
-    """Train networks in turn, an epoch each; returns also the name of the data."""
+    """Train a network plainly, with pruning, and as `Alone`, in turn, an epoch each; returns also the name of the data.
+
+    Args:
+        configs: Of the three.
+        images: Train on so many images; None for all.
+    """
     for config in configs:
         Path(config.out).mkdir(parents=True)
     setups = [loop.prepare(config) for config in configs]
     first = configs[0]
     data = copies.name(first.dataset, first.data_dir, copies.fingerprint(setups[0].images))
-    trainers = [loop.Trainer(subset(s, images), Path(s.config.out), progress=False) for s in setups]
+    places = [(subset(s, images), Path(s.config.out)) for s in setups]
+    trainers = [loop.Trainer(*place, progress=False) for place in places[:2]]
+    trainers.append(Alone(*places[2], trainers[1]))
     found = [Epochs([], [], []) for _ in trainers]
     for _ in range(configs[0].epochs):
         for trainer, own in zip(trainers, found, strict=True):
@@ -74,11 +103,12 @@ def train(configs: Sequence[Config], images: int | None) -> tuple[list[Epochs], 
     return found, data
 
 
-def report(plain: Epochs, pruned: Epochs) -> tuple[str, dict[str, float]]:
+def report(plain: Epochs, pruned: Epochs, alone: Epochs) -> tuple[str, dict[str, float]]:
     """A table of the epochs, and their totals."""
     rows = []
     for number, (a, b) in enumerate(zip(plain.rows, pruned.rows, strict=True)):
         cpu, wall = pruned.cpu[number] / plain.cpu[number], pruned.wall[number] / plain.wall[number]
+        deciding = pruned.cpu[number] / alone.cpu[number]
         rows.append(
             [
                 number + 1,
@@ -89,16 +119,19 @@ def report(plain: Epochs, pruned: Epochs) -> tuple[str, dict[str, float]]:
                 f"{plain.cpu[number]:.1f}",
                 f"{cpu:.2f}",
                 f"{wall:.2f}",
+                f"{deciding:.2f}",
                 f"{100 * a['validation_accuracy']:.1f}",
                 f"{100 * b['validation_accuracy']:.1f}",
             ]
         )
     header = ["epoch", "MACs left", "layers", "units", "undecided", "CPU s, ungated", "CPU ratio", "wall ratio"]
+    header.append("CPU, pruned/its steps alone")
     totals = {
         "macs": pruned.rows[-1]["macs"] / plain.rows[-1]["macs"],
         "mean macs": float(np.mean([b["macs"] / a["macs"] for a, b in zip(plain.rows, pruned.rows, strict=True)])),
         "cpu": sum(pruned.cpu) / sum(plain.cpu),
         "wall": sum(pruned.wall) / sum(plain.wall),
+        "deciding": sum(pruned.cpu) / sum(alone.cpu),
         "plain accuracy": plain.rows[-1]["validation_accuracy"],
         "pruned accuracy": pruned.rows[-1]["validation_accuracy"],
     }
@@ -126,10 +159,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             common, images = common | QUICK, QUICK_IMAGES
         configs = [
             Config.from_presets(**common | {"out": f"{folder}/{name}"} | own)
-            for name, own in (("ungated", {"nu": 0.0, "target_macs": None, "target_params": None}), ("pruned", {}))
+            for name, own in (("ungated", DENSE), ("pruned", {}), ("alone", DENSE))
         ]
-        (plain, pruned), data = train(configs, images)
-    table, totals = report(plain, pruned)
+        (plain, pruned, alone), data = train(configs, images)
+    table, totals = report(plain, pruned, alone)
     config = json.loads(configs[1].to_json())
     names = ["arch", "epochs", "batch_size", "nu", "alpha", "beta", "warmup_epochs", "sink_share", "layers_per_probe"]
     title = (
@@ -140,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"- MACs left at the end {totals['macs']:.3f}, on average over the epochs {totals['mean macs']:.3f}",
         f"- {'yes' if totals['cpu'] <= TIME_LIMIT else 'NO'}: CPU time, pruned / ungated: {totals['cpu']:.3f} "
         f"(at most {TIME_LIMIT:g} where about {MACS_TARGET:.0%} of the MACs are left); wall time {totals['wall']:.3f}",
+        f"- {'yes' if totals['deciding'] <= DECIDING_LIMIT else 'NO'}: CPU time, pruned / its compacted steps alone: "
+        f"{totals['deciding']:.3f} (at most {DECIDING_LIMIT:g})",
         f"- accuracy {100 * totals['plain accuracy']:.1f} % ungated, {100 * totals['pruned accuracy']:.1f} % pruned",
     ]
     noted = [note + "\n" for note in copies.notes([data])]
