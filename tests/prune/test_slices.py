@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from catode.prune.describe import consistency
 from catode.prune.describe.costs import Counts, count, describe, inference
-from catode.prune.describe.executed import without_fast_paths
+from catode.prune.describe.executed import plain_attention
 from catode.prune.describe.protocol import branch, slices, tensor_of
 from catode.prune.gated.absent import outputs_of
 from catode.prune.gated.cut import Change, drop_block, keep_units, keep_units_of_state, restrict
@@ -125,7 +125,7 @@ def test_counts_are_those_of_torch(kind):
             )
     with (
         inference(model),
-        without_fast_paths(),
+        plain_attention(),
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
     ):

@@ -154,7 +154,7 @@ def executed(model: nn.Module, run: Callable[[], Any]) -> Executed:
             if name:
                 hooks.append(module.register_forward_pre_hook(enter(name, module)))
                 hooks.append(module.register_forward_hook(leave(name, module)))
-        with without_fast_paths(), _Products(model, found, running):
+        with plain_attention(), _Products(model, found, running):
             run()
     finally:
         for hook in hooks:
@@ -173,8 +173,8 @@ def parts_executed(model: nn.Module, example: Any) -> dict[str, int]:
 
 
 @contextmanager
-def without_fast_paths():
-    """nn.MultiheadAttention and nn.TransformerEncoderLayer as in train mode, instead of in one operation that nobody counts."""
+def plain_attention():
+    """Attention as its separate operations, without the fused inference kernel."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

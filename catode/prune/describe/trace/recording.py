@@ -10,7 +10,6 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from catode.prune.describe.executed import called, plain_attention
 from catode.prune.gated.heads import convert
 
 IGNORED = ("prim::device", "aten::sym_size", "aten::is_same_size")
@@ -230,24 +230,6 @@ def _plain(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         fake = mode.from_tensor(tensor)
         usual = fake.new_empty(fake.shape)
     return fake if fake.stride() == usual.stride() else usual
-
-
-@contextmanager
-def plain_attention():
-    """Attention as its separate operations, without the fused inference kernel."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def called(model: nn.Module, example: Any) -> Any:
-    """What a model returns for an example: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
 def doubled(example: Any) -> Any:

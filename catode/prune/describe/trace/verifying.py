@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from catode.prune.describe.executed import called, plain_attention
 from catode.prune.describe.protocol import slices, tensor_of
-from catode.prune.describe.trace.recording import called, doubled, plain_attention
+from catode.prune.describe.trace.recording import doubled
 from catode.prune.describe.trial import difference, evaluating, floats, randomise, training_norms
 from catode.prune.gated.cut import drop_block, keep_units
 from catode.prune.gated.heads import adopt
