@@ -1,4 +1,4 @@
-"""The tables of a run: CSV files written row by row; a resumed run truncates them to the checkpoint's length."""
+"""The tables of a run: CSV files written row by row; a resumed run truncates them to the checkpoint's length. What an epoch adds up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 METRIC_FIELDS = [  # of metrics.csv; without validation images, those of `VALIDATION_FIELDS` are left out
     "epoch",
@@ -99,3 +102,31 @@ class CsvTable:
             yield
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._file.name) from None
+
+
+@dataclass
+class Sums:
+    """Sums over the steps of an epoch so far, for its row in metrics.csv.
+
+    Attributes:
+        right: Correct predictions, a count on the device.
+        losses: Loss of each step, on the device.
+        waited: Seconds spent waiting for batches.
+        seconds: Seconds spent on steps, including waiting.
+    """
+
+    right: torch.Tensor
+    losses: list[torch.Tensor] = field(default_factory=list)
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    def state(self) -> dict:
+        """The sums for a checkpoint."""
+        losses = torch.stack(self.losses) if self.losses else torch.empty(0)
+        return {"right": self.right.cpu(), "losses": losses.cpu(), "waited": self.waited, "seconds": self.seconds}
+
+    @classmethod
+    def of(cls, state: dict, device: str) -> Sums:
+        """The sums from a checkpoint's `state`."""
+        tensors = {"right": state["right"].to(device, copy=True), "losses": list(state["losses"].to(device).unbind())}
+        return cls(**{**state, **tensors})

@@ -44,8 +44,7 @@ from catode.train.loop.optimization import (
 )
 from catode.train.loop.result import environment, random_state
 from catode.train.loop.setup import PROGRESS, Setup, prepare
-from catode.train.loop.sums import Sums
-from catode.train.loop.tables import METRIC_FIELDS, TABLES, VALIDATION_FIELDS, CsvTable
+from catode.train.loop.tables import METRIC_FIELDS, TABLES, VALIDATION_FIELDS, CsvTable, Sums
 from catode.train.settings.config import Config
 from catode.train.settings.run import check_out
 from catode.train.stop import Stop, Stopped, held_back
