@@ -1,4 +1,4 @@
-"""The tables of a run: CSV files written row by row; a resumed run truncates them to the checkpoint's length. What an epoch adds up."""
+"""The tables of a run, CSV files written row by row, which a resumed run truncates to its checkpoint; and the sums for their rows."""
 
 from __future__ import annotations
 
