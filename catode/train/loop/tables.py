@@ -1,4 +1,4 @@
-"""The tables of a run, CSV files written row by row, which a resumed run truncates to its checkpoint; and the sums for their rows."""
+"""The tables of a run: CSV files written row by row, cut to its checkpoint when it is resumed, and the sums for their rows."""
 
 from __future__ import annotations
 
