@@ -31,7 +31,12 @@ from catode.train.settings.config import Config
 
 BATCH, SIZE, CLASSES = 128, 32, 10
 QUICK_BATCH = 2
-FORMATS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+COMPILED = "compiled, channels_last"
+FORMATS = {
+    "channels_last": torch.channels_last,
+    "NCHW": torch.contiguous_format,
+    COMPILED: torch.channels_last,
+}
 SHARES = (0.5, 0.35)
 GATED_LIMIT, PROBE_LIMIT, CHECK_LIMIT, COMPACT_LIMIT = 1.05, 1.15, 0.01, 0.8
 TRAINING_IMAGES = 50_000  # of CIFAR-10
@@ -251,6 +256,14 @@ def narrowed(arch: str, share: float, multiple: int = 1, halvings: int = 20) -> 
     return cut(low, multiple)
 
 
+def shallower(arch: str) -> nn.Module:
+    """The network without every second residual branch."""
+    model = network(arch)
+    for block in model.structures()[::2]:
+        compaction.drop_block(model, block)
+    return model
+
+
 def compacted(
     arch: str, amp: bool, layout: str, rounds: int, batch: int, device: str, clock: Callable[[], float]
 ) -> tuple[list[list[str]], list[tuple[str, float]], str]:
@@ -260,11 +273,15 @@ def compacted(
     makes = {"dense": network(arch)}
     multiple = preset().width_multiple
     halvings = {"halvings": 3} if rounds == 1 else {}
-    for share in SHARES[: 1 if rounds == 1 else None]:
+    makes["every second layer gone"] = shallower(arch)
+    for share in SHARES[: 1 if rounds == 1 or layout == COMPILED else None]:
         makes[f"{share:.0%}, odd widths"] = narrowed(arch, share, **halvings)
         makes[f"{share:.0%}, {PADDED} {multiple}"] = narrowed(arch, share, multiple, **halvings)
     macs = {name: count(model, example).macs / whole for name, model in makes.items()}
     lanes = [Lane(name, model, amp, FORMATS[layout], device, batch, clock=clock) for name, model in makes.items()]
+    if layout == COMPILED:
+        for lane in lanes:
+            lane.model = torch.compile(lane.model)
     for lane in lanes:
         for _ in range(2):
             lane.step()
