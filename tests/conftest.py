@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # before torch: what waits leaves its core to the others
 import pytest
 import torch
 import torch.nn.functional as F

@@ -63,6 +63,9 @@ SCRIPTS = {"compare": "catode.report.compare", "describe": "catode.report.descri
 
 IMAGES = 128
 TINY = "--epochs 1 --warmup-epochs 0 --batch-size 8 --threads 1 --memory 10 --check-every 2"
+SMALL = {("benchmarks.prunability", "--list", "timm"): ["--only", "test_resnet"]}
+"""What is added to a command whose first model is a large one."""
+
 SMALLEST = {"cifar": "resnet14", "imagenet": "resnet18"}
 
 
@@ -210,6 +213,8 @@ def tiny(module: str, words: list[str], places: dict[str, Path], finished: Path,
             full += [] if flag in full else [flag, str(place)]
     elif module.startswith("benchmarks.") and module not in ("benchmarks.copies", "benchmarks.queue"):
         full += ["--quick"]
+        full += ["--threads", "1"] if "--threads" in full else []  # two would wait for cores that other tests have
+        full += SMALL.get((module, *words[:2]), [])
     return full
 
 
