@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not cases:
         raise ValueError(f"`only` must be part of a model's name; got {args.only!r}. Use resnet50, mobilenet or vit.")
     if args.quick:
-        cases = [Case("torchvision:mobilenet_v2", 32, 16, sgd)]
+        cases = [Case("torchvision:mobilenet_v2", 32, 4, sgd)]
     for case, every in [(case, every) for every in EVERY for case in cases]:
         bare, found, seconds = ratios(case, every, 2 if args.quick else args.cycles, CLOCKS[args.clock])
         (mean, low, high), whole = mean_interval(bare), mean_interval(found)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# before torch is imported, here and in processes that tests start: what waits leaves its core to the others
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -7,7 +7,8 @@
 
 A mutant that its tests do not notice has survived. It is printed with its place and its difference, and the exit status
 is 1 unless `mutation_survivors.json` says in a line why it cannot or need not be noticed. Names, texts, annotations and
-imports are not changed. Mutants run in forks of this process, so that a start costs little: on Linux and macOS.
+imports are not changed. Mutants run in forks of this process, so that a start costs little: on Linux and macOS. Tests that take
+much longer on a mutant than without a change have noticed it: a loop without end need not run for long.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import ast
 import collections
 import copy
 import difflib
+import functools
 import gc
 import importlib.abc
 import importlib.machinery
@@ -28,7 +30,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +60,10 @@ TESTS = {
 
 FRESH = ("catode.decisions", "catode.structures", "catode.theory.tolerance.measured")  # imported anew for each mutant
 PLAIN = ("-x", "-q", "--noconftest", "--assert=plain", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts=")
+START, LONGER = (
+    2.0,
+    3.0,
+)  # seconds of CPU time that a mutant gets, and how many times what its tests take without a change
 KILLED, SURVIVED, TIMED_OUT, BROKEN = "killed", "survived", "timed out", "broken"
 
 COMPARISONS = {
@@ -204,6 +210,12 @@ def places(node: ast.AST, owner: str = "") -> Iterator[tuple[ast.AST, str]]:
             yield from places(child, inside)
 
 
+def parsed(source: bytes) -> str:
+    """What Python understands, whatever its spaces and parentheses."""
+    return ast.dump(ast.parse(source))
+
+
+@functools.cache
 def mutants(module: str) -> list[Mutant]:
     """Every mutant of a module, in the order of the file."""
     text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
@@ -211,22 +223,28 @@ def mutants(module: str) -> list[Mutant]:
     starts = [0]
     for line in raw.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    found, seen, sources = [], collections.Counter(), {text}
-    for node, owner in places(ast.parse(text)):
+
+    def extent(node: ast.AST) -> tuple[int, int]:
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    found, seen, sources, tree = [], collections.Counter(), {text}, ast.parse(text)
+    statements = [(*extent(statement), parsed(raw[slice(*extent(statement))])) for statement in tree.body]
+    for node, owner in places(tree):
         if not hasattr(node, "lineno"):
             continue
-        begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        begin, end = extent(node)
+        first, last, whole = next(own for own in statements if own[0] <= begin and end <= own[1])
         old = " ".join(raw[begin:end].decode().split())
         options = [ast.Constant(True), ast.Constant(False)] if owner.endswith("?") else changed(node)
         for new in options:
             told = "pass" if new is None else ast.unparse(new)
             if isinstance(new, ast.expr) and not isinstance(new, ast.Constant | ast.Name | ast.Attribute | ast.Call):
-                source = raw[:begin] + f"({told})".encode() + raw[end:]
+                told_there = f"({told})".encode()
             else:
-                source = raw[:begin] + told.encode() + raw[end:]
-            source = source.decode()
-            try:
-                same = source in sources or ast.dump(ast.parse(source)) == ast.dump(ast.parse(text))
+                told_there = told.encode()
+            source = (raw[:begin] + told_there + raw[end:]).decode()
+            try:  # of the statement of the module alone: the others stay as they are
+                same = source in sources or parsed(raw[first:begin] + told_there + raw[end:last]) == whole
             except SyntaxError:
                 continue  # a target of an assignment, a keyword's name: nothing that a value may stand for
             if same:
@@ -281,14 +299,23 @@ class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.mutant.source, f"{self.mutant.module} (mutant)", "exec"), module.__dict__)
 
 
-def attempt(mutant: Mutant | None, tests: list[str], limit: int) -> int:
-    """Run tests in a fork; returns its process id. Its exit status is pytest's."""
+def attempt(mutant: Mutant | None, tests: list[str], limit: int, work: float | None = None) -> int:
+    """Run tests in a fork; returns its process id. Its exit status is pytest's.
+
+    Args:
+        mutant: The change; None for none.
+        tests: Files.
+        limit: Seconds until it is ended.
+        work: Seconds of CPU time until it is ended, however busy the machine is; None for any.
+    """
     child = os.fork()
     if child:
         return child
     status = 70
     try:
         signal.alarm(limit)  # ends the process: a loop without end is noticed as well
+        if work is not None:
+            signal.setitimer(signal.ITIMER_PROF, work)
         silent = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(silent, stream)
@@ -309,17 +336,37 @@ def attempt(mutant: Mutant | None, tests: list[str], limit: int) -> int:
 def verdict(status: int) -> str:
     """What the wait status of an attempt says: pytest ends with 1 where a test fails, with 2 where one cannot be imported."""
     if os.WIFSIGNALED(status):
-        return TIMED_OUT if os.WTERMSIG(status) == signal.SIGALRM else KILLED
+        return TIMED_OUT if os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGPROF) else KILLED
     return {0: SURVIVED, 1: KILLED, 2: KILLED}.get(os.WEXITSTATUS(status), BROKEN)
 
 
-def run(chosen: list[Mutant], jobs: int, limit: int) -> Iterator[tuple[Mutant, str]]:
-    """Try mutants, several at a time, and yield them as they end."""
+def unchanged(tests: Iterable[str], jobs: int, limit: int) -> Iterator[tuple[str, float, bool]]:
+    """Run each file of tests without a change, several at a time; yields its seconds of CPU time and whether it passes."""
+    todo, running = sorted(tests), {}
+    while todo or running:
+        while todo and len(running) < jobs:
+            test = todo.pop()
+            running[attempt(None, [test], limit)] = test
+        child, status, used = os.wait4(-1, 0)
+        yield running.pop(child), used.ru_utime + used.ru_stime, status == 0
+
+
+def run(
+    chosen: list[Mutant], jobs: int, limit: int, work: Mapping[str, float] | None = None
+) -> Iterator[tuple[Mutant, str]]:
+    """Try mutants, several at a time, and yield them as they end.
+
+    Args:
+        chosen: The mutants.
+        jobs: How many at a time.
+        limit: Seconds for each.
+        work: Seconds of CPU time for each mutant of a module.
+    """
     todo, running = list(reversed(chosen)), {}
     while todo or running:
         while todo and len(running) < jobs:
             mutant = todo.pop()
-            running[attempt(mutant, TESTS[mutant.module], limit)] = mutant
+            running[attempt(mutant, TESTS[mutant.module], limit, (work or {}).get(mutant.module))] = mutant
         child, status = os.wait()
         yield running.pop(child), verdict(status)
 
@@ -371,14 +418,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     began = time.monotonic()
     prepare()
-    for module in modules:
-        _, status = os.waitpid(attempt(None, TESTS[module], 10 * given.limit), 0)
-        if status:
-            print(f"the tests of {module} fail without any change: {' '.join(TESTS[module])}")
-            return 2
-    counts, unexplained, noticed = collections.Counter(), [], []
     chosen = [mutant for mutant in named() if mutant.module in modules] + chosen
-    for mutant, end in run(chosen, given.jobs, given.limit):
+    tests = {test for mutant in chosen for test in TESTS[mutant.module]}
+    seconds = {}
+    for test, used, passes in unchanged(tests, given.jobs, 10 * given.limit):
+        if not passes:
+            print(f"tests fail without any change: {test}")
+            return 2
+        seconds[test] = used
+    work = {m.module: START + LONGER * sum(seconds[test] for test in TESTS[m.module]) for m in chosen}
+    counts, unexplained, noticed = collections.Counter(), [], []
+    for mutant, end in run(chosen, given.jobs, given.limit, work):
         counts[end] += 1
         if end in (SURVIVED, BROKEN) and mutant.key not in reasons:
             unexplained.append(mutant)

@@ -61,8 +61,14 @@ BARE = {
 SCRIPTS = {"compare": "catode.report.compare", "describe": "catode.report.describe"}
 """Programs of the console script `catode` whose module has another name."""
 
-IMAGES = 128
+IMAGES = 64
 TINY = "--epochs 1 --warmup-epochs 0 --batch-size 8 --threads 1 --memory 10 --check-every 2"
+HEAVY = ("benchmarks.anymodel", "benchmarks.gate_cost", "benchmarks.gate_versions")
+"""Benchmarks of which one command is run, and the others with the slow tests."""
+
+SMALL = {("benchmarks.prunability", "--list", "timm"): ["--only", "test_resnet"]}
+"""What is added to a command whose first model is a large one."""
+
 SMALLEST = {"cifar": "resnet14", "imagenet": "resnet18"}
 
 
@@ -210,6 +216,8 @@ def tiny(module: str, words: list[str], places: dict[str, Path], finished: Path,
             full += [] if flag in full else [flag, str(place)]
     elif module.startswith("benchmarks.") and module not in ("benchmarks.copies", "benchmarks.queue"):
         full += ["--quick"]
+        full += ["--threads", "1"] if "--threads" in full else []  # two would wait for cores that other tests have
+        full += SMALL.get((module, *words[:2]), [])
     return full
 
 
@@ -224,9 +232,12 @@ def cut_off(out: Path) -> Path:
 
 
 def costly(command: str) -> bool:
-    """Whether a command takes long even so, and is one of several of a benchmark, of which the first is always run."""
+    """Whether a command takes long even so, and is one of several of a benchmark, of which the first is always run.
+
+    Those of `benchmarks.anymodel` do the same under ``--quick``, which takes the digits and writes no results.
+    """
     words = command.split()
-    heavy = words[:2] == ["python", "-m"] and words[2] in ("benchmarks.gate_cost", "benchmarks.gate_versions")
+    heavy = words[:2] == ["python", "-m"] and words[2] in HEAVY
     return heavy and command != next(other for other in COMMANDS if other.startswith(" ".join(words[:3])))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,7 @@ def line(folder: Path, *flags: str) -> list[dict]:
     return Records(folder / FILE).read()
 
 
-def test_the_smoke_run_has_a_result_for_every_unit_and_a_second_call_does_nothing_again(tmp_path):
+def test_the_smoke_run_has_a_result_for_every_unit_and_a_second_call_does_nothing_again(tmp_path, capsys):
     records = line(tmp_path, "--minutes", "9")
     for part, units in UNITS.items():
         last = {one["name"]: one for one in records if one["part"] == part}
@@ -61,8 +63,10 @@ def test_the_smoke_run_has_a_result_for_every_unit_and_a_second_call_does_nothin
     assert 0.45 < own <= 0.5
     page = (tmp_path / "gpu.md").read_text()
     assert "no record gives widths" in page and "SKIPPED: trainer, fp16: needs CUDA, not cpu" in page
-    again = line(tmp_path, "--minutes", "9")
+    command.main(["--smoke", "--out", str(tmp_path), "--minutes", "9"])
+    again = Records(tmp_path / FILE).read()
     assert [one["part"] for one in again[len(records) :]] == ["machine"]
+    assert (tmp_path / "gpu.md").read_text() == capsys.readouterr().out
 
 
 # --- what a call leaves when it is stopped --------------------------------------------------------------------------
@@ -253,7 +257,10 @@ def test_the_page_tells_what_was_cut_off_failed_and_measured(tmp_path):
     (("--minutes", "-1"), "`minutes` must be"),
     (("--images", "no-such-file"), "`images` must exist; got 'no-such-file'."),
 ])  # fmt: skip
-def test_bad_input_is_one_line(flags, expected, tmp_path):
-    words = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--out", str(tmp_path / "o"), *flags]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {expected}") and done.stderr.count("\n") == 1
+def test_bad_input_is_one_line(flags, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--smoke", "--out", str(tmp_path / "o"), *flags])
+    with pytest.raises(SystemExit) as left, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a module that is imported already, and is run as the command here
+        runpy.run_module("benchmarks.gpu", run_name="__main__")
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and told.startswith(f"error: {expected}") and told.count("\n") == 1

@@ -133,14 +133,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_int("threads", args.threads, low=1)
     trees = {"new": Path(__file__).resolve().parents[2], "old": args.old.resolve()}
     began, before = time.perf_counter(), load()
-    batch, cycles, networks = (2, 1, NETWORKS[:1]) if args.quick else (gate_cost.BATCH, args.cycles, NETWORKS)
-    steps, said = times(trees, args.arch, args.threads, batch, cycles)
-    networks = [(arch, 2 if args.quick else images, size) for arch, images, size in networks]
+    arch, batch, cycles, networks = args.arch, gate_cost.BATCH, args.cycles, NETWORKS
+    measured = trees
+    if args.quick:  # memory of one version: the other's steps are timed
+        arch, batch, cycles, networks = "resnet14", 2, 1, [("resnet14", 2, 32)]
+        measured = {"old": trees["old"]}
+    steps, said = times(trees, arch, args.threads, batch, cycles)
     title = (
-        f"{args.arch}, batch {batch}, random images of 32 x 32, channels_last, each version's preset for real images, every "
+        f"{arch}, batch {batch}, random images of 32 x 32, channels_last, each version's preset for real images, every "
         f"gate undecided; new {commit(trees['new'])}, old {commit(trees['old'])}; {hardware()}, the timed steps {args.threads}"
     )
-    memory_table = peaks(trees, networks)
+    memory_table = peaks(measured, networks)
     text = [
         f"{title}; {before} at the start, {load()} at the end; {time.perf_counter() - began:.0f} s. Medians (quartiles); of whole "
         "cycles sum over sum, mean and 95 % t-interval.",
