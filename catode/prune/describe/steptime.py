@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.isotonic import isotonic_regression
 from torch import nn
 
 from catode._validate import check_interval
@@ -54,6 +53,8 @@ class Table:
     @property
     def ms(self) -> NDArray[np.float64]:
         """The times, non-decreasing along both axes."""
+        from sklearn.isotonic import isotonic_regression  # half a second, for these prices alone
+
         smooth = np.maximum(self.measured, 0.0)
         for axis in (0, 1):
             smooth = np.apply_along_axis(isotonic_regression, axis, smooth)
