@@ -359,7 +359,7 @@ def write_shadow_run(folder):
             writer.writerows(content)
 
 
-@pytest.mark.parametrize(("limit", "whole"), [(16_000, True), (7_500, True), (3_000, False)])
+@pytest.mark.parametrize(("limit", "whole"), [(20_000, True), (7_500, True), (3_000, False)])
 def test_a_condensed_run_keeps_what_was_observed_and_no_path(tmp_path, limit, whole):
     write_shadow_run(tmp_path / "run")
     (tmp_path / "run" / "structure.json").write_text('{"blocks": {}}')
@@ -376,7 +376,7 @@ def test_a_condensed_run_keeps_what_was_observed_and_no_path(tmp_path, limit, wh
         for part in (kept, there)
     ]  # fmt: skip
     assert (spans[0] == spans[1]) is whole
-    assert (len(kept) < len(there)) is (limit < 16_000)
+    assert (len(kept) < len(there)) is (limit < 20_000)
     last = {row["index"]: row for row in kept}
     assert last["0"]["step"] == "199" and float(last["0"]["keep_prob"]) == pytest.approx(0.123456789 * 199)
     assert read_rows(to / shadow.FILE) == read_rows(tmp_path / "run" / shadow.FILE)
