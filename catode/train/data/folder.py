@@ -209,16 +209,19 @@ def stream(
     )
     with held_back():
         batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:  # the loader's word for a worker that died
-            raise _worker_died(error, workers) from error
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # the loader's word for a worker that died
+                raise _worker_died(error, workers) from error
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        batches = None  # ends the workers here and now; an error's traceback would keep them until it is collected
 
 
 def _worker_died(error: RuntimeError, workers: int) -> DataError:
