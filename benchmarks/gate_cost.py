@@ -351,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall time, or CPU time on a shared machine")
-    parser.add_argument("--only", choices=("gated", "check", "compact"), help="one part alone")
+    parser.add_argument("--only", choices=("gated", "check", "compact"), help="one part alone, in a file of its own")
     parser.add_argument("--write", action="store_true", help="write a file under benchmarks/results/")
     args = parser.parse_args(argv)
     clock, device = CLOCKS[args.clock], args.device
@@ -405,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{load()} at the end; {time.perf_counter() - began:.0f} s, {args.clock} time. Medians (quartiles), steps taken in turn"
     )
     publish(
-        "gate_cost" + ("" if args.arch == "resnet20" else f"_{args.arch}"),
+        "_".join(["gate_cost", *([args.arch] if args.arch != "resnet20" else []), *([args.only] if args.only else [])]),
         "\n".join([title + ".", "", *parts, *verdicts]),
         args.write,
     )

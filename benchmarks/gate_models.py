@@ -76,7 +76,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 CASES = (
-    Case("torchvision:resnet50", 64, 128, sgd),
+    Case("torchvision:resnet50", 64, 64, sgd),
     Case("torchvision:mobilenet_v2", 64, 128, sgd),
     Case("timm:vit_small_patch16_224", 64, 128, adamw),
 )
