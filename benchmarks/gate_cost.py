@@ -302,7 +302,7 @@ def compacted(
         )
         if PADDED in lane.name:  # what the trainer does; the odd widths show why
             ratios.append((f"{precision} {layout} {lane.name}", float(np.median(ratio))))
-    if rounds == 1:
+    if rounds == 1 or layout == COMPILED:  # whose operators have names of their own
         return rows, ratios, ""
     slow = [lane for lane in lanes[1:] if np.median(np.divide(seconds[lane.name], seconds["dense"])) > COMPACT_LIMIT]
     profile = "" if not slow else _profiles(f"{precision} {layout}", [lanes[0], *slow], device)
