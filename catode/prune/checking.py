@@ -102,12 +102,15 @@ def cannot_decide(
         epochs: Epochs of the run, to say how many it needs; None to say how many steps.
     """
     phase, price = steps - warmup, float(np.median(prices))
-    if price < LEAST_PRICE:
+    if price == 0.0:
         return (
-            f"{int((prices < LEAST_PRICE).sum()):,} of {prices.size:,} structures are free at first and not removed for their "
+            f"{int((prices == 0.0).sum()):,} of {prices.size:,} structures are free at first and not removed for their "
             "price: the measured times do not grow with their widths. Measure again on an idle device, or price by MACs."
         )
-    by_phase, by_pool = needed_phase(memory, check_every), needed_phase(float(needed_memory(NOISE, price, risk)))
+    by_phase, by_pool = (
+        needed_phase(memory, check_every),
+        needed_phase(float(needed_memory(NOISE, max(price, LEAST_PRICE), risk))),
+    )
     needed = max(by_phase, by_pool)
     if phase >= needed:
         return ""

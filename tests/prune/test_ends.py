@@ -116,6 +116,10 @@ def test_a_short_run_is_told_before_its_first_step():
     assert "about 3,464 steps, at the noise of a ResNet-20" in by_pool and "steps=3564 or a larger nu" in by_pool
     assert "about 8 epochs" in cannot_decide(1000, 100, prices=np.full(5, 1e-4), epochs=2, **pool)
     assert "steps=" not in cannot_decide(1000, 0, prices=np.full(5, 1e-7), **pool)
+    assert (
+        "or a larger nu" not in (tiny := cannot_decide(1000, 0, prices=np.full(5, 1e-200), **pool))
+        and "use a larger nu" in tiny
+    )
     free = cannot_decide(1000, 0, prices=np.array([0.0, 0.0, 1e-2]), **pool)
     assert (
         free.startswith("2 of 3 structures are free")
