@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.common import RESULTS, add_quick, guarded, hardware, load, markdown, publish, quartiles
+from benchmarks.common import add_quick, guarded, hardware, load, markdown, publish, publish_picture, quartiles
 from catode._validate import check_int
 from catode.theory import BenefitSystem, LayerSystem, PlanarSystem, UnitSystem, certify
 from catode.theory.networks import Structure, draw
@@ -164,8 +164,7 @@ def picture(results: dict[str, list[dict[str, Trial]]]) -> None:
         ax.set_title(f"drawn networks: one {KINDS[kind]}")
     panels[0].set_ylabel("certified share of the box, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / "networks.png", dpi=150)
+    publish_picture("networks", figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.common import RESULTS, add_quick, guarded, hardware, load, markdown, publish, quartiles
+from benchmarks.common import add_quick, guarded, hardware, load, markdown, publish, publish_picture, quartiles
 from catode.theory import UnitSystem
 from catode.theory.basins import UNDECIDED, basins_of_attraction
 from catode.theory.flow.batch import Batch, integrate_batch
@@ -237,8 +237,7 @@ def draw(costs: dict[float, tuple[float, float]], n: int, numbers: dict[int, flo
     other = right.twinx()
     other.loglog(tolerances, np.maximum(wrong, 1e-7), "s--", color="#D55E00")
     other.set_ylabel("share of labels wrong (floor 1e-7)", color="#D55E00")
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / "theory.png", dpi=150)
+    publish_picture("theory", figure)
     plt.close(figure)
 
 

@@ -261,15 +261,20 @@ def test_every_command_of_the_pages_runs(command, places, finished, figure_runs,
             main(given)
         assert not left.value.code and "usage:" in capsys.readouterr().out
         return
-    for name in ("common", "theory", "networks"):
-        monkeypatch.setattr(f"benchmarks.{name}.RESULTS", tmp_path / "results")
+    monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
+    committed = results()
     status = main(tiny(module, given, places, finished, tmp_path / "out", figure_runs))
     said = capsys.readouterr()
     assert status in ((0, 3, None) if module == "catode.train" else (0, None)), (
         said.err
     )  # 3: so few steps decide nothing
-    assert said.out.strip()
+    assert said.out.strip() and results() == committed
+
+
+def results() -> dict[Path, int]:
+    """The committed results, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").rglob("*")}
 
 
 def through(script, name: str, arguments: list[str]) -> int | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import copies
 from benchmarks.anymodel import picture, table
 from benchmarks.anymodel.rows import ROWS, Row
-from benchmarks.common import HOME, QUICK_IMAGES, RESULTS, add_quick, guarded, publish, training
+from benchmarks.common import HOME, QUICK_IMAGES, add_quick, guarded, publish, publish_picture, training
 from benchmarks.prunability.models import declare_operators
 from catode.report import report
 from catode.train import data
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 size = table.record(folder, records, None if args.quick else _pixels(args.data_dir))
                 print(f"{folder.name}: record of {size / 1024:.0f} KiB", file=sys.stderr, flush=True)
     if args.write and not args.quick:
-        picture.write(records, RESULTS / "anymodel.png")
+        publish_picture("anymodel", picture.draw(records))
     publish("anymodel", table.text(records), args.write and not args.quick)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.anymodel.table import read
 from catode.theory.plotting import PALETTE, house_style
@@ -18,12 +19,11 @@ NAMES = {
 }
 
 
-def write(records: Path, path: Path) -> None:
-    """Draw the runs with gates, one panel for each.
+def draw(records: Path) -> Figure:
+    """The runs with gates, one panel for each.
 
     Args:
         records: Folder of the records.
-        path: The file.
     """
     runs = {name: run for name, run in read(records).items() if run["config"]["nu"] > 0}
     with house_style():
@@ -54,4 +54,4 @@ def write(records: Path, path: Path) -> None:
         for ax in figure.axes:
             handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path)
+    return figure

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from scipy.stats import t as student
 from catode.prune.devices.timing import processor
 from catode.train import loop
 from catode.train.settings.config import Config, ConfigError, settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # the package of the GPU's checks runs where it is not installed
 
 HOME = Path(__file__).resolve().parents[1]
 """The folder of all benchmarks."""
@@ -247,6 +250,13 @@ def publish(name: str, text: str, write: bool) -> None:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.md").write_text(text + "\n")
         print(f"written: benchmarks/results/{name}.md", file=sys.stderr)
+
+
+def publish_picture(name: str, figure: Figure) -> None:
+    """Put a figure into ``benchmarks/results/NAME.png``."""
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=150)
+    print(f"written: benchmarks/results/{name}.png", file=sys.stderr)
 
 
 def guarded(main: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.common import RESULTS, add_quick, hardware, load, markdown, publish, spread
+from benchmarks.common import add_quick, hardware, load, markdown, publish, publish_picture, spread
 from benchmarks.gpt import text
 from benchmarks.gpt.model import GPT
 from benchmarks.gpt.picture import draw
@@ -272,5 +272,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"seed {seed}: {told}", file=sys.stderr, flush=True)
     publish("gpt", report(pairs, recipe), args.write)
     if args.write:
-        draw(pairs, EVERY).savefig(RESULTS / "gpt.png", dpi=150)
-        print("written: benchmarks/results/gpt.png", file=sys.stderr)
+        publish_picture("gpt", draw(pairs, EVERY))

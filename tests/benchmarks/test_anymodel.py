@@ -41,7 +41,7 @@ def test_a_twin_differs_in_its_gates_alone():
 
 
 def test_the_picture_is_drawn_of_the_records(tmp_path):
-    picture.write(RECORDS, tmp_path / "a.png")
+    picture.draw(RECORDS).savefig(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
