@@ -152,7 +152,7 @@ def prepare(config: Config) -> Setup:
         notes.append(told)
         model = model.to(memory_format=memory_format(config))
     _share_norms(config, model, group)
-    notes += [*(weights.fill(model, initial, config.init) if initial is not None else ())]
+    notes += weights.fill(model, initial, config.init) if initial is not None else ()
     if config.nu > 0 and round(config.decide_until * steps * config.epochs) <= round(config.warmup_epochs * steps):
         raise data.DataError(
             f"`warmup_epochs` must end before the deciding phase does; got warmup_epochs={config.warmup_epochs:g} with "
@@ -273,9 +273,8 @@ def _fastest(config: Config, images: data.ImageData, blocks: Description) -> tup
     times = layout.trial(config, lambda own: build_model(own, images), blocks, shape, classes)
     best, other = sorted(times, key=times.__getitem__)
     what = "a step of the network and one of half of it" if config.nu > 0 else "a step"
-    return replace(
-        config, layout=best
-    ), f"layout {best}: {what} took {times[best]:.4g} ms, {other} {times[other]:.4g} ms."
+    told = f"layout {best}: {what} took {times[best]:.4g} ms, {other} {times[other]:.4g} ms."
+    return replace(config, layout=best), told
 
 
 def build_model(config: Config, images: data.ImageData) -> nn.Module:
