@@ -69,7 +69,10 @@ class Alone(loop.Trainer):
     def update(self):
         done = super().update()
         while self.cuts and self.cuts[0][0] <= self.step + 1:
-            self.cuts.pop(0)[1].apply(self.model).follow(self.optimizer)
+            cut = self.cuts.pop(0)[1]
+            cut.apply(self.model).follow(self.optimizer)
+            if self.average:
+                self.average.cut(cut)
         return done
 
     def save(self, *given) -> None:
@@ -161,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             Config.from_presets(**common | {"out": f"{folder}/{name}"} | own)
             for name, own in (("ungated", DENSE), ("pruned", {}), ("alone", DENSE))
         ]
+        if configs[1].nu == 0:
+            raise ValueError("`nu` must be above 0 here, or nothing is pruned; got 0. Leave it out.")
         (plain, pruned, alone), data = train(configs, images)
     table, totals = report(plain, pruned, alone)
     config = json.loads(configs[1].to_json())

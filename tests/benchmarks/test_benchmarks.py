@@ -106,6 +106,7 @@ RUN = "run dense --data-dir d --out o"
         ("digits", "--set threads=0", "`threads` must be"),
         ("target", "--set target_macs=0.5", "`set` must leave out target_macs"),
         ("end_to_end", "--set dataset=folder", "Use --dataset."),
+        ("end_to_end", "--set nu=0", "`nu` must be above 0 here"),
         ("end_to_end", "--write digits", "`write` must not be the name of another benchmark's results"),
         ("sensitivity", "--write theory", "`write` must not be the name of another benchmark's results"),
         ("sensitivity", "--write gate_cost_resnet56", "of benchmarks.gate_cost"),
