@@ -369,6 +369,56 @@ RESNET56 = (
 )
 
 
+# --- 3, its question: why half of a ResNet-56 lost at three epochs, and which schedule mends it -------------------------
+
+BRIEF = CIFAR | {"arch": "resnet56", "epochs": 3}
+MIDDLE = BRIEF | {"epochs": 10}
+SCHEDULES = {
+    "preset": {},
+    "late": {"warmup_epochs": 1.5, "decide_until": 0.95},
+    "early": {"warmup_epochs": 0.15, "decide_until": 0.5},
+    "long": {"warmup_epochs": 0.15, "decide_until": 0.95},
+    "slow": {"sink_share": 0.3},
+    "less-noise": {"memory": 232},
+    "more-noise": {"memory": 58},
+}
+"""Start, length and ramp of the deciding phase, and the noise of what is decided by: the preset warms up for 0.75 epochs, decides
+until 0.8 of the run, lets theta of a useless structure fall within 0.1 of it, and averages over 116 steps."""
+
+
+def _schedule(name, told, family, kind, common, settings, derived, after, priority=100) -> Row:
+    after = (*NAMES, *after)
+    return _row(
+        f"r56-{name}", told, "schedule", family, kind, CHOOSING, priority, common, settings, (recipe, *derived), after
+    )
+
+
+SCHEDULE = (
+    *(
+        _schedule(
+            f"brief-{name}", f"3 epochs: {_told(own)}", PRUNED, "plain", BRIEF, {"target_macs": 0.5, **own}, (), ()
+        )
+        for name, own in SCHEDULES.items()
+    ),
+    _schedule("middle", "10 epochs: preset", PRUNED, "plain", MIDDLE, {"target_macs": 0.5}, (), ()),
+    _schedule("brief-dense", "3 epochs: dense", DENSE, "plain", BRIEF, {"nu": 0.0}, (), ()),
+    *(
+        _schedule(
+            f"{name}-stage-shaped",
+            f"{common['epochs']} epochs: stage-shaped like the preset's",
+            DENSE,
+            "shaped",
+            common,
+            {"nu": 0.0},
+            (partial(derive.stage_shaped, row=row, seeds=CHOOSING),),
+            (row,),
+            101,
+        )
+        for name, row, common in (("brief", "r56-brief-preset", BRIEF), ("middle", "r56-middle", MIDDLE))
+    ),
+)
+
+
 # --- 4: deciding from the first step at a high learning rate ----------------------------------------------------------
 
 HASTY = {"warmup_epochs": 0.0, "schedule": "cosine"}
@@ -391,5 +441,6 @@ PREMATURE_ROWS = tuple(
 )
 
 ROWS: dict[str, Row] = {
-    row.name: row for row in (*RECIPE, *CATODE_CHOICE, *RIVAL_CHOICE, *HEADLINE, *DETAILS, *RESNET56, *PREMATURE_ROWS)
+    row.name: row
+    for row in (*RECIPE, *CATODE_CHOICE, *RIVAL_CHOICE, *HEADLINE, *DETAILS, *RESNET56, *SCHEDULE, *PREMATURE_ROWS)
 }

@@ -86,7 +86,7 @@ def test_the_recipe_is_a_balanced_fraction_with_the_preset_first():
 def test_choices_have_seeds_of_their_own_and_both_sides_as_many_settings():
     assert len(CATODES) == len(RIVALS)
     for row in ROWS.values():
-        assert (row.seeds == CHOOSING) == (row.table in ("recipe", "choices")), row.name
+        assert (row.seeds == CHOOSING) == (row.table in ("recipe", "choices", "schedule")), row.name
         assert row.table in results.TABLES and row.kind in worker.KINDS
 
 
@@ -367,6 +367,19 @@ def test_choices_are_told_by_validation_alone(tmp_path):
     assert "12.34" not in text and not any(row[5] for row in cells(text, "Torch-Pruning"))  # five are not made yet
 
 
+def test_schedules_are_told_by_validation_with_the_epochs_of_their_removals(tmp_path):
+    folder = write(tmp_path, "r56-brief-preset", 100, accuracy=0.1234, validation=0.7)  # 3 epochs of 351 steps
+    kept, gone = "committed,1", "pruned_tolerance,0.2"
+    steps = {0: (1053, kept), 1: (702, gone), 2: (351, gone), 3: (526, gone), 4: (878, "pruned_zero,0"), 5: (100, kept)}
+    lines = [f"{step},unit,layer1.0,conv1,{unit},{fate}" for unit, (step, fate) in steps.items()]
+    (folder / "structures.csv").write_text("\n".join(["step,kind,block,site,index,fate,keep_prob", *lines]) + "\n")
+    write(tmp_path, "r56-brief-dense", 100, accuracy=0.1234, validation=0.75)
+    text = results.page(Book(tmp_path), "schedule")
+    assert "12.34" not in text
+    assert [row[4:6] for row in cells(text, "network")] == [["1.50", "2.50"], ["", ""]]
+    assert [row[1] for row in cells(text, "network")] == ["70.00", "75.00"]
+
+
 def test_what_came_back_is_added_up_over_seeds(tmp_path):
     back = {"derived": dict(confirmed=9, returned=1, open=0), "fixed 0.9": dict(confirmed=5, returned=4, open=3)}
     pixels = {"pixels": "d" * 64}
@@ -405,7 +418,7 @@ def test_a_commitment_is_a_return():
 
 def test_the_state_tells_what_waits_and_how_long_it_takes(tmp_path):
     told = status.text(Places(None, tmp_path))
-    assert "0 of 118 runs have ended" in told and "118 runs have no estimate" in told
+    assert "0 of 129 runs have ended" in told and "129 runs have no estimate" in told
     assert "waits for recipe-1 and 7 more" in told
     write(tmp_path / "records" / "queue", "recipe-1", 100, cpu_seconds=900.0)
     rows = {row[0]: row for row in cells(status.text(Places(None, tmp_path)), "row")}
