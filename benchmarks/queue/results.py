@@ -263,6 +263,7 @@ def _compared(book: Book, table: str, rows: Sequence[Row]) -> str:
         "",
         markdown([*header, "decided by rule, %"], cells),
     ]
+    lines += _worth(book, rows) if table == "resnet56" else []
     base = book.results(BASES[table])
     pairs = [
         [
@@ -282,6 +283,37 @@ def _compared(book: Book, table: str, rows: Sequence[Row]) -> str:
             markdown(["difference, paired by seed", "accuracy, points", "the first is", "MACs, ratio"], pairs),
         ]
     return "\n".join(lines)
+
+
+def _worth(book: Book, rows: Sequence[Row]) -> list[str]:
+    """Lines on what structures were worth and what they cost in the course of each run with gates."""
+    cells = []
+    for row in rows:
+        for seed, own in book.results(row.name).items():
+            epochs = read_rows(book.records / row.run(seed) / "metrics.csv")
+            losses = {int(line["step"]): float(line["loss"]) for line in epochs}
+            for one in own.env.get("nats", ()):
+                ended = min(step for step in losses if step >= one["step"])
+                cells.append(
+                    [
+                        row.told,
+                        f"{one['step'] * own.config['epochs'] / max(losses):.1f}",
+                        f"{losses[ended]:.3f}",
+                        f"{one['number']} {one['kind']}s",
+                        f"{one['benefit']:.3f}",
+                        f"{one['price']:.3f}",
+                        f"{100 * one['below'] / one['number']:.0f}",
+                    ]
+                )
+    if not cells:
+        return []
+    header = ["network", "epoch", "training loss", "undecided", "benefits", "prices", "benefit below price, %"]
+    told = (
+        "What structures were worth and what they cost while they were undecided: sums over them, in nats of the training loss, "
+        "which is that of the epoch, smoothed labels and gates included. A benefit is what the loss would rise by if that one "
+        "structure went."
+    )
+    return ["", told, "", markdown(header, cells)]
 
 
 def _haste(book: Book, table: str, rows: Sequence[Row]) -> str:

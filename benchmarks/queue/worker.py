@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks import cifar, rival
 from benchmarks.common import QUICK, training
-from benchmarks.queue import returns, shapes
+from benchmarks.queue import nats, returns, shapes
 from benchmarks.queue.book import Book
 from benchmarks.queue.places import Places
 from catode import _checksums
@@ -124,7 +124,8 @@ def train(plan: dict[str, Any], places: Places, data_dir: str | None, quick: boo
     more = {name: value for name, value in plan.items() if name != "settings"}
     _amend(folder / "result.json", changes)
     back = {"returns": returns.counted(folder)} if values.get("shadow") else {}
-    _amend(folder / "env.json", {"queue": more, "commit": plan["commit"], **back})
+    worth = {"nats": nats.course(folder)} if plan["kind"] == "plain" and values.get("nu") != 0 else {}
+    _amend(folder / "env.json", {"queue": more, "commit": plan["commit"], **back, **worth})
     print(f"{plan['run']}: {condensed(folder, places.records) / 1024:.0f} KiB")
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks import copies
 from benchmarks.common import training
-from benchmarks.queue import derive, results, returns, scheduler, shapes, status, trial, worker
+from benchmarks.queue import derive, nats, results, returns, scheduler, shapes, status, trial, worker
 from benchmarks.queue.book import FAILED, Book
 from benchmarks.queue.places import Places
 from benchmarks.queue.program import ROOT, Program, program
@@ -394,6 +394,41 @@ def test_what_came_back_is_added_up_over_seeds(tmp_path):
     ]
     table = {row[0]: row for row in cells(text, "digits, 60")}
     assert table["fixed tolerance 0.9"][2] == "-0.50 [-6.85, +5.85], n = 2"
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=9), st.sampled_from((1, 2, 3)))
+def test_what_structures_are_worth_is_summed_where_all_undecided_ones_are_listed(ends, every):
+    """Structure i is undecided until check ends[i]; of the checks only every k-th and those with decisions are listed."""
+    rows = []
+    for check in range(1, 7):
+        for i, end in enumerate(ends):
+            if end == check or (end > check and check % every == 0):
+                row = {"step": str(10 * check), "kind": "unit", "block": "b", "site": "s", "index": str(i)}
+                rows.append(row | {"benefit": f"{2**i}", "price": "3"})
+    found = {one["step"]: one for one in nats.summed(rows)}
+    for check in range(1, 7):
+        alive = [i for i, end in enumerate(ends) if end >= check]
+        if not alive or (check % every and any(ends[i] != check for i in alive)):
+            assert 10 * check not in found
+            continue
+        one = found[10 * check]
+        assert one["number"] == len(alive) and one["below"] == sum(i < 2 for i in alive)
+        assert (one["benefit"], one["price"]) == (sum(2**i for i in alive), 3 * len(alive))
+
+
+def test_of_many_checks_a_few_are_kept_and_the_nats_stand_in_the_table_of_resnet56(tmp_path):
+    place = {"kind": "layer", "block": "b", "site": "", "index": ""}
+    rows = [place | {"step": str(step), "benefit": "0.5", "price": "0.25"} for step in range(100)]
+    kept = nats.summed(rows)
+    assert len(kept) == nats.MOST and kept[0]["step"] == 0 and kept[-1]["step"] == 99
+    course = [{"step": 5265, "kind": "unit", "number": 8, "benefit": 1.5, "price": 0.081, "below": 2}]
+    folder = write(tmp_path, "r56-paper-units", env={"nats": course})
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    losses = [f"{line},{30 - i}" for i, line in enumerate(lines[1:])]
+    (folder / "metrics.csv").write_text("\n".join([f"{lines[0]},loss", *losses]) + "\n")
+    told = ROWS["r56-paper-units"].told
+    table = results.page(Book(tmp_path), "resnet56").split("What structures were worth")[1]
+    assert cells(table, "network")[0] == [told, "15.0", "16.000", "8 units", "1.500", "0.081", "25"]
 
 
 @pytest.mark.parametrize(
