@@ -4,9 +4,14 @@
     python -m benchmarks.rival --macs 0.45 --seed 0 --data-dir DIR --out FOLDER
 
 The same data, batches, augmentation and optimizer as every other row of `benchmarks.cifar`; both halves have a whole
-one-cycle schedule. Channels go by group norms over the whole network (`GroupNormPruner` with
-`GroupMagnitudeImportance`), a little at a time until the MACs are met, all between two steps of training. With `--sparse` the
-last half of the steps before is sparse training, as Torch-Pruning's authors do it: its gradients are regularised by group.
+one-cycle schedule, and the second one's batches are those of the epochs that it stands for. Channels go by group norms over the
+whole network (`GroupNormPruner` with `GroupMagnitudeImportance`), a little at a time until the MACs are met, all between two
+steps of training. With `--sparse` the last half of the steps before is sparse training by Torch-Pruning's own regularisation of
+groups, without weight decay and with importances in units of each group's largest one, as in its authors' experiments; they
+have a phase of its own for it, longer and at a small learning rate.
+
+With option A shortcuts the channels of all three residual streams are one group, whose channels go from all stages at once.
+`--scope hidden` leaves the streams alone, `--scope isomorphic` ranks channels among groups of the same form only.
 An interrupted run goes on where it stopped.
 """
 
@@ -36,6 +41,8 @@ from catode.train.settings.commandline import CommandLine
 from catode.train.settings.config import Config, ConfigError, check_out
 
 STEPS = 400
+SCOPES = ("all", "hidden", "isomorphic")
+"""What is ranked together: the channels of all groups; of all but the residual streams; of each kind of group by itself."""
 METHOD = "group-norm magnitude, one shot"
 
 
@@ -53,54 +60,75 @@ def check_installed() -> None:
         ) from None
 
 
-def group_norm_pruner(model: nn.Module, example: torch.Tensor, reg: float = 0.0):
-    """Torch-Pruning's pruner by group norms; `reg` is the strength of its `regularize`."""
+def group_norm_pruner(model: nn.Module, example: torch.Tensor, scope: str = SCOPES[0], reg: float = 0.0):
+    """Torch-Pruning's pruner by group norms; `reg` is the strength of its `regularize`, and of the training before `prune`."""
     import torch_pruning
 
+    stream = "conv1", *(f"{name}.conv2" for name, module in model.named_modules() if hasattr(module, "conv2"))
+    ignored = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return torch_pruning.pruner.GroupNormPruner(
         model,
         example,
-        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer="max" if reg else "mean"),
         reg=reg,
         global_pruning=True,
+        isomorphic=scope == "isomorphic",
         pruning_ratio=1.0,
-        max_pruning_ratio=0.9,
+        max_pruning_ratio=0.9,  # with 1 whole layers collapse
         iterative_steps=STEPS,
-        ignored_layers=[module for module in model.modules() if isinstance(module, nn.Linear)],
+        ignored_layers=ignored + ([model.get_submodule(name) for name in stream] if scope == "hidden" else []),
     )
 
 
-def sparse_trainer(reg: float) -> type[Trainer]:
-    """A trainer whose gradients are regularised by group in the last half of its steps, with a given strength."""
+def sparse_trainer(scope: str, reg: float) -> type[Trainer]:
+    """A trainer whose gradients are regularised by group, in place of weight decay, in the last half of its steps."""
 
     class Sparse(Trainer):
         def __init__(self, setup: Setup, folder: Path, progress: bool):
             super().__init__(setup, folder, progress)
             self.model.eval()
-            self.regularizer = group_norm_pruner(self.model, setup.example, reg)
+            self.regularizer = group_norm_pruner(self.model, setup.example, scope, reg)
 
         def update(self):
             if self.step >= len(self.setup.schedule) // 2:
+                for group in self.optimizer.param_groups:
+                    group["weight_decay"] = 0.0
                 self.regularizer.regularize(self.model)
             return super().update()
 
     return Sparse
 
 
-def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
+def later_trainer(epochs: int) -> type[Trainer]:
+    """A trainer whose first epoch has the order and augmentation of a later one."""
+
+    class Later(Trainer):
+        def __init__(self, setup: Setup, folder: Path, progress: bool):
+            super().__init__(setup, folder, progress)
+            whole = self.batches.epoch
+            self.batches.epoch = lambda epoch, seed, start=0: whole(epochs + epoch, seed, start)
+
+    return Later
+
+
+def prune(
+    model: nn.Module, example: torch.Tensor, share: float, scope: str = SCOPES[0], sparse: float = 0.0
+) -> nn.Module:
     """A copy without the channels of smallest group norm, the classifier's outputs excepted.
 
     Args:
         model: A trained network.
         example: One image, shape (1, channels, height, width).
         share: MACs to keep; the first network at or below it is taken.
+        scope: One of `SCOPES`.
+        sparse: Strength of the sparse training before; 0 for none.
 
     Raises:
         ValueError: if the share cannot be reached.
     """
     model = copy.deepcopy(model).eval()
     goal = share * count(model, example).macs
-    pruner = group_norm_pruner(model, example)
+    pruner = group_norm_pruner(model, example, scope, sparse)
     for _ in range(STEPS):
         pruner.step()
         if count(model, example).macs <= goal:
@@ -110,7 +138,14 @@ def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
 
 
 def compete(
-    common: dict, share: float, tune_epochs: int, tune_lr: float, out: Path, sparse: float = 0.0, quick: bool = False
+    common: dict,
+    share: float,
+    tune_epochs: int,
+    tune_lr: float,
+    out: Path,
+    sparse: float = 0.0,
+    scope: str = SCOPES[0],
+    quick: bool = False,
 ) -> None:
     """Train, prune, fine-tune, and write a record like that of any run.
 
@@ -121,6 +156,7 @@ def compete(
         tune_lr: Largest learning rate of these.
         out: Its folder, with the two halves in `trained` and `tuned`. Existing halves are used, or resumed.
         sparse: Strength of the sparse training in the last half of the steps before pruning; 0 for none.
+        scope: One of `SCOPES`.
         quick: Train on the first images alone.
 
     Raises:
@@ -134,23 +170,28 @@ def compete(
     check_out(whole)
     first = dataclasses.replace(whole, epochs=whole.epochs - tune_epochs, out=f"{out}/trained")
     second = dataclasses.replace(whole, epochs=tune_epochs, lr=tune_lr, out=f"{out}/tuned")
-    kind = sparse_trainer(sparse) if sparse > 0 else Trainer
+    kind = sparse_trainer(scope, sparse) if sparse > 0 else Trainer
     trained = load(training.complete(first, kind=kind, flag="out", quick=quick))
     structure = checkpoint.read_structure(Path(first.out))
     example = torch.zeros(1, *structure["image_shape"])
-    pruned = prune(trained, example, share)  # the same each time, so that an interrupted second half can go on
-    training.complete(second, change=lambda model, setup: copy.deepcopy(pruned), flag="out", quick=quick)
+    pruned = prune(
+        trained, example, share, scope, sparse
+    )  # the same each time, so that an interrupted second half can go on
+    later = later_trainer(first.epochs)
+    training.complete(second, change=lambda model, setup: copy.deepcopy(pruned), kind=later, flag="out", quick=quick)
     latencies = latency_ms([checkpoint.fresh(structure), pruned], example)
     a, b = (read_json(Path(c.out) / "result.json") for c in (first, second))
     rival = {
-        "rival": f"{METHOD}, {f'sparse training {sparse:g}' if sparse else 'no sparse training'} "
+        "rival": f"{METHOD}, {f'sparse training {sparse:g}' if sparse else 'no sparse training'}, scope {scope} "
         f"(torch-pruning {version('torch-pruning')})",
         "share": share,
         "tune_epochs": tune_epochs,
         "tune_lr": tune_lr,
         "sparse": sparse,
+        "scope": scope,
     }
     result = b | {
+        "widths": {n: list(m.weight.shape[:2]) for n, m in pruned.named_modules() if isinstance(m, nn.Conv2d)},
         "macs_dense": a["macs_dense"],
         "params_dense": a["params_dense"],
         "layers_kept": a["layers_kept"],
@@ -190,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--sparse", type=float, default=0.0, help="strength of sparse training before pruning (0: none)"
     )
+    parser.add_argument("--scope", choices=SCOPES, default=SCOPES[0], help="channels that are ranked together (all)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
     add_quick(parser)
     args = parser.parse_args(argv)
@@ -201,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.quick:
         common, epochs = common | QUICK | {"epochs": 2}, 1
-    compete(common, share, epochs, args.tune_lr, args.out, sparse, args.quick)
+    compete(common, share, epochs, args.tune_lr, args.out, sparse, args.scope, args.quick)
 
 
 if __name__ == "__main__":

@@ -126,10 +126,16 @@ recipe = partial(derive.chosen, rows=NAMES, settings=DESIGN)
 # --- choices of catode and of its best rival, as many settings each ---------------------------------------------------
 
 SPLITS, RATES = ((5, 15), (10, 10), (14, 6)), (1.0, 0.3)
-RIVALS = [{"train_epochs": a, "tune_epochs": b, "tune_rate": rate, "sparse": 0.0} for a, b in SPLITS for rate in RATES]
-RIVALS.append({"train_epochs": 10, "tune_epochs": 10, "tune_rate": 1.0, "sparse": 5e-4})
+RIVALS = [
+    {"train_epochs": a, "tune_epochs": b, "tune_rate": rate, "sparse": 0.0, "scope": "all"}
+    for a, b in SPLITS
+    for rate in RATES
+]
+RIVALS.append({"train_epochs": 10, "tune_epochs": 10, "tune_rate": 1.0, "sparse": 5e-4, "scope": "all"})
 """Torch-Pruning: epochs before and after, largest learning rate after in units of the recipe's, strength of the sparse training
-in the last half of the epochs before."""
+in the last half of the epochs before, and which channels are ranked together (`benchmarks.rival.SCOPES`)."""
+RIVAL_SCOPES = ("hidden", "isomorphic")
+"""Two more settings: the best of `RIVALS` with another ranking."""
 CATODES = [
     {},
     {"warmup_epochs": 2.0},
@@ -143,7 +149,8 @@ CATODES = [
 
 
 def _told(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value:g}" for name, value in values.items()) or "preset"
+    told = (f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}" for name, value in values.items())
+    return ", ".join(told) or "preset"
 
 
 CATODE_CHOICE = tuple(
@@ -178,9 +185,31 @@ RIVAL_CHOICE = tuple(
     )
     for number, values in enumerate(RIVALS, 1)
 )
-CATODE_NAMES, RIVAL_NAMES = (tuple(row.name for row in rows) for rows in (CATODE_CHOICE, RIVAL_CHOICE))
+CATODE_NAMES, RIVAL_FIRST = (tuple(row.name for row in rows) for rows in (CATODE_CHOICE, RIVAL_CHOICE))
 chosen = partial(derive.chosen, rows=CATODE_NAMES, settings=CATODES)
-rival = partial(derive.chosen, rows=RIVAL_NAMES, settings=RIVALS)
+RIVAL_CHOICE += tuple(
+    Row(
+        f"rival-choice-{number}",
+        f"the best of these, {scope}",
+        "choices",
+        DENSE,
+        "rival",
+        CHOOSING,
+        (52,),
+        CIFAR,
+        {"share": TARGET},
+        (recipe, partial(derive.chosen, rows=RIVAL_FIRST, settings=RIVALS), partial(derive.fixed, scope=scope)),
+        (*NAMES, *RIVAL_FIRST),
+    )
+    for number, scope in enumerate(RIVAL_SCOPES, len(RIVALS) + 1)
+)
+RIVAL_NAMES = tuple(row.name for row in RIVAL_CHOICE)
+
+
+def rival(book: Book, seed: int) -> dict[str, Any]:
+    """Settings of Torch-Pruning, those of the best of all its choices."""
+    name = derive.best(book, RIVAL_NAMES, derive.near_target).env["queue"]["row"]
+    return {key: value for key, value in ROWS[name].given(book, seed).items() if key in RIVALS[0]}
 
 
 # --- 1: the headline --------------------------------------------------------------------------------------------------

@@ -80,12 +80,12 @@ def shaped(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:
 def against(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:
     """Train, prune with Torch-Pruning, and fine-tune."""
     values = dict(values)
-    share, before, after, rate, sparse = (
-        values.pop(name) for name in ("share", "train_epochs", "tune_epochs", "tune_rate", "sparse")
+    share, before, after, rate, sparse, scope = (
+        values.pop(name) for name in ("share", "train_epochs", "tune_epochs", "tune_rate", "sparse", "scope")
     )
     if not (folder / "result.json").exists():
         lr = rate * Config.from_presets(**values).lr
-        rival.compete(values | {"epochs": before + after}, share, after, lr, folder, sparse, quick)
+        rival.compete(values | {"epochs": before + after}, share, after, lr, folder, sparse, scope, quick)
     return {}
 
 

@@ -27,10 +27,22 @@ from benchmarks.queue import derive, nats, results, returns, scheduler, shapes, 
 from benchmarks.queue.book import FAILED, Book
 from benchmarks.queue.places import Places
 from benchmarks.queue.program import ROOT, Program, program
-from benchmarks.queue.rows import CATODES, CHOOSING, DESIGN, DIGITS, LEVELS, NAMES, RIVALS, ROWS
+from benchmarks.queue.rows import (
+    CATODES,
+    CHOOSING,
+    DESIGN,
+    DIGITS,
+    LEVELS,
+    NAMES,
+    RIVAL_FIRST,
+    RIVAL_NAMES,
+    RIVALS,
+    ROWS,
+)
+from benchmarks.rival import SCOPES, later_trainer
 from catode.records import read_json, read_rows
 from catode.structures.inventory import Inventory
-from catode.train.loop import Trainer
+from catode.train.loop import Trainer, prepare
 from catode.train.models import build
 from catode.train.settings.config import Config
 
@@ -84,7 +96,7 @@ def test_the_recipe_is_a_balanced_fraction_with_the_preset_first():
 
 
 def test_choices_have_seeds_of_their_own_and_both_sides_as_many_settings():
-    assert len(CATODES) == len(RIVALS)
+    assert len(CATODES) == len(RIVALS) == len(RIVAL_FIRST) and len(RIVAL_NAMES) == len(RIVALS) + 2
     for row in ROWS.values():
         assert (row.seeds == CHOOSING) == (row.table in ("recipe", "choices", "schedule")), row.name
         assert row.table in results.TABLES and row.kind in worker.KINDS
@@ -133,8 +145,12 @@ def test_every_row_has_settings_that_a_run_takes_whatever_is_chosen(row, books):
     for best, book in enumerate(books):
         values = row.given(book, row.seeds[0])
         if row.kind == "rival":
-            share, before, after, rate, sparse = (values.pop(key) for key in ("share", *RIVALS[0]))
-            assert 0 < share < 1 and before + after == values["epochs"] and rate > 0 and sparse >= 0
+            share, before, after, rate, sparse, scope = (values.pop(key) for key in ("share", *RIVALS[0]))
+            assert 0 < share < 1 and before + after == values["epochs"] and rate > 0 and sparse >= 0 and scope in SCOPES
+            if row.name in RIVAL_NAMES[len(RIVALS) :]:  # the best of the others, but for what is ranked together
+                best_one = RIVALS[best % len(RIVALS)]
+                given_ = row.given(book, 100)
+                assert scope != "all" and {key: given_[key] for key in best_one} == best_one | {"scope": scope}
         recipe = row.settings if row.table == "recipe" else DESIGN[best]
         dataset = {} if row.common["dataset"] == "digits" else {"data_dir": "d"}
         config = Config.from_presets(**values, **dataset, out="o")
@@ -453,7 +469,7 @@ def test_a_commitment_is_a_return():
 
 def test_the_state_tells_what_waits_and_how_long_it_takes(tmp_path):
     told = status.text(Places(None, tmp_path))
-    assert "0 of 129 runs have ended" in told and "129 runs have no estimate" in told
+    assert "0 of 131 runs have ended" in told and "131 runs have no estimate" in told
     assert "waits for recipe-1 and 7 more" in told
     write(tmp_path / "records" / "queue", "recipe-1", 100, cpu_seconds=900.0)
     rows = {row[0]: row for row in cells(status.text(Places(None, tmp_path)), "row")}
@@ -501,6 +517,19 @@ def test_a_network_of_given_widths_that_is_cut_off_ends_as_if_it_had_not_been(tm
     assert rows[0] == rows[1] and len(rows[0]) == 3
     assert states[0]["layer1.0.conv1.weight"].shape[0] == 5
     assert shaped_run(tmp_path / "cut") == cut  # finished: nothing is done
+
+
+def test_a_rival_s_second_half_goes_on_with_the_batches_of_later_epochs(tmp_path):
+    config = Config.from_presets(dataset="digits", arch="resnet14", nu=0.0, epochs=3, batch_size=64, seed=3)
+    for name in ("plain", "later"):
+        (tmp_path / name).mkdir()
+    own = Trainer(prepare(config), tmp_path / "plain", False).batches
+    later = later_trainer(2)(prepare(config), tmp_path / "later", False).batches
+    for epoch, start in ((0, 0), (1, 5)):
+        ours, theirs = (list(b.epoch(e, 3, start=start)) for b, e in ((later, epoch), (own, epoch + 2)))
+        assert len(ours) == len(own) - start and torch.equal(ours[0][0], theirs[0][0])
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(ours, theirs, strict=True))
+        assert not torch.equal(ours[0][1], next(own.epoch(epoch, 3, start=start))[1])
 
 
 def test_a_shaped_run_leaves_a_record_of_the_whole_network_s_costs(tmp_path):
