@@ -189,9 +189,9 @@ def compete(
         "tune_lr": tune_lr,
         "sparse": sparse,
         "scope": scope,
+        "widths": {n: list(m.weight.shape[:2]) for n, m in pruned.named_modules() if isinstance(m, nn.Conv2d)},
     }
     result = b | {
-        "widths": {n: list(m.weight.shape[:2]) for n, m in pruned.named_modules() if isinstance(m, nn.Conv2d)},
         "macs_dense": a["macs_dense"],
         "params_dense": a["params_dense"],
         "layers_kept": a["layers_kept"],

@@ -2,11 +2,13 @@
 
     python -m benchmarks.queue [status] [--runs DIR] [--to DIR]
     python -m benchmarks.queue run --runs DIR --data-dir DIR [--to DIR] [--threads N] [--jobs N] [--only GLOB ...] [--trial]
+    python -m benchmarks.queue latency [--to DIR] [--seconds S]
     python -m benchmarks.queue table [--to DIR] [--write]
 
 The rows and their order are data, in `benchmarks.queue.rows`; what they are for and how they are judged stands in
 benchmarks/protocol.md. `run` works at low priority, each run in a process of its own. Whatever ends it, the same command goes on
-where it stopped. A finished run is condensed into TO/records/queue/RUN, and the tables in TO/results are rewritten.
+where it stopped. A finished run is condensed into TO/records/queue/RUN, and the tables in TO/results are rewritten. `latency` times
+all final networks in one sitting, ten seconds each, into TO/records/queue/latency.json: pause the queue for it.
 
 It must be started in a clone whose catode/ is as its commit has it; the commit and the tree of catode/ are recorded. Runs of one
 family (dense rows and rivals; pruned rows; premature pruning) must have one tree: in a clone with another one they are refused.
@@ -23,10 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import add_quick, guarded
-from benchmarks.queue import results, scheduler, status
+from benchmarks.queue import latency, scheduler, status, tables
 from benchmarks.queue.book import Book
 from benchmarks.queue.places import HOME, Places
-from catode._validate import check_int
+from catode._validate import check_int, check_interval
 from catode.train.settings.commandline import CommandLine
 
 
@@ -54,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     show = commands.add_parser("table", help="print all tables")
     show.add_argument("--write", action="store_true", help="write them and the picture to TO/results")
     show.set_defaults(do=_table)
-    for command in (told, make, show):
+    sitting = commands.add_parser("latency", help="time all final networks in one sitting, from their records")
+    sitting.add_argument("--seconds", type=float, default=latency.SECONDS, help=f"time for each ({latency.SECONDS:g})")
+    sitting.set_defaults(do=_latency)
+    for command in (told, make, show, sitting):
         command.add_argument("--to", type=Path, default=HOME, help="folder of records/queue and results (benchmarks/)")
     args = parser.parse_args(argv)
     args.do(args)
@@ -77,13 +82,18 @@ def _run(args: argparse.Namespace) -> None:
         sys.exit(code)
 
 
+def _latency(args: argparse.Namespace) -> None:
+    seconds = check_interval("seconds", args.seconds, 0, 3600, low_open=True, hint="Use 10.")
+    print(f"written: {latency.write(Places(None, args.to).records, seconds).relative_to(args.to)}")
+
+
 def _table(args: argparse.Namespace) -> None:
     places = Places(None, args.to)
     book = Book(places.records)
-    pages = [text for table in results.TABLES if (text := results.page(book, table)) is not None]
+    pages = [text for table in tables.TABLES if (text := tables.page(book, table)) is not None]
     print("\n\n".join(pages) if pages else "no run is finished yet")
     if args.write:
-        for file in results.write(book, places.results):
+        for file in tables.write(book, places.results):
             print(f"written: {file.relative_to(args.to)}", file=sys.stderr)
 
 

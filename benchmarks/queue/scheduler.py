@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks.queue import results, trial
+from benchmarks.queue import tables, trial
 from benchmarks.queue.book import Book
 from benchmarks.queue.places import Places
 from benchmarks.queue.program import NONE, ROOT, Program, program
@@ -238,7 +238,7 @@ class Scheduler:
         finished = sum(process.returncode == 0 for process in ended.values())
         if finished or any(process.returncode == 1 for process in ended.values()):
             with suppress(ValueError):  # of mixed records, which `table` reports
-                results.write(Book(self.places.records), self.places.results)
+                tables.write(Book(self.places.records), self.places.results)
         return finished
 
     def _last_words(self, run: str) -> str:

@@ -1,4 +1,4 @@
-"""The queue of the results: laws of its rows, what is derived from records, tables, and runs that are stopped and go on."""
+"""The queue of the results: laws of its rows, what is derived from records, and runs that are stopped and go on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from queue_records import DENSE_MACS, TREE, cells, write
 from torch import nn
 
-from benchmarks import copies
 from benchmarks.common import training
-from benchmarks.queue import derive, nats, results, returns, scheduler, shapes, status, trial, worker
+from benchmarks.queue import derive, scheduler, shapes, status, tables, trial, worker
 from benchmarks.queue.book import FAILED, Book
 from benchmarks.queue.places import Places
 from benchmarks.queue.program import ROOT, Program, program
@@ -46,44 +46,6 @@ from catode.train.loop import Trainer, prepare
 from catode.train.models import build
 from catode.train.settings.config import Config
 
-DENSE_MACS, TREE = 40_000_000, "a" * 40
-
-
-def write(records: Path, row: str, seed: int = 0, *, accuracy=0.8, validation=0.8, macs=DENSE_MACS, tree=TREE, **more):
-    """A finished run's record of a row, made by hand."""
-    own = ROWS[row]
-    folder = records / own.run(seed)
-    folder.mkdir(parents=True)
-    plain = {name: value for name, value in {**own.common, **own.settings}.items() if name not in RIVALS[0]}
-    share = plain.pop("share", None)
-    place = {} if plain["dataset"] == "digits" else {"data_dir": "d", "amp": "bf16"}
-    config = json.loads(Config.from_presets(**plain, seed=seed, **place).to_json())
-    if share is not None:
-        config |= {"rival": "one shot (torch-pruning 1)", "share": share}
-    result = dict(test_accuracy=accuracy, validation_accuracy=validation, validation_loss=0.5, macs=macs)
-    result |= dict(macs_dense=DENSE_MACS, params=1e5, layers_kept=9, layers_total=9, units_kept=100, units_total=336)
-    result |= dict(
-        latency_ms_128=1.0, latency_dense_ms_128=2.0, seconds=600.0, cpu_seconds=500.0, training_images=45000
-    )
-    result |= dict(decided_by_rule=1.0 if own.kind == "plain" and config["nu"] else None)
-    env = dict(
-        processor="p", cores=2, torch="t", threads=1, python="3", pixels=next(iter(copies.KNOWN)), commit="c" * 40
-    )
-    env["queue"] = {"row": row, "family": own.family, "tree": tree, "commit": "c" * 40}
-    epochs = config["epochs"]
-    for name in [name for name in more if name in result]:
-        result[name] = more.pop(name)
-    env |= more.pop("env", {})
-    result["validation_accuracy_history"] = [validation] * epochs
-    for name, content in (("config", config), ("result", result), ("env", env)):
-        (folder / f"{name}.json").write_text(json.dumps(content | (more if name == "config" else {})))
-    (folder / "structures.csv").write_text("")
-    sizes = np.linspace(DENSE_MACS, macs, epochs) if own.kind == "plain" else [macs] * epochs
-    lines = [f"{i + 1},{(i + 1) * 351},{size:.0f},{30 * (i + 1)}" for i, size in enumerate(sizes)]
-    (folder / "metrics.csv").write_text("\n".join(["epoch,step,macs,seconds", *lines]) + "\n")
-    return folder
-
-
 # --- rows ---------------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +61,7 @@ def test_choices_have_seeds_of_their_own_and_both_sides_as_many_settings():
     assert len(CATODES) == len(RIVALS) == len(RIVAL_FIRST) and len(RIVAL_NAMES) == len(RIVALS) + 2
     for row in ROWS.values():
         assert (row.seeds == CHOOSING) == (row.table in ("recipe", "choices", "schedule")), row.name
-        assert row.table in results.TABLES and row.kind in worker.KINDS
+        assert row.table in tables.TABLES and row.kind in worker.KINDS
 
 
 def test_no_run_comes_before_what_it_waits_for():
@@ -293,18 +255,18 @@ def test_versions_are_not_mixed(tmp_path):
         book.check(family, Program("d" * 40, "b" * 40))
     write(tmp_path / "a", "dense", 1, tree="b" * 40)
     with pytest.raises(ValueError, match="`records` of one row must be of one version of the package"):
-        results.page(Book(tmp_path / "a"), "headline")
+        tables.page(Book(tmp_path / "a"), "headline")
 
 
 def test_precisions_and_copies_are_not_mixed(tmp_path):
     write(tmp_path / "a", "dense", 0)
     write(tmp_path / "a", "pruned", 0, amp="off")
     with pytest.raises(ValueError, match="`records` must have one precision"):
-        results.page(Book(tmp_path / "a"), "headline")
+        tables.page(Book(tmp_path / "a"), "headline")
     write(tmp_path / "b", "dense", 0)
     write(tmp_path / "b", "pruned", 0, env={"pixels": "f" * 64})
     with pytest.raises(ValueError, match="must be of one copy of cifar10"):
-        results.page(Book(tmp_path / "b"), "headline")
+        tables.page(Book(tmp_path / "b"), "headline")
 
 
 def test_the_fastest_way_is_by_all_jobs_together_and_in_the_settled_precision():
@@ -316,155 +278,6 @@ def test_the_fastest_way_is_by_all_jobs_together_and_in_the_settled_precision():
         (a, b) for a in ("off", "bf16") for b in (True, False)
     }
     assert {way.threads for way in trial.ways(3, 8)} == {3} and {way.threads for way in trial.ways(None, 8)} == {1, 8}
-
-
-# --- tables -------------------------------------------------------------------------------------------------------------
-
-
-def cells(text: str, begin: str) -> list[list[str]]:
-    """Rows of the first table of a page whose header begins with a text."""
-    lines = text.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith(f"| {begin}"))
-    found = []
-    for line in lines[first + 2 :]:
-        if not line.startswith("|"):
-            break
-        found.append([cell.strip() for cell in line.strip("|").split("|")])
-    return found
-
-
-def test_the_headline_pairs_by_seed_and_names_what_is_missing(tmp_path):
-    for seed, (own, shaped) in enumerate(((0.85, 0.84), (0.86, 0.848), (0.855, 0.846))):
-        write(tmp_path, "pruned", seed, accuracy=own, macs=18e6, cpu_seconds=450.0)
-        write(tmp_path, "stage-shaped", seed, accuracy=shaped, macs=18e6)
-        write(tmp_path, "dense", seed, accuracy=own)
-    write(tmp_path, "stage-shaped", 3, accuracy=0.1, macs=18e6)  # has no partner
-    text = results.page(Book(tmp_path), "headline")
-    assert "CIFAR-10, JPEG copy" in text and "must not be set beside published ones" in text
-    pairs = {row[0]: row[1:] for row in cells(text, "difference")}
-    assert pairs["catode - stage-shaped"] == ["+1.03 [+0.65, +1.41], n = 3", "above", "1.00 (1.00, 1.00, 1.00)"]
-    assert pairs["catode - dense"][1] == "undecided, at other MACs" and "catode - Torch-Pruning" not in pairs
-    table = {row[0]: row[1:] for row in cells(text, "network")}
-    assert table["catode"][2] == "45.0 (45.0, 45.0, 45.0)" and table["catode"][6] == "0.90 (0.90, 0.90, 0.90)"
-    assert table["stage-shaped"][5] == "0.45 (0.45, 0.45, 0.45, 0.45)"
-    # linear from 1 to .45 over 20 epochs: half of the first step less than the mean
-    assert table["catode"][5].startswith(
-        f"{np.mean([(a + b) / 2 for a, b in zip([1, *np.linspace(1, 0.45, 20)[:-1]], np.linspace(1, 0.45, 20), strict=True)]):.2f}"
-    )
-    assert "Not run yet: dense (3 of 5), pruned (3 of 5), stage-shaped (4 of 5), rival (0 of 5)." in text
-    missing = results.draw(Book(tmp_path), tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 5000 and missing[0] == "Torch-Pruning" and "catode" not in missing
-
-
-@pytest.mark.parametrize(
-    ("differences", "said"),
-    [
-        ([1.0, 1.2, 0.9], "above"),
-        ([-1.0, -1.2, -0.9], "below"),
-        ([1.0, -0.5, 0.2], "undecided"),
-        ([5.0], "no interval"),
-    ],
-)
-def test_what_an_interval_allows_to_say(differences, said):
-    assert results.verdict(differences) == results.verdict(differences, (0.45, 0.469)) == said
-    if len(differences) > 1:
-        assert results.verdict(differences, (0.45, 0.48)) == f"{said}, at other MACs"
-
-
-def test_choices_are_told_by_validation_alone(tmp_path):
-    for number in range(1, 9):
-        write(tmp_path, f"recipe-{number}", 100, accuracy=0.1234, validation=0.8 + number / 1000)
-    text = results.page(Book(tmp_path), "recipe")
-    assert "12.34" not in text and [row[5] for row in cells(text, "setting")].count("yes") == 1
-    assert [row[0] for row in cells(text, "setting") if row[5]] == [ROWS["recipe-6"].told]  # 80.6, within .2 of 80.8
-    for number in range(1, 3):
-        write(tmp_path, f"rival-choice-{number}", 100, accuracy=0.1234, macs=18e6)
-    text = results.page(Book(tmp_path), "choices")
-    assert "12.34" not in text and not any(row[5] for row in cells(text, "Torch-Pruning"))  # five are not made yet
-
-
-def test_schedules_are_told_by_validation_with_the_epochs_of_their_removals(tmp_path):
-    folder = write(tmp_path, "r56-brief-preset", 100, accuracy=0.1234, validation=0.7)  # 3 epochs of 351 steps
-    kept, gone = "committed,1", "pruned_tolerance,0.2"
-    steps = {0: (1053, kept), 1: (702, gone), 2: (351, gone), 3: (526, gone), 4: (878, "pruned_zero,0"), 5: (100, kept)}
-    lines = [f"{step},unit,layer1.0,conv1,{unit},{fate}" for unit, (step, fate) in steps.items()]
-    (folder / "structures.csv").write_text("\n".join(["step,kind,block,site,index,fate,keep_prob", *lines]) + "\n")
-    write(tmp_path, "r56-brief-dense", 100, accuracy=0.1234, validation=0.75)
-    text = results.page(Book(tmp_path), "schedule")
-    assert "12.34" not in text
-    assert [row[4:6] for row in cells(text, "network")] == [["1.50", "2.50"], ["", ""]]
-    assert [row[1] for row in cells(text, "network")] == ["70.00", "75.00"]
-
-
-def test_what_came_back_is_added_up_over_seeds(tmp_path):
-    back = {"derived": dict(confirmed=9, returned=1, open=0), "fixed 0.9": dict(confirmed=5, returned=4, open=3)}
-    pixels = {"pixels": "d" * 64}
-    for seed in (0, 1):
-        write(tmp_path, "premature-shadow", seed, env={"returns": back, **pixels})
-        write(tmp_path, "premature-derived", seed, env=pixels, accuracy=0.99)
-        write(tmp_path, "premature-fixed-0.9", seed, env=pixels, accuracy=0.98 + seed / 100)
-    text = results.page(Book(tmp_path), "haste")
-    assert [row[1:] for row in cells(text, "digits: what")] == [
-        ["20", "18", "2", "0", "1.2 to 31.7"],
-        ["24", "10", "8", "6", "21.5 to 69.2"],
-    ]
-    table = {row[0]: row for row in cells(text, "digits, 60")}
-    assert table["fixed tolerance 0.9"][2] == "-0.50 [-6.85, +5.85], n = 2"
-
-
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=9), st.sampled_from((1, 2, 3)))
-def test_what_structures_are_worth_is_summed_where_all_undecided_ones_are_listed(ends, every):
-    """Structure i is undecided until check ends[i]; of the checks only every k-th and those with decisions are listed."""
-    rows = []
-    for check in range(1, 7):
-        for i, end in enumerate(ends):
-            if end == check or (end > check and check % every == 0):
-                row = {"step": str(10 * check), "kind": "unit", "block": "b", "site": "s", "index": str(i)}
-                rows.append(row | {"benefit": f"{2**i}", "price": "3"})
-    found = {one["step"]: one for one in nats.summed(rows)}
-    for check in range(1, 7):
-        alive = [i for i, end in enumerate(ends) if end >= check]
-        if not alive or (check % every and any(ends[i] != check for i in alive)):
-            assert 10 * check not in found
-            continue
-        one = found[10 * check]
-        assert one["number"] == len(alive) and one["below"] == sum(i < 2 for i in alive)
-        assert (one["benefit"], one["price"]) == (sum(2**i for i in alive), 3 * len(alive))
-
-
-def test_of_many_checks_a_few_are_kept_and_the_nats_stand_in_the_table_of_resnet56(tmp_path):
-    place = {"kind": "layer", "block": "b", "site": "", "index": ""}
-    rows = [place | {"step": str(step), "benefit": "0.5", "price": "0.25"} for step in range(100)]
-    kept = nats.summed(rows)
-    assert len(kept) == nats.MOST and kept[0]["step"] == 0 and kept[-1]["step"] == 99
-    course = [{"step": 5265, "kind": "unit", "number": 8, "benefit": 1.5, "price": 0.081, "below": 2}]
-    folder = write(tmp_path, "r56-paper-units", env={"nats": course})
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    losses = [f"{line},{30 - i}" for i, line in enumerate(lines[1:])]
-    (folder / "metrics.csv").write_text("\n".join([f"{lines[0]},loss", *losses]) + "\n")
-    told = ROWS["r56-paper-units"].told
-    table = results.page(Book(tmp_path), "resnet56").split("What structures were worth")[1]
-    assert cells(table, "network")[0] == [told, "15.0", "16.000", "8 units", "1.500", "0.081", "25"]
-
-
-@pytest.mark.parametrize(
-    ("thetas", "threshold", "expected"),
-    [
-        ([1.0, 0.8, 0.4, 0.0], 0.5, "confirmed"),
-        ([1.0, 0.4, 0.7, 1.0], 0.5, "returned"),
-        ([1.0, 0.4, 1.0, 0.3, 0.0], 0.5, "returned"),  # what comes first counts
-        ([1.0, 0.4, 0.6], 0.5, "open"),
-        ([1.0, 0.6, 0.0], 0.5, "confirmed"),
-        ([1.0, 0.8, 1.0], 0.5, None),
-        ([0.9], 0.9, "open"),
-    ],
-)
-def test_what_became_of_a_theta_that_sank(thetas, threshold, expected):
-    assert returns.outcome(((theta, False) for theta in thetas), threshold) == expected
-
-
-def test_a_commitment_is_a_return():
-    assert returns.outcome([(0.4, False), (0.6, True)], 0.5) == "returned"
 
 
 def test_the_state_tells_what_waits_and_how_long_it_takes(tmp_path):

@@ -1,0 +1,165 @@
+"""Tables of rows against each other: test accuracy with intervals, costs, and differences paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cifar import Record
+from benchmarks.common import CONFIDENCE, each, markdown, spread
+from benchmarks.queue import latency
+from benchmarks.queue.book import Book
+from benchmarks.queue.rows import ROWS, Row
+from benchmarks.queue.tables.choices import without
+from benchmarks.queue.tables.measures import EQUAL, paired, share, training_macs, verdict
+from catode.records import read_rows
+
+BASES = {"headline": "pruned", "parts": "pruned", "resnet56": "r56-half"}
+"""The row that every other one of a table is subtracted from."""
+BORROWED = {"parts": ("pruned", "dense")}
+"""Rows of other tables that a table shows as well."""
+HEADER = (
+    "network",
+    "accuracy, %",
+    "without EMA",
+    "MACs, M",
+    "MACs, %",
+    "parameters, k",
+    "latency",
+    "training MACs",
+    "CPU minutes",
+    "training time",
+    "decided by rule, %",
+)
+
+
+def compared(book: Book, rows: Sequence[Row]) -> str:
+    """Every row with a finished run, and the differences of one row and all others."""
+    table = rows[-1].table
+    timed = latency.read(book.records)
+    dense = next(row for row in rows if row.told == "dense")
+    reference = list(book.results(dense.name).values())
+    lines = [*_told(reference, timed), "", markdown(HEADER, _cells(book, rows, dense, timed["runs"]))]
+    lines += _worth(book, rows) if table == "resnet56" else []
+    pairs = _pairs(book, ROWS[BASES[table]], rows)
+    if pairs:
+        several = f" {len(pairs)} differences are looked at, and none is corrected for that." if len(pairs) > 1 else ""
+        lines += [
+            "",
+            f"Differences of accuracy, paired by seed, with {CONFIDENCE:.0%} t-interval.{several} The interval covers seeds; that "
+            "all rows share their test images, whose choice would add some tenths of a point, is not in it. Nothing is claimed "
+            f"where the MACs differ by more than {100 * EQUAL:g} points of the dense network's, or before all runs of both rows "
+            "have ended.",
+            "",
+            markdown(["difference", "accuracy, points", "the first is", "MACs, ratio"], pairs),
+        ]
+    return "\n".join(lines)
+
+
+def _told(reference: Sequence[Record], timed: dict[str, Any]) -> list[str]:
+    where = "as each run measured it at its end, beside other runs"
+    if timed["runs"]:
+        load = " and ".join(timed["load"])
+        where = f"all in one sitting, channels last, in turn with the whole network ({timed['machine']}, {load})"
+    minutes = [record.result["cpu_seconds"] for record in reference]
+    noise = (
+        f" Runs of the dense row, all the same work, differ by {100 * (max(minutes) / min(minutes) - 1):.0f} %."
+        if minutes
+        else ""
+    )
+    return [
+        f"Test accuracy at the final epoch; mean and {CONFIDENCE:.0%} t-interval over n seeds. All else: mean (and each seed's "
+        f"value). Latency: a forward pass of 128 images, fp32, one thread, in units of the whole network's, {where}. Training "
+        "MACs: of the forward passes on all training images, dead channels included, in units of the dense row's; measuring is "
+        "not counted. Training time: ratio of the rows' mean CPU times, measuring included, on a machine that does other "
+        f"work.{noise}"
+    ]
+
+
+def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[float]]) -> list[list[str]]:
+    reference = [record.result["cpu_seconds"] for record in book.results(dense.name).values()]
+    cells = []
+    for row in rows:
+        runs = book.results(row.name)
+        if not runs:
+            continue
+        results = [r.result for r in runs.values()]
+        pairs = [
+            timed.get(row.run(s)) or [r["latency_dense_ms_128"], r["latency_ms_128"]]
+            for s, r in zip(runs, results, strict=True)
+        ]
+        minutes = [r["cpu_seconds"] / 60 for r in results]
+        cells.append(
+            [
+                row.told,
+                spread([own.accuracy for own in runs.values()]),
+                _mean([without(r, "test") for r in results]),
+                each([r["macs"] / 1e6 for r in results]),
+                each([100 * r["macs"] / r["macs_dense"] for r in results], "{:.1f}"),
+                each([r["params"] / 1e3 for r in results], "{:.0f}"),
+                each([own / whole for whole, own in pairs]),
+                each(
+                    [training_macs(book.records, row.run(s), own) / dense.common["epochs"] for s, own in runs.items()]
+                ),
+                each(minutes, "{:.0f}"),
+                f"{60 * np.mean(minutes) / np.mean(reference):.2f}" if reference else "",
+                each([100 * r["decided_by_rule"] for r in results], "{:.0f}") if results[0]["decided_by_rule"] else "",
+            ]
+        )
+    return cells
+
+
+def _mean(values: Sequence[str]) -> str:
+    return f"{np.mean([float(value) for value in values]):.2f}" if all(values) else ""
+
+
+def _pairs(book: Book, base: Row, rows: Sequence[Row]) -> list[list[str]]:
+    own, pairs = book.results(base.name), []
+    for row in rows:
+        runs = book.results(row.name)
+        both = paired(own, runs) if row.name != base.name else []
+        if not both:
+            continue
+        ended = book.all_ended(base) and book.all_ended(row)
+        pairs.append(
+            [
+                f"{base.told} - {row.told}",
+                spread(both, "{:+.2f}"),
+                verdict(both, (share(own), share(runs))) if ended else "not ended",
+                each([own[s].result["macs"] / other.result["macs"] for s, other in runs.items() if s in own]),
+            ]
+        )
+    return pairs
+
+
+def _worth(book: Book, rows: Sequence[Row]) -> list[str]:
+    """Lines on what structures were worth and what they cost in the course of each run with gates."""
+    cells = []
+    for row in rows:
+        for seed, own in book.results(row.name).items():
+            epochs = read_rows(book.records / row.run(seed) / "metrics.csv")
+            losses = {int(line["step"]): float(line["loss"]) for line in epochs}
+            for one in own.env.get("nats", ()):
+                ended = min(step for step in losses if step >= one["step"])
+                cells.append(
+                    [
+                        row.told,
+                        f"{one['step'] * own.config['epochs'] / max(losses):.1f}",
+                        f"{losses[ended]:.3f}",
+                        f"{one['number']} {one['kind']}s",
+                        f"{one['benefit']:.3f}",
+                        f"{one['price']:.3f}",
+                        f"{100 * one['below'] / one['number']:.0f}",
+                    ]
+                )
+    if not cells:
+        return []
+    header = ["network", "epoch", "training loss", "undecided", "benefits", "prices", "benefit below price, %"]
+    told = (
+        "What structures were worth and what they cost while they were undecided: sums over them, in nats of the training loss, "
+        "which is that of the epoch, smoothed labels and gates included. A benefit is what the loss would rise by if that one "
+        "structure went."
+    )
+    return ["", told, "", markdown(header, cells)]
