@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from benchmarks.common import (
     publish,
     subset,
 )
+from catode.prune.describe.costs import count
 from catode.prune.gated.network import Cut
 from catode.train import loop
 from catode.train.settings.commandline import CommandLine
@@ -40,6 +42,7 @@ from catode.train.settings.config import Config
 
 TIME_LIMIT, MACS_TARGET = 0.8, 0.5
 DENSE = {"nu": 0.0, "target_macs": None, "target_params": None}
+TRAINING_LIMIT = 0.7
 DECIDING_LIMIT = 1.1  # of the time that the compacted steps alone take
 
 
@@ -98,7 +101,7 @@ def train(configs: Sequence[Config], images: int | None) -> tuple[list[Epochs], 
     for _ in range(configs[0].epochs):
         for trainer, own in zip(trainers, found, strict=True):
             wall, cpu = time.perf_counter(), time.process_time()
-            own.rows.append(trainer.advance())
+            own.rows.append(trainer.advance() | {"executed": count(trainer.model, trainer.setup.example).macs})
             own.cpu.append(time.process_time() - cpu)
             own.wall.append(time.perf_counter() - wall)
     for trainer in trainers:
@@ -129,9 +132,11 @@ def report(plain: Epochs, pruned: Epochs, alone: Epochs) -> tuple[str, dict[str,
         )
     header = ["epoch", "MACs left", "layers", "units", "undecided", "CPU s, ungated", "CPU ratio", "wall ratio"]
     header.append("CPU, pruned/its steps alone")
+    executed = [plain.rows[0]["macs"], *(row["executed"] for row in pruned.rows)]
     totals = {
         "macs": pruned.rows[-1]["macs"] / plain.rows[-1]["macs"],
         "mean macs": float(np.mean([b["macs"] / a["macs"] for a, b in zip(plain.rows, pruned.rows, strict=True)])),
+        "training macs": sum((a + b) / 2 for a, b in pairwise(executed)) / len(plain.rows) / executed[0],
         "cpu": sum(pruned.cpu) / sum(plain.cpu),
         "wall": sum(pruned.wall) / sum(plain.wall),
         "deciding": sum(pruned.cpu) / sum(alone.cpu),
@@ -169,13 +174,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         (plain, pruned, alone), data = train(configs, images)
     table, totals = report(plain, pruned, alone)
     config = json.loads(configs[1].to_json())
-    names = ["arch", "epochs", "batch_size", "nu", "alpha", "beta", "warmup_epochs", "sink_share", "layers_per_probe"]
+    names = [
+        "arch",
+        "epochs",
+        "batch_size",
+        "nu",
+        "alpha",
+        "beta",
+        "warmup_epochs",
+        "sink_share",
+        "layers_per_probe",
+        "width_multiple",
+    ]
     title = (
         f"{data}, {images or 'all'} images, " + ", ".join(f"{name} {config[name]}" for name in [*names, "amp"]) + "; "
         f"{hardware(configs[1].device)}; {before} at the start, {load()} at the end; {time.perf_counter() - began:.0f} s"
     )
     verdicts = [
         f"- MACs left at the end {totals['macs']:.3f}, on average over the epochs {totals['mean macs']:.3f}",
+        f"- {'yes' if totals['training macs'] <= TRAINING_LIMIT else 'NO'}: training MACs, of the forward passes on training "
+        f"images, dead channels included: {totals['training macs']:.3f} of the ungated network's (at most {TRAINING_LIMIT:g})",
         f"- {'yes' if totals['cpu'] <= TIME_LIMIT else 'NO'}: CPU time, pruned / ungated: {totals['cpu']:.3f} "
         f"(at most {TIME_LIMIT:g} where about {MACS_TARGET:.0%} of the MACs are left); wall time {totals['wall']:.3f}",
         f"- {'yes' if totals['deciding'] <= DECIDING_LIMIT else 'NO'}: CPU time, pruned / its compacted steps alone: "

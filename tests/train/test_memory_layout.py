@@ -65,13 +65,16 @@ def trial(**more):
 def test_the_slow_layout_takes_longer_by_what_the_clock_says(slow, name):
     slow(name)
     other = next(one for one in LAYOUTS if one != name)
-    assert trial() == {name: 4.0, other: 2.0}  # the network and half of it
-    assert trial(nu=0.0) == {name: 2.0, other: 1.0}  # nothing will go
+    assert trial(width_multiple=1) == {(name, 1): 4.0, (other, 1): 2.0}  # the network and half of it
+    assert trial(nu=0.0, width_multiple=8) == {(name, 8): 2.0, (other, 8): 1.0}  # nothing will go
+    assert trial(width_multiple=8) == {(name, 8): 4.0, (name, 1): 4.0, (other, 8): 2.0, (other, 1): 2.0}
+    for more in (dict(alpha=1.0), dict(round_to=8)):  # no width will be odd
+        assert trial(width_multiple=8, **more) == {(name, 8): 4.0, (other, 8): 2.0}
 
 
 def test_a_real_trial_takes_time():
-    found = trial(amp="bf16")
-    assert found.keys() == set(LAYOUTS) and all(time > 0 for time in found.values())
+    found = trial(amp="bf16", width_multiple=8)
+    assert found.keys() == {(name, multiple) for name in LAYOUTS for multiple in (8, 1)} and min(found.values()) > 0
 
 
 @settings(max_examples=30)
@@ -96,18 +99,22 @@ def test_law_the_half_network_has_widths_as_the_run_will(alpha, round_to, multip
 
 
 def test_a_run_is_that_of_the_layout_which_was_found_and_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(layout, "trial", lambda *given: {"channels-last": 4.0, "channels-first": 2.0})
+    times = dict(zip([(name, multiple) for name in LAYOUTS for multiple in (8, 1)], (4.0, 3.0, 2.5, 2.0), strict=True))
+    monkeypatch.setattr(layout, "trial", lambda *given: times)
     monkeypatch.setattr("catode.report.report.write", lambda folder: None)
     folders = {}
     for name in ("auto", "channels-first"):
-        config = Config.from_presets(**FLAGS, layout=name, out=str(tmp_path / name))
+        width = {} if name == "auto" else {"width_multiple": 1}
+        config = Config.from_presets(**FLAGS, layout=name, out=str(tmp_path / name), **width)
         folders[name] = loop.run(config, progress=False)
     own, given_one = folders.values()
     assert (
-        "note: layout channels-first: a step of the network and one of half of it took 2 ms, channels-last 4 ms."
+        "note: layout channels-first with any widths: a step of the network and one of half of it took 2 ms, channels-first with "
+        "widths in multiples of 8 2.5 ms, channels-last with any widths 3 ms, channels-last with widths in multiples of 8 4 ms."
         in (capsys.readouterr().err)
     )
-    assert json.loads((own / "config.json").read_text())["layout"] == "channels-first"
+    config = json.loads((own / "config.json").read_text())
+    assert config["layout"] == "channels-first" and config["width_multiple"] == 1
     first, second = (torch.load(folder / "model.pt", weights_only=True) for folder in (own, given_one))
     assert all(torch.equal(first[key], second[key]) for key in second)
     assert (own / "structures.csv").read_bytes() == (given_one / "structures.csv").read_bytes()

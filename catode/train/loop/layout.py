@@ -1,4 +1,5 @@
-"""Which memory layout of images and weights trains faster here: a short trial of steps before the run (``--layout auto``)."""
+"""Which memory layout of images and weights trains faster here, and whether dead channels that round up widths do: a short
+trial of steps before the run (``--layout auto``)."""
 
 from __future__ import annotations
 
@@ -29,11 +30,15 @@ def memory_format(config: Config) -> torch.memory_format:
 
 def trial(
     config: Config, build: Callable[[Config], nn.Module], blocks: Description, shape: tuple[int, ...], classes: int
-) -> dict[str, float]:
-    """Milliseconds that forward and backward pass of one step take in each layout, whole network and half one together.
+) -> dict[tuple[str, int], float]:
+    """Milliseconds that forward and backward pass of one step take, whole network and half one together.
 
     The half one has lost about half the units of every site (of layers alone, every second one), as a run will; without
     gates to train there is only the whole one. Random images and labels; the global random state stays as it is.
+
+    Returns:
+        By layout, and by the multiple that the half one's widths are rounded up to: the configuration's `width_multiple` and, where
+        that makes a difference, 1.
 
     Args:
         config: The run's configuration; its layout is not looked at.
@@ -50,18 +55,26 @@ def trial(
         for layout in LAYOUTS:
             own = replace(config, layout=layout)
             x = images.contiguous(memory_format=memory_format(own))
-            for kept in (None, *([_half(Inventory(blocks), config)] if config.nu > 0 else [])):
+            halves = [(m, _half(Inventory(blocks), replace(config, width_multiple=m))) for m in multiples(config)]
+            for multiple, kept in [(None, None), *(halves if config.nu > 0 else ())]:
                 model = build(own).train()
                 if kept is not None:
                     restrict(model, list(blocks), Inventory(blocks).record(kept))
-                cases.append((layout, model, x, []))
+                cases.append((layout, multiple, model, x, []))
         for _ in range(ROUNDS):
-            for _, model, x, times in cases:
+            for *_, model, x, times in cases:
                 times.append(passing_ms(lambda m=model, x=x: _step(m, x, labels, config), device))
-    found = dict.fromkeys(LAYOUTS, 0.0)
-    for layout, _, _, times in cases:
-        found[layout] += min(times[1:])
+    found = {(layout, multiple): 0.0 for layout in LAYOUTS for multiple in multiples(config)}
+    for layout, multiple, _, _, times in cases:
+        for own in multiples(config) if multiple is None else (multiple,):
+            found[layout, own] += min(times[1:])
     return found
+
+
+def multiples(config: Config) -> tuple[int, ...]:
+    """Multiples to try for widths while training: that of the configuration, and 1 where units can go and it is larger."""
+    own = config.width_multiple
+    return (own, 1) if config.nu > 0 and config.alpha < 1 and own > config.round_to else (own,)
 
 
 def _step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, config: Config) -> None:

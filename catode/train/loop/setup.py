@@ -268,13 +268,20 @@ def _step_times(
 
 
 def _fastest(config: Config, images: data.ImageData, blocks: Description) -> tuple[Config, str]:
-    """The configuration with the layout in which steps take the least time here, and what was measured, as text."""
+    """The configuration with the layout and widths with which steps take the least time here, and what was measured, as text."""
     shape, classes = tuple(images.train_images.shape[1:]), len(images.classes)
     times = layout.trial(config, lambda own: build_model(own, images), blocks, shape, classes)
-    best, other = sorted(times, key=times.__getitem__)
+    best, *others = sorted(times, key=times.__getitem__)
+    both = len({multiple for _, multiple in times}) > 1
+
+    def name(case: tuple[str, int]) -> str:
+        widths = "any widths" if case[1] == 1 else f"widths in multiples of {case[1]}"
+        return f"{case[0]} with {widths}" if both else case[0]
+
     what = "a step of the network and one of half of it" if config.nu > 0 else "a step"
-    told = f"layout {best}: {what} took {times[best]:.4g} ms, {other} {times[other]:.4g} ms."
-    return replace(config, layout=best), told
+    rest = ", ".join(f"{name(other)} {times[other]:.4g} ms" for other in others)
+    told = f"layout {name(best)}: {what} took {times[best]:.4g} ms, {rest}."
+    return replace(config, layout=best[0], width_multiple=best[1]), told
 
 
 def build_model(config: Config, images: data.ImageData) -> nn.Module:

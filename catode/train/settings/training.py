@@ -101,7 +101,8 @@ class TrainingSettings(SettingsGroup):
     )
     layout: str = text(
         "channels-last",
-        "memory layout of images and weights; auto tries steps of the network and of half of it in both, and takes the faster",
+        "memory layout of images and weights; auto tries steps of the network and of half of it in both, with --width-multiple and "
+        "without, and takes the fastest",
         choices=(*LAYOUTS, AUTO),
         identity=False,
     )
