@@ -41,6 +41,7 @@ NOT_RUN = {
     "torchrun": "it starts several processes, on several GPUs; tests/train/test_distributed.py has two on CPUs",
     "python -m tests.faults": "tests/test_faults.py runs a sample of it; all of it takes many minutes",
     "python -m benchmarks.queue run": "tests/benchmarks/test_queue.py makes some of its runs",
+    "python -m benchmarks.queue latency": "tests/benchmarks/test_queue_tables.py times networks of records made by hand",
     "python -m benchmarks.rival": "torch-pruning is no part of the tests' environment",
     "python -m benchmarks.prunability.rival": "torch-pruning is no part of the tests' environment",
 }
