@@ -42,7 +42,7 @@ from catode.train.settings.config import Config
 
 TIME_LIMIT, MACS_TARGET = 0.8, 0.5
 DENSE = {"nu": 0.0, "target_macs": None, "target_params": None}
-TRAINING_LIMIT = 0.7
+TRAINING_LIMIT = 0.7  # of the ungated network's training MACs
 DECIDING_LIMIT = 1.1  # of the time that the compacted steps alone take
 
 
@@ -54,11 +54,13 @@ class Epochs:
         cpu: CPU seconds of each epoch.
         wall: Seconds of each epoch.
         rows: Its rows of metrics.csv.
+        executed: MACs of a forward pass at the end of each epoch, dead channels included.
     """
 
     cpu: list[float]
     wall: list[float]
     rows: list[dict]
+    executed: list[int]
 
 
 class Alone(loop.Trainer):
@@ -97,13 +99,15 @@ def train(configs: Sequence[Config], images: int | None) -> tuple[list[Epochs], 
     places = [(subset(s, images), Path(s.config.out)) for s in setups]
     trainers = [loop.Trainer(*place, progress=False) for place in places[:2]]
     trainers.append(Alone(*places[2], trainers[1]))
-    found = [Epochs([], [], []) for _ in trainers]
+    found = [Epochs([], [], [], []) for _ in trainers]
     for _ in range(configs[0].epochs):
         for trainer, own in zip(trainers, found, strict=True):
             wall, cpu = time.perf_counter(), time.process_time()
-            own.rows.append(trainer.advance() | {"executed": count(trainer.model, trainer.setup.example).macs})
+            own.rows.append(trainer.advance())
             own.cpu.append(time.process_time() - cpu)
             own.wall.append(time.perf_counter() - wall)
+            last = trainer.executed  # known once the last epoch is over, when the network has lost its dead channels
+            own.executed.append(count(trainer.model, trainer.setup.example).macs if last is None else last)
     for trainer in trainers:
         trainer.close()
     return found, data
@@ -132,7 +136,7 @@ def report(plain: Epochs, pruned: Epochs, alone: Epochs) -> tuple[str, dict[str,
         )
     header = ["epoch", "MACs left", "layers", "units", "undecided", "CPU s, ungated", "CPU ratio", "wall ratio"]
     header.append("CPU, pruned/its steps alone")
-    executed = [plain.rows[0]["macs"], *(row["executed"] for row in pruned.rows)]
+    executed = [plain.rows[0]["macs"], *pruned.executed]
     totals = {
         "macs": pruned.rows[-1]["macs"] / plain.rows[-1]["macs"],
         "mean macs": float(np.mean([b["macs"] / a["macs"] for a, b in zip(plain.rows, pruned.rows, strict=True)])),
