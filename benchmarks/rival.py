@@ -137,6 +137,11 @@ def prune(
     fail("macs", f"be a share that Torch-Pruning can reach, {reached:.3g} or more", share, hint="Ask for more.")
 
 
+def widths(model: nn.Module) -> dict[str, list[int]]:
+    """Output and input channels of every convolution, by its path."""
+    return {name: list(m.weight.shape[:2]) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
 def compete(
     common: dict,
     share: float,
@@ -189,7 +194,6 @@ def compete(
         "tune_lr": tune_lr,
         "sparse": sparse,
         "scope": scope,
-        "widths": {n: list(m.weight.shape[:2]) for n, m in pruned.named_modules() if isinstance(m, nn.Conv2d)},
     }
     result = b | {
         "macs_dense": a["macs_dense"],
@@ -212,7 +216,8 @@ def compete(
     CsvTable(out, "structures.csv", ROW_FIELDS).close()
     for name, content in (("config", json.loads(whole.to_json()) | rival), ("result", result)):
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    (out / "env.json").write_text((Path(second.out) / "env.json").read_text())
+    env = read_json(Path(second.out) / "env.json") | {"widths": widths(pruned)}
+    (out / "env.json").write_text(json.dumps(env, indent=2) + "\n")
     print(
         f"{rival['rival']}: {100 * result['test_accuracy']:.2f} %, {result['macs'] / a['macs_dense']:.1%} of the MACs"
     )

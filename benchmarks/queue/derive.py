@@ -72,6 +72,11 @@ def stage_shaped(book: Book, seed: int, *, row: str, seeds: Sequence[int]) -> di
     return {"blocks": shapes.stage_shaped(first["arch"], kept, macs, first["image_shape"], len(first["classes"]))}
 
 
+def narrowed(book: Book, seed: int, *, arch: str, share: float) -> dict[str, Any]:
+    """A network with all widths narrowed to a share of the MACs; neither book nor seed plays a part."""
+    return shapes.narrowed(arch, share)
+
+
 def found(book: Book, seed: int, *, row: str) -> dict[str, Any]:
     """The very structure that a row's run of the same seed found."""
     return {"blocks": book.structure(f"{row}-s{seed}")["blocks"]}

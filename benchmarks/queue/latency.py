@@ -36,7 +36,7 @@ def network(record: Record, structure: Mapping[str, Any] | None) -> nn.Module:
 
     Args:
         record: The run.
-        structure: Its structure.json; None for the rival, whose record has the widths of its convolutions.
+        structure: Its structure.json; None if the record has the widths of all convolutions.
 
     Raises:
         ValueError: if its MACs are not those of the record.
@@ -45,7 +45,7 @@ def network(record: Record, structure: Mapping[str, Any] | None) -> nn.Module:
     if structure is not None:
         cut.restrict(model, model.structures(), structure["blocks"])
     else:
-        _resize(model, record.config["widths"])
+        _resize(model, record.env["widths"])
     macs = count(model, torch.zeros(1, 3, 32, 32)).macs
     if macs != record.result["macs"]:
         raise ValueError(
@@ -80,7 +80,7 @@ def measure(records: Path, seconds: float = SECONDS) -> dict[str, Any]:
     torch.set_num_threads(1)
     for row in (row for row in ROWS.values() if row.table in TABLES):
         for seed, record in book.results(row.name).items():
-            structure = None if record.kind == "rival" else book.structure(row.run(seed))
+            structure = None if "widths" in record.env else book.structure(row.run(seed))
             pair = [build(record.config["arch"], in_channels=3, classes=10), network(record, structure)]
             pair = [model.to(memory_format=torch.channels_last) for model in pair]
             example = torch.zeros(1, 3, 32, 32)

@@ -9,6 +9,8 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,11 +19,15 @@ from torch import nn
 from catode.prune.describe.costs import count
 from catode.prune.gated import cut
 from catode.train.models import build
+from catode.train.models.catalogue import ARCHITECTURES
+from catode.train.models.resnets import ResNet
 
 Blocks = Mapping[str, Mapping[str, Any]]
 STAGE = re.compile(r"layer(\d+)\.")
 FACTORS = [i / 200 for i in range(100, 321)]
 """Common factors on the mean widths that are tried, .5 to 1.6, to meet the MACs."""
+HIDDEN = (0.9, 0.95, 1.0, 1.05, 1.1)
+"""Factors on hidden widths that are tried, to meet the MACs between two widths of the stream."""
 
 
 def restricted(model: nn.Module, blocks: Blocks) -> nn.Module:
@@ -113,3 +119,35 @@ def stage_shaped(
             blocks = shaped(kept[0], depths, {stage: widths.get(stage, 0) for stage in depths})
             tried[key] = abs(macs(arch, blocks, image_shape, classes) - goal), blocks
     return min(tried.values(), key=lambda one: one[0])[1]
+
+
+def narrow(arch: str, width: int, hidden: float, in_channels: int, classes: int) -> ResNet:
+    """A residual network all of whose widths are narrower, freshly initialised.
+
+    Args:
+        arch: Architecture of the whole one.
+        width: Channels of the first stage's stream, doubled at each further stage.
+        hidden: Factor on the hidden widths.
+        in_channels: Channels of an image.
+        classes: Number of classes.
+    """
+    return ResNet(replace(ARCHITECTURES[arch], width=width), in_channels, classes, hidden)
+
+
+def narrowed(
+    arch: str, share: float, image_shape: Sequence[int] = (3, 32, 32), classes: int = 10
+) -> dict[str, int | float]:
+    """Arguments `width` and `hidden` of the `narrow` network whose MACs are nearest to a share of the whole one's.
+
+    Of several the one whose hidden widths are nearest to the stream's.
+    """
+    example = torch.zeros(1, *image_shape)
+    whole = ARCHITECTURES[arch].width
+    goal = share * count(narrow(arch, whole, 1.0, image_shape[0], classes), example).macs
+
+    def off(case: tuple[int, float]) -> tuple[float, float]:
+        return abs(count(narrow(arch, *case, image_shape[0], classes), example).macs - goal), abs(case[1] - 1.0)
+
+    near = sorted(range(1, whole + 1), key=lambda width: abs((width / whole) ** 2 - share))[:3]
+    width, hidden = min(product(near, HIDDEN), key=off)
+    return {"width": width, "hidden": hidden}

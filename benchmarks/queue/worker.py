@@ -78,6 +78,32 @@ def shaped(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:
     }
 
 
+def narrowed(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:
+    """Train a network with all widths narrowed from scratch; its env.json gets the widths of its convolutions."""
+    values = dict(values)
+    size = {name: values.pop(name) for name in ("width", "hidden")}
+
+    def change(model: nn.Module, setup: loop.Setup) -> nn.Module:
+        torch.manual_seed(setup.config.seed)
+        return shapes.narrow(
+            setup.config.arch, **size, in_channels=setup.example.shape[1], classes=len(setup.images.classes)
+        )
+
+    training.complete(Config.from_presets(**values, out=str(folder)), change=change, quick=quick)
+    structure = checkpoint.read_structure(folder)
+    dense, example = checkpoint.fresh(structure), torch.zeros(1, *structure["image_shape"])
+    own = shapes.narrow(structure["arch"], **size, in_channels=example.shape[1], classes=len(structure["classes"]))
+    _amend(folder / "env.json", {"widths": rival.widths(own)})
+    whole, latencies = count(dense, example), latency_ms([dense, own], example)
+    return {
+        "macs_dense": whole.macs,
+        "params_dense": whole.params,
+        "units_total": sum(site.width for block in dense.structures() for site in block.sites),
+        **dict(zip(("latency_dense_ms", "latency_ms"), latencies[0], strict=True)),
+        **dict(zip(("latency_dense_ms_128", "latency_ms_128"), latencies[1], strict=True)),
+    }
+
+
 def against(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:
     """Train, prune with Torch-Pruning, and fine-tune."""
     values = dict(values)
@@ -93,6 +119,7 @@ def against(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]
 KINDS: dict[str, Callable[[dict[str, Any], Path, bool], dict[str, Any]]] = {
     "plain": plain,
     "shaped": shaped,
+    "narrowed": narrowed,
     "rival": against,
 }
 

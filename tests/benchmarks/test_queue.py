@@ -79,7 +79,7 @@ def test_no_run_comes_before_what_it_waits_for():
 
 def test_runs_are_chosen_by_names_of_runs_rows_and_tables(tmp_path):
     book = Book(tmp_path)
-    for only, number in ((["headline"], 20), (["dense", "rival-s[01]"], 7), (["recipe", "recipe-1"], 8), (["none"], 0)):
+    for only, number in ((["headline"], 25), (["dense", "rival-s[01]"], 7), (["recipe", "recipe-1"], 8), (["none"], 0)):
         assert len(scheduler.waiting(book, only)) == number, only
     with pytest.raises(ValueError, match="`only` must match the name of a run, row or table; got 'a b'"):
         scheduler.make(Places(tmp_path, tmp_path), None, threads=1, jobs=1, only=["a", "b"])
@@ -102,7 +102,9 @@ def books(tmp_path_factory) -> list[Book]:
     return found
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.kind != "shaped"], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS.values() if row.kind not in ("shaped", "narrowed")], ids=lambda row: row.name
+)
 def test_every_row_has_settings_that_a_run_takes_whatever_is_chosen(row, books):
     for best, book in enumerate(books):
         values = row.given(book, row.seeds[0])
@@ -282,7 +284,7 @@ def test_the_fastest_way_is_by_all_jobs_together_and_in_the_settled_precision():
 
 def test_the_state_tells_what_waits_and_how_long_it_takes(tmp_path):
     told = status.text(Places(None, tmp_path))
-    assert "0 of 131 runs have ended" in told and "131 runs have no estimate" in told
+    assert "0 of 136 runs have ended" in told and "136 runs have no estimate" in told
     assert "waits for recipe-1 and 7 more" in told
     write(tmp_path / "records" / "queue", "recipe-1", 100, cpu_seconds=900.0)
     rows = {row[0]: row for row in cells(status.text(Places(None, tmp_path)), "row")}
@@ -370,6 +372,29 @@ def test_a_shaped_run_leaves_a_record_of_the_whole_network_s_costs(tmp_path):
     assert Book(places.records).structure("stage-shaped-s0")["blocks"] == blocks
     assert record.env["queue"]["tree"] == "t" and "settings" not in record.env["queue"]
     assert sum(file.stat().st_size for file in (places.records / "stage-shaped-s0").iterdir()) < 200 * 1024
+
+
+def test_a_narrowed_run_is_narrower_everywhere_and_its_record_holds_the_widths(tmp_path):
+    size = shapes.narrowed("resnet14", 0.45, (1, 8, 8), 10)
+    plan = {
+        "run": "narrowed-s0",
+        "row": "narrowed",
+        "kind": "narrowed",
+        "family": "x",
+        "seed": 0,
+        "commit": "c",
+        "tree": "t",
+    }
+    plan["way"] = {"amp": "off", "channels_last": True, "threads": 1}
+    plan["settings"] = {**DIGITS, "arch": "resnet14", "nu": 0.0, **size}
+    places = Places(tmp_path / "runs", tmp_path / "to")
+    for _ in range(2):  # once more, as after a kill before the record was complete
+        worker.train(plan, places, None, True)
+    record = Book(places.records).finished["narrowed-s0"]
+    dense = shapes.macs("resnet14", whole("resnet14"), (1, 8, 8), 10)
+    assert record.result["macs_dense"] == dense
+    assert record.result["macs"] == pytest.approx(0.45 * dense, rel=0.03)
+    assert record.env["widths"]["conv1"] == [11, 1] and record.env["widths"]["layer3.1.conv2"][0] == 44
 
 
 def queue(places: Places, *more: str) -> subprocess.Popen:

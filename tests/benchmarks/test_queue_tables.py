@@ -43,9 +43,9 @@ def test_the_headline_pairs_by_seed_and_names_what_is_missing(tmp_path):
     assert table["catode"][1:4] == ["80.00", f"18.00 ({', '.join(['18.00'] * 5)})", f"45.0 ({', '.join(['45.0'] * 5)})"]
     assert table["stage-shaped"][1] == "" and table["stage-shaped"][6].startswith("0.45 (0.45,")
     assert table["catode"][8] == "0.86" and table["dense"][8] == "1.00"  # 450 of 525 s
-    assert "Not run yet: dense (3 of 5), rival (2 of 5)." in text
+    assert "Not run yet: dense (3 of 5), narrowed (0 of 5), rival (2 of 5)." in text
     missing = picture.draw(Book(tmp_path), tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 5000 and missing[0] == "units only" and "catode" not in missing
+    assert (tmp_path / "p.png").stat().st_size > 5000 and missing[0] == "all widths narrowed" and "catode" not in missing
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_latencies_are_of_networks_of_the_recorded_size_and_take_the_place_of_th
         )
     widths["conv1"] = [15, 3]
     dense = count(model, torch.zeros(1, 3, 32, 32)).macs
-    folder = write(tmp_path, "rival", macs=0, widths=widths)
+    folder = write(tmp_path, "rival", macs=0, env={"widths": widths})
     rival = Book(tmp_path).finished["rival-s0"]
     with pytest.raises(ValueError, match="`record` must hold what its network is made of; got 0 MACs"):
         latency.network(rival, None)
