@@ -45,8 +45,8 @@ class Book:
         return run in self.finished or run in self.failed
 
     def all_ended(self, row: Row) -> bool:
-        """Whether all runs of a row have ended."""
-        return all(self.ended(row.run(seed)) for seed in row.seeds)
+        """Whether all runs of a row have ended, or need not be made."""
+        return not row.left(self)
 
     def results(self, row: str) -> dict[int, Record]:
         """Finished runs of a row, by seed."""

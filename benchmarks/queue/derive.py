@@ -89,3 +89,11 @@ def equal_time(book: Book, seed: int, *, row: str, dense: str, seeds: Sequence[i
         for runs in ({s: own for s, own in book.results(name).items() if s in seeds} for name in (dense, row))
     ]
     return {"epochs": max(epochs, math.floor(epochs * times[0] / times[1]))}
+
+
+def no_time_left(book: Book, *, row: str, dense: str, seeds: Sequence[int], epochs: int) -> str | None:
+    """Why there is no run of equal time: it would have no more epochs than the row has."""
+    longer = equal_time(book, 0, row=row, dense=dense, seeds=seeds, epochs=epochs)["epochs"]
+    return (
+        None if longer > epochs else f"its time pays for no more than the {epochs} epochs of {row}, so it is that row"
+    )

@@ -23,6 +23,7 @@ from catode.prune.devices.timing import latency_ms
 from catode.prune.gated import cut
 from catode.records import read_json
 from catode.train.models import build
+from catode.train.models.resnets import PadShortcut
 
 FILE = "latency.json"
 IMAGES = 128
@@ -63,6 +64,9 @@ def _resize(model: nn.Module, widths: Mapping[str, list[int]]) -> None:
         head, _, name = path.rpartition(".")
         model.set_submodule(f"{head}.{name}".strip(".").replace("conv", "bn"), nn.BatchNorm2d(outputs))
     model.fc = nn.Linear(outputs, model.fc.out_features)
+    for block in model.modules():
+        if isinstance(getattr(block, "downsample", None), PadShortcut):
+            block.downsample.channels = block.conv2.out_channels - block.conv1.in_channels
 
 
 def measure(records: Path, seconds: float = SECONDS) -> dict[str, Any]:

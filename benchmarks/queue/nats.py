@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from catode.records import read_structures, structure_key
+from catode.structures.fates import UNDECIDED
 
 MOST = 12
 """Checks that are kept of a run, evenly spaced."""
@@ -29,14 +31,19 @@ def course(folder: Path) -> list[dict[str, Any]]:
 
 def summed(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
     """The same, from rows of structures.csv in their order."""
-    last = {structure_key(row): int(row["step"]) for row in rows}
+    ends: dict[tuple[str, ...], int] = {}  # a unit that is to stay may still go with its block, long after its decision
+    for row in rows:
+        if row["fate"] != UNDECIDED:
+            ends.setdefault(structure_key(row), int(row["step"]))
+    rows = [row for row in rows if int(row["step"]) <= ends.get(structure_key(row), math.inf)]
+    kinds = Counter(key[0] for key in dict.fromkeys(map(structure_key, rows)))
+    decided = Counter((step, key[0]) for key, step in ends.items())
     checks: dict[tuple[int, str], list[Mapping[str, str]]] = {}
     for row in rows:
         checks.setdefault((int(row["step"]), row["kind"]), []).append(row)
-    ends = Counter((step, key[0]) for key, step in last.items())
     found = []
-    for kind in dict.fromkeys(kind for _, kind in checks):
-        open_, full = sum(key[0] == kind for key in last), []
+    for kind, number in kinds.items():
+        open_, full = number, []
         for step, own in ((step, own) for (step, name), own in checks.items() if name == kind):
             if len(own) == open_:
                 pairs = [(float(row["benefit"]), float(row["price"])) for row in own]
@@ -44,7 +51,7 @@ def summed(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
                 full.append(
                     {"step": step, "kind": kind, "number": open_, **sums, "below": sum(b < p for b, p in pairs)}
                 )
-            open_ -= ends[step, kind]
+            open_ -= decided[step, kind]
         found += [full[i] for i in _spread(len(full))]
     return sorted(found, key=lambda one: (one["step"], one["kind"]))
 

@@ -38,6 +38,7 @@ class Row:
         settings: Its own settings: of `catode.train.Config`, or of its kind.
         derive: Further settings, from the records of finished runs.
         after: Names of the rows whose runs must all have ended before.
+        needless: Why none of its runs need be made, from the records once those of `after` have ended; None if they must.
     """
 
     name: str
@@ -51,10 +52,21 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     derive: tuple[Callable[[Book, int], dict[str, Any]], ...] = ()
     after: tuple[str, ...] = ()
+    needless: Callable[[Book], str | None] | None = None
 
     def run(self, seed: int) -> str:
         """Name of the run of a seed."""
         return f"{self.name}-s{seed}"
+
+    def reason(self, book: Book) -> str | None:
+        """Why its runs are not made; None if they are, or if that is not known yet."""
+        known = self.needless is not None and all(book.all_ended(ROWS[name]) for name in self.after)
+        return self.needless(book) if known else None
+
+    def left(self, book: Book) -> list[int]:
+        """Seeds of the runs that are still to be made."""
+        seeds = [seed for seed in self.seeds if not book.ended(self.run(seed))]
+        return seeds if seeds and self.reason(book) is None else []
 
     def given(self, book: Book, seed: int) -> dict[str, Any]:
         """All settings of the run of a seed; those of `after` must have ended."""
@@ -123,7 +135,7 @@ NAMES = tuple(row.name for row in RECIPE)
 recipe = partial(derive.chosen, rows=NAMES, settings=DESIGN)
 
 
-# --- choices of catode and of its best rival, as many settings each ---------------------------------------------------
+# --- choices of catode and of its best rival --------------------------------------------------------------------------
 
 SPLITS, RATES = ((5, 15), (10, 10), (14, 6)), (1.0, 0.3)
 RIVALS = [
@@ -215,9 +227,9 @@ def rival(book: Book, seed: int) -> dict[str, Any]:
 # --- 1: the headline --------------------------------------------------------------------------------------------------
 
 
-def _row(name, told, table, family, kind, seeds, priority, common, settings, derived, after) -> Row:
+def _row(name, told, table, family, kind, seeds, priority, common, settings, derived, after, needless=None) -> Row:
     priority = _from(priority, seeds) if isinstance(priority, int) else priority
-    return Row(name, told, table, family, kind, seeds, priority, common, settings, derived, after)
+    return Row(name, told, table, family, kind, seeds, priority, common, settings, derived, after, needless)
 
 
 HALF = {"target_macs": TARGET}
@@ -283,6 +295,7 @@ PLAIN_RULE = {
 }
 """The paper's rule, as near as the settings come: theta is moved by gradients of single draws (a mean over ten steps, the least
 memory, at a risk whose limit is about the mean), and a structure goes at one fixed tolerance."""
+EQUAL_TIME = {"row": "pruned", "dense": "dense", "seeds": FIVE, "epochs": CIFAR["epochs"]}
 DETAILS = (
     _row(
         "units-only",
@@ -346,8 +359,9 @@ DETAILS = (
         95,
         CIFAR,
         HALF,
-        (recipe, chosen, partial(derive.equal_time, row="pruned", dense="dense", seeds=FIVE, epochs=CIFAR["epochs"])),
+        (recipe, chosen, partial(derive.equal_time, **EQUAL_TIME)),
         (*NAMES, *CATODE_NAMES, "pruned", "dense"),
+        partial(derive.no_time_left, **EQUAL_TIME),
     ),
 )
 

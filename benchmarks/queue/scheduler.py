@@ -60,9 +60,9 @@ def waiting(book: Book, only: Sequence[str] = ("*",)) -> list[Task]:
         (priority, Task(row, seed))
         for row in ROWS.values()
         for seed, priority in zip(row.seeds, row.priority, strict=True)
-        if matches(row, seed, only)
+        if matches(row, seed, only) and seed in row.left(book)
     ]
-    return [task for _, task in sorted(found, key=lambda one: one[0]) if not book.ended(task.run)]
+    return [task for _, task in sorted(found, key=lambda one: one[0])]
 
 
 def ready(book: Book, task: Task) -> bool:

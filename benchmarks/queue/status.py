@@ -94,7 +94,7 @@ def text(places: Places) -> str:
     lines, total, unknown, tables = [], 0.0, 0, {}
     for row in sorted(ROWS.values(), key=lambda row: row.priority[0]):
         runs = [row.run(seed) for seed in row.seeds]
-        left = [run for run in runs if not book.ended(run)]
+        left = [row.run(seed) for seed in row.left(book)]
         own = seconds(row, speed)
         if own is None:
             unknown += len(left)
@@ -105,7 +105,9 @@ def text(places: Places) -> str:
         failed = sum(run in book.failed for run in runs)
         running = {run: told for run in left if (told := progress(places, run))}
         blocked = [name for name in row.after if not book.all_ended(ROWS[name])]
-        if not left:
+        if row.reason(book) is not None:
+            state = "needless"
+        elif not left:
             state = f"done{f', {failed} failed' if failed else ''}"
         elif running:
             state = "; ".join(f"{run}: {told}" for run, told in running.items())
@@ -114,7 +116,7 @@ def text(places: Places) -> str:
         else:
             state = "ready"
         hours = "" if own is None or not left else f"{own * len(left) / 3600:.1f}"
-        lines.append([row.name, row.table, f"{len(runs) - len(left)} of {len(runs)}", hours, state])
+        lines.append([row.name, row.table, f"{sum(map(book.ended, runs))} of {len(runs)}", hours, state])
     ended = sum(book.ended(row.run(seed)) for row in ROWS.values() for seed in row.seeds)
     every = sum(len(row.seeds) for row in ROWS.values())
     end = [

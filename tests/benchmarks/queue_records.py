@@ -44,8 +44,8 @@ def write(records: Path, row: str, seed: int = 0, *, accuracy=0.8, validation=0.
         (folder / f"{name}.json").write_text(json.dumps(content | (more if name == "config" else {})))
     (folder / "structures.csv").write_text("")
     sizes = np.linspace(DENSE_MACS, macs, epochs) if own.kind == "plain" else [macs] * epochs
-    lines = [f"{i + 1},{(i + 1) * 351},{size:.0f},{30 * (i + 1)}" for i, size in enumerate(sizes)]
-    (folder / "metrics.csv").write_text("\n".join(["epoch,step,macs,seconds", *lines]) + "\n")
+    lines = [f"{i + 1},{(i + 1) * 351},{size:.0f},{30 * (i + 1)},1" for i, size in enumerate(sizes)]
+    (folder / "metrics.csv").write_text("\n".join(["epoch,step,macs,seconds,loss", *lines]) + "\n")
     return folder
 
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from queue_records import DENSE_MACS, TREE, cells, write
 from torch import nn
 
+from benchmarks import rival
 from benchmarks.common import training
 from benchmarks.queue import derive, scheduler, shapes, status, tables, trial, worker
 from benchmarks.queue.book import FAILED, Book
@@ -57,7 +58,7 @@ def test_the_recipe_is_a_balanced_fraction_with_the_preset_first():
     assert DESIGN[0] == {name: getattr(preset, name) for name in LEVELS}
 
 
-def test_choices_have_seeds_of_their_own_and_both_sides_as_many_settings():
+def test_choices_have_seeds_of_their_own_and_the_rival_has_no_fewer_settings():
     assert len(CATODES) == len(RIVALS) == len(RIVAL_FIRST) and len(RIVAL_NAMES) == len(RIVALS) + 2
     for row in ROWS.values():
         assert (row.seeds == CHOOSING) == (row.table in ("recipe", "choices", "schedule")), row.name
@@ -154,6 +155,22 @@ def test_equal_time_gives_the_epochs_that_the_saved_time_pays_for(cpu, epochs, t
         write(tmp_path, "pruned", seed, cpu_seconds=cpu)
     own = derive.equal_time(Book(tmp_path), 0, row="pruned", dense="dense", seeds=(0, 1), epochs=20)
     assert own == {"epochs": epochs}
+
+
+@pytest.mark.parametrize("cpu", [400.0, 500.0])
+def test_equal_time_is_needless_where_it_pays_for_no_more_epochs(cpu, tmp_path):
+    row, needless = ROWS["equal-time"], cpu == 500.0
+    assert row.left(Book(tmp_path)) == [0, 1, 2] and row.reason(Book(tmp_path)) is None  # not known yet
+    for name in row.after:
+        for seed in ROWS[name].seeds:
+            write(tmp_path, name, seed, **({"cpu_seconds": cpu} if name == "pruned" else {}))
+    book = Book(tmp_path)
+    assert row.left(book) == ([] if needless else [0, 1, 2]) and book.all_ended(row) == needless
+    assert len(scheduler.waiting(book, ["equal-time"])) == (0 if needless else 3)
+    write(tmp_path, "units-only", 0)
+    text = tables.page(Book(tmp_path), "parts")
+    assert ("Not run: equal-time, its time pays for no more than the 20 epochs of pruned" in text) == needless
+    assert ("equal-time (0 of 3)" in text) != needless
 
 
 def drawn(arch: str, rng: np.random.Generator) -> dict:
@@ -332,6 +349,55 @@ def test_a_network_of_given_widths_that_is_cut_off_ends_as_if_it_had_not_been(tm
     assert rows[0] == rows[1] and len(rows[0]) == 3
     assert states[0]["layer1.0.conv1.weight"].shape[0] == 5
     assert shaped_run(tmp_path / "cut") == cut  # finished: nothing is done
+
+
+def test_sparse_training_has_no_weight_decay_from_half_on_also_after_a_stop(tmp_path, monkeypatch):
+    """Torch-Pruning is stood in for; what is looked at is when its regularisation comes, and with which weight decay."""
+    steps, advance = [], Trainer.advance
+
+    class Fake:
+        def __init__(self, model, example, scope, reg):
+            self.given = scope, reg
+
+        def regularize(self, model):
+            steps.append((self.given, {group["weight_decay"] for group in trainers[-1].optimizer.param_groups}))
+
+    class Watched(rival.sparse_trainer("hidden", 0.01)):
+        def update(self):
+            trainers.append(self)
+            number = len(steps)
+            done = super().update()
+            if len(steps) == number:
+                steps.append((None, {group["weight_decay"] for group in self.optimizer.param_groups}))
+            return done
+
+    def run(name, stop=None):
+        def until(trainer):
+            row = advance(trainer)
+            if row["epoch"] == stop:
+                raise KeyboardInterrupt
+            return row
+
+        common = dict(dataset="digits", arch="resnet14", nu=0.0, epochs=4, batch_size=16, threads=1, weight_decay=1e-3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "advance", until)
+            config = Config.from_presets(**common, out=str(tmp_path / name))
+            return training.complete(config, kind=Watched, quick=True)
+
+    trainers = []
+    monkeypatch.setattr(rival, "group_norm_pruner", Fake)
+    whole = run("whole")
+    half = len(steps) // 2
+    expected = [(None, {1e-3})] * half + [(("hidden", 0.01), {0.0})] * half
+    assert half > 4 and steps == expected
+    for stop in (1, 3):  # in the first half, and in the second
+        steps.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(f"cut-{stop}", stop)
+        cut = run(f"cut-{stop}")
+        assert steps == expected
+        one, other = (torch.load(folder / "model.pt", weights_only=True) for folder in (whole, cut))
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_rival_s_second_half_goes_on_with_the_batches_of_later_epochs(tmp_path):

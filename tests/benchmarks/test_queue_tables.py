@@ -15,6 +15,7 @@ from benchmarks.queue import latency, nats, returns, shapes, tables
 from benchmarks.queue.book import Book
 from benchmarks.queue.rows import ROWS
 from benchmarks.queue.tables import measures, picture
+from benchmarks.rival import widths as widths_of
 from catode.prune.describe.costs import count
 from catode.structures.inventory import Inventory
 from catode.train.models import build
@@ -45,7 +46,9 @@ def test_the_headline_pairs_by_seed_and_names_what_is_missing(tmp_path):
     assert table["catode"][8] == "0.86" and table["dense"][8] == "1.00"  # 450 of 525 s
     assert "Not run yet: dense (3 of 5), narrowed (0 of 5), rival (2 of 5)." in text
     missing = picture.draw(Book(tmp_path), tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 5000 and missing[0] == "all widths narrowed" and "catode" not in missing
+    assert (
+        (tmp_path / "p.png").stat().st_size > 5000 and missing[0] == "all widths narrowed" and "catode" not in missing
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,13 +121,37 @@ def test_latencies_are_of_networks_of_the_recorded_size_and_take_the_place_of_th
     result = json.loads((folder / "result.json").read_text()) | {"macs": left}
     (folder / "result.json").write_text(json.dumps(result))
     assert "as each run measured it" in tables.page(Book(tmp_path), "headline")
+    size = shapes.narrowed("resnet20", 0.45)
+    small = shapes.narrow("resnet20", **size, in_channels=3, classes=10)
+    narrow_macs = count(small, torch.zeros(1, 3, 32, 32)).macs
+    write(tmp_path, "narrowed", macs=narrow_macs, env={"widths": widths_of(small)})
+    rebuilt = latency.network(Book(tmp_path).finished["narrowed-s0"], None)
+    shapes_of = [{name: tuple(own.shape) for name, own in model.state_dict().items()} for model in (rebuilt, small)]
+    assert shapes_of[0] == shapes_of[1]
     latency.write(tmp_path, seconds=1e-3)
     found = latency.read(tmp_path)["runs"]
-    assert set(found) == {"pruned-s0", "rival-s0"} and all(own > 0 and big > 0 for big, own in found.values())
+    assert set(found) == {"pruned-s0", "rival-s0", "narrowed-s0"} and all(
+        own > 0 and big > 0 for big, own in found.values()
+    )
     text = tables.page(Book(tmp_path), "headline")
     table = {row[0]: row[1:] for row in cells(text, "network")}
     assert "all in one sitting" in text
     assert table["catode"][5] == f"{found['pruned-s0'][1] / found['pruned-s0'][0]:.2f}"
+    write(tmp_path, "stage-shaped", macs=macs)  # ended after the sitting
+    table = {row[0]: row[1:] for row in cells(tables.page(Book(tmp_path), "headline"), "network")}
+    assert table["stage-shaped"][5] == "" and table["catode"][5]
+
+
+def test_a_run_that_failed_is_not_called_missing_and_one_run_has_no_spread(tmp_path):
+    for seed in range(4):
+        write(tmp_path, "pruned", seed, macs=18e6, decided_by_rule=0.0)
+    write(tmp_path, "dense", 0)
+    Book(tmp_path).fail("pruned-s4", {"error": "not finite"})
+    text = tables.page(Book(tmp_path), "headline")
+    assert "Ended by a loss that was not finite, and not repeated: pruned-s4." in text
+    assert "Not run yet: dense (1 of 5), stage-shaped" in text and "all the same work" not in text
+    table = {row[0]: row[1:] for row in cells(text, "network")}
+    assert table["catode"][9] == "0 (0, 0, 0, 0)" and table["dense"][9] == ""
 
 
 def test_choices_are_told_by_validation_alone(tmp_path):
@@ -176,28 +203,31 @@ def test_what_structures_are_worth_is_summed_where_all_undecided_ones_are_listed
         for i, end in enumerate(ends):
             if end == check or (end > check and check % every == 0):
                 row = {"step": str(10 * check), "kind": "unit", "block": "b", "site": "s", "index": str(i)}
-                rows.append(row | {"benefit": f"{2**i}", "price": "3"})
+                fate = "committed" if end == check else "undecided"
+                rows.append(row | {"benefit": f"{2**i}", "price": "3", "fate": fate})
+    rows += [rows[0] | {"step": "70", "fate": "removed_with_block"}]  # with its block, after its decision
     found = {one["step"]: one for one in nats.summed(rows)}
     for check in range(1, 7):
         alive = [i for i, end in enumerate(ends) if end >= check]
         if not alive or (check % every and any(ends[i] != check for i in alive)):
             assert 10 * check not in found
             continue
-        one = found[10 * check]
+        one = found.pop(10 * check)
         assert one["number"] == len(alive) and one["below"] == sum(i < 2 for i in alive)
         assert (one["benefit"], one["price"]) == (sum(2**i for i in alive), 3 * len(alive))
+    assert not found
 
 
 def test_of_many_checks_a_few_are_kept_and_the_nats_stand_in_the_table_of_resnet56(tmp_path):
     place = {"kind": "layer", "block": "b", "site": "", "index": ""}
-    rows = [place | {"step": str(step), "benefit": "0.5", "price": "0.25"} for step in range(100)]
+    rows = [place | {"step": str(step), "benefit": "0.5", "price": "0.25", "fate": "undecided"} for step in range(100)]
     kept = nats.summed(rows)
     assert len(kept) == nats.MOST and kept[0]["step"] == 0 and kept[-1]["step"] == 99
     course = [{"step": 5265, "kind": "unit", "number": 8, "benefit": 1.5, "price": 0.081, "below": 2}]
     folder = write(tmp_path, "r56-paper-units", env={"nats": course})
     lines = (folder / "metrics.csv").read_text().splitlines()
-    losses = [f"{line},{30 - i}" for i, line in enumerate(lines[1:])]
-    (folder / "metrics.csv").write_text("\n".join([f"{lines[0]},loss", *losses]) + "\n")
+    losses = [f"{line.rpartition(',')[0]},{30 - i}" for i, line in enumerate(lines[1:])]
+    (folder / "metrics.csv").write_text("\n".join([lines[0], *losses]) + "\n")
     told = ROWS["r56-paper-units"].told
     table = tables.page(Book(tmp_path), "resnet56").split("What structures were worth")[1]
     assert cells(table, "network")[0] == [told, "15.0", "16.000", "8 units", "1.500", "0.081", "25"]

@@ -72,9 +72,7 @@ def page(book: Book, table: str) -> str | None:
     lines += [*copies.notes(names), ""] if copies.notes(names) else []
     lines += [body, ""]
     missing = [
-        f"{row.name} ({len(book.results(row.name))} of {len(row.seeds)})"
-        for row in own
-        if len(book.results(row.name)) < len(row.seeds)
+        f"{row.name} ({len(row.seeds) - len(left)} of {len(row.seeds)})" for row in own if (left := row.left(book))
     ]
     failed = [run for run in book.failed if any(run in map(row.run, row.seeds) for row in own)]
     lines += (
@@ -82,6 +80,7 @@ def page(book: Book, table: str) -> str | None:
         if missing
         else []
     )
+    lines += [f"Not run: {row.name}, {reason}.\n" for row in own if (reason := row.reason(book))]
     lines += [f"Ended by a loss that was not finite, and not repeated: {', '.join(failed)}.", ""] if failed else []
     lines += sorted({f"{machine(r.env)}; amp {r.config['amp']}; commit {r.env['commit'][:12]}" for r in runs})
     return "\n".join(lines)

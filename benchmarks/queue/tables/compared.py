@@ -39,6 +39,8 @@ def compared(book: Book, rows: Sequence[Row]) -> str:
     """Every row with a finished run, and the differences of one row and all others."""
     table = rows[-1].table
     timed = latency.read(book.records)
+    if not any(row.run(seed) in timed["runs"] for row in rows for seed in row.seeds):
+        timed = {"runs": {}}
     dense = next(row for row in rows if row.told == "dense")
     reference = list(book.results(dense.name).values())
     lines = [*_told(reference, timed), "", markdown(HEADER, _cells(book, rows, dense, timed["runs"]))]
@@ -63,10 +65,10 @@ def _told(reference: Sequence[Record], timed: dict[str, Any]) -> list[str]:
     if timed["runs"]:
         load = " and ".join(timed["load"])
         where = f"all in one sitting, channels last, in turn with the whole network ({timed['machine']}, {load})"
-    minutes = [record.result["cpu_seconds"] for record in reference]
+    took = [record.result["cpu_seconds"] for record in reference]
     noise = (
-        f" Runs of the dense row, all the same work, differ by {100 * (max(minutes) / min(minutes) - 1):.0f} %."
-        if minutes
+        f" Runs of the dense row, all the same work, differ by {100 * (max(took) / min(took) - 1):.0f} %."
+        if len(took) > 1
         else ""
     )
     return [
@@ -86,10 +88,9 @@ def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[fl
         if not runs:
             continue
         results = [r.result for r in runs.values()]
-        pairs = [
-            timed.get(row.run(s)) or [r["latency_dense_ms_128"], r["latency_ms_128"]]
-            for s, r in zip(runs, results, strict=True)
-        ]
+        pairs = [[r["latency_dense_ms_128"], r["latency_ms_128"]] for r in results]
+        if timed:  # one that was not there has no number that could stand beside the others
+            pairs = [timed[run] for run in map(row.run, runs) if run in timed]
         minutes = [r["cpu_seconds"] / 60 for r in results]
         cells.append(
             [
@@ -99,13 +100,15 @@ def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[fl
                 each([r["macs"] / 1e6 for r in results]),
                 each([100 * r["macs"] / r["macs_dense"] for r in results], "{:.1f}"),
                 each([r["params"] / 1e3 for r in results], "{:.0f}"),
-                each([own / whole for whole, own in pairs]),
+                each([own / whole for whole, own in pairs]) if pairs else "",
                 each(
                     [training_macs(book.records, row.run(s), own) / dense.common["epochs"] for s, own in runs.items()]
                 ),
                 each(minutes, "{:.0f}"),
                 f"{60 * np.mean(minutes) / np.mean(reference):.2f}" if reference else "",
-                each([100 * r["decided_by_rule"] for r in results], "{:.0f}") if results[0]["decided_by_rule"] else "",
+                each([100 * r["decided_by_rule"] for r in results], "{:.0f}")
+                if results[0]["decided_by_rule"] is not None
+                else "",
             ]
         )
     return cells

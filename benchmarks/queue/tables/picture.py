@@ -29,7 +29,7 @@ def draw(book: Book, path: Path) -> list[str]:
 
     rows = [row for row in ROWS.values() if row.table in TABLES]
     shown = [row for row in rows if book.results(row.name)]
-    missing = [row.told for row in rows if row not in shown]
+    missing = [row.told for row in rows if row not in shown and row.left(book)]
     colors = [color for name, color in PALETTE.items() if name not in ("black", "yellow")]
     looks = {
         row.name: dict(
