@@ -64,15 +64,20 @@ def shaped(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:
     checkpoint.seal(folder, "structure.json")
     dense, model = checkpoint.fresh(structure), checkpoint.load(folder)
     example = torch.zeros(1, *structure["image_shape"])
-    whole, latencies = count(dense, example), latency_ms([dense, model], example)
-    widths = [site.width for block in dense.structures() for site in block.sites]
-    return {
-        "macs_dense": whole.macs,
-        "params_dense": whole.params,
+    return beside(dense, model, example) | {
         "layers_kept": sum(block["kept"] for block in blocks.values()),
         "layers_total": len(blocks),
         "units_kept": sum(len(units) for block in blocks.values() for units in block["sites"].values()),
-        "units_total": sum(widths),
+    }
+
+
+def beside(dense: nn.Module, own: nn.Module, example: torch.Tensor) -> dict[str, Any]:
+    """Entries of result.json that set a network beside the whole one."""
+    whole, latencies = count(dense, example), latency_ms([dense, own], example)
+    return {
+        "macs_dense": whole.macs,
+        "params_dense": whole.params,
+        "units_total": sum(site.width for block in dense.structures() for site in block.sites),
         **dict(zip(("latency_dense_ms", "latency_ms"), latencies[0], strict=True)),
         **dict(zip(("latency_dense_ms_128", "latency_ms_128"), latencies[1], strict=True)),
     }
@@ -94,14 +99,7 @@ def narrowed(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any
     dense, example = checkpoint.fresh(structure), torch.zeros(1, *structure["image_shape"])
     own = shapes.narrow(structure["arch"], **size, in_channels=example.shape[1], classes=len(structure["classes"]))
     _amend(folder / "env.json", {"widths": rival.widths(own)})
-    whole, latencies = count(dense, example), latency_ms([dense, own], example)
-    return {
-        "macs_dense": whole.macs,
-        "params_dense": whole.params,
-        "units_total": sum(site.width for block in dense.structures() for site in block.sites),
-        **dict(zip(("latency_dense_ms", "latency_ms"), latencies[0], strict=True)),
-        **dict(zip(("latency_dense_ms_128", "latency_ms_128"), latencies[1], strict=True)),
-    }
+    return beside(dense, own, example)
 
 
 def against(values: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:

@@ -50,8 +50,8 @@ def compared(book: Book, rows: Sequence[Row]) -> str:
         several = f" {len(pairs)} differences are looked at, and none is corrected for that." if len(pairs) > 1 else ""
         lines += [
             "",
-            f"Differences of accuracy, paired by seed, with {CONFIDENCE:.0%} t-interval.{several} The interval covers seeds; that "
-            "all rows share their test images, whose choice would add some tenths of a point, is not in it. Nothing is claimed "
+            f"Differences of accuracy, paired by seed, with {CONFIDENCE:.0%} t-interval.{several} The interval covers seeds "
+            "alone: all rows share their test images, and how these were chosen is not in it. Nothing is claimed "
             f"where the MACs differ by more than {100 * EQUAL:g} points of the dense network's, or before all runs of both rows "
             "have ended.",
             "",
