@@ -44,8 +44,10 @@ def write(records: Path, row: str, seed: int = 0, *, accuracy=0.8, validation=0.
         (folder / f"{name}.json").write_text(json.dumps(content | (more if name == "config" else {})))
     (folder / "structures.csv").write_text("")
     sizes = np.linspace(DENSE_MACS, macs, epochs) if own.kind == "plain" else [macs] * epochs
-    lines = [f"{i + 1},{(i + 1) * 351},{size:.0f},{30 * (i + 1)},1" for i, size in enumerate(sizes)]
-    (folder / "metrics.csv").write_text("\n".join(["epoch,step,macs,seconds,loss", *lines]) + "\n")
+    lines = [
+        f"{i + 1},{(i + 1) * 351},{size:.0f},{30 * (i + 1)},1,{0.9 * (i + 1) / epochs}" for i, size in enumerate(sizes)
+    ]
+    (folder / "metrics.csv").write_text("\n".join(["epoch,step,macs,seconds,loss,train_accuracy", *lines]) + "\n")
     return folder
 
 
@@ -59,3 +61,10 @@ def cells(text: str, begin: str) -> list[list[str]]:
             break
         found.append([cell.strip() for cell in line.strip("|").split("|")])
     return found
+
+
+def columns(text: str) -> dict[str, dict[str, str]]:
+    """Cells of the table of networks, by the network and the name of the column."""
+    header = next(line for line in text.splitlines() if line.startswith("| network"))
+    names = [cell.strip() for cell in header.strip("|").split("|")]
+    return {row[0]: dict(zip(names, row, strict=True)) for row in cells(text, "network")}

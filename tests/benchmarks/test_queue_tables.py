@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from queue_records import cells, write
+from queue_records import cells, columns, write
 
 from benchmarks.queue import latency, nats, returns, shapes, tables
 from benchmarks.queue.book import Book
@@ -40,10 +40,15 @@ def test_the_headline_pairs_by_seed_and_names_what_is_missing(tmp_path):
     ]
     assert pairs["catode - Torch-Pruning"][:2] == ["+1.00 [+1.00, +1.00], n = 2", "not ended"]
     assert pairs["catode - dense"][1] == "not ended"
-    table = {row[0]: row[1:] for row in cells(text, "network")}
-    assert table["catode"][1:4] == ["80.00", f"18.00 ({', '.join(['18.00'] * 5)})", f"45.0 ({', '.join(['45.0'] * 5)})"]
-    assert table["stage-shaped"][1] == "" and table["stage-shaped"][6].startswith("0.45 (0.45,")
-    assert table["catode"][8] == "0.86" and table["dense"][8] == "1.00"  # 450 of 525 s
+    table = columns(text)
+    own, shaped = table["catode"], table["stage-shaped"]
+    assert own["without EMA"] == "80.00" and own["while training, %"] == "90.00"
+    assert (
+        own["MACs, M"] == f"18.00 ({', '.join(['18.00'] * 5)})"
+        and own["MACs, %"] == f"45.0 ({', '.join(['45.0'] * 5)})"
+    )
+    assert shaped["without EMA"] == "" and shaped["training MACs"].startswith("0.45 (0.45,")
+    assert own["training time"] == "0.86" and table["dense"]["training time"] == "1.00"  # 450 of 525 s
     assert "Not run yet: dense (3 of 5), narrowed (0 of 5), rival (2 of 5)." in text
     missing = picture.draw(Book(tmp_path), tmp_path / "p.png")
     assert (
@@ -134,12 +139,12 @@ def test_latencies_are_of_networks_of_the_recorded_size_and_take_the_place_of_th
         own > 0 and big > 0 for big, own in found.values()
     )
     text = tables.page(Book(tmp_path), "headline")
-    table = {row[0]: row[1:] for row in cells(text, "network")}
+    table = columns(text)
     assert "all in one sitting" in text
-    assert table["catode"][5] == f"{found['pruned-s0'][1] / found['pruned-s0'][0]:.2f}"
+    assert table["catode"]["latency"] == f"{found['pruned-s0'][1] / found['pruned-s0'][0]:.2f}"
     write(tmp_path, "stage-shaped", macs=macs)  # ended after the sitting
-    table = {row[0]: row[1:] for row in cells(tables.page(Book(tmp_path), "headline"), "network")}
-    assert table["stage-shaped"][5] == "" and table["catode"][5]
+    table = columns(tables.page(Book(tmp_path), "headline"))
+    assert table["stage-shaped"]["latency"] == "" and table["catode"]["latency"]
 
 
 def test_a_run_that_failed_is_not_called_missing_and_one_run_has_no_spread(tmp_path):
@@ -150,8 +155,8 @@ def test_a_run_that_failed_is_not_called_missing_and_one_run_has_no_spread(tmp_p
     text = tables.page(Book(tmp_path), "headline")
     assert "Ended by a loss that was not finite, and not repeated: pruned-s4." in text
     assert "Not run yet: dense (1 of 5), stage-shaped" in text and "all the same work" not in text
-    table = {row[0]: row[1:] for row in cells(text, "network")}
-    assert table["catode"][9] == "0 (0, 0, 0, 0)" and table["dense"][9] == ""
+    table = columns(text)
+    assert table["catode"]["decided by rule, %"] == "0 (0, 0, 0, 0)" and table["dense"]["decided by rule, %"] == ""
 
 
 def test_choices_are_told_by_validation_alone(tmp_path):
@@ -226,7 +231,7 @@ def test_of_many_checks_a_few_are_kept_and_the_nats_stand_in_the_table_of_resnet
     course = [{"step": 5265, "kind": "unit", "number": 8, "benefit": 1.5, "price": 0.081, "below": 2}]
     folder = write(tmp_path, "r56-paper-units", env={"nats": course})
     lines = (folder / "metrics.csv").read_text().splitlines()
-    losses = [f"{line.rpartition(',')[0]},{30 - i}" for i, line in enumerate(lines[1:])]
+    losses = [f"{line.rsplit(',', 2)[0]},{30 - i},0.5" for i, line in enumerate(lines[1:])]
     (folder / "metrics.csv").write_text("\n".join([lines[0], *losses]) + "\n")
     told = ROWS["r56-paper-units"].told
     table = tables.page(Book(tmp_path), "resnet56").split("What structures were worth")[1]
