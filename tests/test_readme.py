@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 DOCS = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
-RESULTS = DOCS["results"]
+RESULTS, LOSSES = DOCS["results"], DOCS["losses"]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").glob("*.md")),
@@ -273,9 +273,9 @@ def test_every_command_of_the_pages_has_the_flags_that_it_is_given(command, monk
 
 
 def claims():
-    """Claims of docs/results.md and docs/evidence.md: what is said, what shows it, what makes that; links from the root."""
+    """Claims of docs/results.md, evidence.md and losses.md: what is said, what shows it, what makes that; links from the root."""
     found = []
-    for page in (ROOT / "docs" / "results.md", ROOT / "docs" / "evidence.md"):
+    for page in (ROOT / "docs" / f"{name}.md" for name in ("results", "evidence", "losses")):
         table = page.read_text().split("| claim |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
         for line in table:
             said, shown, made = (cell.strip() for cell in line.strip("|").split(" | "))
@@ -386,6 +386,18 @@ def test_what_is_said_of_the_intervals_is_so():
     assert "Three of the fourteen exclude 0" in RESULTS
 
 
+def headline():
+    """Differences of catode and its rivals in the queue's records, points, by the rival."""
+    runs = {path.parent.name: json.loads(path.read_text()) for path in (RECORDS / "queue").glob("*-s[0-4]/result.json")}
+    found = {}
+    for name, run in sorted(runs.items()):
+        rival, _, seed = name.rpartition("-s")
+        own = runs.get(f"pruned-s{seed}")
+        if own and run["seed"] == int(seed) and rival != "pruned":
+            found.setdefault(rival, []).append(100 * (own["test_accuracy"] - run["test_accuracy"]))
+    return {rival: apart for rival, apart in found.items() if len(apart) > 1}
+
+
 def digits():
     """Differences on the digits, points, from the whole numbers of images behind the rounded accuracies."""
     found = rows((ROOT / "benchmarks" / "results" / "digits.md").read_text(), "seed")
@@ -401,16 +413,17 @@ def test_every_interval_of_readme_and_results_is_computed():
     known |= {interval(np.array(own) / 3.59) for own in (images, earlier)}
     loss = {path.stem: json.loads(path.read_text())["held_out_loss"] for path in (RECORDS / "gpt").glob("*.json")}
     known |= {interval([loss[f"pruned-s{seed}"] - loss[f"dense-s{seed}"] for seed in range(len(loss) // 2)], 4)}
-    for text in (README, RESULTS):
+    known |= {interval(apart) for apart in headline().values()}
+    for text in (README, RESULTS, LOSSES):
         said = re.findall(INTERVAL, re.sub(r"\s+", " ", text.replace("**", "")))
-        assert len(said) > 3 and not set(said) - known
+        assert len(said) > 1 and not set(said) - known
 
 
 def test_no_spread_is_written_as_if_it_were_an_interval():
-    assert not re.search(r"±|\+-", README + RESULTS)
+    assert not re.search(r"±|\+-", README + RESULTS + LOSSES)
 
 
-@pytest.mark.parametrize("name", ["README", "results", "running"])
+@pytest.mark.parametrize("name", ["README", "results", "running", "losses"])
 def test_cifar_10_is_named_as_the_copy_that_it_is(name):
     text = re.sub(r"\s+", " ", {"README": README, **DOCS}[name])
     assert "CIFAR-10" in text
