@@ -302,7 +302,7 @@ def test_the_fastest_way_is_by_all_jobs_together_and_in_the_settled_precision():
 
 def test_the_state_tells_what_waits_and_how_long_it_takes(tmp_path):
     told = status.text(Places(None, tmp_path))
-    assert "0 of 136 runs have ended" in told and "136 runs have no estimate" in told
+    assert "0 of 139 runs have ended" in told and "139 runs have no estimate" in told
     assert "waits for recipe-1 and 7 more" in told
     write(tmp_path / "records" / "queue", "recipe-1", 100, cpu_seconds=900.0)
     rows = {row[0]: row for row in cells(status.text(Places(None, tmp_path)), "row")}
