@@ -388,13 +388,16 @@ def test_what_is_said_of_the_intervals_is_so():
 
 def headline():
     """Differences of catode and its rivals in the queue's records, points, by the rival."""
-    runs = {path.parent.name: json.loads(path.read_text()) for path in (RECORDS / "queue").glob("*-s[0-4]/result.json")}
+    test = {
+        path.parent.name: 100 * json.loads(path.read_text())["test_accuracy"]
+        for name in ("pruned", "dense", "stage-shaped", "narrowed", "rival")
+        for path in (RECORDS / "queue").glob(f"{name}-s[0-4]/result.json")
+    }
     found = {}
-    for name, run in sorted(runs.items()):
-        rival, _, seed = name.rpartition("-s")
-        own = runs.get(f"pruned-s{seed}")
-        if own and run["seed"] == int(seed) and rival != "pruned":
-            found.setdefault(rival, []).append(100 * (own["test_accuracy"] - run["test_accuracy"]))
+    for run in sorted(test):
+        rival, _, seed = run.rpartition("-s")
+        if rival != "pruned":
+            found.setdefault(rival, []).append(test[f"pruned-s{seed}"] - test[run])
     return {rival: apart for rival, apart in found.items() if len(apart) > 1}
 
 
@@ -414,9 +417,9 @@ def test_every_interval_of_readme_and_results_is_computed():
     loss = {path.stem: json.loads(path.read_text())["held_out_loss"] for path in (RECORDS / "gpt").glob("*.json")}
     known |= {interval([loss[f"pruned-s{seed}"] - loss[f"dense-s{seed}"] for seed in range(len(loss) // 2)], 4)}
     known |= {interval(apart) for apart in headline().values()}
-    for text in (README, RESULTS, LOSSES):
+    for text, least in ((README, 4), (RESULTS, 4), (LOSSES, 2)):
         said = re.findall(INTERVAL, re.sub(r"\s+", " ", text.replace("**", "")))
-        assert len(said) > 1 and not set(said) - known
+        assert len(said) >= least and not set(said) - known
 
 
 def test_no_spread_is_written_as_if_it_were_an_interval():
