@@ -56,6 +56,19 @@ def test_the_headline_pairs_by_seed_and_names_what_is_missing(tmp_path):
     )
 
 
+def test_training_time_is_compared_on_one_kind_of_machine_only(tmp_path):
+    for seed in range(2):
+        write(tmp_path, "dense", seed, cpu_seconds=500.0)
+    write(tmp_path, "dense", 2, cpu_seconds=200.0, env={"processor": "fast"})
+    write(tmp_path, "pruned", 0, macs=18e6, cpu_seconds=450.0)
+    for seed in (1, 2, 3):
+        write(tmp_path, "pruned", seed, macs=18e6, cpu_seconds=260.0, env={"processor": "fast"})
+    write(tmp_path, "narrowed", 0, macs=18e6, cpu_seconds=100.0, env={"processor": "unknown"})
+    table = columns(tables.page(Book(tmp_path), "headline"))
+    assert table["catode"]["training time"] == "1.20"  # one run at 450 / 500, three at 260 / 200
+    assert table["dense"]["training time"] == "1.00" and table["all widths narrowed"]["training time"] == ""
+
+
 @pytest.mark.parametrize(
     ("differences", "said"),
     [

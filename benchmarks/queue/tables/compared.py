@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,24 +66,22 @@ def _told(reference: Sequence[Record], timed: dict[str, Any]) -> list[str]:
     if timed["runs"]:
         load = " and ".join(timed["load"])
         where = f"all in one sitting, channels last, in turn with the whole network ({timed['machine']}, {load})"
-    took = [record.result["cpu_seconds"] for record in reference]
-    noise = (
-        f" Runs of the dense row, all the same work, differ by {100 * (max(took) / min(took) - 1):.0f} %."
-        if len(took) > 1
-        else ""
-    )
+    noise = ""
+    for own in _by_machine(reference).values():
+        if len(own) > 1:
+            noise += f" Runs of the dense row, all the same work, differ by {100 * (max(own) / min(own) - 1):.0f} %."
     return [
         f"Test accuracy at the final epoch; mean and {CONFIDENCE:.0%} t-interval over n seeds. All else: mean (and each seed's "
         "value). While training: accuracy on the augmented batches of the last epoch, weights not averaged. Latency: a forward "
         f"pass of 128 images, fp32, one thread, in units of the whole network's, {where}. Training "
         "MACs: of the forward passes on all training images, dead channels included, in units of the dense row's; measuring is "
-        "not counted. Training time: ratio of the rows' mean CPU times, measuring included, on a machine that does other "
-        f"work.{noise}"
+        "not counted. Training time: ratio of the rows' mean CPU times, measuring included, of runs on the same kind of machine, "
+        f"which did other work, too; empty if there are none.{noise}"
     ]
 
 
 def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[float]]) -> list[list[str]]:
-    reference = [record.result["cpu_seconds"] for record in book.results(dense.name).values()]
+    reference = book.results(dense.name).values()
     cells = []
     for row in rows:
         runs = book.results(row.name)
@@ -108,13 +106,28 @@ def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[fl
                     [training_macs(book.records, row.run(s), own) / dense.common["epochs"] for s, own in runs.items()]
                 ),
                 each(minutes, "{:.0f}"),
-                f"{60 * np.mean(minutes) / np.mean(reference):.2f}" if reference else "",
+                _time_ratio(runs.values(), reference),
                 each([100 * r["decided_by_rule"] for r in results], "{:.0f}")
                 if results[0]["decided_by_rule"] is not None
                 else "",
             ]
         )
     return cells
+
+
+def _by_machine(runs: Iterable[Record]) -> dict[str, list[float]]:
+    """Seconds of CPU time of runs, by processor."""
+    found: dict[str, list[float]] = {}
+    for one in runs:
+        found.setdefault(one.env["processor"], []).append(one.result["cpu_seconds"])
+    return found
+
+
+def _time_ratio(runs: Iterable[Record], reference: Iterable[Record]) -> str:
+    """Mean CPU time in units of the reference's, over the processors that both had; empty without one."""
+    own, other = _by_machine(runs), _by_machine(reference)
+    ratios = {name: np.mean(own[name]) / np.mean(other[name]) for name in own if name in other}
+    return f"{np.average(list(ratios.values()), weights=[len(own[name]) for name in ratios]):.2f}" if ratios else ""
 
 
 def _epochs(book: Book, run: str) -> list[dict[str, str]]:
