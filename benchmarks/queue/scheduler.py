@@ -263,6 +263,14 @@ class Scheduler:
                 signal.signal(number, handler)
 
 
+def _yield_to_others() -> None:
+    """Take the lowest priority, also among sessions where the kernel shares the processors by session."""
+    os.nice(NICE)
+    share = Path("/proc/self/autogroup")
+    if os.getsid(0) == os.getpid() and os.access(share, os.W_OK):
+        share.write_text(str(NICE))
+
+
 def make(
     places: Places,
     data_dir: str | None,
@@ -291,9 +299,9 @@ def make(
     own = Program(NONE, NONE) if quick else program()
     places.runs.mkdir(parents=True, exist_ok=True)
     with lock.released(lock.hold(places.runs, "runs")):
-        if hasattr(os, "setpgid") and os.getpgrp() != os.getpid():
-            os.setpgid(0, 0)  # a group of its own, to be paused as a whole
-        os.nice(NICE)
+        if hasattr(os, "setsid") and os.getpgrp() != os.getpid():
+            os.setsid()  # a group of its own, to be paused as a whole
+        _yield_to_others()
         places.pid.write_text(f"{os.getpid()}\n")
         try:
             way = chosen_way(places, Book(places.records), threads, jobs, again, quick)
