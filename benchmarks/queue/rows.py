@@ -296,10 +296,10 @@ PLAIN_RULE = {
 """The paper's rule, as near as the settings come: theta is moved by gradients of single draws (a mean over ten steps, the least
 memory, at a risk whose limit is about the mean), and a structure goes at one fixed tolerance."""
 EQUAL_TIME = {"row": "pruned", "dense": "dense", "seeds": FIVE, "epochs": CIFAR["epochs"]}
-DETAILS = (
+DETAILS = tuple(
     _row(
-        "units-only",
-        "units only",
+        name,
+        told,
         "parts",
         PRUNED,
         "plain",
@@ -307,35 +307,17 @@ DETAILS = (
         90,
         CIFAR,
         HALF,
-        (recipe, chosen, partial(derive.fixed, alpha=0.0)),
+        (recipe, chosen, partial(derive.fixed, **own)),
         NAMES + CATODE_NAMES,
-    ),
-    _row(
-        "layers-only",
-        "layers only",
-        "parts",
-        PRUNED,
-        "plain",
-        THREE,
-        90,
-        CIFAR,
-        HALF,
-        (recipe, chosen, partial(derive.fixed, alpha=1.0)),
-        NAMES + CATODE_NAMES,
-    ),
-    _row(
-        "plain-rule",
-        "the paper's plain rule",
-        "parts",
-        PRUNED,
-        "plain",
-        THREE,
-        90,
-        CIFAR,
-        HALF,
-        (recipe, chosen, partial(derive.fixed, **PLAIN_RULE)),
-        NAMES + CATODE_NAMES,
-    ),
+    )
+    for name, told, own in (
+        ("units-only", "units only", {"alpha": 0.0}),
+        ("layers-only", "layers only", {"alpha": 1.0}),
+        ("plain-rule", "the paper's plain rule", PLAIN_RULE),
+        ("early", "catode, decided early", {"warmup_epochs": 2.0, "decide_until": 0.6, "width_multiple": 1}),
+    )
+)
+DETAILS += (
     _row(
         "found",
         "found structure from scratch",

@@ -18,7 +18,7 @@ from benchmarks.queue.tables import choices, compared, haste, picture
 PICTURE = "headline.png"
 TABLES = {
     "recipe": "The dense recipe: eight settings, chosen by validation accuracy.",
-    "choices": "Settings of catode and of Torch-Pruning, as many each, chosen by validation accuracy.",
+    "choices": "Settings of catode and of Torch-Pruning, chosen by validation accuracy.",
     "headline": "ResNet-20 at 45 % of the MACs against its rivals.",
     "parts": "What each part of catode is worth, and the structure apart from the training.",
     "resnet56": "ResNet-56; one seed, so no interval is claimed.",

@@ -15,6 +15,7 @@ from catode.structures.fates import REMOVED
 
 
 def recipe(book: Book, rows: Sequence[Row]) -> str:
+    """The settings of the dense recipe, and which is taken."""
     taken = _taken(book, NAMES)
     header = ["setting", "seed", "validation accuracy, %", "loss", "CPU minutes", "taken"]
     cells = [_validated(row, record, taken) for row in rows for record in book.results(row.name).values()]
@@ -22,6 +23,7 @@ def recipe(book: Book, rows: Sequence[Row]) -> str:
 
 
 def choices(book: Book, rows: Sequence[Row]) -> str:
+    """The settings of catode and of its rival, and which of each are taken."""
     parts = []
     for title, names in (("catode", CATODE_NAMES), ("Torch-Pruning", RIVAL_NAMES)):
         taken = _taken(book, names)
@@ -49,6 +51,7 @@ def _luck(book: Book) -> list[str]:
 
 
 def schedules(book: Book, rows: Sequence[Row]) -> str:
+    """Schedules of the decisions in short trainings, with the epochs of their removals."""
     cells = []
     for row in rows:
         for seed, own in book.results(row.name).items():

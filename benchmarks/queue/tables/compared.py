@@ -24,6 +24,7 @@ HEADER = (
     "network",
     "accuracy, %",
     "without EMA",
+    "while training, %",
     "MACs, M",
     "MACs, %",
     "parameters, k",
@@ -50,8 +51,8 @@ def compared(book: Book, rows: Sequence[Row]) -> str:
         several = f" {len(pairs)} differences are looked at, and none is corrected for that." if len(pairs) > 1 else ""
         lines += [
             "",
-            f"Differences of accuracy, paired by seed, with {CONFIDENCE:.0%} t-interval.{several} The interval covers seeds; that "
-            "all rows share their test images, whose choice would add some tenths of a point, is not in it. Nothing is claimed "
+            f"Differences of accuracy, paired by seed, with {CONFIDENCE:.0%} t-interval.{several} The interval covers seeds "
+            "alone: all rows share their test images, and how these were chosen is not in it. Nothing is claimed "
             f"where the MACs differ by more than {100 * EQUAL:g} points of the dense network's, or before all runs of both rows "
             "have ended.",
             "",
@@ -73,7 +74,8 @@ def _told(reference: Sequence[Record], timed: dict[str, Any]) -> list[str]:
     )
     return [
         f"Test accuracy at the final epoch; mean and {CONFIDENCE:.0%} t-interval over n seeds. All else: mean (and each seed's "
-        f"value). Latency: a forward pass of 128 images, fp32, one thread, in units of the whole network's, {where}. Training "
+        "value). While training: accuracy on the augmented batches of the last epoch, weights not averaged. Latency: a forward "
+        f"pass of 128 images, fp32, one thread, in units of the whole network's, {where}. Training "
         "MACs: of the forward passes on all training images, dead channels included, in units of the dense row's; measuring is "
         "not counted. Training time: ratio of the rows' mean CPU times, measuring included, on a machine that does other "
         f"work.{noise}"
@@ -97,6 +99,7 @@ def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[fl
                 row.told,
                 spread([own.accuracy for own in runs.values()]),
                 _mean([without(r, "test") for r in results]),
+                f"{100 * np.mean([float(_epochs(book, row.run(s))[-1]['train_accuracy']) for s in runs]):.2f}",
                 each([r["macs"] / 1e6 for r in results]),
                 each([100 * r["macs"] / r["macs_dense"] for r in results], "{:.1f}"),
                 each([r["params"] / 1e3 for r in results], "{:.0f}"),
@@ -112,6 +115,11 @@ def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[fl
             ]
         )
     return cells
+
+
+def _epochs(book: Book, run: str) -> list[dict[str, str]]:
+    """What a run measured in each epoch."""
+    return read_rows(book.records / run / "metrics.csv")
 
 
 def _mean(values: Sequence[str]) -> str:
@@ -142,7 +150,7 @@ def _worth(book: Book, rows: Sequence[Row]) -> list[str]:
     cells = []
     for row in rows:
         for seed, own in book.results(row.name).items():
-            epochs = read_rows(book.records / row.run(seed) / "metrics.csv")
+            epochs = _epochs(book, row.run(seed))
             losses = {int(line["step"]): float(line["loss"]) for line in epochs}
             for one in own.env.get("nats", ()):
                 ended = min(step for step in losses if step >= one["step"])
