@@ -112,9 +112,10 @@ def test_training_macs_are_those_of_every_step_with_its_dead_channels(tmp_path, 
         blocks = blocks | {block: {"kept": bool(kept), "sites": {site: kept for site in blocks[block]["sites"]}}}
     parts.append(shapes.macs("resnet20", blocks, (3, 32, 32), 10))
     expected = np.dot(parts, np.diff([0, 1000, 3000, 5000, steps])) / parts[0] / 351
-    own = Book(tmp_path).finished["pruned-s0"]
+    book = Book(tmp_path)
+    own = book.finished["pruned-s0"]
     own.result["macs_dense"] = parts[0]
-    assert measures.training_macs(tmp_path, "pruned-s0", own) == pytest.approx(expected)
+    assert measures.training_macs(book.epochs("pruned-s0"), own) == pytest.approx(expected)
 
 
 def test_latencies_are_of_networks_of_the_recorded_size_and_take_the_place_of_the_runs_own(tmp_path):

@@ -10,7 +10,6 @@ from benchmarks.common import markdown
 from benchmarks.queue import derive
 from benchmarks.queue.book import Book
 from benchmarks.queue.rows import CATODE_NAMES, NAMES, RIVAL_NAMES, ROWS, Row
-from catode.records import read_rows
 from catode.structures.fates import REMOVED
 
 
@@ -55,7 +54,7 @@ def schedules(book: Book, rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         for seed, own in book.results(row.name).items():
-            half, last = removals(own, int(read_rows(book.records / row.run(seed) / "metrics.csv")[-1]["step"]))
+            half, last = removals(own, int(book.epochs(row.run(seed))[-1]["step"]))
             decided = own.result["decided_by_rule"]
             cells.append(
                 [

@@ -14,7 +14,6 @@ from benchmarks.queue.book import Book
 from benchmarks.queue.rows import ROWS, Row
 from benchmarks.queue.tables.choices import without
 from benchmarks.queue.tables.measures import EQUAL, paired, share, training_macs, verdict
-from catode.records import read_rows
 
 BASES = {"headline": "pruned", "parts": "pruned", "resnet56": "r56-half"}
 """The row that every other one of a table is subtracted from."""
@@ -97,14 +96,12 @@ def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[fl
                 row.told,
                 spread([own.accuracy for own in runs.values()]),
                 _mean([without(r, "test") for r in results]),
-                f"{100 * np.mean([float(_epochs(book, row.run(s))[-1]['train_accuracy']) for s in runs]):.2f}",
+                f"{100 * np.mean([float(book.epochs(row.run(s))[-1]['train_accuracy']) for s in runs]):.2f}",
                 each([r["macs"] / 1e6 for r in results]),
                 each([100 * r["macs"] / r["macs_dense"] for r in results], "{:.1f}"),
                 each([r["params"] / 1e3 for r in results], "{:.0f}"),
                 each([own / whole for whole, own in pairs]) if pairs else "",
-                each(
-                    [training_macs(book.records, row.run(s), own) / dense.common["epochs"] for s, own in runs.items()]
-                ),
+                each([training_macs(book.epochs(row.run(s)), own) / dense.common["epochs"] for s, own in runs.items()]),
                 each(minutes, "{:.0f}"),
                 _time_ratio(runs.values(), reference),
                 each([100 * r["decided_by_rule"] for r in results], "{:.0f}")
@@ -128,11 +125,6 @@ def _time_ratio(runs: Iterable[Record], reference: Iterable[Record]) -> str:
     own, other = _by_machine(runs), _by_machine(reference)
     ratios = {name: np.mean(own[name]) / np.mean(other[name]) for name in own if name in other}
     return f"{np.average(list(ratios.values()), weights=[len(own[name]) for name in ratios]):.2f}" if ratios else ""
-
-
-def _epochs(book: Book, run: str) -> list[dict[str, str]]:
-    """What a run measured in each epoch."""
-    return read_rows(book.records / run / "metrics.csv")
 
 
 def _mean(values: Sequence[str]) -> str:
@@ -163,7 +155,7 @@ def _worth(book: Book, rows: Sequence[Row]) -> list[str]:
     cells = []
     for row in rows:
         for seed, own in book.results(row.name).items():
-            epochs = _epochs(book, row.run(seed))
+            epochs = book.epochs(row.run(seed))
             losses = {int(line["step"]): float(line["loss"]) for line in epochs}
             for one in own.env.get("nats", ()):
                 ended = min(step for step in losses if step >= one["step"])
