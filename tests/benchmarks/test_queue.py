@@ -136,6 +136,7 @@ def test_within_a_tie_the_first_setting_is_taken_and_a_failed_one_has_lost(tmp_p
     book = Book(tmp_path)
     assert all(book.all_ended(ROWS[name]) for name in NAMES) and "recipe-8-s100" in book.failed
     assert derive.chosen(book, 0, rows=NAMES, settings=DESIGN) == DESIGN[2]
+    assert derive.chosen(book, 0, rows=NAMES, settings=DESIGN, tie=0.0) == DESIGN[3]
 
 
 def test_a_run_that_missed_its_target_is_not_chosen(tmp_path):
