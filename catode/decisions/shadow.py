@@ -23,7 +23,12 @@ FILE = "shadow.csv"
 DERIVED, FILTER, SCALE, ZERO = "derived", "filter norm", "norm scale", "zero"
 RISKS = (0.4, 0.3, 0.2, 0.1, 0.02, 0.005)
 FIXED = (0.001, 0.05, 0.5)
-RULES = (DERIVED, *(f"derived@{r:g}" for r in RISKS), *(f"fixed {t:g}" for t in FIXED), FILTER, SCALE, ZERO)
+TOLERANCES = (0.05, 0.5, 0.9)
+AT_RISK, AT_THETA, AT_TOLERANCE = (
+    {f"{name}{number:g}": number for number in numbers}
+    for name, numbers in ((f"{DERIVED}@", RISKS), ("fixed ", FIXED), ("tol ", TOLERANCES))
+)
+RULES = (DERIVED, *AT_RISK, *AT_THETA, *AT_TOLERANCE, FILTER, SCALE, ZERO)
 OPEN, CONFIRMED, REGRET = UNDECIDED, "confirmed", "regret"
 OUTCOMES = (OPEN, CONFIRMED, REGRET, REMOVED_WITH_BLOCK)
 NUMBERS = ("time", "keep_prob", "benefit", "benefit_upper", "price", "tolerance", "escape")
@@ -35,8 +40,9 @@ class Shadow:
     """Decisions of several rules about the same structures, watched without being carried out.
 
     `derived` is the run's own condition at the run's risk; the same at other risks; theta at or below a fixed number,
-    whatever else is known; as many units as `derived` takes at the same check, by the smallest norm of the filter that
-    makes them or the smallest scale of its norm layer; and theta = 0.
+    whatever else is known; the condition of a run with a fixed tolerance, which looks at the benefit too; as many units as
+    `derived` takes at the same check, by the smallest norm of the filter that makes them or the smallest scale of its norm
+    layer; and theta = 0.
 
     Args:
         size: Number of structures.
@@ -85,9 +91,10 @@ class Shadow:
         escape = np.full(len(known), np.nan)
         escape[known] = tolerance.escape_probability(keep_prob=theta[known], **inputs)
         bounds = {DERIVED: tolerance_values}
-        for risk, rule in zip(RISKS, RULES[1:], strict=False):
+        for rule, risk in AT_RISK.items():
             bounds[rule] = np.full(len(known), np.nan)
             bounds[rule][known] = tolerance.derive(**inputs, risk=risk).values
+        bounds |= {rule: np.full(len(known), number) for rule, number in (AT_THETA | AT_TOLERANCE).items()}
         count = int((safe & np.isfinite(sizes[FILTER]) & (self.step[0] == 0)).sum())
         for number, rule in enumerate(RULES[:-1]):
             new = known & (self.step[number] == 0)
@@ -95,14 +102,11 @@ class Shadow:
             if rule == DERIVED:
                 new &= safe
             elif rule in bounds:
-                new &= below & (theta <= limit)
-            elif rule in sizes:
+                new &= (theta <= limit) if rule in AT_THETA else below & (theta <= limit)
+            else:
                 size = np.where(new, sizes[rule], np.inf)
                 least = np.argsort(size, kind="stable")[: min(count, int(np.isfinite(size).sum()))]
                 new = np.isin(np.arange(len(new)), least)
-            else:
-                limit = np.full(len(known), FIXED[number - 1 - len(RISKS)])
-                new &= theta <= limit
             values = [np.full(len(known), time), theta, limits.benefit, limits.benefit_upper, limits.price]
             self.step[number, new] = step
             self.numbers[:, number, new] = np.stack([*values, limit, escape])[:, new]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,8 @@ from benchmarks.rival import widths as widths_of
 from catode.prune.describe.costs import count
 from catode.structures.inventory import Inventory
 from catode.train.models import build
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_headline_pairs_by_seed_and_names_what_is_missing(tmp_path):
@@ -198,20 +203,57 @@ def test_schedules_are_told_by_validation_with_the_epochs_of_their_removals(tmp_
     assert [row[1] for row in cells(text, "network")] == ["70.00", "75.00"]
 
 
-def test_what_came_back_is_added_up_over_seeds(tmp_path):
-    back = {"derived": dict(confirmed=9, returned=1, open=0), "fixed 0.9": dict(confirmed=5, returned=4, open=3)}
+def returned(decisions, back, left, foreseen, lead):
+    gone = decisions - back - left
+    return dict(decisions=decisions, confirmed=gone, returned=back, open=left, zeros=100, foreseen=foreseen, lead=lead)
+
+
+def test_what_came_back_is_added_up_over_seeds_and_paired_by_run(tmp_path):
     pixels = {"pixels": "d" * 64}
-    for seed in (0, 1):
+    for seed in range(5):
+        back = {
+            returns.OWN: returned(200, 0, 1, 90, 13.0),
+            "--tol 0.5": returned(100, 1, 0, 95, 40.0 + seed),
+            "--tol 0.9": returned(50, 10 + seed, 2, 99, None),
+        }
         write(tmp_path, "premature-shadow", seed, env={"returns": back, **pixels})
         write(tmp_path, "premature-derived", seed, env=pixels, accuracy=0.99)
-        write(tmp_path, "premature-fixed-0.9", seed, env=pixels, accuracy=0.98 + seed / 100)
+        write(tmp_path, "premature-fixed-0.9", seed, env=pixels, accuracy=0.98 + seed / 1000)
+        write(tmp_path, "premature-fixed-0.5", seed, env=pixels, accuracy=0.98, macs=20e6)
     text = tables.page(Book(tmp_path), "haste")
-    assert [row[1:] for row in cells(text, "digits: what")] == [
-        ["20", "18", "2", "0", "1/1", "1.2 to 31.7"],
-        ["24", "10", "8", "6", "4/4", "15.6 to 77.9"],  # 8 of 24, and 14 of 24
-    ]
-    table = {row[0]: row for row in cells(text, "digits, 60")}
-    assert table["fixed tolerance 0.9"][2] == "-0.50 [-6.85, +5.85], n = 2"
+    lines = [row[1:] for row in cells(text, "digits: rule")]
+    assert lines[0] == ["1000", "90", "13", "995", "5", "0/200, 0/200, 0/200, 0/200, 0/200", "0.0 to 1.2", ""]
+    assert lines[1][:3] == ["500", "95", "42"] and lines[1][-1] == "+1.00 [+1.00, +1.00], n = 5: not shown"
+    assert lines[1][-2] == "0.3 to 2.3", "the pooled intervals overlap"
+    assert lines[2] == [
+        "250", "99", "", "180", "10", "10/50, 11/50, 12/50, 13/50, 14/50", "18.8 to 34.0",
+        "+24.00 [+20.07, +27.93], n = 5: more",
+    ]  # fmt: skip
+    table = {row[0]: row[1:] for row in cells(text, "digits, 60")}
+    assert len(table) == 3 and not [name for name in table if "shadow" in name]
+    assert table["fixed tolerance 0.9"][1:3] == ["+0.80 [+0.60, +1.00], n = 5", "above"]
+    assert table["fixed tolerance 0.5"][2] == "other MACs" and table["derived tolerance"][1:3] == ["", ""]
+
+
+def test_decisions_of_a_shadow_run_are_counted_from_its_rows():
+    folder = ROOT / "benchmarks" / "records" / "shadow" / "shadow-digits-s0"
+    with gzip.open(folder / "shadow.csv.gz", "rt") as file:
+        lines = list(csv.DictReader(file))
+    own = [line for line in lines if line["rule"] == "derived"]
+    places = [[(r["kind"], r["block"], r["site"], r["index"]) for r in rows] for rows in (own, lines)]
+    zero = {place: line for place, line in zip(places[1], lines, strict=True) if line["rule"] == "zero"}
+    found = returns.counted(folder)
+    assert found[returns.OWN] == dict(
+        decisions=len(own),
+        confirmed=sum(line["outcome"] == "confirmed" for line in own),
+        returned=sum(line["outcome"] == "regret" for line in own),
+        open=sum(line["outcome"] not in ("confirmed", "regret") for line in own),
+        zeros=len(zero),
+        foreseen=sum(place in zero for place in places[0]),
+        lead=np.median([int(line["outcome_step"]) - int(line["step"]) for line in own if line["outcome_step"]]),
+    )
+    assert found[returns.OWN]["decisions"] > 50
+    assert found["--tol 0.9"]["decisions"] == 0, "version 0.1 did not watch it"
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=9), st.sampled_from((1, 2, 3)))
@@ -250,40 +292,3 @@ def test_of_many_checks_a_few_are_kept_and_the_nats_stand_in_the_table_of_resnet
     told = ROWS["r56-paper-units"].told
     table = tables.page(Book(tmp_path), "resnet56").split("What structures were worth")[1]
     assert cells(table, "network")[0] == [told, "15.0", "16.000", "8 units", "1.500", "0.081", "25"]
-
-
-@pytest.mark.parametrize(
-    ("thetas", "threshold", "expected"),
-    [
-        ([1.0, 0.8, 0.4, 0.0], 0.5, "confirmed"),
-        ([1.0, 0.4, 0.7, 1.0], 0.5, "returned"),
-        ([1.0, 0.4, 1.0, 0.3, 0.0], 0.5, "returned"),  # what comes first counts
-        ([1.0, 0.4, 0.6], 0.5, "open"),
-        ([1.0, 0.6, 0.0], 0.5, "confirmed"),
-        ([1.0, 0.8, 1.0], 0.5, None),
-        ([0.9], 0.9, "open"),
-    ],
-)
-def test_what_became_of_a_theta_that_sank(thetas, threshold, expected):
-    assert returns.outcome(((theta, False, True) for theta in thetas), threshold) == expected
-
-
-def test_a_commitment_is_a_return_and_a_rule_with_a_limit_waits_for_it():
-    assert returns.outcome([(0.4, False, True), (0.6, True, True)], 0.5) == "returned"
-    assert returns.outcome([(0.4, False, False), (1.0, False, True)], 0.5) is None
-    assert returns.outcome([(0.4, False, False), (0.3, False, True), (0.0, False, True)], 0.5) == "confirmed"
-
-
-def test_shadow_runs_are_counted_with_and_without_the_limit_of_the_benefit(tmp_path):
-    head = "step,kind,block,site,index,keep_prob,benefit_upper,price,fate"
-    lines = [
-        "10,unit,b,s,0,0.04,2,1,undecided",
-        "20,unit,b,s,0,1,2,1,committed",
-    ]  # sank, came back, benefit never below
-    lines += ["10,unit,b,s,1,0.5,0.5,1,undecided", "20,unit,b,s,1,0,0.5,1,pruned_zero"]
-    (tmp_path / "structures.csv").write_text("\n".join([head, *lines]) + "\n")
-    (tmp_path / "shadow.csv").write_text("rule,kind,block,site,index,step,outcome,outcome_step\n")
-    found = returns.counted(tmp_path)
-    assert found["fixed 0.5"] == dict(confirmed=1, returned=1, open=0)
-    assert found["fixed 0.5, benefit below price"] == dict(confirmed=1, returned=0, open=0)
-    assert found["fixed 0.05"] == dict(confirmed=1, returned=1, open=0)

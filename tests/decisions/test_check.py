@@ -159,6 +159,18 @@ def test_a_shadow_run_notes_what_it_would_remove_and_removes_nothing():
     ]
 
 
+@pytest.mark.parametrize("tolerance", shadow.TOLERANCES)
+def test_a_fixed_tolerance_is_watched_as_a_run_with_it_decides(tolerance):
+    derived, fixed = Shadow(N), Shadow(N)
+    found = replace(FOUND, keep_prob=np.resize([0.01, 0.04, 0.3, 0.7, 0.95], N))
+    CHECKS.settle(found, replace(NOW, zero=mask(N, 4)), derived, SIZES)
+    replace(CHECKS, tolerance=tolerance).settle(found, replace(NOW, zero=mask(N, 4)), fixed, SIZES)
+    rule = shadow.RULES.index(f"tol {tolerance:g}")
+    own = shadow.RULES.index(shadow.DERIVED)
+    assert derived.step[rule].any() and (derived.step[rule] == fixed.step[own]).all()
+    assert (fixed.step[rule] == fixed.step[own]).all()
+
+
 def test_a_shadow_run_notes_nothing_of_what_is_decided_or_has_too_little_evidence():
     record, fate = Shadow(N), np.where(mask(N, 3), COMMITTED, UNDECIDED).astype("<U32")
     CHECKS.settle(FOUND, replace(NOW, fate=fate, enough=~mask(N, 5)), record, SIZES)

@@ -40,7 +40,8 @@ def test_law_decisions_and_outcomes_are_those_of_the_definition(data, every, n):
                 sizes=sizes,
             )
     rows = watch.rows([dict(kind="unit", block="b", site="s", index=i) for i in range(n)])
-    for rule, limit in ((shadow.DERIVED, 0.1), *((f"fixed {t:g}", t) for t in shadow.FIXED)):
+    tolerances = ((f"tol {t}", t) for t in (0.05, 0.5, 0.9))
+    for rule, limit in ((shadow.DERIVED, 0.1), *((f"fixed {t:g}", t) for t in shadow.FIXED), *tolerances):
         for s in range(n):
             zeros = np.flatnonzero(paths[s] == 0.0)
             life = zeros[0] if len(zeros) else 12
@@ -75,7 +76,8 @@ def test_rules_by_size_take_as_many_units_as_the_derived_one():
 def test_the_rules_that_are_watched():
     risks = ("derived@0.4", "derived@0.3", "derived@0.2", "derived@0.1", "derived@0.02", "derived@0.005")
     fixed = ("fixed 0.001", "fixed 0.05", "fixed 0.5")
-    assert list(shadow.RULES) == ["derived", *risks, *fixed, "filter norm", "norm scale", "zero"]
+    tolerances = ("tol 0.05", "tol 0.5", "tol 0.9")
+    assert list(shadow.RULES) == ["derived", *risks, *fixed, *tolerances, "filter norm", "norm scale", "zero"]
 
 
 def chosen(watch):
@@ -111,12 +113,14 @@ def test_each_rule_decides_by_its_own_condition():
     assert len({tuple(rules[f"derived@{risk:g}"]) for risk in edges}) == 6
     assert rules["derived"] == [0, 7] and rules["fixed 0.001"] == rules["fixed 0.05"] == [7, 8]
     assert rules["fixed 0.5"] == list(range(n - 1)) and not rules["zero"]
+    assert rules["tol 0.05"] == [7] and rules["tol 0.5"] == rules["tol 0.9"] == [s for s in range(n - 1) if s != 8]
     rows = watch.rows([{"index": s} for s in range(n)])
     for row in rows:
         s = row["index"]
         assert (row["step"], row["time"], row["keep_prob"]) == (5, 0.5, theta[s])
         assert (row["benefit"], row["benefit_upper"], row["price"]) == (0.01, upper[s], 0.1)
         limit = {"derived": 0.1, "fixed 0.001": 0.001, "fixed 0.05": 0.05, "fixed 0.5": 0.5}.get(row["rule"])
+        limit = {f"tol {t}": t for t in (0.05, 0.5, 0.9)}.get(row["rule"], limit)
         assert row["tolerance"] == (limit or edges.get(float(row["rule"].rpartition("@")[2] or 0)))
         where = dict(common) | ({"benefit": 0.1, "price": 0.1 - 0.09} if s == 8 else {})
         assert row["escape"] == pytest.approx(float(escape_probability(keep_prob=theta[s], **where)), rel=1e-12)

@@ -73,9 +73,10 @@ def _told(reference: Sequence[Record], timed: dict[str, Any]) -> list[str]:
         f"Test accuracy at the final epoch; mean and {CONFIDENCE:.0%} t-interval over n seeds. All else: mean (and each seed's "
         "value). While training: accuracy on the augmented batches of the last epoch, weights not averaged. Latency: a forward "
         f"pass of 128 images, fp32, one thread, in units of the whole network's, {where}. Training "
-        "MACs: of the forward passes on all training images, dead channels included, in units of the dense row's; measuring is "
-        "not counted. Training time: ratio of the rows' mean CPU times, measuring included, of runs on the same kind of machine, "
-        f"which did other work, too; empty if there are none.{noise}"
+        "MACs: of the forward passes on all training images, dead channels included, in units of the dense row's; not counted is "
+        "measuring, of 8 images beside every second batch of 64 while anything is undecided. Training time: "
+        "ratio of the rows' mean CPU times, measuring included, of runs on the same kind of machine, which did other work, too; "
+        f"empty if there are none.{noise}"
     ]
 
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.common import CONFIDENCE, markdown, spread
+import numpy as np
+
+from benchmarks.common import CONFIDENCE, markdown, mean_interval, spread
 from benchmarks.queue.book import Book
-from benchmarks.queue.returns import CONFIRMED, OPEN, RETURNED
+from benchmarks.queue.returns import OWN
 from benchmarks.queue.rows import Row
-from benchmarks.queue.tables.measures import paired
+from benchmarks.queue.tables.measures import EQUAL, paired, share, verdict
 from catode.report.compare.scores import interval
+
+TOLD = (
+    "What became of the thetas that a rule would have removed, in shadow runs, in which nothing is removed before its theta is "
+    "0. *--tol t* is the condition of a run with that fixed tolerance, watched in the same runs: theta at or below t, and the "
+    "upper limit of the benefit below the price. Foreseen: of the thetas that reached 0, those that were decided before; lead: "
+    f"steps from decision to theta = 0, median, mean over runs. Came back, %: {CONFIDENCE:.0%} interval of Clopper and Pearson as "
+    "if all were independent, open ones counted in its upper end alone. They are not independent, neither in a run nor between "
+    "rules. So the last column pairs by run: share of decisions that came back minus that of the run's own condition, with "
+    f"{CONFIDENCE:.0%} t-interval. *more*: this interval lies above 0, and those of Clopper and Pearson are apart."
+)
 
 
 def haste(book: Book, rows: Sequence[Row]) -> str:
@@ -17,59 +29,85 @@ def haste(book: Book, rows: Sequence[Row]) -> str:
     parts = []
     for prefix in ("premature-cifar-", "premature-"):
         own = [r for r in rows if r.name.startswith(prefix) and (prefix != "premature-" or "cifar" not in r.name)]
-        base = book.results(f"{prefix}derived")
-        cells = []
-        for row in own:
-            runs = book.results(row.name)
-            if not runs:
-                continue
-            both = paired(runs, base) if row.name != f"{prefix}derived" else []
-            results = [r.result for r in runs.values()]
-            cells.append(
-                [
-                    row.told,
-                    spread([r.accuracy for r in runs.values()]),
-                    spread(both, "{:+.2f}") if both else "",
-                    spread([r["macs"] / r["macs_dense"] for r in results], "{:.1f}", 100),
-                    "/".join(str(r["layers_kept"]) for r in results) + f" of {results[0]['layers_total']}",
-                ]
-            )
-        if not cells:
+        shown = [row for row in own if book.results(row.name)]
+        if not shown:
             continue
-        name = next(iter(r.task[0] for row in own for r in book.results(row.name).values()))
-        epochs = next(iter(r.config["epochs"] for row in own for r in book.results(row.name).values()))
-        header = [f"{name}, {epochs} epochs", "accuracy, %", "against derived, points", "MACs left, %", "layers"]
-        parts.append(markdown(header, cells))
-        back = [line for row in own for line in _returned(row, book)]
+        record = next(iter(book.results(shown[0].name).values()))
+        name = record.task[0]
+        base = next(row for row in own if row.name == f"{prefix}derived")
+        cells = [_compared(book, base, row) for row in shown if not row.settings.get("shadow")]
+        if cells:
+            header = ["accuracy, %", "derived minus this, points", "derived is", "MACs left, %", "layers"]
+            parts += [markdown([f"{name}, {record.config['epochs']} epochs", *header], cells)]
+        back = [line for row in shown for line in _returned(book, row)]
         if back:
-            parts.append(
-                "What became of the thetas of shadow runs, in which nothing is removed before its theta is 0, after they met a "
-                "rule. *fixed t* looks at theta alone, *fixed t, benefit below price* at the upper limit of the benefit as well, "
-                "as the derived condition does, and every run with a fixed tolerance. Last column: interval of Clopper and "
-                "Pearson, open ones counted as returned in its upper end only, as if all were independent. They are not, neither "
-                "in a run nor between rules, which are watched in the same runs."
-            )
-            header = [
-                f"{name}: what a rule would have removed",
-                "decisions",
-                "went to 0",
-                "came back",
-                "open",
-                "came back, by run",
-                f"came back, %, {CONFIDENCE:.0%}",
-            ]
-            parts.append(markdown(header, back))
+            header = ["decisions", "foreseen, %", "lead", "went to 0", "open", "came back, by run", "came back, %"]
+            parts += [TOLD, markdown([f"{name}: rule", *header, "more than its own condition, points"], back)]
+    if parts:
+        parts.insert(
+            0,
+            f"Differences of accuracy are paired by seed, with {CONFIDENCE:.0%} t-interval, and claim nothing where the MACs left "
+            f"differ by more than {100 * EQUAL:g} points.",
+        )
     return "\n\n".join(parts)
 
 
-def _returned(row: Row, book: Book) -> list[list[str]]:
-    """Lines of what came back in a row's shadow runs, added up over seeds."""
-    own = [r.env["returns"] for r in book.results(row.name).values() if "returns" in r.env]
+def _compared(book: Book, base: Row, row: Row) -> list[str]:
+    """A line of accuracy and size, and the difference of the derived tolerance and this row."""
+    runs, own = book.results(row.name), book.results(base.name)
+    both = paired(own, runs) if row is not base else []
+    ended = book.all_ended(base) and book.all_ended(row)
+    said = verdict(both, (share(own), share(runs))) if both and ended else "not ended" if row is not base else ""
+    results = [r.result for r in runs.values()]
+    return [
+        row.told,
+        spread([r.accuracy for r in runs.values()]),
+        spread(both, "{:+.2f}") if both else "",
+        said,
+        spread([r["macs"] / r["macs_dense"] for r in results], "{:.1f}", 100),
+        "/".join(str(r["layers_kept"]) for r in results) + f" of {results[0]['layers_total']}",
+    ]
+
+
+def _returned(book: Book, row: Row) -> list[list[str]]:
+    """Lines of what came back in a row's shadow runs, added up over seeds, and by how much more than by the runs' own condition."""
+    runs = [r.env["returns"] for r in book.results(row.name).values() if "returns" in r.env]
     lines = []
-    for rule in own[0] if own else ():
-        gone, back, left = (sum(one[rule][what] for one in own) for what in (CONFIRMED, RETURNED, OPEN))
-        total = gone + back + left
-        ends = f"{100 * interval(back, total)[0]:.1f} to {100 * interval(back + left, total)[1]:.1f}" if total else ""
-        runs = "/".join(str(one[rule][RETURNED]) for one in own)
-        lines.append([f"{row.told}: {rule}", *map(str, (total, gone, back, left)), runs, ends])
+    for rule in runs[0] if runs else ():
+        own = [run[rule] for run in runs]
+        total, gone, back, left, zeros, foreseen = (
+            sum(one[what] for one in own)
+            for what in ("decisions", "confirmed", "returned", "open", "zeros", "foreseen")
+        )
+        low, high = _ends(back, left, total)
+        leads = [one["lead"] for one in own if one["lead"] is not None]
+        lines.append(
+            [
+                f"{row.told}: {rule}",
+                str(total),
+                f"{100 * foreseen / zeros:.0f}" if zeros else "",
+                f"{np.mean(leads):.0f}" if leads else "",
+                str(gone),
+                str(left),
+                ", ".join(f"{one['returned']}/{one['decisions']}" for one in own),
+                f"{low:.1f} to {high:.1f}" if total else "",
+                _more(runs, rule),
+            ]
+        )
     return lines
+
+
+def _ends(back: int, left: int, total: int) -> tuple[float, float]:
+    """Interval of the share that came back, %."""
+    return 100 * interval(back, total)[0], 100 * interval(back + left, total)[1]
+
+
+def _more(runs: Sequence[dict], rule: str) -> str:
+    """By how much larger a share came back than of the runs' own decisions, and whether that is shown."""
+    pairs = [(run[rule], run[OWN]) for run in runs]
+    if rule == OWN or not all(one["decisions"] for pair in pairs for one in pair):
+        return ""
+    apart = [100 * (a["returned"] / a["decisions"] - b["returned"] / b["decisions"]) for a, b in pairs]
+    sums = [[sum(pair[i][what] for pair in pairs) for what in ("returned", "open", "decisions")] for i in (0, 1)]
+    shown = len(apart) > 1 and mean_interval(apart)[1] > 0 and _ends(*sums[0])[0] > _ends(*sums[1])[1]
+    return f"{spread(apart, '{:+.2f}')}: {'more' if shown else 'not shown'}"

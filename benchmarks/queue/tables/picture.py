@@ -43,6 +43,8 @@ def draw(book: Book, path: Path) -> list[str]:
         (row, both)
         for row in shown
         if row is not base
+        and book.all_ended(base)
+        and book.all_ended(row)
         and (both := paired(own, book.results(row.name)))
         and abs(share(own) - share(book.results(row.name))) <= EQUAL
     ]

@@ -77,6 +77,8 @@ def interval(events: int, trials: int) -> tuple[float, float]:
 def rules(runs: Sequence[Run], kind: str | None = None) -> dict[str, Score]:
     """Score of every rule over all runs, in the order of `catode.decisions.shadow.RULES`.
 
+    Fixed tolerances without a decision are left out: version 0.1 did not watch them.
+
     Args:
         runs: Shadow runs.
         kind: "layer" or "unit" to count only these; None for both.
@@ -86,6 +88,8 @@ def rules(runs: Sequence[Run], kind: str | None = None) -> dict[str, Score]:
     found = {}
     for rule in shadow.RULES[:-1]:
         own = [d for d in counted if d.rule == rule]
+        if rule in shadow.AT_TOLERANCE and not own:
+            continue
         confirmed, regrets = (sum(d.outcome == o for d in own) for o in (shadow.CONFIRMED, shadow.REGRET))
         left = len(own) - confirmed - regrets
         gone = [d for d in own if zero.get((d.run, d.structure), -1) >= d.step]
