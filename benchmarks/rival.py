@@ -11,8 +11,8 @@ groups, without weight decay and with importances in units of each group's large
 have a phase of its own for it, longer and at a small learning rate.
 
 With option A shortcuts the channels of all three residual streams are one group, whose channels go from all stages at once, those
-of the first stage at most. `--scope hidden` leaves the streams alone, `--scope isomorphic` ranks channels among groups of the same form only.
-An interrupted run goes on where it stopped.
+of the first stage at most. `--scope hidden` leaves the streams alone, `--scope isomorphic` ranks channels among groups of the
+same form only. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -242,7 +242,9 @@ def costly(command: str) -> bool:
     return heavy and command != next(other for other in COMMANDS if other.startswith(" ".join(words[:3])))
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.slow) if costly(c) else c for c in COMMANDS])
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=pytest.mark.slow if costly(c) else pytest.mark.smoke) for c in COMMANDS]
+)
 def test_every_command_of_the_pages_runs(command, places, finished, figure_runs, tmp_path, monkeypatch, capsys):  # noqa: F811
     words = shlex.split(command)
     for begin in NOT_RUN:

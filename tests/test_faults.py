@@ -24,6 +24,7 @@ from tests.faults import __main__ as faults
 from tests.faults import calls, damage, runs
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(sys.platform != "linux" or calls.compiler() is None, reason="needs Linux and a C compiler")
 def test_a_sample_of_the_campaign_finds_nothing(capsys):
     assert faults.main(["--quick", "--jobs=2"]) == 0

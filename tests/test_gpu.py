@@ -48,6 +48,7 @@ def line(folder: Path, *flags: str) -> list[dict]:
     return Records(folder / FILE).read()
 
 
+@pytest.mark.smoke
 def test_the_smoke_run_has_a_result_for_every_unit_and_a_second_call_does_nothing_again(tmp_path, capsys):
     records = line(tmp_path, "--minutes", "9")
     for part, units in UNITS.items():

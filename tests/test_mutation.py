@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.smoke
 def test_a_sample_of_mutants_is_noticed():
     command = [sys.executable, "-m", "tests.mutation", "--sample=30", "--seed=0", "--jobs=2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
