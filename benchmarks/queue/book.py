@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cifar import Record, read
 from benchmarks.queue.program import Program
-from catode.records import read_json
+from catode.records import read_json, read_rows
 
 if TYPE_CHECKING:
     from benchmarks.queue.rows import Row
@@ -29,6 +29,7 @@ class Book:
 
     def __init__(self, records: Path):
         self.records = records
+        self._epochs: dict[str, list[dict[str, str]]] = {}
 
     @cached_property
     def finished(self) -> Mapping[str, Record]:
@@ -52,6 +53,12 @@ class Book:
         """Finished runs of a row, by seed."""
         found = {own.config["seed"]: own for own in self.finished.values() if own.env["queue"]["row"] == row}
         return dict(sorted(found.items()))
+
+    def epochs(self, run: str) -> list[dict[str, str]]:
+        """metrics.csv of a finished run: what it measured in each epoch."""
+        if run not in self._epochs:
+            self._epochs[run] = read_rows(self.records / run / "metrics.csv")
+        return self._epochs[run]
 
     def structure(self, run: str) -> dict[str, Any]:
         """structure.json of a finished run.

@@ -24,13 +24,14 @@ def validation(record: Record) -> float:
     return 100 * record.result["validation_accuracy"]
 
 
-def best(book: Book, rows: Sequence[str], admitted=lambda record: True) -> Record:
-    """The finished run of the rows with the highest validation accuracy; of those within `TIE` of it, that of the first row.
+def best(book: Book, rows: Sequence[str], admitted=lambda record: True, tie: float = TIE) -> Record:
+    """The finished run of the rows with the highest validation accuracy; of those within `tie` of it, that of the first row.
 
     Args:
         book: The records.
         rows: Rows with one seed each, the cheapest and simplest first.
         admitted: Which runs take part.
+        tie: Points within which two are alike.
 
     Raises:
         ValueError: if none is.
@@ -39,7 +40,7 @@ def best(book: Book, rows: Sequence[str], admitted=lambda record: True) -> Recor
     if not runs:
         raise ValueError(f"`records` must hold a run to choose among {rows[0]} to {rows[-1]}; got none that may be.")
     highest = max(map(validation, runs))
-    return next(own for own in runs if validation(own) >= highest - TIE)
+    return next(own for own in runs if validation(own) >= highest - tie)
 
 
 def near_target(record: Record) -> bool:
@@ -48,9 +49,11 @@ def near_target(record: Record) -> bool:
     return goal is None or record.result["macs"] <= (goal + NEAR) * record.result["macs_dense"]
 
 
-def chosen(book: Book, seed: int, *, rows: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def chosen(
+    book: Book, seed: int, *, rows: Sequence[str], settings: Sequence[Mapping[str, Any]], tie: float = TIE
+) -> dict[str, Any]:
     """Of the settings, one for each row, those of the best row, among the runs that met their target."""
-    return dict(settings[rows.index(best(book, rows, near_target).env["queue"]["row"])])
+    return dict(settings[rows.index(best(book, rows, near_target, tie).env["queue"]["row"])])
 
 
 def fixed(book: Book, seed: int, **settings: Any) -> dict[str, Any]:

@@ -210,7 +210,11 @@ RIVAL_CHOICE += tuple(
         (52,),
         CIFAR,
         {"share": TARGET},
-        (recipe, partial(derive.chosen, rows=RIVAL_FIRST, settings=RIVALS), partial(derive.fixed, scope=scope)),
+        (
+            recipe,
+            partial(derive.chosen, rows=RIVAL_FIRST, settings=RIVALS, tie=0.0),
+            partial(derive.fixed, scope=scope),
+        ),
         (*NAMES, *RIVAL_FIRST),
     )
     for number, scope in enumerate(RIVAL_SCOPES, len(RIVALS) + 1)
@@ -220,7 +224,7 @@ RIVAL_NAMES = tuple(row.name for row in RIVAL_CHOICE)
 
 def rival(book: Book, seed: int) -> dict[str, Any]:
     """Settings of Torch-Pruning, those of the best of all its choices."""
-    name = derive.best(book, RIVAL_NAMES, derive.near_target).env["queue"]["row"]
+    name = derive.best(book, RIVAL_NAMES, derive.near_target, 0.0).env["queue"]["row"]
     return {key: value for key, value in ROWS[name].given(book, seed).items() if key in RIVALS[0]}
 
 

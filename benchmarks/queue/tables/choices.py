@@ -10,7 +10,6 @@ from benchmarks.common import markdown
 from benchmarks.queue import derive
 from benchmarks.queue.book import Book
 from benchmarks.queue.rows import CATODE_NAMES, NAMES, RIVAL_NAMES, ROWS, Row
-from catode.records import read_rows
 from catode.structures.fates import REMOVED
 
 
@@ -25,8 +24,8 @@ def recipe(book: Book, rows: Sequence[Row]) -> str:
 def choices(book: Book, rows: Sequence[Row]) -> str:
     """The settings of catode and of its rival, and which of each are taken."""
     parts = []
-    for title, names in (("catode", CATODE_NAMES), ("Torch-Pruning", RIVAL_NAMES)):
-        taken = _taken(book, names)
+    for title, names, tie in (("catode", CATODE_NAMES, derive.TIE), ("Torch-Pruning", RIVAL_NAMES, 0.0)):
+        taken = _taken(book, names, tie)
         cells = [
             [*_validated(ROWS[name], record, taken), f"{100 * record.result['macs'] / record.result['macs_dense']:.1f}"]
             for name in names
@@ -45,8 +44,8 @@ def _luck(book: Book) -> list[str]:
         return []
     told = ", ".join(f"{value:.2f}" for value in found)
     return [
-        f"One seed each, so differences of a few tenths may be luck: the dense network of the recipe comes to {told} from its "
-        "seeds in the headline. What is taken is the rule's choice, no more."
+        f"One seed each, so differences of a few tenths may be luck: the dense network of the recipe comes to validation "
+        f"accuracies of {told} from its seeds in the headline. What is taken is the rule's choice, no more."
     ]
 
 
@@ -55,7 +54,7 @@ def schedules(book: Book, rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         for seed, own in book.results(row.name).items():
-            half, last = removals(own, int(read_rows(book.records / row.run(seed) / "metrics.csv")[-1]["step"]))
+            half, last = removals(own, int(book.epochs(row.run(seed))[-1]["step"]))
             decided = own.result["decided_by_rule"]
             cells.append(
                 [
@@ -105,12 +104,12 @@ def removals(record: Record, steps: int) -> tuple[str, str]:
     return middle, last
 
 
-def _taken(book: Book, names: Sequence[str]) -> str | None:
+def _taken(book: Book, names: Sequence[str], tie: float = derive.TIE) -> str | None:
     """Name of the row that is chosen, once all have ended."""
     if not all(book.all_ended(ROWS[name]) for name in names):
         return None
     try:
-        return derive.best(book, names, derive.near_target).env["queue"]["row"]
+        return derive.best(book, names, derive.near_target, tie).env["queue"]["row"]
     except ValueError:
         return None
 

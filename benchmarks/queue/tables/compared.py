@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from benchmarks.queue.book import Book
 from benchmarks.queue.rows import ROWS, Row
 from benchmarks.queue.tables.choices import without
 from benchmarks.queue.tables.measures import EQUAL, paired, share, training_macs, verdict
-from catode.records import read_rows
 
 BASES = {"headline": "pruned", "parts": "pruned", "resnet56": "r56-half"}
 """The row that every other one of a table is subtracted from."""
@@ -66,24 +65,22 @@ def _told(reference: Sequence[Record], timed: dict[str, Any]) -> list[str]:
     if timed["runs"]:
         load = " and ".join(timed["load"])
         where = f"all in one sitting, channels last, in turn with the whole network ({timed['machine']}, {load})"
-    took = [record.result["cpu_seconds"] for record in reference]
-    noise = (
-        f" Runs of the dense row, all the same work, differ by {100 * (max(took) / min(took) - 1):.0f} %."
-        if len(took) > 1
-        else ""
-    )
+    noise = ""
+    for own in _by_machine(reference).values():
+        if len(own) > 1:
+            noise += f" Runs of the dense row, all the same work, differ by {100 * (max(own) / min(own) - 1):.0f} %."
     return [
         f"Test accuracy at the final epoch; mean and {CONFIDENCE:.0%} t-interval over n seeds. All else: mean (and each seed's "
         "value). While training: accuracy on the augmented batches of the last epoch, weights not averaged. Latency: a forward "
         f"pass of 128 images, fp32, one thread, in units of the whole network's, {where}. Training "
         "MACs: of the forward passes on all training images, dead channels included, in units of the dense row's; measuring is "
-        "not counted. Training time: ratio of the rows' mean CPU times, measuring included, on a machine that does other "
-        f"work.{noise}"
+        "not counted. Training time: ratio of the rows' mean CPU times, measuring included, of runs on the same kind of machine, "
+        f"which did other work, too; empty if there are none.{noise}"
     ]
 
 
 def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[float]]) -> list[list[str]]:
-    reference = [record.result["cpu_seconds"] for record in book.results(dense.name).values()]
+    reference = book.results(dense.name).values()
     cells = []
     for row in rows:
         runs = book.results(row.name)
@@ -99,16 +96,14 @@ def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[fl
                 row.told,
                 spread([own.accuracy for own in runs.values()]),
                 _mean([without(r, "test") for r in results]),
-                f"{100 * np.mean([float(_epochs(book, row.run(s))[-1]['train_accuracy']) for s in runs]):.2f}",
+                f"{100 * np.mean([float(book.epochs(row.run(s))[-1]['train_accuracy']) for s in runs]):.2f}",
                 each([r["macs"] / 1e6 for r in results]),
                 each([100 * r["macs"] / r["macs_dense"] for r in results], "{:.1f}"),
                 each([r["params"] / 1e3 for r in results], "{:.0f}"),
                 each([own / whole for whole, own in pairs]) if pairs else "",
-                each(
-                    [training_macs(book.records, row.run(s), own) / dense.common["epochs"] for s, own in runs.items()]
-                ),
+                each([training_macs(book.epochs(row.run(s)), own) / dense.common["epochs"] for s, own in runs.items()]),
                 each(minutes, "{:.0f}"),
-                f"{60 * np.mean(minutes) / np.mean(reference):.2f}" if reference else "",
+                _time_ratio(runs.values(), reference),
                 each([100 * r["decided_by_rule"] for r in results], "{:.0f}")
                 if results[0]["decided_by_rule"] is not None
                 else "",
@@ -117,9 +112,19 @@ def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[fl
     return cells
 
 
-def _epochs(book: Book, run: str) -> list[dict[str, str]]:
-    """What a run measured in each epoch."""
-    return read_rows(book.records / run / "metrics.csv")
+def _by_machine(runs: Iterable[Record]) -> dict[str, list[float]]:
+    """Seconds of CPU time of runs, by processor."""
+    found: dict[str, list[float]] = {}
+    for one in runs:
+        found.setdefault(one.env["processor"], []).append(one.result["cpu_seconds"])
+    return found
+
+
+def _time_ratio(runs: Iterable[Record], reference: Iterable[Record]) -> str:
+    """Mean CPU time in units of the reference's, over the processors that both had; empty without one."""
+    own, other = _by_machine(runs), _by_machine(reference)
+    ratios = {name: np.mean(own[name]) / np.mean(other[name]) for name in own if name in other}
+    return f"{np.average(list(ratios.values()), weights=[len(own[name]) for name in ratios]):.2f}" if ratios else ""
 
 
 def _mean(values: Sequence[str]) -> str:
@@ -150,7 +155,7 @@ def _worth(book: Book, rows: Sequence[Row]) -> list[str]:
     cells = []
     for row in rows:
         for seed, own in book.results(row.name).items():
-            epochs = _epochs(book, row.run(seed))
+            epochs = book.epochs(row.run(seed))
             losses = {int(line["step"]): float(line["loss"]) for line in epochs}
             for one in own.env.get("nats", ()):
                 ended = min(step for step in losses if step >= one["step"])

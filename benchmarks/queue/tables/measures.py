@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ import torch
 from benchmarks.cifar import Record
 from benchmarks.common import mean_interval
 from catode.prune.describe.costs import describe
-from catode.records import read_rows
 from catode.structures.complexity import Complexity
 from catode.structures.fates import REMOVED
 from catode.train.models import build
@@ -22,15 +20,18 @@ EQUAL = 0.02
 """Difference of MACs, in units of the dense network's, up to which two rows have equal MACs."""
 
 
-def training_macs(records: Path, run: str, record: Record) -> float:
+def training_macs(epochs: Sequence[Mapping[str, str]], record: Record) -> float:
     """MACs of the forward passes on all training images over the run, in units of one epoch of the dense network.
 
     Dead channels, which keep widths at a multiple of `width_multiple` while training, are counted; measuring is not.
+
+    Args:
+        epochs: Rows of the run's metrics.csv.
+        record: The run.
     """
-    rows = read_rows(records / run / "metrics.csv")
     if record.kind != "pruned":
-        return sum(float(row["macs"]) for row in rows) / record.result["macs_dense"]
-    steps = int(rows[-1]["step"])
+        return sum(float(row["macs"]) for row in epochs) / record.result["macs_dense"]
+    steps = int(epochs[-1]["step"])
     course = executed(record)
     ends = [step for step, _ in course[1:]] + [steps]
     done = sum(macs * (end - step) for (step, macs), end in zip(course, ends, strict=True))
