@@ -13,10 +13,14 @@ from benchmarks.queue.tables.measures import EQUAL, paired, share
 
 TABLES = ("headline", "parts")
 """Tables whose rows it shows."""
+APART = 1.6
+"""Distance of rows of equal MACs in the picture, percent."""
 
 
 def draw(book: Book, path: Path) -> list[str]:
-    """On the left every row, at its MACs; on the right the differences of catode and each row of equal MACs, paired by seed.
+    """On the left every row, at its MACs, those of equal MACs side by side; on the right differences of catode and these.
+
+    They are paired by seed.
 
     Args:
         book: The records; `benchmarks.queue.tables.check` must have admitted them.
@@ -39,14 +43,14 @@ def draw(book: Book, path: Path) -> list[str]:
     }
     base = ROWS[BASES[TABLES[0]]]
     own = book.results(base.name)
+    equal = [row for row in shown if own and abs(share(own) - share(book.results(row.name))) <= EQUAL]
     pairs = [
         (row, both)
-        for row in shown
+        for row in equal
         if row is not base
         and book.all_ended(base)
         and book.all_ended(row)
         and (both := paired(own, book.results(row.name)))
-        and abs(share(own) - share(book.results(row.name))) <= EQUAL
     ]
     runs = [record for row in shown for record in book.results(row.name).values()]
     names = ", ".join(sorted({record.task[0] for record in runs}))
@@ -59,8 +63,11 @@ def draw(book: Book, path: Path) -> list[str]:
             mean, low, high = mean_interval([record.accuracy for record in own.values()])
             bars = [[mean - low], [high - mean]] if len(own) > 1 else None
             label = f"{row.told}, n = {len(own)}"
-            left.errorbar(100 * share(own), mean, bars, capsize=3, linestyle="none", label=label, **looks[row.name])
-        told = "MACs, % of the dense network's"
+            aside = APART * (equal.index(row) - (len(equal) - 1) / 2) if row in equal else 0.0
+            left.errorbar(
+                100 * share(own) + aside, mean, bars, capsize=3, linestyle="none", label=label, **looks[row.name]
+            )
+        told = "MACs, % of the dense network's; the same ones are drawn side by side"
         if missing:
             told += "".join(f"\n{line}" for line in textwrap.wrap(f"not run yet: {', '.join(missing)}", 80))
         left.set_xlabel(told)
