@@ -250,3 +250,18 @@ def test_a_record_without_a_block_that_stays_is_refused():
 
 def test_an_attribute_counts_each_unit_once_unless_it_says_otherwise():
     assert Attribute("module", "width") == Attribute("module", "width", each=1, fixed=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({}, "layer"),
+        ({"module": "stage", "addend": "add"}, "stage"),
+        ({"module": "stage", "absent": (("layer.a", 0),)}, "stage"),
+        ({"absent": (("layer.a", 0),)}, ""),
+        ({"output": "", "removable": False}, ""),
+        ({"output": "", "removable": False, "module": "stage"}, "stage"),
+    ],
+)
+def test_a_block_lies_in_its_module_or_under_its_name_or_in_the_whole_network(given, place):
+    assert Block(**{"name": "layer", "output": "layer.b", "sites": ()} | given).place == place
