@@ -402,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time [default: 1]")
     parser.add_argument("--limit", type=int, default=60, help="seconds for each mutant [default: 60]")
     given = parser.parse_args(arguments)
-    modules = [m for m in TESTS if given.module is None or any(m.endswith(f".{name}") for name in given.module)]
+    modules = [m for m in TESTS if given.module is None or any(f".{m}".endswith(f".{name}") for name in given.module)]
     if not modules or not (given.all or given.sample or given.module or given.list):
         parser.error("choose --all, --sample N, --module NAME (of the pure modules) or --list")
     reasons = json.loads(EXPLAINED.read_text()) if EXPLAINED.exists() else {}
