@@ -22,15 +22,16 @@ def counted(folder: Path) -> dict[str, dict[str, Any]]:
         folder: Of the run.
 
     Returns:
-        By rule: `decisions`; of these `confirmed`, whose theta reached 0, `returned`, whose theta came back to 1 first, and
-        `open`, which did neither; `zeros`, the thetas that reached 0 in all, and `foreseen`, those of them that were decided
-        before; `lead`, steps from decision to theta = 0, median of the confirmed; None without one.
+        By rule that the run watched: `decisions`; of these `confirmed`, whose theta reached 0, `returned`, whose theta came back
+        to 1 first, and `open`, which did neither; `zeros`, the thetas that reached 0 in all, and `foreseen`, those of them that
+        were decided before; `lead`, steps from decision to theta = 0, median of the confirmed; None without one.
     """
     run = compare.read(folder)
     zeros = sum(decision.rule == shadow.ZERO for decision in run.decisions)
     scores = compare.rules([run])
     found = {}
-    for rule, name in RULES.items():
+    watched = any(decision.rule in shadow.AT_TOLERANCE for decision in run.decisions)  # not by version 0.1
+    for rule, name in RULES.items() if watched else [(shadow.DERIVED, OWN)]:
         score = scores.get(rule)
         found[name] = {
             "decisions": score.decisions if score else 0,

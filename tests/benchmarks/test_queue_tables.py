@@ -20,6 +20,7 @@ from benchmarks.queue.rows import ROWS
 from benchmarks.queue.tables import measures, picture
 from benchmarks.rival import widths as widths_of
 from catode.prune.describe.costs import count
+from catode.records import structure_key
 from catode.structures.inventory import Inventory
 from catode.train.models import build
 
@@ -72,6 +73,11 @@ def test_training_time_is_compared_on_one_kind_of_machine_only(tmp_path):
     table = columns(tables.page(Book(tmp_path), "headline"))
     assert table["catode"]["training time"] == "1.20"  # one run at 450 / 500, three at 260 / 200
     assert table["dense"]["training time"] == "1.00" and table["all widths narrowed"]["training time"] == ""
+    write(tmp_path, "narrowed", 1, macs=18e6, cpu_seconds=100.0)
+    text = tables.page(Book(tmp_path), "headline")
+    assert columns(text)["all widths narrowed"]["training time"] == "0.20 (1 of 2 runs)"
+    assert "differ by 0 % (p)." in text and "(fast)" not in text, "one dense run there"
+    assert "paired with: dense-s1, narrowed-s0, narrowed-s1." in text
 
 
 @pytest.mark.parametrize(
@@ -215,6 +221,9 @@ def test_what_came_back_is_added_up_over_seeds_and_paired_by_run(tmp_path):
             returns.OWN: returned(200, 0, 1, 90, 13.0),
             "--tol 0.5": returned(100, 1, 0, 95, 40.0 + seed),
             "--tol 0.9": returned(50, 10 + seed, 2, 99, None),
+            "--tol 0.05": returned(40, 0, 40, 1, None),
+            "in one": returned(50, 50 if seed == 4 else 0, 0, 1, None),
+            "none in one": returned(9 * (seed > 0), 0, 0, 1, None),
         }
         write(tmp_path, "premature-shadow", seed, env={"returns": back, **pixels})
         write(tmp_path, "premature-derived", seed, env=pixels, accuracy=0.99)
@@ -229,31 +238,44 @@ def test_what_came_back_is_added_up_over_seeds_and_paired_by_run(tmp_path):
         "250", "99", "", "180", "10", "10/50, 11/50, 12/50, 13/50, 14/50", "18.8 to 34.0",
         "+24.00 [+20.07, +27.93], n = 5: more",
     ]  # fmt: skip
+    assert lines[3][-1] == "none came back in either" and lines[3][-2] == "0.0 to 100.0"
+    assert lines[4][-2] == "15.2 to 25.5" and lines[4][-1].endswith("n = 5: not shown"), "apart, but by one run alone"
+    assert lines[5][-1] == ""
     table = {row[0]: row[1:] for row in cells(text, "digits, 60")}
     assert len(table) == 3 and not [name for name in table if "shadow" in name]
     assert table["fixed tolerance 0.9"][1:3] == ["+0.80 [+0.60, +1.00], n = 5", "above"]
     assert table["fixed tolerance 0.5"][2] == "other MACs" and table["derived tolerance"][1:3] == ["", ""]
 
 
-def test_decisions_of_a_shadow_run_are_counted_from_its_rows():
-    folder = ROOT / "benchmarks" / "records" / "shadow" / "shadow-digits-s0"
+@pytest.mark.parametrize(
+    ("place", "rules"),
+    [
+        ("queue/premature-shadow-s0", {returns.OWN: "derived", "--tol 0.5": "tol 0.5", "--tol 0.9": "tol 0.9"}),
+        ("shadow/shadow-digits-s0", {returns.OWN: "derived"}),  # of version 0.1, which watched no fixed tolerance
+    ],
+)
+def test_decisions_of_a_shadow_run_are_counted_from_its_rows(place, rules):
+    folder = ROOT / "benchmarks" / "records" / place
     with gzip.open(folder / "shadow.csv.gz", "rt") as file:
         lines = list(csv.DictReader(file))
-    own = [line for line in lines if line["rule"] == "derived"]
-    places = [[(r["kind"], r["block"], r["site"], r["index"]) for r in rows] for rows in (own, lines)]
-    zero = {place: line for place, line in zip(places[1], lines, strict=True) if line["rule"] == "zero"}
     found = returns.counted(folder)
-    assert found[returns.OWN] == dict(
-        decisions=len(own),
-        confirmed=sum(line["outcome"] == "confirmed" for line in own),
-        returned=sum(line["outcome"] == "regret" for line in own),
-        open=sum(line["outcome"] not in ("confirmed", "regret") for line in own),
-        zeros=len(zero),
-        foreseen=sum(place in zero for place in places[0]),
-        lead=np.median([int(line["outcome_step"]) - int(line["step"]) for line in own if line["outcome_step"]]),
-    )
-    assert found[returns.OWN]["decisions"] > 50
-    assert found["--tol 0.9"]["decisions"] == 0, "version 0.1 did not watch it"
+    assert len(found) == (4 if "--tol 0.5" in rules else 1)
+    zero = {structure_key(line) for line in lines if line["rule"] == "zero"}
+    for name, rule in rules.items():
+        own = [line for line in lines if line["rule"] == rule]
+        leads = [int(r["outcome_step"]) - int(r["step"]) for r in own if r["outcome"] == "confirmed"]
+        assert found[name] == dict(
+            decisions=len(own),
+            confirmed=len(leads),
+            returned=sum(line["outcome"] == "regret" for line in own),
+            open=sum(line["outcome"] not in ("confirmed", "regret") for line in own),
+            zeros=len(zero),
+            foreseen=sum(structure_key(line) in zero for line in own),
+            lead=np.median(leads),
+        )
+        assert len(own) > 20
+    if "--tol 0.9" in rules:
+        assert found["--tol 0.9"]["returned"] > 0 == found["--tol 0.5"]["returned"]
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=9), st.sampled_from((1, 2, 3)))

@@ -53,7 +53,7 @@ def compared(book: Book, rows: Sequence[Row]) -> str:
             f"Differences of accuracy, paired by seed, with {CONFIDENCE:.0%} t-interval.{several} The interval covers seeds "
             "alone: all rows share their test images, and how these were chosen is not in it. Nothing is claimed "
             f"where the MACs differ by more than {100 * EQUAL:g} points of the dense network's, or before all runs of both rows "
-            "have ended.",
+            f"have ended.{_told_apart(book, rows)}",
             "",
             markdown(["difference", "accuracy, points", "the first is", "MACs, ratio"], pairs),
         ]
@@ -65,18 +65,19 @@ def _told(reference: Sequence[Record], timed: dict[str, Any]) -> list[str]:
     if timed["runs"]:
         load = " and ".join(timed["load"])
         where = f"all in one sitting, channels last, in turn with the whole network ({timed['machine']}, {load})"
-    noise = ""
-    for own in _by_machine(reference).values():
-        if len(own) > 1:
-            noise += f" Runs of the dense row, all the same work, differ by {100 * (max(own) / min(own) - 1):.0f} %."
+    noise = "".join(
+        f" Runs of the dense row, all the same work, differ by {100 * (max(own) / min(own) - 1):.0f} % ({name})."
+        for name, own in _by_machine(reference).items()
+        if len(own) > 1
+    )
     return [
         f"Test accuracy at the final epoch; mean and {CONFIDENCE:.0%} t-interval over n seeds. All else: mean (and each seed's "
         "value). While training: accuracy on the augmented batches of the last epoch, weights not averaged. Latency: a forward "
         f"pass of 128 images, fp32, one thread, in units of the whole network's, {where}. Training "
         "MACs: of the forward passes on all training images, dead channels included, in units of the dense row's; not counted is "
         "measuring, of 8 images beside every second batch of 64 while anything is undecided. Training time: "
-        "ratio of the rows' mean CPU times, measuring included, of runs on the same kind of machine, which did other work, too; "
-        f"empty if there are none.{noise}"
+        "ratio of the rows' mean CPU times, measuring included, of runs on the same kind of machine, which did other work, too, "
+        f"and of how many if not of all; CPU minutes are of any machine.{noise}"
     ]
 
 
@@ -113,6 +114,18 @@ def _cells(book: Book, rows: Sequence[Row], dense: Row, timed: dict[str, list[fl
     return cells
 
 
+def _told_apart(book: Book, rows: Sequence[Row]) -> str:
+    """Runs of one seed that were made on different processors."""
+    own = book.results(BASES[rows[-1].table])
+    apart = [
+        row.run(seed)
+        for row in rows
+        for seed, record in book.results(row.name).items()
+        if seed in own and record.env["processor"] != own[seed].env["processor"]
+    ]
+    return f" On another processor than the run that they are paired with: {', '.join(apart)}." if apart else ""
+
+
 def _by_machine(runs: Iterable[Record]) -> dict[str, list[float]]:
     """Seconds of CPU time of runs, by processor."""
     found: dict[str, list[float]] = {}
@@ -125,7 +138,11 @@ def _time_ratio(runs: Iterable[Record], reference: Iterable[Record]) -> str:
     """Mean CPU time in units of the reference's, over the processors that both had; empty without one."""
     own, other = _by_machine(runs), _by_machine(reference)
     ratios = {name: np.mean(own[name]) / np.mean(other[name]) for name in own if name in other}
-    return f"{np.average(list(ratios.values()), weights=[len(own[name]) for name in ratios]):.2f}" if ratios else ""
+    if not ratios:
+        return ""
+    count, every = sum(len(own[name]) for name in ratios), sum(map(len, own.values()))
+    ratio = np.average(list(ratios.values()), weights=[len(own[name]) for name in ratios])
+    return f"{ratio:.2f}" + (f" ({count} of {every} runs)" if count < every else "")
 
 
 def _mean(values: Sequence[str]) -> str:

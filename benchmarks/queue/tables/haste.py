@@ -16,8 +16,9 @@ from catode.report.compare.scores import interval
 TOLD = (
     "What became of the thetas that a rule would have removed, in shadow runs, in which nothing is removed before its theta is "
     "0. *--tol t* is the condition of a run with that fixed tolerance, watched in the same runs: theta at or below t, and the "
-    "upper limit of the benefit below the price. Foreseen: of the thetas that reached 0, those that were decided before; lead: "
-    f"steps from decision to theta = 0, median, mean over runs. Came back, %: {CONFIDENCE:.0%} interval of Clopper and Pearson as "
+    "upper limit of the benefit below the price. Decisions fall at checks, outcomes at any step. Foreseen: of the thetas that "
+    "reached 0, those that were decided before; lead: steps from decision to theta = 0, median, mean over runs. Open: neither, for "
+    f"a part since their block went. Came back, %: {CONFIDENCE:.0%} interval of Clopper and Pearson as "
     "if all were independent, open ones counted in its upper end alone. They are not independent, neither in a run nor between "
     "rules. So the last column pairs by run: share of decisions that came back minus that of the run's own condition, with "
     f"{CONFIDENCE:.0%} t-interval. *more*: this interval lies above 0, and those of Clopper and Pearson are apart."
@@ -73,7 +74,7 @@ def _returned(book: Book, row: Row) -> list[list[str]]:
     """Lines of what came back in a row's shadow runs, added up over seeds, and by how much more than by the runs' own condition."""
     runs = [r.env["returns"] for r in book.results(row.name).values() if "returns" in r.env]
     lines = []
-    for rule in runs[0] if runs else ():
+    for rule in [name for name in runs[0] if all(name in run for run in runs)] if runs else ():
         own = [run[rule] for run in runs]
         total, gone, back, left, zeros, foreseen = (
             sum(one[what] for one in own)
@@ -107,6 +108,8 @@ def _more(runs: Sequence[dict], rule: str) -> str:
     pairs = [(run[rule], run[OWN]) for run in runs]
     if rule == OWN or not all(one["decisions"] for pair in pairs for one in pair):
         return ""
+    if not any(one["returned"] for pair in pairs for one in pair):
+        return "none came back in either"
     apart = [100 * (a["returned"] / a["decisions"] - b["returned"] / b["decisions"]) for a, b in pairs]
     sums = [[sum(pair[i][what] for pair in pairs) for what in ("returned", "open", "decisions")] for i in (0, 1)]
     shown = len(apart) > 1 and mean_interval(apart)[1] > 0 and _ends(*sums[0])[0] > _ends(*sums[1])[1]

@@ -61,7 +61,7 @@ def draw(book: Book, path: Path) -> list[str]:
         for row in shown:
             own = book.results(row.name)
             mean, low, high = mean_interval([record.accuracy for record in own.values()])
-            bars = [[mean - low], [high - mean]] if len(own) > 1 else None
+            bars = [[mean - low], [high - mean]] if len(own) > 1 and book.all_ended(row) else None
             label = f"{row.told}, n = {len(own)}"
             aside = APART * (equal.index(row) - (len(equal) - 1) / 2) if row in equal else 0.0
             left.errorbar(

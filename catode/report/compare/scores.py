@@ -84,11 +84,14 @@ def rules(runs: Sequence[Run], kind: str | None = None) -> dict[str, Score]:
         kind: "layer" or "unit" to count only these; None for both.
     """
     counted = [d for run in runs for d in run.decisions if kind in (None, d.structure[0])]
-    zero = {(d.run, d.structure): d.step for d in counted if d.rule == shadow.ZERO}
+    zeros = {(d.run, d.structure): d.step for d in counted if d.rule == shadow.ZERO}
+    watching = {d.run for d in counted if d.rule in shadow.AT_TOLERANCE}
     found = {}
     for rule in shadow.RULES[:-1]:
+        fixed = rule in shadow.AT_TOLERANCE
+        zero = {place: step for place, step in zeros.items() if place[0] in watching} if fixed else zeros
         own = [d for d in counted if d.rule == rule]
-        if rule in shadow.AT_TOLERANCE and not own:
+        if fixed and not own:
             continue
         confirmed, regrets = (sum(d.outcome == o for d in own) for o in (shadow.CONFIRMED, shadow.REGRET))
         left = len(own) - confirmed - regrets
@@ -114,13 +117,13 @@ def rules(runs: Sequence[Run], kind: str | None = None) -> dict[str, Score]:
 def calibration(runs: Sequence[Run]) -> list[tuple[float, float, float, int, int, int]]:
     """Predicted and observed escapes in bins of the prediction.
 
-    A bin counts, for each structure of a run, its first decision in that bin by any rule that uses theta. A structure may be
-    in several bins.
+    A bin counts, for each structure of a run, its first decision in that bin by any rule that uses theta, but those at a
+    fixed tolerance. A structure may be in several bins.
 
     Returns:
         Lower and upper end of each bin that has decisions, its mean prediction, numbers of structures, regrets and open decisions.
     """
-    looks = set(shadow.RULES) - {shadow.ZERO, *BY_SIZE}
+    looks = set(shadow.RULES) - {shadow.ZERO, *BY_SIZE, *shadow.AT_TOLERANCE}
     own = [d for run in runs for d in run.decisions if d.rule in looks and np.isfinite(d.numbers["escape"])]
     own.sort(key=lambda d: d.step)
     found = []

@@ -40,7 +40,7 @@ STRUCTURE = dict(
     blocks=dict,
 )
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a checkpoint and the step after which it was written
-FORMAT = 10  # of a checkpoint; increase it when its content changes
+FORMAT = 11  # of a checkpoint; increase it when its content changes
 
 
 def write_text(path: Path, text: str) -> None:
