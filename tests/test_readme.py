@@ -78,12 +78,14 @@ def test_the_commands_name_files_and_extras_that_exist():
         assert all(f"\n{extra} = [" in project for extra in re.findall(r"'\.\[(\w+)\]'", page))
 
 
-def test_the_readme_is_short_and_has_three_pictures():
+def test_the_readme_is_short_and_has_four_pictures():
     lines = README.splitlines()
     assert len(lines) <= 150
     assert not [line for line in lines if len(line) > 120 and line not in commands()]
     assert 900 < len(README.split()) <= 1300
-    assert re.findall(r'<img src="docs/figures/(\w+)\.png"', README) == ["thetas", "widths", "basins"]
+    names = [f"docs/figures/{name}" for name in ("thetas", "widths", "basins")]
+    names.insert(1, "benchmarks/results/headline")
+    assert re.findall(r'<img src="([\w/]+)\.png"', README) == names
 
 
 def test_the_sentences_of_the_readme_are_short():
