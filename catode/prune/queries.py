@@ -128,8 +128,13 @@ class Queries:
 
     @property
     def decided_by_rule(self) -> float:
-        """Share of the gated structures whose fate a measurement decided, in [0, 1]."""
-        decided = self.gated & ~np.isin(self.fate, (fates.UNDECIDED, *fates.NOT_BY_RULE))
+        """Share of the gated structures whose fate a measurement decided, in [0, 1].
+
+        What was removed with its site or block counts if those would have gone without anything that was out of time.
+        """
+        pruned = np.isin(self.fate, (fates.PRUNED_TOLERANCE, fates.PRUNED_ZERO))
+        timeless = (self.fate == fates.REMOVED_WITH_BLOCK) & self.inventory.close(~pruned)
+        decided = self.gated & ~timeless & ~np.isin(self.fate, (fates.UNDECIDED, *fates.NOT_BY_RULE))
         return float(decided.sum() / self.gated.sum())
 
     def keep_prob_by_kind(self) -> dict[str, NDArray]:

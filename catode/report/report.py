@@ -114,12 +114,14 @@ def _headline(run: Run) -> str:
         ("MACs executed (with channels kept only for speed)", _format(result, "macs_executed", "{:,}".format)),
         ("Parameters, dense → compact", _shrunk(result, "params_dense", "params")),
         ("Expected complexity J of the removable part", _format(result, "expected_complexity", "{:.4f}".format)),
+        ("Price level nu at the end, nats", _format(result, "nu", "{:.4g}".format)),
         ("Layers kept", _of(result, "layers_kept", "layers_total")),
         ("Units kept", _of(result, "units_kept", "units_total")),
         ("Of these kept only to round widths (`round_to`)", _format(result, "units_kept_for_rounding", str)),
         ("Structures by fate", _decisions(result)),
         (
-            f"Decided by the rule (structures whose fate is none of {', '.join(NOT_BY_RULE)})",
+            f"Decided by the rule (structures whose fate is none of {', '.join(NOT_BY_RULE)}, and that did not go with a block "
+            "whose time was out)",
             _format(result, "decided_by_rule", lambda value: f"{100 * value:.1f} %"),
         ),
         (

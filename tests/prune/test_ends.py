@@ -149,6 +149,30 @@ def test_finishing_early_says_how_many_were_decided_by_that_alone():
     assert pruner.out_of_time == 51 and pruner.decided_by_rule == 0.0
 
 
+def test_what_goes_with_a_block_counts_as_decided_only_if_the_block_was():
+    _, _, pruner = make(nu=1.0, steps=2000)  # 3 layers of 16 units
+    units = [pruner.inventory.units[site] for site in range(3)]
+
+    def share(**fate):
+        pruner.state.fate[:] = fates.COMMITTED
+        for structures, name in fate.values():
+            pruner.state.fate[structures] = name
+        return 51 * pruner.decided_by_rule
+
+    block, with_block = 1, fates.REMOVED_WITH_BLOCK
+    assert share() == pytest.approx(51)
+    assert share(a=(block, fates.PRUNED_TOLERANCE), b=(units[1], with_block)) == pytest.approx(51)
+    # out of time: the block and the units that went with it
+    assert share(a=(block, fates.REMOVED_OUT_OF_TIME), b=(units[1], with_block)) == pytest.approx(51 - 17)
+    # a block without units: they went by rule, or the last of them because time was out
+    assert share(a=(block, with_block), b=(units[1], fates.PRUNED_ZERO)) == pytest.approx(51)
+    by_rule, late = (units[1][:-1], fates.PRUNED_ZERO), (units[1][-1:], fates.REMOVED_OUT_OF_TIME)
+    assert share(a=(block, with_block), b=by_rule, c=late) == pytest.approx(51 - 2)
+    # both: one block by rule, another not
+    others = {"c": (0, fates.PRUNED_ZERO), "d": (units[0], with_block)}
+    assert share(a=(block, fates.REMOVED_OUT_OF_TIME), b=(units[1], with_block), **others) == pytest.approx(51 - 17)
+
+
 def test_what_is_removed_near_one_for_a_target_is_never_removed_without_a_word():
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")

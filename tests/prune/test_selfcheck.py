@@ -388,6 +388,82 @@ def test_an_operation_that_is_not_counted_is_named():
     assert "in torch.float64" in str(told.value) and "\n" not in str(told.value)
 
 
+class Mixed(nn.Module):
+    """A linear layer and another operation on what it returns, shape (N, 6)."""
+
+    def __init__(self, mix, out=6):
+        super().__init__()
+        self.mix, self.own, self.weight = mix, nn.Linear(6, 6), nn.Parameter(torch.randn(out, 6))
+
+    def forward(self, x):
+        return self.mix(self.own(x), self.weight)
+
+
+@pytest.mark.parametrize(
+    "mix, macs",
+    [
+        (lambda x, w: x @ w[0], 6),
+        (lambda x, w: torch.stack([w @ row for row in x]), 36),
+        (lambda x, w: torch.stack([torch.addmv(row, w, row) for row in x]), 36),
+        (lambda x, w: torch.stack([row.dot(w[0]) for row in x]), 6),
+        (lambda x, w: torch.stack([torch.vdot(row, w[0]) for row in x]), 6),
+        (lambda x, w: x + torch.addbmm(torch.zeros(6, 6), w.expand(3, 6, 6), w.expand(3, 6, 6)).sum(), 3 * 216 / 4),
+        (lambda x, w: x + torch.linalg.vector_norm(w), 0),
+        (lambda x, w: torch.linalg.cross(x[:, :3], x[:, 3:]), 0),
+    ],
+)
+def test_products_with_vectors_are_counted_and_what_multiplies_nothing_is_free(mix, macs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count(Mixed(mix), torch.zeros(4, 6)).macs == 36 + macs
+
+
+@torch.library.custom_op("catode_tests::product", mutates_args=())
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x @ weight.T
+
+
+@torch.library.custom_op("catode_tests::halved", mutates_args=())
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return x / 2
+
+
+product.register_fake(lambda x, weight: x @ weight.T)
+product.register_autograd(lambda context, gradient: (gradient, None))
+halved.register_fake(torch.empty_like)
+halved.register_autograd(lambda context, gradient: gradient / 2)
+
+
+@pytest.mark.parametrize(
+    "mix, name",
+    [
+        (lambda x, w: torch.fft.rfft(x).abs(), "_fft_r2c"),
+        (lambda x, w: torch.fft.fft(x).real, "_fft_"),
+        (lambda x, w: torch.cdist(x, w, compute_mode="donot_use_mm_for_euclid_dist"), "_cdist_forward"),
+        (lambda x, w: x + torch.linalg.inv(w + 9 * torch.eye(6, dtype=w.dtype))[0, 0], "linalg_inv_ex"),
+        (lambda x, w: x + torch.linalg.cholesky(w @ w.T + torch.eye(6, dtype=w.dtype))[0, 0], "linalg_cholesky_ex"),
+        (lambda x, w: F.bilinear(x, x, w.expand(5, 6, 6)), "_trilinear"),
+        (lambda x, w: product(x, w), "catode_tests"),
+    ],
+    ids=["rfft", "fft", "cdist", "inverse", "cholesky", "bilinear", "another library's"],
+)
+def test_products_that_nothing_counts_are_named(mix, name):
+    odd, example = Mixed(mix), torch.randn(4, 6)
+    with pytest.warns(UserWarning, match=rf"leave out \S*{name}\S* at `Mixed`, an operation that is not counted"):
+        count(odd, example)
+    model = nn.Sequential(odd, nn.Linear(odd(example).shape[1], 7), nn.ReLU(), nn.Linear(7, 3))
+    blocks = catode.describe(model, example)
+    with pytest.raises(ValueError, match=rf"MACs are counted; `0` \(Mixed\) executes \S*{name}") as told:
+        check(model, example, blocks)
+    assert "\n" not in str(told.value) and "self_check=False" in str(told.value)
+
+
+def test_an_operation_of_another_library_without_a_parameter_is_free():
+    model = nn.Sequential(Mixed(lambda x, w: halved(x)), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
+    example = torch.randn(4, 6)
+    assert check(model, example, catode.describe(model, example)).difference < 1e-10
+
+
 class DropsRows(nn.Module):
     """Stochastic depth: whole examples of a branch are left out, seldom."""
 

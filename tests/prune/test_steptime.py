@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -172,13 +173,26 @@ def test_a_run_keeps_its_table_and_goes_on_with_it(whole, tmp_path, monkeypatch,
     folder = tmp_path / "run"
     assert main([*FLAGS, "--out", str(folder)]) == 130
     monkeypatch.undo()
-    for text, said in (("", "layer1.0.conv1"), (tables + "fc,1,1,1.0,1.0\n", "other rows")):
+    row = tables.splitlines()[1]
+    sums = (folder / "checksums.json").read_text()
+    for text, said in (
+        ("", f"error: {folder / steptime.FILE} must be as the run wrote it; got the checksum "),
+        (
+            tables.replace(row, re.sub(r"\d$", lambda digit: str((int(digit[0]) + 1) % 10), row)),
+            "must be as the run wrote it; got the checksum ",
+        ),
+        ("", "error: `resume` must name a run with the latency_table.csv that it started with; got "),
+        (tables + "fc,1,1,1.0,1.0\n", "it has other rows"),
+    ):
+        if "checksum" not in said:
+            (folder / "checksums.json").unlink(missing_ok=True)
         (folder / steptime.FILE).write_text(text)
         capsys.readouterr()
         assert main(["--resume", str(folder)]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: `resume` must ") and error.count("\n") == 1 and said in error
+        assert error.startswith("error: ") and error.count("\n") == 1 and said in error
     (folder / steptime.FILE).write_text(tables)
+    (folder / "checksums.json").write_text(sums)
     monkeypatch.setattr("catode.report.report.write", lambda folder: None)  # pictures take longer than the training
     assert main(["--resume", str(folder)]) == 0
     *texts, weights = ends(folder)

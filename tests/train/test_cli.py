@@ -85,6 +85,7 @@ RESULT = [
     "layers_total",
     "units_kept",
     "units_total",
+    "nu",
     "decisions",
     "seconds",
     "latency_ms",
@@ -210,6 +211,15 @@ def test_a_summary_is_printed_and_a_bar_shown(tmp_path, capsys):
     assert table(tmp_path / "run" / "structures.csv") == (STRUCTURES, [])
     assert (tmp_path / "run" / "report.md").is_file()
     assert accuracy(tmp_path / "run") == found["test_accuracy"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_cuda_device_that_is_not_used_is_said(there, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert main([*SMALL, "--dry-run", "--out", str(tmp_path / "run")]) == 0
+    printed = "".join(capsys.readouterr())
+    note = "note: the run uses the CPU, though PyTorch finds a CUDA device. For that, give --device cuda."
+    assert (note in printed.splitlines()) == there
 
 
 def test_dry_run_prints_the_costs_and_writes_nothing(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from catode.prune.describe.executed import NORMS, Executed, batch_size, called, executed, inference, numbers
+from catode.prune.describe.executed import (
+    NORMS,
+    Executed,
+    batch_size,
+    called,
+    executed,
+    executed_by,
+    inference,
+    numbers,
+)
 from catode.prune.describe.protocol import goes_with, slices, tensor_of, within
 from catode.prune.describe.trial import failing_module, first_line
 from catode.prune.gated.cut import keep_units
@@ -69,9 +79,15 @@ def count(model: nn.Module, example: Any) -> Counts:
     Args:
         model: A network without gates.
         example: One input batch: a tensor, a tuple of arguments, or a mapping of keyword arguments; only shapes matter.
+
+    Warns:
+        UserWarning: if it executes operations whose products are not counted.
     """
-    with inference(model):
-        found = executed(model, lambda: called(model, example))
+    found = executed_by(model, example)
+    if found.uncounted:
+        path, name = next(iter(found.uncounted.items()))
+        where = path or type(model).__name__
+        warnings.warn(f"the MACs leave out {name} at `{where}`, an operation that is not counted", stacklevel=2)
     return Counts(round(found.macs / batch_size(example)), sum(p.numel() for p in model.parameters()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,16 +31,36 @@ def _recurrent_flops(input: torch.Size, *weights: Any, **_: Any) -> int:
     return 2 * prod(input[:-1]) * sum(prod(shape) for shape in shapes if len(shape) == 2)
 
 
+def _vector_flops(matrix: torch.Size, vector: torch.Size, *_: Any, **__: Any) -> int:
+    """Every element of a matrix, or of a vector, times one of a vector."""
+    return 2 * prod(matrix)
+
+
+def _sum_of_products_flops(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any) -> int:
+    return 2 * prod(left) * right[-1]
+
+
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    aten.mv: _vector_flops,
+    aten.dot: _vector_flops,
+    aten.vdot: _vector_flops,
+    aten.addmv: lambda _, matrix, vector, **__: _vector_flops(matrix, vector),
+    aten.addbmm: _sum_of_products_flops,
     aten.mkldnn_rnn_layer: lambda input, *others, **_: _recurrent_flops(input, *others[:2]),
     aten._cudnn_rnn: lambda input, weights, *_, **__: _recurrent_flops(input, weights),
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_attention_math_for_mps: _attention_flops,
 }
-"""Operations of every product, two for a multiply-accumulate, from shapes of arguments: torch's, the CPU's attention, and
-recurrent layers that run as one operation."""
+"""Operations of every product, two for a multiply-accumulate, from shapes of arguments: torch's, those with a vector, the CPU's
+attention, and recurrent layers that run as one operation."""
 OWN = frozenset(FLOPS) - frozenset(flop_registry)
+UNCOUNTED = re.compile(
+    r"_fft_\w+|_?linalg_(?!vector_norm|cross|check_errors|diagonal)\w+|_?cholesky_\w+|triangular_solve|_[cp]dist_forward|"
+    r"_trilinear|_(scaled_)?grouped_mm\w*|_int_mm|_sparse_\w*mm|_sparse_sparse_matmul|conv_tbc|_lstm_mps|miopen_rnn"
+)
+"""PyTorch's operations that multiply tensors and whose products nothing counts here; so does any other library's that takes a
+matrix among the parameters."""
 
 
 @dataclass
@@ -51,12 +72,14 @@ class Executed:
         products: MACs of a parameter or buffer, by the path of the innermost module that ran and its number, as in `numbers`.
         functional: MACs of activations with each other, by the path of the innermost module that ran.
         normalised: Elements that a norm returned.
+        uncounted: Operations whose products are not counted, by the path of the innermost module that ran.
     """
 
     modules: list[str] = field(default_factory=list)
     products: dict[tuple[str, int], int] = field(default_factory=dict)
     functional: dict[str, int] = field(default_factory=dict)
     normalised: dict[str, int] = field(default_factory=dict)
+    uncounted: dict[str, str] = field(default_factory=dict)
 
     @property
     def macs(self) -> int:
@@ -79,7 +102,10 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         flops = FLOPS.get(getattr(function, "_overloadpacket", None))
-        if flops is not None:
+        if flops is None:
+            if self._multiplies(function, args):
+                self.found.uncounted.setdefault(self.running[-1][0], str(function))
+        else:
             shapes = [part.shape if isinstance(part, torch.Tensor) else part for part in args]
             macs = self._macs(function, flops, shapes, args, kwargs or {}, output)
             path, number = self.running[-1][0], self._weight(args)
@@ -88,6 +114,14 @@ class _Products(TorchDispatchMode):
             else:
                 self.found.products[path, number] = self.found.products.get((path, number), 0) + macs
         return output
+
+    def _multiplies(self, function, args: tuple) -> bool:
+        """Whether an operation that is not in `FLOPS` multiplies tensors."""
+        library, _, name = getattr(function, "_schema", function.name()).name.partition("::")
+        if library == "aten":
+            return UNCOUNTED.fullmatch(name) is not None
+        factors = [part for part in args if isinstance(part, torch.Tensor) and part.dim() > 1]
+        return any(_storage(part) in self.parameters for part in factors)
 
     def _macs(self, function, flops, shapes, args, kwargs, output) -> int:
         if function._overloadpacket in OWN:
@@ -162,14 +196,56 @@ def executed(model: nn.Module, run: Callable[[], Any]) -> Executed:
     return found
 
 
+def executed_by(model: nn.Module, example: Any) -> Executed:
+    """What a network without gates executes in eval mode, called with an example."""
+    with inference(model):
+        return executed(model, lambda: called(model, example))
+
+
 def parts_executed(model: nn.Module, example: Any) -> dict[str, int]:
     """MACs of the products of every module by path, of all examples together, in the order in which they ran."""
-    with inference(model):
-        found = executed(model, lambda: called(model, example))
+    found = executed_by(model, example)
     parts = dict.fromkeys(found.modules, 0)
     for path, macs in [*((path, macs) for (path, _), macs in found.products.items()), *found.functional.items()]:
         parts[path] = parts.get(path, 0) + macs
     return parts
+
+
+def check_counted(
+    model: nn.Module, copied: nn.Module, example_for: Callable[[nn.Module], Any], expected: float
+) -> None:
+    """Make sure that the products of a network are all counted.
+
+    Args:
+        model: The network, without gates.
+        copied: A copy of it in another precision.
+        example_for: The example input for either.
+        expected: MACs that the network was counted to, of one example.
+
+    Raises:
+        ValueError: if the copy executes others, with the module whose operation is not counted.
+    """
+
+    def module(path: str) -> str:
+        return f"`{path or type(model).__name__}` ({type(model.get_submodule(path)).__name__})"
+
+    text = "`model` must run operations whose MACs are counted; "
+    example = example_for(copied)
+    found = executed_by(copied, example)
+    for path, operation in found.uncounted.items():
+        raise ValueError(
+            f"{text}{module(path)} executes {operation}, whose are not. Use products of matrices instead, or pass "
+            "self_check=False to have it for free."
+        )
+    if abs(found.macs / batch_size(example) - expected) <= 0.5 + 1e-9 * expected:
+        return
+    here, there = parts_executed(model, example_for(model)), parts_executed(copied, example)
+    path = next(p for p in (*here, *there) if here.get(p) != there.get(p))
+    raise ValueError(
+        f"{text}{module(path)} executes {there.get(path, 0):,} in {next(copied.parameters()).dtype} and {here.get(path, 0):,} "
+        "as it is, by an operation that is not counted. Use the same one in every precision, or pass self_check=False to "
+        "price it as it is."
+    )
 
 
 @contextmanager

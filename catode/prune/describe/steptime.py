@@ -23,6 +23,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from catode import _checksums
 from catode._validate import check_interval
 from catode.prune.describe.costs import in_width, inference, out_width
 from catode.prune.devices.timing import passing_ms
@@ -224,6 +225,9 @@ def read(path: Path, model: nn.Module, plain: Complexity) -> list[Table]:
         ValueError: if the file is not there, damaged, or of another network.
     """
     modules = dict(model.named_modules())
+    if path.is_file():
+        with path.open("rb") as stream:
+            _checksums.check(path, stream)
     try:
         with path.open(newline="") as file:
             found = {

@@ -136,7 +136,7 @@ def second_derivative(
     except RuntimeError as error:
         raise ValueError(
             f"`loss` must be twice differentiable for the curvature estimator; got {_line(error)!r}. Choose "
-            'estimator="straight-through" and layer_estimator="paired", or another loss.'
+            'estimator="paired" and layer_estimator="paired", which need longer runs, or another loss.'
         ) from error
     return [torch.zeros_like(z) if part is None else part.detach() for part, z in zip(found, outputs, strict=True)]
 

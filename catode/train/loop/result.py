@@ -78,6 +78,7 @@ def content(run: Trainer, validation: list[Score] | None, test: list[Score]) -> 
         "units_kept": units,
         "units_total": run.total[1],
         "units_kept_for_rounding": pruner.kept_for_width if pruner else 0,
+        "nu": pruner.nu if pruner else None,
         "decisions": pruner.decisions() if pruner else {},
         "macs_removed_by_tolerance": pruner.macs_removed(fates.PRUNED_TOLERANCE) if pruner else 0,
         "decided_by_rule": pruner.decided_by_rule if pruner else None,

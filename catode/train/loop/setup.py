@@ -147,6 +147,8 @@ def prepare(config: Config) -> Setup:
         sources.check_output(config.arch, model, example, len(images.classes))
     blocks = described(model, example, config.keep or (), least_units(config.least))
     notes = list(images.notes)
+    if config.device == "cpu" and torch.cuda.is_available():
+        notes.append("the run uses the CPU, though PyTorch finds a CUDA device. For that, give --device cuda.")
     if config.layout == AUTO:
         config, told = _fastest(config, images, blocks)
         notes.append(told)

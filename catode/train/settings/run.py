@@ -18,7 +18,12 @@ class RunSettings(SettingsGroup):
     seed: int = number(
         0, int, "seed of all random numbers", low=0, high=2**32 - 1, identity=False, hint="Use 0 if in doubt."
     )
-    device: str = text("cpu", "where to compute: cpu, cuda, cuda:N or mps", identity=False, hint="Use --device cpu.")
+    device: str = text(
+        "cpu",
+        "where to compute: cpu, cuda, cuda:N or mps; with several processes each takes the device of its number",
+        identity=False,
+        hint="Use --device cpu.",
+    )
     read_every: int | None = number(
         None,
         int,
