@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from dataclasses import replace
@@ -565,12 +566,32 @@ class ReturnsLoss(Network):
 def test_the_loops_of_the_page_run_as_printed(code):
     model, returns_loss = network(), ReturnsLoss(64, 10, blocks=2, width=16, hidden=8)
     given = dict(Pruner=Pruner, F=F, torch=torch, device="cpu", example=EXAMPLE, returns_loss=returns_loss)
-    given |= dict(model=model, batches=list(batches(8)))
+    given |= dict(model=model, batches=list(batches(8)), saved=None)
     given["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     if "Pruner(" not in code:
         given["pruner"] = Pruner(model, EXAMPLE, optimizer=given["optimizer"], nu=1.0, steps=400)
     exec(code, given)
     assert given["pruner"].state.done == 8 and given["pruner"].state.time > 0
+
+
+def test_a_loop_of_the_page_goes_on_bit_by_bit_where_it_was_cut_off():
+    (code,) = [text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "saved" in text]
+    code = code.replace("nu=1.0, steps=400", "nu=1.0, target_macs=0.6, steps=60, memory=10, check_every=5")
+    every = list(batches(60))
+
+    def run(data, saved=None):
+        torch.manual_seed(0)
+        given = dict(Pruner=Pruner, F=F, torch=torch, example=EXAMPLE, model=network(), batches=data, saved=saved)
+        given["optimizer"] = torch.optim.SGD(given["model"].parameters(), lr=0.05, momentum=0.9)
+        exec(code.replace("len(batches)", str(len(every))), given)
+        return given
+
+    whole, first = run(every), run(every[:37])
+    assert first["pruner"].kept.sum() < first["pruner"].kept.size, "something was cut before"
+    again = run(every, copy.deepcopy(first["saved"]))
+    assert again["done"] == 60 and np.array_equal(again["pruner"].fate, whole["pruner"].fate)
+    for name, tensor in whole["model"].state_dict().items():
+        assert torch.equal(tensor, again["model"].state_dict()[name])
 
 
 @pytest.mark.slow
