@@ -131,7 +131,9 @@ class Pruner(Queries):
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every
         )
         self._checking = Checking(own, self.schedule, self.complexity, self.target, self.gated)
-        self.self_check = selfcheck.check(model, example_input, self.blocks) if self_check else None
+        self.self_check = None
+        if self_check:
+            self.self_check = selfcheck.check(model, example_input, self.blocks, padded=own.width_multiple > 1)
         self._device = next(model.parameters()).device
         shared = norms_are_shared(model)
         self.gates = Gates(model, inventory, self.group if shared else None)

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from catode.prune.describe import consistency
+from catode.prune.describe import consistency, dead
 from catode.prune.describe.costs import called, count, describe
 from catode.prune.describe.executed import check_counted
 from catode.prune.describe.protocol import gated_modules
@@ -81,7 +82,9 @@ class Unchecked(UserWarning):
     """A model that a self-check could not check."""
 
 
-def check(model: nn.Module, example: Any, blocks: Sequence[Block] | None = None, *, seed: int = 0) -> SelfCheck:
+def check(
+    model: nn.Module, example: Any, blocks: Sequence[Block] | None = None, *, padded: bool = False, seed: int = 0
+) -> SelfCheck:
     """Check the description of a network on copies of it; the network and the global random state stay as they are.
 
     Three networks are cut out of it (half of every site; half of the layers, either half; a random part) and compared
@@ -91,6 +94,7 @@ def check(model: nn.Module, example: Any, blocks: Sequence[Block] | None = None,
         model: The whole network, without gates.
         example: What it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         blocks: Its description; None: that of its method ``structures()``.
+        padded: Whether dead channels are to round up widths, which then must stay dead.
         seed: Seed of the random weights and inputs.
 
     Returns:
@@ -116,6 +120,10 @@ def check(model: nn.Module, example: Any, blocks: Sequence[Block] | None = None,
         else:
             trial.check_calls()
             trial.check_effects()
+            if padded:
+                run = partial(trial._run, trial.whole, trial.modes[-1], differentiated=True)
+                dead.check(trial.whole, trial.inventory, run)
+                randomise(trial.whole, seed)
             most = trial.compare_all()
     return SelfCheck(most, time.perf_counter() - begin, size, trial.most_bytes, tuple(trial.notes))
 

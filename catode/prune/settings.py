@@ -61,7 +61,7 @@ class PrunerSettings:
             `catode.theory.tolerance.measured.fitting_memory`, 200 or a tenth of a short deciding phase.
         width_multiple: While training, a site that loses units keeps dead channels up to a multiple of this width, which
             is faster than an odd one. They are not counted, and `finish` removes them. Needs an activation that maps 0 to
-            0 between the site's producers and consumers.
+            0 between the site's producers and consumers, which the self-check makes sure of.
         round_to: Units leave a site only in groups that leave a multiple of this many, or none; those that wait for a
             group stay gated. What still waits when nothing else is undecided at the site is kept for the width alone, its
             keep probability folded into its weights, so that the network does not change, and trained on without a gate.

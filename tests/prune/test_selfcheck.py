@@ -496,3 +496,56 @@ def test_norms_over_single_pixels_of_small_images_are_no_false_alarm():
     model = pytest.importorskip("torchvision").models.mobilenet_v2(num_classes=10)
     example = torch.zeros(1, 3, 32, 32)
     assert check(model, example, describe(model, example)).difference < 1e-8
+
+
+class Cosine(nn.Module):
+    def forward(self, x):
+        return x.cos()
+
+
+def two_layers(act, norm=True):
+    middle = [nn.BatchNorm1d(12)] if norm else []
+    return nn.Sequential(nn.Linear(6, 12), *middle, act, nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    "act", [nn.Sigmoid(), nn.Softplus(), Cosine(), nn.Hardsigmoid()], ids=lambda a: type(a).__name__
+)
+def test_dead_channels_that_would_come_back_to_life_are_refused_before_training(act, norm):
+    model, example = two_layers(act, norm), torch.randn(8, 6)
+    blocks = catode.describe(model, example)
+    assert check(model, example, blocks).difference < 1e-10
+    with pytest.raises(
+        ValueError, match=r"^`width_multiple` must be 1 where .* behind site `0`\. Pass width_multiple=1"
+    ) as told:
+        check(model, example, blocks, padded=True)
+    assert "\n" not in str(told.value)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="`width_multiple` must be 1"):
+        Pruner(model, example, optimizer=optimizer, nu=1.0, steps=200, width_multiple=8)
+    Pruner(model, example, optimizer=optimizer, nu=1.0, steps=200)
+
+
+@pytest.mark.parametrize(
+    "act", [nn.ReLU(), nn.GELU(), nn.Tanh(), nn.SiLU(), nn.PReLU(), nn.Hardswish()], ids=lambda a: type(a).__name__
+)
+@pytest.mark.parametrize("norm", [False, True])
+def test_dead_channels_stay_dead_behind_what_maps_0_to_0(act, norm):
+    model, example = two_layers(act, norm), torch.randn(8, 6)
+    before = copy.deepcopy(model.state_dict())
+    assert check(model, example, catode.describe(model, example), padded=True).difference < 1e-10
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "resnet18", "densenet121", "vit_b_16"])
+def test_dead_channels_stay_dead_in_networks_of_torchvision(name):
+    declare_operators()
+    models = pytest.importorskip("torchvision", reason="needs the extra `models`").models
+    sizes = (
+        dict(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32) if "vit" in name else {}
+    )
+    model = models.VisionTransformer(**sizes) if sizes else models.get_model(name, num_classes=10)
+    example = torch.zeros(2, 3, 32, 32)
+    check(model, example, catode.describe(model, example), padded=True)

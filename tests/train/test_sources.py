@@ -504,7 +504,22 @@ def test_what_the_self_check_finds_is_one_line(file, tmp_path, capsys, monkeypat
     monkeypatch.setattr("catode.prune.selfcheck.check", finds)
     assert main(["--arch", f"{file}:make_model", *TINY, "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: `structures()` must be right; got wrong. Leave it out."
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_dead_channels_that_would_come_back_to_life_are_refused_before_the_first_step(tmp_path, capsys):
+    nets = tmp_path / "nets.py"
+    nets.write_text(
+        "from torch import nn\n\n\ndef make(classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Sigmoid(), "
+        "nn.Linear(32, classes))\n"
+    )
+    run, flags = tmp_path / "run", ["--arch", f"{nets}:make", "--epochs", "1", "--nu", "1", "--threads", "1"]
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    assert main([*flags, "--out", str(run), "--width-multiple", "8"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: `width_multiple` must be 1 where ")
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+    assert main([*flags, "--out", str(run), "--width-multiple", "1"]) == 0
 
 
 # --- catode describe --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
@@ -45,7 +45,7 @@ from catode.train.loop.optimization import (
 from catode.train.loop.result import environment, random_state
 from catode.train.loop.setup import PROGRESS, Setup, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, VALIDATION_FIELDS, CsvTable, Sums
-from catode.train.settings.config import Config
+from catode.train.settings.config import Config, ConfigError
 from catode.train.settings.run import check_out
 from catode.train.stop import Stop, Stopped, held_back
 
@@ -84,7 +84,14 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
     with lock.released(setup.lock or lock.hold(folder)) if group.leads else nullcontext():
         if group.leads and setup.config.resume is None:
             check_out(setup.config)  # another process may have started and ended a run here meanwhile
-        trainer = Trainer(setup, folder, progress)
+        try:
+            trainer = Trainer(setup, folder, progress)
+        except ConfigError:  # of the network; nothing was written
+            if group.leads and setup.config.resume is None:
+                lock.drop(folder)
+                with suppress(OSError):  # it held something before
+                    folder.rmdir()
+            raise
         try:
             heeded = trainer.stop.heeded() if group.size == 1 else nullcontext()
             with data.folder.workers_watched(trainer.batches.workers), heeded, warnings.catch_warnings():
