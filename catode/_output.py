@@ -44,6 +44,16 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         return 1
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short: Python's, NumPy's, or PyTorch's on any device, which is a RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in said for words in ("allocate memory", "out of memory", "not enough memory")
+    )
+
+
 def _replace_closed() -> None:
     """Write to nowhere where the process was started without standard output or error, as by ``>&-``."""
     for name in ("stdout", "stderr"):

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from catode._output import run
+from catode._output import out_of_memory, run
 from catode._validate import check_int, expanded, fail
 from catode.train.settings.commandline import CommandLine
 from catode.train.settings.run import check_device
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         print(
             f"error: `batch` must be a size whose images fit into the memory; got batch={given.batch} of images in "

@@ -483,13 +483,13 @@ class Pruner(Queries):
         own.fate, own.kept = outcome.fate.astype(own.fate.dtype), outcome.kept
         own.for_width |= outcome.folded & (own.fate == fates.KEPT_FOR_WIDTH)
         fold = np.where(outcome.folded, own.keep_prob, 1.0)
-        own.keep_prob = np.where(own.kept, np.where(self._open, own.keep_prob, 1.0), 0.0)
+        thetas, own.keep_prob = own.keep_prob, np.where(own.kept, np.where(self._open, own.keep_prob, 1.0), 0.0)
         if changed:
             self._network.remove_gates()
             own.present = self._network.cut(own.kept, before, own.present, self.settings.width_multiple, fold=fold)
             self._install()
         removed = int((before & ~own.kept).sum())
-        own.cut_at = own.done if removed else own.cut_at
+        own.cut_at = own.done if (thetas != own.keep_prob).any() else own.cut_at
         return removed
 
     def _unit_norms(self) -> dict[str, NDArray]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from catode._output import run
+from catode._output import out_of_memory, run
 from catode._validate import check_int, fail
 from catode.structures.complexity import Complexity
 from catode.structures.description import PRODUCER, Block, Site
@@ -211,6 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            f"error: `image_size` must fit into the memory; got {given.image_size}. Use a smaller one.", file=sys.stderr
+        )
+        return 1
     return 0
 
 

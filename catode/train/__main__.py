@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from catode._output import run
+from catode._output import out_of_memory, run
 from catode.train.settings.commandline import parse
 from catode.train.settings.setting import ConfigError
 from catode.train.stop import Stopped, terminated
@@ -64,7 +64,9 @@ def _main(argv: Sequence[str] | None) -> int:
             if problem:
                 return _end(group, 2, f"error: {problem}")
             if setup.config.dry_run:
-                return _end(group, 0, preflight.table(setup), sys.stdout)
+                text = preflight.table(setup)
+                loop.make_pruner(setup, loop.make_optimizer(setup.model, setup.config))  # for what it refuses
+                return _end(group, 0, text, sys.stdout)
             folder = loop.train(setup, at_end=_report)
             missed = group.leads and bool(_missed(folder) or _removed_unseen(folder))
             return _end(group, 3 if missed else 0, summary(folder) if group.leads else "", sys.stdout)
@@ -84,8 +86,10 @@ def _main(argv: Sequence[str] | None) -> int:
         except OSError as error:  # in the process that writes, or in all of them before the first step
             print(f"error: {error}{_then_continue(setup)}", file=sys.stderr)
             return 1
-        except MemoryError as error:  # of huge images or a huge number of steps
-            reason = (str(error).splitlines() or ["no memory is left"])[0]
+        except (MemoryError, RuntimeError) as error:  # of huge images, a huge number of steps, large batches
+            if not out_of_memory(error):
+                raise
+            reason = (str(error).splitlines() or ["no memory is left"])[0].rstrip(".")
             print(f"error: not enough memory: {reason}{_then_continue(setup)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:
@@ -180,7 +184,10 @@ def summary(folder: Path) -> str:
         lines.append("decided  " + ", ".join(f"{n} {state}" for state, n in result["decisions"].items()))
     for batch, key in ((1, "ms"), (128, "ms_128")):
         before, after = result[f"latency_dense_{key}"], result[f"latency_{key}"]
-        lines.append(f"latency  {before:.2f} -> {after:.2f} ms ({after / before:.1%}, batch {batch})")
+        if before is None:
+            lines.append(f"latency  not measured at batch {batch}: not enough memory")
+        else:
+            lines.append(f"latency  {before:.2f} -> {after:.2f} ms ({after / before:.1%}, batch {batch})")
     with suppress(ValueError, OSError):  # a damaged table, which the failed report named
         lines.append(f"waiting  {waiting(folder)} of the step time, for images")
     if (folder / "report.md").exists():

@@ -201,7 +201,7 @@ SIGNALLED = [  # where a signal comes, and what is said of how to go on
     ("catode.train.settings.presets.resolve", "stopped before the run began; give the same command again"),
     ("catode.train.loop.setup.data.load", "stopped before the run began; give the same command again"),
     ("catode.train.loop.trainer.make_pruner", "{said}; give the same command again"),
-    ("catode.train.loop.trainer.environment", "{said}; continue with --resume {folder}"),
+    ("catode.train.loop.trainer.environments", "{said}; continue with --resume {folder}"),
     ("catode.report.report.write", "{said}; continue with --resume {folder}"),
     ("catode.train.loop.lock.drop", "{said}; the run in {folder} is finished"),
 ]

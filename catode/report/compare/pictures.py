@@ -54,14 +54,14 @@ def draw(figure: FigureBase, runs: Sequence[Run]) -> None:
     scores = {rule: s for rule, s in rules(runs).items() if rule not in BY_SIZE and s.decisions}
     with house_style():
         axes = figure.subplots(1, 3, width_ratios=(1.0, 1.1, 1.1))
-        _draw_regrets(axes[0], scores, runs[0].config["risk"])
+        _draw_regrets(axes[0], scores, runs[0].config["risk"], runs[0].config.get("tol"))
         _draw_reliability(axes[1], calibration(runs))
         _draw_leads(axes[2], scores)
 
 
-def _draw_regrets(ax: Axes, scores: dict[str, Score], risk: float) -> None:
+def _draw_regrets(ax: Axes, scores: dict[str, Score], risk: float, tol: float | None) -> None:
     for place, (rule, s) in enumerate(scores.items()):
-        derived = rule.startswith(shadow.DERIVED)
+        derived = rule.startswith(shadow.DERIVED) and (tol is None or rule != shadow.DERIVED)
         color = PALETTE["blue"] if derived else PALETTE["vermillion"]
         ax.plot([s.low, s.high], [place] * 2, color=color, linewidth=2)
         ax.plot(
@@ -71,7 +71,7 @@ def _draw_regrets(ax: Axes, scores: dict[str, Score], risk: float) -> None:
             stated = float(rule.partition("@")[2] or risk)
             ax.plot(stated, place, "|", color=PALETTE["black"], markersize=14, markeredgewidth=1.6)
     names = {rule: rule.replace("@", ", risk ") for rule in scores}
-    names |= {shadow.DERIVED: f"derived, risk {risk:g} (the run's)"}
+    names |= {shadow.DERIVED: f"{f'derived, risk {risk:g}' if tol is None else f'tolerance {tol:g}'} (the run's)"}
     ax.set_yticks(range(len(scores)), [f"{names[rule]}  (n={s.decisions})" for rule, s in scores.items()])
     ax.grid(visible=False, axis="y")
     ax.invert_yaxis()

@@ -16,6 +16,7 @@ from catode.records import (
     packed,
     read_config,
     read_decisions,
+    read_json,
     read_result,
     read_structures,
     structure_key,
@@ -71,6 +72,7 @@ class Run:
         result: Content of result.json.
         decisions: Rows of shadow.csv; empty for a run that is not a shadow run.
         rows: Rows of structures.csv, as text.
+        images: What tells its images apart: their fingerprint, of folders before that was recorded their path, else "".
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class Run:
     result: dict[str, Any]
     decisions: list[Decision]
     rows: list[dict[str, str]]
+    images: str = ""
 
     @property
     def shadow(self) -> bool:
@@ -85,20 +88,24 @@ class Run:
         return bool(self.config.get("shadow", False))
 
     @property
-    def group(self) -> tuple[str, str, int, float]:
-        """Shadow runs are counted together if these agree: data set, network, epochs, stated risk."""
+    def group(self) -> tuple[str, ...]:
+        """Shadow runs are counted together if these agree: network, data set, epochs, stated risk or fixed tolerance, images."""
         c = self.config
-        return c["dataset"], c["arch"], c["epochs"], c["risk"]
+        tol = c.get("tol")
+        rule = f"risk {c['risk']:g}" if tol is None else f"tolerance {tol:g}, which `derived` stands for here"
+        where = f"{c['dataset']} {c.get('data_dir') or ''}".strip() if c["dataset"] == "folder" else c["dataset"]
+        return c["arch"], where, f"{c['epochs']} epochs", rule, self.images
 
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that affect the run's results."""
         known = settings()
-        return {
+        own = {
             name: value
             for name, value in self.config.items()
             if name in ("dataset", "arch", "seed") or name not in known or known[name].identity
         }
+        return {**own, "images": self.images}
 
 
 def read(folder: Path, place: int = 0) -> Run:
@@ -125,7 +132,9 @@ def read(folder: Path, place: int = 0) -> Run:
         path = packed(folder / shadow.FILE)
         needed = ("rule", *PLACE, "step", *shadow.NUMBERS, "outcome", "outcome_step")
         decisions = [_decision(path, row, place) for row in read_decisions(folder, needed)]
-    return Run(folder, config, result, decisions, rows)
+    env = read_json(folder / "env.json") if (folder / "env.json").exists() else {}
+    where = str(config.get("data_dir")) if config["dataset"] == "folder" else ""
+    return Run(folder, config, result, decisions, rows, str(env.get("images", where)))
 
 
 def _decision(path: Path, row: dict[str, str], place: int) -> Decision:
@@ -170,9 +179,12 @@ def read_all(folders: Sequence[Path]) -> list[Run]:
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Shadow runs that may be counted together, by a heading that names what they have in common."""
-    found: dict[str, list[Run]] = {}
+    found: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         if run.shadow:
-            dataset, arch, epochs, risk = run.group
-            found.setdefault(f"{arch}, {dataset}, {epochs} epochs, risk {risk:g}", []).append(run)
-    return found
+            found.setdefault(run.group, []).append(run)
+    names = [", ".join(group[:-1]) for group in found]
+    return {
+        name if names.count(name) == 1 else f"{name}, images {group[-1]}": own
+        for name, (group, own) in zip(names, found.items(), strict=True)
+    }

@@ -20,15 +20,20 @@ def text(runs: Sequence[Run]) -> str:
         parts.append("None of them is a shadow run (--shadow), so regrets are not known.")
         return "\n\n".join(parts) + "\n"
     count = sum(len(own) for own in watched.values())
-    stated = ", ".join(f"{risk:g}" for risk in sorted({run.config["risk"] for own in watched.values() for run in own}))
+    every = [run.config for own in watched.values() for run in own]
+    stated = ", ".join(f"{risk:g}" for risk in sorted({c["risk"] for c in every if c.get("tol") is None}))
+    fixed = ", ".join(f"{tol:g}" for tol in sorted({c["tol"] for c in every if c.get("tol") is not None}))
+    rule = " and ".join([f"stated risk {stated}"] * bool(stated) + [f"fixed tolerance {fixed}"] * bool(fixed))
     parts += [
-        f"# Decisions and their outcomes ({count} shadow run{'s' if count > 1 else ''}, stated risk {stated})",
+        f"# Decisions and their outcomes ({count} shadow run{'s' if count > 1 else ''}, {rule})",
         "A regret: theta returned to 1 before it first reached 0. The interval is Clopper-Pearson's at 95 %; its upper end "
         "counts every open decision (undecided, or removed with its site or block) as a regret. It assumes independent "
         "decisions; those of one run, and more so those of one check, are not. Precision: share whose theta reached 0 in the "
         "end. Recall: share of all thetas that reached 0 that were decided before. Lead: steps from a confirmed decision to "
         "theta = 0. Rules by size select as many units as `derived` at the same check, whatever their theta; regrets are not "
-        "defined for them, and their lead is that of all whose theta reached 0.",
+        "defined for them, and their lead is that of all whose theta reached 0."
+        + " In runs with a fixed tolerance `derived` is that rule."
+        * bool(fixed),
         *_by_group(watched, lambda own: f"{rules_table(own)}\n\n{_derived(own)}"),
         "# Predicted and observed escapes",
         "Decisions of all rules that use theta, by the theory's bound on the probability of an escape at the decision. Within a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,13 +45,21 @@ class Average:
         Args:
             step: Its number, from 1.
         """
-        decay = min(self._decay, step / (step + 9))
+        decay = self._share(step)
         wide = [pair for pair in self._matched() if pair[0].is_floating_point()]
         averages, lives = zip(*wide, strict=True)
         torch._foreach_lerp_(averages, lives, 1.0 - decay)
         for average, live in self._matched():
             if not average.is_floating_point():
                 average.copy_(live)
+
+    def _share(self, step: int) -> float:
+        """Share of the average that a step leaves of what it was."""
+        return min(self._decay, step / (step + 9))
+
+    def older(self, step: int, now: int) -> float:
+        """Share of the average after step `now` that is of the weights after `step` and before."""
+        return math.prod(map(self._share, range(step + 1, now + 1)))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

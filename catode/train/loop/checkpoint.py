@@ -23,6 +23,7 @@ from catode.records import read_json
 from catode.structures.description import Block
 from catode.structures.inventory import Inventory
 from catode.train.models import sources, weights
+from catode.train.models.answer import alike, answer
 
 if TYPE_CHECKING:
     from catode.train.data import ImageData
@@ -40,7 +41,7 @@ STRUCTURE = dict(
     blocks=dict,
 )
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")  # a checkpoint and the step after which it was written
-FORMAT = 11  # of a checkpoint; increase it when its content changes
+FORMAT = 12  # of a checkpoint; increase it when its content changes
 
 
 def write_text(path: Path, text: str) -> None:
@@ -211,6 +212,18 @@ def save(folder: Path, state: dict[str, torch.Tensor], structure: dict) -> None:
         os.replace(part, path)
 
 
+def note_answer(folder: Path) -> None:
+    """Add what the network of a finished run answers to its structure.json, to which `load` compares it.
+
+    Nothing is added for a network that answers something else each time.
+    """
+    network, structure = load(folder), read_structure(folder)
+    told, again = (answer(network, structure["image_shape"]) for _ in range(2))
+    if told == again and all(map(math.isfinite, told)):
+        write_text(folder / "structure.json", json.dumps({**structure, "answer": told}, indent=1) + "\n")
+        seal(folder, "structure.json")
+
+
 def seal(folder: Path, *names: str, anew: bool = False) -> None:
     """Write the checksums of files of a run's folder, those of them that there are.
 
@@ -323,4 +336,11 @@ def load(folder: str | os.PathLike, *, model: nn.Module | None = None) -> nn.Mod
             f"`folder` must hold a complete model.pt and a matching structure.json{other}; got {str(folder)!r}, which cannot "
             f"be read ({_reason(error)}). Restore the files from the run."
         ) from error
+    told = structure.get("answer")
+    if isinstance(told, list) and not alike(answer(model, structure["image_shape"]), told):
+        code = "`model`" if given else "the code behind its name"
+        raise ValueError(
+            f"`folder` must be read with the network that it was made by; got {str(folder)!r}, whose {structure['arch']} returns "
+            f"something else than at the end of its run: {code}, or a package, has changed. Restore it."
+        )
     return model.eval()

@@ -63,6 +63,7 @@ FIELDS: dict[str, tuple[str, Check]] = {
     "processes": ("a positive count", lambda v: _count(v) and v > 0),
     "steps_per_epoch": ("a positive count", lambda v: _count(v) and v > 0),
     "classes": ("names", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    "answer": ("numbers", lambda v: isinstance(v, list) and all(type(number) is float for number in v)),
     "images": ("a fingerprint", lambda v: type(v) in (int, str)),
     "sums": ("the sums of an epoch", _sums),
     "lengths": ("two counts", _pair),

@@ -28,6 +28,12 @@ class Score(NamedTuple):
     loss: float
 
 
+def evaluated_at_once(part: int) -> int:
+    """Images of a batch in evaluation: 256 or those of a part of a training batch, but at most four times the latter, which without
+    a backward pass fit into the memory where it did."""
+    return min(max(part, 256), 4 * part)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from catode.prune.checking import PruningWarning
+from catode.prune.measure.measuring import NotFinite
 from catode.prune.pruner import Pruner
+from catode.train.models.sources import is_foreign
 from catode.train.settings.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from catode.train.loop.setup import Setup
 
+REHEARSED = 32
+"""Most images of the step that is tried before a run."""
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -135,18 +141,56 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PruningWarning)  # printed as lines of the run
-        try:
-            return _pruner(setup, optimizer)
-        except ValueError as error:  # of the network, such as what the self-check found
-            raise ConfigError(str(error)) from error
+        with refusals():  # of the network, such as what the self-check found
+            if is_foreign(setup.config.arch) and setup.state is None:
+                _rehearse(setup)
+            return _pruner(setup, setup.model, optimizer)
 
 
-def _pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner:
+@contextmanager
+def refusals(where: str = "") -> Iterator[None]:
+    """What the pruner refuses of a network, raised as a `ConfigError`: one line, which begins with the name of an argument.
+
+    Args:
+        where: What to add to it.
+    """
+    try:
+        yield
+    except NotFinite:
+        raise
+    except (ValueError, RuntimeError) as error:
+        if not str(error).startswith("`"):
+            raise
+        raise ConfigError(f"{error}{where}") from error
+
+
+def _rehearse(setup: Setup) -> None:
+    """One step with all gates, of a copy of the network, on noise: what cannot be measured is refused before hours are lost.
+
+    Raises:
+        ValueError: if the pruner refuses it.
+        RuntimeError: likewise.
+    """
+    config, device = setup.config, setup.config.device
+    model = copy.deepcopy(setup.model).train()
+    optimizer = make_optimizer(model, config)
+    pruner = _pruner(setup, model, optimizer, warmup=0, self_check=False)
+    part = config.batch_size // config.accumulate // setup.group.size
+    images = torch.randn(min(part, REHEARSED), *setup.example.shape[1:], generator=torch.Generator().manual_seed(0))
+    images = images.to(device)
+    with torch.random.fork_rng([device] if device.startswith("cuda") else []):
+        with autocast(device, AMP[config.amp]):
+            logits = model(images).float()
+        labels = logits.detach().argmax(1)  # a network that masks classes returns -inf for others
+        F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing).backward()
+        optimizer.step()
+        with suppress(NotFinite):
+            pruner.step((images, labels))
+
+
+def _pruner(setup: Setup, model: nn.Module, optimizer: torch.optim.Optimizer, **changes: Any) -> Pruner:
     config = setup.config
-    return Pruner(
-        setup.model,
-        setup.example,
-        optimizer=optimizer,
+    given = dict(
         blocks=setup.blocks,
         loss=partial(mean_loss, label_smoothing=config.label_smoothing),
         nu=config.nu,
@@ -180,3 +224,4 @@ def _pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner:
         seed=config.seed,
         group=setup.group,
     )
+    return Pruner(model, setup.example, optimizer=optimizer, **{**given, **changes})

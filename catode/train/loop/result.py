@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from catode import __version__
+from catode._output import out_of_memory
 from catode.prune.devices.timing import latency_ms, processor
+from catode.records import read_json
 from catode.structures import fates
 from catode.train.loop.evaluation import Score
-from catode.train.loop.setup import build_model
 from catode.train.settings.config import Config
 
 if TYPE_CHECKING:
@@ -29,7 +33,7 @@ def random_state(device: str) -> dict[str, torch.Tensor]:
 
 
 def environment(config: Config) -> dict:
-    """Content of env.json: versions, processor, threads, device."""
+    """Versions, processor, threads, device."""
     return {
         "catode": __version__,
         "python": platform.python_version(),
@@ -44,18 +48,47 @@ def environment(config: Config) -> dict:
     }
 
 
-def content(run: Trainer, validation: list[Score] | None, test: list[Score]) -> dict[str, Any]:
+def environments(config: Config, processes: int, images: int | str, folder: Path) -> dict:
+    """Content of env.json, with the other environments that a resumed run had before, the oldest first.
+
+    Args:
+        config: The run's configuration.
+        processes: Number of its processes.
+        images: Fingerprint of its images.
+        folder: Its folder, with the env.json of before, if it had one.
+    """
+    now = {**environment(config), "processes": processes, "images": images}
+    try:
+        last = read_json(folder / "env.json")
+    except (ValueError, OSError):  # none, or damaged
+        return now
+    before = last.pop("before", [])
+    before = [*(before if isinstance(before, list) else []), *([last] if last != now else [])]
+    return {**now, "before": before} if before else now
+
+
+def latencies(networks: Sequence[nn.Module], example: torch.Tensor) -> list[list[float | None]]:
+    """`latency_ms` of networks; None for all where a batch does not fit into the memory, which costs no run."""
+    try:
+        return latency_ms(networks, example)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        return [[None] * len(networks)] * 2
+
+
+def content(run: Trainer, dense: nn.Module, validation: list[Score] | None, test: list[Score]) -> dict[str, Any]:
     """Content of result.json.
 
     Args:
         run: The run at its end.
+        dense: A new network like the one that the run began with.
         validation: Scores on the validation images, None for none: of the network, then of its weights without averaging.
         test: The same on the test images.
     """
     counts, images, pruner = run.counts(), run.setup.images, run.pruner
     layers, units, _ = run.left()
-    dense = build_model(run.config, images)
-    latencies = latency_ms([dense, run.model] if pruner else [dense], run.setup.example)
+    times = latencies([dense, run.model] if pruner else [dense], run.setup.example)
     return {
         "test_accuracy": test[0].accuracy,
         "test_loss": test[0].loss,
@@ -89,9 +122,9 @@ def content(run: Trainer, validation: list[Score] | None, test: list[Score]) -> 
         "warnings": pruner.warnings if pruner else [],
         "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds,
-        "latency_ms": latencies[0][-1],
-        "latency_dense_ms": latencies[0][0],
-        "latency_ms_128": latencies[1][-1],
-        "latency_dense_ms_128": latencies[1][0],
+        "latency_ms": times[0][-1],
+        "latency_dense_ms": times[0][0],
+        "latency_ms_128": times[1][-1],
+        "latency_dense_ms_128": times[1][0],
         "seed": run.config.seed,
     }

@@ -25,8 +25,10 @@ from catode.train import data
 from catode.train.loop import board, checkpoint, contents, layout, lock, restoring
 from catode.train.loop.layout import memory_format
 from catode.train.loop.optimization import AMP
+from catode.train.loop.result import environment
 from catode.train.loop.tables import TABLES, checksum
 from catode.train.models import sources, weights
+from catode.train.models.answer import alike, answer
 from catode.train.settings.config import Config
 from catode.train.settings.pruning import least_units
 from catode.train.settings.run import check_out
@@ -51,6 +53,7 @@ class Setup:
         notes: Messages for the user, one line each.
         lock: Lock file of a resumed run's folder, in rank 0.
         step_times: Measured step times, if they are what the prices count.
+        answer: What the newly made network answers, see `catode.train.models.answer`.
         group: The processes of the run.
     """
 
@@ -65,6 +68,7 @@ class Setup:
     notes: tuple[str, ...] = ()
     lock: TextIO | None = None
     step_times: list[steptime.Table] | None = None
+    answer: tuple[float, ...] = ()
     group: distributed.Group = field(default_factory=distributed.Group)
 
     def alike(self) -> tuple:
@@ -123,6 +127,7 @@ def prepare(config: Config) -> Setup:
     if config.tensorboard:
         board.check_package()
     sources.check(config.arch)
+    initial = weights.read(config.init) if config.init is not None and state is None else None
     images = data.load(
         config.dataset,
         config.data_dir,
@@ -133,7 +138,6 @@ def prepare(config: Config) -> Setup:
         array_bytes=None if config.array_gib is None else int(min(config.array_gib * 2**30, sys.maxsize)),
         download=config.download,
     )
-    initial = weights.read(config.init) if config.init is not None and state is None else None
     steps = len(images.train_labels) // config.batch_size
     if steps < 1:
         raise data.DataError(
@@ -146,12 +150,13 @@ def prepare(config: Config) -> Setup:
     if sources.is_foreign(config.arch):
         sources.check_output(config.arch, model, example, len(images.classes))
     blocks = described(model, example, config.keep or (), least_units(config.least))
+    told = tuple(answer(model, images.train_images.shape[1:]))
     notes = list(images.notes)
     if config.device == "cpu" and torch.cuda.is_available():
         notes.append("the run uses the CPU, though PyTorch finds a CUDA device. For that, give --device cuda.")
     if config.layout == AUTO:
-        config, told = _fastest(config, images, blocks)
-        notes.append(told)
+        config, fastest = _fastest(config, images, blocks)
+        notes.append(fastest)
         model = model.to(memory_format=memory_format(config))
     _share_norms(config, model, group)
     notes += weights.fill(model, initial, config.init) if initial is not None else ()
@@ -163,10 +168,17 @@ def prepare(config: Config) -> Setup:
     schedule = learning_rates(config.schedule, config.lr, steps * config.epochs)
     if state is not None:
         _check_data(state, images, steps, group, config)
-        notes += _of_threads(config)
+        if not alike(told, state["answer"]):
+            raise ValueError(
+                "`resume` must find the network that the run began with; got one that returns something else for the same images: "
+                f"the code of {config.arch}, or a package, has changed. Restore it, or start anew."
+            )
+        notes += _of_environment(config)
     config = config.resolved(steps * config.epochs, group.size)
     step_times = _step_times(config, model, blocks, example, state)
-    setup = Setup(config, images, model, blocks, example, steps, schedule, state, tuple(notes), held, step_times, group)
+    setup = Setup(
+        config, images, model, blocks, example, steps, schedule, state, tuple(notes), held, step_times, told, group
+    )
     if config.nu > 0:  # raise the pruner's errors before anything is written
         complexity = describe(model, blocks, example)
         Target.choose(complexity, config.target_macs, config.target_params)
@@ -204,19 +216,26 @@ def _check_data(state: dict, images: data.ImageData, steps: int, group: distribu
         )
 
 
-def _of_threads(config: Config) -> list[str]:
-    """A note for a run on a CPU that goes on with another number of threads than before."""
+def _of_environment(config: Config) -> list[str]:
+    """Notes for a run that goes on with other versions, on another device, or on a CPU with another number of threads."""
     try:
-        before = read_json(Path(config.resume) / "env.json").get("threads")
+        before = read_json(Path(config.resume) / "env.json")
     except (ValueError, OSError):  # damaged; it is written anew
         return []
-    now = torch.get_num_threads()
-    if config.device != "cpu" or type(before) is not int or before == now:
-        return []
-    return [
-        f"the run had {before} CPU threads and goes on with {now}: sums are rounded in another order, so its results will not be "
-        f"those of an uninterrupted run bit by bit. For that, give --threads {before}."
-    ]
+    now, notes = environment(config), []
+    for name in ("catode", "torch", "device", "processor"):
+        if isinstance(before.get(name), str) and before[name] != now[name]:
+            notes.append(
+                f"the run had {name} {before[name]} and goes on with {now[name]}: its results will not be those of an "
+                "uninterrupted run bit by bit."
+            )
+    threads = before.get("threads")
+    if config.device == "cpu" and type(threads) is int and threads != now["threads"]:
+        notes.append(
+            f"the run had {threads} CPU threads and goes on with {now['threads']}: sums are rounded in another order, so its "
+            f"results will not be those of an uninterrupted run bit by bit. For that, give --threads {threads}."
+        )
+    return notes
 
 
 def _with_what_fits(setup: Setup) -> Setup:

@@ -32,7 +32,7 @@ from catode.structures.inventory import Inventory
 from catode.train import data
 from catode.train.loop import board, checkpoint, lock, restoring, result
 from catode.train.loop.average import Average
-from catode.train.loop.evaluation import Score, evaluate
+from catode.train.loop.evaluation import Score, evaluate, evaluated_at_once
 from catode.train.loop.optimization import (
     AMP,
     autocast,
@@ -40,16 +40,18 @@ from catode.train.loop.optimization import (
     make_pruner,
     make_scaler,
     optimizer_state,
+    refusals,
     take_gradient,
 )
-from catode.train.loop.result import environment, random_state
-from catode.train.loop.setup import PROGRESS, Setup, prepare
+from catode.train.loop.result import environments, random_state
+from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, VALIDATION_FIELDS, CsvTable, Sums
 from catode.train.settings.config import Config, ConfigError
 from catode.train.settings.run import check_out
 from catode.train.stop import Stop, Stopped, held_back
 
-FORGOTTEN = 100  # steps after which running statistics no longer know what was removed
+FORGOTTEN = 100  # steps after which running statistics no longer know what was decided
+OLDER = 0.1  # share of averaged weights that may be from before the last decision
 RECALIBRATION = 100  # batches from which they are computed anew
 
 
@@ -150,8 +152,8 @@ class Trainer:
         if self.group.leads:
             if config.resume is None:
                 checkpoint.write_text(folder / "config.json", config.to_json() + "\n")
-            own = json.dumps({**environment(config), "processes": self.group.size}, indent=2) + "\n"
-            checkpoint.write_text(folder / "env.json", own)
+            own = environments(config, self.group.size, images.fingerprint, folder)
+            checkpoint.write_text(folder / "env.json", json.dumps(own, indent=2) + "\n")
             if setup.step_times is not None and state is None:
                 checkpoint.write_text(folder / steptime.FILE, steptime.text(setup.step_times))
             checkpoint.seal(folder, "config.json", "env.json", steptime.FILE, anew=True)
@@ -164,7 +166,7 @@ class Trainer:
         self.executed: int | None = None  # MACs of the last step's forward pass, dead channels included
         self.unread: list[torch.Tensor] = []
         self.loss = math.nan  # of the last step that was read
-        self.epochs_done, self.step, self.time, self.good_step = 0, 0, 0.0, 0
+        self.epochs_done, self.step, self.time, self.good_step, self.over = 0, 0, 0.0, 0, False
         self.seconds, self.cpu_seconds = 0.0, 0.0
         self.mark = time.perf_counter(), time.process_time()
         self.sums = self.no_sums()
@@ -199,26 +201,34 @@ class Trainer:
             self.advance()
             if self.stop and self.epochs_done < self.config.epochs:
                 self.leave()
-        self.finish()  # does nothing but for a run that was stopped after its last step
+        if self.finish():  # of a run that was stopped after its last step
+            self.save()
         validation = self.scores(self.held_out("validation"), both=True) if self.setup.images.validated else None
         test = self.scores(self.held_out("test"), both=True)  # their one reading
         if self.group.leads:
             self.result(validation, test)
 
-    def finish(self) -> None:
-        """End pruning after the last step; compute running statistics anew that may still know what went last."""
+    def finish(self) -> bool:
+        """End pruning after the last step, unless it was; compute running statistics anew that may still know what was decided
+        last. Returns whether anything was done."""
+        if self.over:
+            return False
+        self.over = True
         if self.executed is None:
             self.executed = count(self.model, self.setup.example).macs
         if self.pruner is None:
-            return
-        ended = self.pruner.finished
+            return True
+        last = self.pruner.state.cut_at if self.pruner.finished else self.step
         self.pruner.finish()
-        if ended and self.pruner.state.cut_at <= max(self.step - FORGOTTEN, 0):
-            return
-        for weights in (nullcontext(), *([self.average.applied()] if self.average else [])):
-            again = self.batches.epoch(self.config.epochs, self.config.seed)
+        stale = [nullcontext()] if last > max(self.step - FORGOTTEN, 0) else []
+        if self.average and last and (stale or self.average.older(last, self.step) > OLDER):
+            stale.append(self.average.applied())
+        for weights in stale:
+            again = islice(self.batches.epoch(self.config.epochs, self.config.seed), RECALIBRATION)
+            parts = (part for images, _ in again for part in images.chunk(self.config.accumulate))
             with autocast(self.config.device, self.amp), weights:
-                recalibrate_norms(self.model, islice(again, RECALIBRATION), group=self.group)
+                recalibrate_norms(self.model, parts, group=self.group)
+        return True
 
     def advance(self) -> dict:
         """Train one epoch, or the rest of it, and write a checkpoint; returns its row of metrics.csv."""
@@ -332,7 +342,8 @@ class Trainer:
         images, labels = (getattr(self.setup.images, f"{split}_{what}") for what in ("images", "labels"))
         if len(labels) <= self.group.rank:  # there are more processes than images
             return []
-        return self.batches.evaluation(images, labels, max(self.config.batch_size, 256))
+        part = self.config.batch_size // self.config.accumulate // self.group.size
+        return self.batches.evaluation(images, labels, evaluated_at_once(part))
 
     def scores(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], both: bool = False) -> list[Score]:
         """Score of the network, with averaged weights if there are any; with `both`, then without averaging."""
@@ -380,7 +391,8 @@ class Trainer:
         self, batch: tuple[torch.Tensor, torch.Tensor], scale: float | torch.Tensor, skipped: bool | torch.Tensor
     ) -> None:
         """One pruner step; writes the rows of its check and prints its warnings."""
-        check = self.pruner.step(batch, grad_scale=scale, skipped=skipped)
+        with refusals(f" At step {self.step}."):
+            check = self.pruner.step(batch, grad_scale=scale, skipped=skipped)
         if check is not None:
             self.structures.add(check.rows)
             for warning in check.warnings if self.group.leads else []:
@@ -443,6 +455,7 @@ class Trainer:
                 "steps_per_epoch": self.setup.steps_per_epoch,
                 "classes": list(self.setup.images.classes),
                 "images": self.setup.images.fingerprint,
+                "answer": list(self.setup.answer),
                 **{name: getattr(self, name) for name in PROGRESS},
                 "sums": {**self.sums.state(), "right": right.cpu()},
                 "lengths": [self.metrics.length(), self.structures.length()],
@@ -479,6 +492,7 @@ class Trainer:
             table = CsvTable(self.folder, shadow.FILE, shadow.FIELDS)
             table.add(self.pruner.shadow.rows(self.pruner.inventory.names()))
             table.close()
-        content = result.content(self, validation, test)
+        content = result.content(self, build_model(self.config, self.setup.images), validation, test)
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
         checkpoint.seal(self.folder, *TABLES, shadow.FILE, "result.json")
+        checkpoint.note_answer(self.folder)

@@ -11,6 +11,13 @@ from catode.train.settings.setting import ConfigError, SettingsGroup, helpers
 number, text, switch = helpers("run")
 
 
+WRITTEN = (
+    "model.pt", "structure.json", "result.json", "metrics.csv", "structures.csv", "shadow.csv", "env.json", "report.md",
+    "latency_table.csv", "checksums.json",
+)  # fmt: skip
+"""Files that a run writes, besides config.json and its checkpoints."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(SettingsGroup):
     """Seed, device, folder, checkpoints."""
@@ -152,6 +159,14 @@ def check_out(config: RunSettings) -> None:
         raise ConfigError(
             f"`out` must be a folder without a run; got out={config.out!r}, which holds one. "
             "Choose another --out or delete the folder."
+        )
+    found = next((name for name in WRITTEN if (folder / name).exists()), None) or next(
+        (path.name for path in sorted(folder.glob("checkpoint-*.pt"))), None
+    )
+    if found is not None:
+        raise ConfigError(
+            f"`out` must be a folder without files that a run writes; got out={config.out!r}, which holds {found}. Choose another "
+            "--out, or move the file."
         )
     place = folder
     while not place.exists() and place != place.parent:
