@@ -157,6 +157,8 @@ class Target:
         if groups is None:
             groups = list(np.flatnonzero(going)[:, None])
         for place in np.argsort([worth[group].mean() for group in groups], kind="stable"):
+            if self.of(kept) <= self.share:
+                break
             group = groups[place]
             sizes = np.ones(len(kept))
             sizes[group] = len(group)

@@ -13,6 +13,7 @@ from catode._validate import fail
 from catode.decisions.check import Checks, Moment, Verdict
 from catode.decisions.evidence import LEAST_EVIDENCE
 from catode.decisions.limits import QUANTITIES, Limits
+from catode.decisions.motion import CROSSINGS
 from catode.decisions.outcomes import Outcomes
 from catode.decisions.rules import NEARLY_ONE
 from catode.decisions.schedule import NOISE, Schedule, needed_memory, needed_phase
@@ -26,6 +27,8 @@ from catode.structures.inventory import Inventory
 from catode.theory.tolerance.measured import LEAST_PRICE
 
 HOPELESS = 100  # times as many steps as a run has, from which no longer run is proposed
+SEEN, LEAST_CROSSINGS = 0.25, 2.0  # share of the deciding phase after which fewer crossings of theta are spoken of
+SLOWLY = "thetas move slowly"
 ALOUD = 0.1  # share of the structures decided because time was out from which a warning says so
 ROW_FIELDS = ("step", "time", *PLACE, *QUANTITIES, "risk", "separatrix", "tolerance", "fate")
 MOST_ROWS = 1_000_000  # of structures.csv, about: a ResNet-50 over 90 epochs of ImageNet would have 50 million, 11 GB
@@ -241,7 +244,7 @@ class Checking:
             values = {name: float(values[s]) for name, values in columns.items()}
             row = same | names[s] | values | {"fate": str(state.fate[s])}
             rows.append({name: row[name] for name in ROW_FIELDS})
-        warnings = self._out_of_time(state, limits, before) if final else []
+        warnings = self._out_of_time(state, limits, before) if final else self._slow(state)
         if verdict.outcome.everything:
             name = "nu" if self.target is None else f"target_{self.target.quantity}"
             value, fault, other = (
@@ -252,6 +255,22 @@ class Checking:
                 f"the present network; choose a {other} {name}."
             )
         return Check(rows, warnings, removed)
+
+    def _slow(self, state: PrunerState) -> list[str]:
+        """Said once, from a quarter of the deciding phase on: that thetas move too slowly to get anywhere, as text."""
+        speed, own = state.speed, self.settings
+        told = any(line.startswith(SLOWLY) for line in state.warnings)
+        if told or speed.asked is not None or self.schedule.progress(state.done) < SEEN or state.time <= 0:
+            return []
+        mean = state.time / state.done
+        crossings = speed.value * mean * (own.steps - own.warmup)
+        if crossings >= LEAST_CROSSINGS:
+            return []
+        return [
+            f"{SLOWLY}: at the learning rates so far one can fall from 1 to 0 {crossings:.2g} times in the deciding phase, "
+            f"since the optimizer's groups name rates that are not reached (`initial_lr`, `max_lr`), or took larger steps before. "
+            f"Pass rate_ratio={CROSSINGS / (own.steps * mean):.3g}, or delete `initial_lr` from the groups."
+        ]
 
     def _out_of_time(self, state: PrunerState, limits: Limits, before: NDArray[np.str_]) -> list[str]:
         """What was decided only because the deciding phase ended, as text, and how long it should have been."""

@@ -198,6 +198,27 @@ def check_optimizer(optimizer: optim.Optimizer) -> None:
             )
 
 
+def check_state(optimizer: optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse optimizers whose state cannot follow a cut; it is there after the first step.
+
+    Args:
+        optimizer: The optimizer.
+        parameters: Those that may be cut.
+
+    Raises:
+        ValueError: if a part of a parameter's state is neither one number nor of the parameter's shape.
+    """
+    for parameter in parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            listed = isinstance(value, (list, tuple)) and any(isinstance(part, torch.Tensor) for part in value)
+            if listed or (isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != parameter.shape):
+                what = "a list" if listed else f"of shape {tuple(value.shape)}"
+                raise ValueError(
+                    f"`optimizer` must have a state that can be cut; got {type(optimizer).__name__}, whose {key!r} of a weight of "
+                    f"shape {tuple(parameter.shape)} is {what}. Use AdamW."
+                )
+
+
 def check_owner(optimizer: optim.Optimizer, model: nn.Module, branches: Iterable[nn.Parameter] = ()) -> None:
     """Refuse an optimizer of another model, and one of several.
 
@@ -296,9 +317,9 @@ class Updates:
     def read(self) -> None:
         """Note the groups as they are now."""
         self._time = self.step_time()
-        self._groups = {}
+        self._groups, learning = {}, {id(group) for group in self._learning()}
         for group in self.optimizer.param_groups:
-            rate = self._time_of(group) / self._time if self._time > 0.0 else float(group in self._learning())
+            rate = self._time_of(group) / self._time if self._time > 0.0 else float(id(group) in learning)
             self._groups |= {parameter: (group, rate) for parameter in group["params"]}
 
     @property
@@ -386,6 +407,10 @@ class Clock:
         self.steps += 1
         # a scaler calls a fused optimizer also when it is to skip
         self._overflow = getattr(optimizer, "found_inf", None)
+
+    def close(self) -> None:
+        """Count no more."""
+        self._hook.remove()
 
     def take(self) -> tuple[float, bool | torch.Tensor]:
         """ODE time of the steps since the last call, and whether there was none, or the last one was skipped by the optimizer.

@@ -39,7 +39,7 @@ from catode.prune.describe.costs import describe
 from catode.prune.describe.protocol import branch, unwrapped
 from catode.prune.describe.steptime import MeasuredComplexity, Table
 from catode.prune.describe.trace.describing import blocks_of
-from catode.prune.devices.distributed import Group, current, norms_are_shared, refuse_wrapped
+from catode.prune.devices.distributed import Group, current, norms_are_shared
 from catode.prune.devices.transfer import DeferredReads, upload
 from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
@@ -131,9 +131,8 @@ class Pruner(Queries):
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every
         )
         self._checking = Checking(own, self.schedule, self.complexity, self.target, self.gated)
-        self.self_check = None
-        if self_check:
-            self.self_check = selfcheck.check(model, example_input, self.blocks, padded=own.width_multiple > 1)
+        check = partial(selfcheck.check, model, example_input, self.blocks, padded=own.width_multiple > 1)
+        self.self_check = check() if self_check else None
         self._device = next(model.parameters()).device
         shared = norms_are_shared(model)
         self.gates = Gates(model, inventory, self.group if shared else None)
@@ -330,8 +329,9 @@ class Pruner(Queries):
 
     def _step(self, batch: Any, grad_scale: float | torch.Tensor, skipped: bool | torch.Tensor | None) -> Check | None:
         own = self.state
-        if own.done == 0:
-            refuse_wrapped(self.model, self.group)
+        if own.done < 2:
+            self._network.check_step(self.group)
+            self._measuring.objective.check_given(batch)
         if self.settings.max_norm is not None:
             project(self.model, self.blocks, own.kept, self.settings.max_norm)
         elapsed, idle = self._clock.take()

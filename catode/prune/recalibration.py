@@ -21,7 +21,8 @@ def recalibrate_norms(
 ) -> None:
     """Compute the running statistics of all batch norms anew, as `torch.optim.swa_utils.update_bn` does.
 
-    They become the plain means over the batches. Modes, momenta and everything else stay as they are.
+    They become the plain means over the batches. Modes, momenta and everything else stay as they are, and so do batch norms in
+    eval mode inside a model in train mode, which are frozen.
 
     Args:
         model: The network, without gates; changed in place.
@@ -33,15 +34,20 @@ def recalibrate_norms(
         ValueError: if there are batch norms, but no batches; the statistics are then as before.
     """
     norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        and m.running_mean is not None
+        and (m.training or not model.training)
     ]
     if not norms:
         return
     modes, momenta = [(module, module.training) for module in model.modules()], [norm.momentum for norm in norms]
     before = [[buffer.clone() for buffer in norm.buffers(recurse=False)] for norm in norms]
-    seen = 0
+    seen, complete = 0, False
     try:
-        model.train()
+        if not model.training:
+            model.train()
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the mean of all batches
@@ -51,12 +57,13 @@ def recalibrate_norms(
             else:
                 called(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
             seen += 1
+        complete = seen > 0
     finally:
         for module, mode in modes:
             module.training = mode
         for norm, momentum, own in zip(norms, momenta, before, strict=True):
             norm.momentum = momentum
-            if not seen:
+            if not complete:
                 for buffer, value in zip(norm.buffers(recurse=False), own, strict=True):
                     buffer.copy_(value)
     if not seen:

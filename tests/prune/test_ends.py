@@ -290,6 +290,34 @@ def test_finish_recalibrates_to_the_statistics_of_what_is_left(form):
     )
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_norms_are_not_recalibrated_while_the_model_trains(training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 5), nn.BatchNorm1d(5)).train(training)
+    model[1].eval()
+    inputs = [3 + 2 * torch.randn(32, 4) for _ in range(4)]
+    model[1].running_mean.fill_(0.25)
+    before = copy.deepcopy(model.state_dict())
+    recalibrate_norms(model, inputs)
+    after = model.state_dict()
+    moved = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    own = [f"{place}.{name}" for place in ((3,) if training else (1, 3)) for name in ("running_mean", "running_var")]
+    assert [name for name in moved if "num_batches" not in name] == own
+    assert [m.training for m in model] == [training, False, training, training]
+    if training:  # the statistics are those behind the frozen norm
+        with torch.no_grad():
+            reached = torch.stack([model[2](model[1](model[0](x))).mean(0) for x in inputs]).mean(0)
+        torch.testing.assert_close(model[3].running_mean, reached)
+
+
+def test_statistics_are_put_back_if_a_batch_cannot_be_used():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError):
+        recalibrate_norms(model, [torch.randn(8, 4), torch.randn(8, 5)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_recalibration_needs_batches_and_leaves_everything_as_it_was_without():
     model = convolutional()
     model.train()(next(batches())[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -350,3 +351,156 @@ def test_an_optimizer_that_is_not_known_decides_by_displacement_alone():
         np.isfinite(limits.gain[open_]).all()
         and (limits.drift >= limits.keep_prob * np.where(open_, limits.gain, 0)).all()
     )
+
+
+# --- what shows only with the steps ---------------------------------------------------------------------------------------
+
+
+class Factored(optim.Optimizer):
+    """Keeps means of squares by row and by column, as Adafactor does."""
+
+    def __init__(self, parameters, lr, listed=False):
+        super().__init__(parameters, dict(lr=lr))
+        self.listed = listed
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            rows, columns = (
+                (parameter.grad.square().flatten(1).mean(d) for d in (1, 0)) if parameter.dim() > 1 else (None, None)
+            )
+            if rows is not None:
+                self.state[parameter] |= (
+                    {"factors": [rows, columns]} if self.listed else {"step": 1, "row": rows, "column": columns}
+                )
+            parameter -= self.param_groups[0]["lr"] * parameter.grad
+
+
+def pruned(make, schedule=None, steps=60, each=lambda number, optimizer: None, **given):
+    torch.manual_seed(0)
+    model = DenseResNet(64, 10, blocks=2, width=16, hidden=8)
+    optimizer = make(model)
+    settings = dict(nu=1.0, steps=steps, epoch_steps=math.inf, memory=10) | given
+    pruner = Pruner(model, torch.zeros(1, 1, 8, 8), optimizer=optimizer, **settings)
+    rates = schedule(optimizer) if schedule else None
+    generator = torch.Generator().manual_seed(1)
+    for number in range(steps):
+        each(number, optimizer)
+        x = torch.randn(64, 1, 8, 8, generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), x.flatten(1)[:, :10].argmax(1)).backward()
+        optimizer.step()
+        if rates:
+            rates.step()
+        pruner.step()
+    return pruner
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_optimizer_whose_state_cannot_be_cut_is_refused_at_its_first_step(listed):
+    seen = []
+    with pytest.raises(
+        ValueError, match="`optimizer` must have a state that can be cut; got Factored, whose "
+    ) as caught:
+        pruned(lambda model: Factored(model.parameters(), 0.1, listed), each=lambda number, _: seen.append(number))
+    assert seen == [0] and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "make", [optim.SGD, optim.Adam, optim.Adagrad, optim.RMSprop, optim.NAdam, optim.ASGD, optim.Rprop]
+)
+def test_states_of_the_usual_optimizers_can_be_cut(make):
+    assert pruned(lambda model: make(model.parameters(), lr=0.01), steps=4).state.done == 4
+
+
+def halves(model):
+    every = list(model.parameters())
+    middle = len(every) // 2
+    return [{"params": every[:middle]}, {"params": every[middle:], "weight_decay": 0.0}]
+
+
+def test_groups_of_equal_length_may_begin_and_end_at_a_learning_rate_of_0():
+    pruner = pruned(
+        lambda model: optim.AdamW(halves(model), lr=1e-2),
+        lambda optimizer: schedules.LambdaLR(optimizer, lambda step: min(step / 20, max(0.0, (60 - step) / 40))),
+        nu=0.1,
+    )
+    assert pruner.finished and pruner.state.time > 0
+
+
+@pytest.mark.parametrize("number", range(16, 32))
+def test_a_group_may_be_added_at_any_step(number):
+    extra = nn.Parameter(torch.zeros(3))
+
+    def each(now, optimizer):
+        if now == number:
+            optimizer.add_param_group({"params": [extra]})
+
+    pruner = pruned(lambda model: optim.SGD(model.parameters(), 0.05, momentum=0.9), each=each, steps=40, nu=0.05)
+    assert pruner.state.done == 40
+
+
+SLOW = "thetas move slowly"
+
+
+@pytest.mark.parametrize(
+    ("make", "schedule", "given", "told"),
+    [
+        (lambda m: optim.Adam(m.parameters(), lr=1.0), lambda o: schedules.LambdaLR(o, lambda _: 1e-3), {}, True),
+        (
+            lambda m: optim.Adam(m.parameters(), lr=1.0),
+            lambda o: schedules.LambdaLR(o, lambda _: 1e-3),
+            {"rate_ratio": 9.0},
+            False,
+        ),
+        (lambda m: optim.SGD(m.parameters(), lr=0.1), lambda o: schedules.CosineAnnealingLR(o, 100), {}, False),
+        (
+            lambda m: optim.SGD(m.parameters(), lr=0.1),
+            lambda o: schedules.OneCycleLR(o, 0.1, total_steps=101),
+            {},
+            False,
+        ),
+        (lambda m: optim.SGD(m.parameters(), lr=0.1), lambda o: schedules.LinearLR(o, 0.01, total_iters=50), {}, False),
+        (
+            lambda m: optim.SGD([{"params": list(m.parameters()), "initial_lr": 0.1}], lr=0.001),
+            lambda o: schedules.ConstantLR(o, factor=0.01, total_iters=1000, last_epoch=5),
+            {},
+            True,
+        ),
+    ],
+    ids=["rate as the factor", "speed given", "cosine", "one cycle", "warm-up", "fine-tuned on"],
+)
+def test_thetas_that_cannot_get_anywhere_are_told_of_in_time(make, schedule, given, told):
+    found = []
+
+    def each(number, _):
+        found.append(number)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pruned(make, schedule, steps=100, each=each, nu=0.05, **given)
+    lines = [str(warning.message) for warning in said if str(warning.message).startswith(SLOW)]
+    assert len(lines) == told
+    if told:
+        rate = float(lines[0].partition("rate_ratio=")[2].partition(",")[0])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            pruner = pruned(make, schedule, steps=100, nu=0.05, rate_ratio=rate)
+        assert pruner.state.time * rate == pytest.approx(10.0, rel=0.3), "so thetas could cross ten times"
+
+
+def test_a_finished_run_that_goes_on_leaves_no_hooks():
+    make = lambda model: optim.SGD(model.parameters(), 0.05, momentum=0.9)  # noqa: E731
+    first = pruned(make, steps=30, nu=0.1)
+    first.finish()
+    assert first.finished
+    torch.manual_seed(0)
+    model = DenseResNet(64, 10, blocks=2, width=16, hidden=8)
+    optimizer = make(model)
+    given = dict(nu=0.1, steps=30, epoch_steps=math.inf, memory=10)
+    again = Pruner(model, torch.zeros(1, 1, 8, 8), optimizer=optimizer, **given)
+    again.load_state_dict(first.state_dict())
+    assert again.finished
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not optimizer._optimizer_step_pre_hooks and len(optimizer._optimizer_step_post_hooks) <= 1
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

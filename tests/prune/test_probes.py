@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from catode.prune.gated.gates import Gates
-from catode.prune.measure.losses import recovered_labels
+from catode.prune.measure.losses import _targets, recovered_labels
 from catode.prune.measure.probes import Probe, batch_statistics_only, curvature_corrected, straight_through
 from catode.structures.description import Block, Site
 from catode.structures.inventory import Inventory
@@ -292,3 +293,85 @@ def test_another_loss_is_refused(loss):
     z, y = torch.randn(12, 5), torch.randint(5, (12,))
     _, fit = recovered_labels(z, gradient_of(lambda z: loss(z, y), z), 12.0)
     assert not fit
+
+
+class Between(nn.Module):
+    """Something in place behind every branch, or random inside."""
+
+    def __init__(self, change, inside):
+        super().__init__()
+        self.branches = nn.ModuleList(Branch(4, w) for w in WIDTHS)
+        for branch in self.branches:
+            branch.out = nn.Sequential(branch.out, inside)
+        self.change, self.fc = change, nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = self.change(branch(x))
+        return self.fc(x)
+
+    def structures(self):
+        sites = [Site(f"s{i}", w, (f"branches.{i}.hidden",), (f"branches.{i}.out.0",)) for i, w in enumerate(WIDTHS)]
+        return [Block(f"branches.{i}", f"branches.{i}.out.0", (site,)) for i, site in enumerate(sites)]
+
+
+@pytest.mark.parametrize(
+    ("change", "inside"),
+    [
+        (lambda x: F.silu(x, inplace=True), nn.Identity()),
+        (lambda x: F.leaky_relu(x, 0.2, inplace=True), nn.Identity()),
+        (lambda x: x.add_(1.0), nn.Identity()),
+        (lambda x: F.relu(x, inplace=True), nn.Identity()),
+        (lambda x: x, nn.Dropout(0.4)),
+        (lambda x: x.mul_(0.5), nn.Dropout(0.4)),
+    ],
+    ids=["silu", "leaky relu", "addition", "relu", "dropout", "dropout and product"],
+)
+@pytest.mark.parametrize("layers", [(1.0, 1.0), (1.0, 0.0)])
+def test_paired_differences_are_those_of_whole_forward_passes_with_the_same_random_numbers(change, inside, layers):
+    torch.manual_seed(4)
+    model, x, y = (
+        Between(change, inside).double().train(),
+        torch.randn(40, 4, dtype=torch.float64),
+        torch.arange(40) % CLASSES,
+    )
+    gates = Gates(model, Inventory(model.structures()))
+    gates.install([True] * LAYERS, [torch.tensor([2, 3]), torch.tensor([4, 5, 6])])
+    xi = torch.tensor([*layers, 1.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    set_draw(gates, xi)
+    torch.manual_seed(9)
+    found = probe(model, gates, x.clone(), y).paired(range(SIZE))
+    assert torch.equal(torch.get_rng_state(), (torch.manual_seed(9), torch.get_rng_state())[1])
+
+    def loss(draw):
+        gates.draw = draw
+        torch.manual_seed(9)
+        with torch.no_grad():
+            return F.cross_entropy(model(x.clone()), y)
+
+    for s in range(SIZE):
+        other = xi.clone()
+        other[s] = 1 - other[s]
+        exact = (loss(other) - loss(xi)) * (1 if xi[s] else -1)
+        assert found[s].item() == pytest.approx(exact.item(), abs=2e-6)
+    assert found.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [(57, 7), (7, 57), (40, 20, 4)])
+def test_labels_of_micro_batches_weighted_by_their_examples_are_right_however_sure_the_network_is(sizes):
+    """Each loss times n / N: the gradient fits another scale than 1 / k, by which a sure mistake would look like its label."""
+    generator = torch.Generator().manual_seed(0)
+    for sure in (0.1, 3.0, 8.0):
+        calls, expected = [], []
+        for size in sizes:
+            z = sure * torch.randn(size, 5, generator=generator)
+            labels = torch.randint(5, (size,), generator=generator)
+            z.requires_grad_()
+            (F.cross_entropy(z, labels) * size / sum(sizes)).backward()
+            calls.append(
+                SimpleNamespace(outputs=[z.detach()], gradients=[z.grad], args=(torch.zeros(size, 1),), kwargs={})
+            )
+            expected.append(labels)
+        for call, labels in zip(calls, expected, strict=True):
+            found, fits = _targets(call, slice(None), calls, len(calls), 1.0)
+            assert fits and torch.equal(found, labels)

@@ -11,10 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from catode.prune.describe.protocol import slices, tensor_of
+from catode.prune.devices.distributed import Group, refuse_wrapped
 from catode.prune.gated import cut
 from catode.prune.gated.gates import Gates, drop_copied_hooks
 from catode.prune.gated.heads import adopt
 from catode.prune.measure.growth import GradientProducts
+from catode.prune.optimizers import check_state
 from catode.structures.description import Block, Site
 from catode.structures.inventory import Inventory
 from catode.structures.layout import Layout, layout_of, units_in
@@ -131,6 +134,20 @@ class Network:
         """Call a function with every `Cut` when it has been made."""
         self._callbacks.append(callback)
 
+    def check_step(self, group: Group) -> None:
+        """Refuse what can only be seen when the first steps are taken: a wrapper, an optimizer whose state cannot be cut.
+
+        Args:
+            group: Processes that train the model.
+
+        Raises:
+            ValueError: if there is one.
+        """
+        refuse_wrapped(self.model, group)
+        parts = {part.tensor for place in self.inventory.places for part in slices(self.model, place.site)}
+        found = [tensor_of(self.model, name) for name in parts]
+        check_state(self.optimizer, [tensor for tensor in found if isinstance(tensor, nn.Parameter)])
+
     def install(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_], present: Sequence[NDArray[np.int64]]) -> None:
         """Put the gates of what is undecided into the plain model.
 
@@ -152,8 +169,10 @@ class Network:
         self._forget_compiled()
 
     def remove_gates(self) -> None:
-        """Remove the gates of the model and of its copies."""
+        """Remove the gates of the model and of its copies, and what notes gradients."""
         self._placed = None
+        self.products.ignore()
+        self.products.begin()
         for gates in (self.gates, *(gates for _, gates in self._copies)):
             gates.remove()
         self._forget_compiled()

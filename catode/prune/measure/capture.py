@@ -297,7 +297,11 @@ class RandomStates:
     @classmethod
     def now(cls, device: torch.device) -> RandomStates:
         """The present states."""
-        there = (device, torch.cuda.get_rng_state(device)) if device.type == "cuda" else None
+        there = None
+        if device.type == "cuda":
+            there = device, torch.cuda.get_rng_state(device)
+        elif device.type == "mps":
+            there = device, torch.mps.get_rng_state()
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), there)
 
     def set(self) -> None:
@@ -305,5 +309,7 @@ class RandomStates:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
-        if self.device is not None:
+        if self.device is not None and self.device[0].type == "mps":
+            torch.mps.set_rng_state(self.device[1])
+        elif self.device is not None:
             torch.cuda.set_rng_state(self.device[1], self.device[0])

@@ -73,11 +73,19 @@ class Objective:
         """
         if self.given is None:
             return sum(size(call) for call in calls)
-        if batch is None:
+        self.check_given(batch)
+        return nests.examples(batch)
+
+    def check_given(self, batch: Any) -> None:
+        """Make sure that there is a batch for a loss that needs one.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.given is not None and batch is None:
             raise ValueError(
                 "`step()` must be given the batch where the pruner was given a loss; got none. Use step(batch)."
             )
-        return nests.examples(batch)
 
     def sample(self, calls: Sequence[Call], batch: Any, part: slice, grad_scale: float | torch.Tensor) -> Sample:
         """Some examples of a step, with their loss.
@@ -190,10 +198,9 @@ def _targets(
     if gradient is None or logits.dim() != 2 or len(call.outputs) != 1:
         return logits.new_zeros(len(logits), dtype=torch.long), torch.zeros((), dtype=torch.bool, device=logits.device)
     labels, fits = recovered_labels(logits, gradient[rows], len(calls) * size(call) / grad_scale)
-    if len(calls) > 1:
-        fits |= recovered_labels(logits, gradient[rows], sum(map(size, calls)) / grad_scale)[1]
-    if len(calls) < most:
-        others, again = recovered_labels(logits, gradient[rows], most * size(call) / grad_scale)
+    scales = [sum(map(size, calls))] * (len(calls) > 1) + [most * size(call)] * (len(calls) < most)
+    for scale in scales:
+        others, again = recovered_labels(logits, gradient[rows], scale / grad_scale)
         labels, fits = torch.where(fits, labels, others), fits | again
     return labels, fits
 

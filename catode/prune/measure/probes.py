@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ class Probe:
     def paired(self, structures: Sequence[int]) -> torch.Tensor:
         """Loss without minus loss with each of the given structures, shape (len(structures),), nats."""
         blocks = self.gates.blocks
-        with _recorded(before(self.model, blocks, len(blocks))) as outputs:
+        with _recorded(before(self.model, blocks, len(blocks)), self.draw.device) as outputs:
             base = self._evaluated(self.draw)
         differences = []
         for number in structures:
@@ -316,13 +317,50 @@ def buffers_kept(model: nn.Module, norms: Sequence[nn.Module]) -> Iterator[None]
             module._buffers[name] = buffer
 
 
-@contextmanager
-def _recorded(modules: Sequence[nn.Module]):
-    """Outputs of modules in forward passes inside this context; None for a module that runs more than once."""
-    outputs: dict[nn.Module, torch.Tensor | None] = {}
+@dataclass(frozen=True)
+class _Ran:
+    """What a module returned, and the random generators' states behind it.
 
-    def keep(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        outputs[module] = None if module in outputs else output
+    Attributes:
+        output: What it returned.
+        versions: Counts of changes in place of the tensors in it, at that moment.
+        random: The states.
+    """
+
+    output: Any
+    versions: tuple[int, ...]
+    random: RandomStates
+
+    @classmethod
+    def now(cls, output: Any, device: torch.device) -> _Ran | None:
+        """What a module just returned; None for what may hold tensors that cannot be found."""
+        try:
+            return cls(output, _versions(output), RandomStates.now(device))
+        except TypeError:
+            return None
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing changed the output in place, as an activation or an addition behind the module may have."""
+        return self.versions == _versions(self.output)
+
+    def again(self, *_: Any, **__: Any) -> Any:
+        """Returns the output, and leaves the generators as the module did."""
+        self.random.set()
+        return self.output
+
+
+def _versions(output: Any) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in nests.tensors(output))
+
+
+@contextmanager
+def _recorded(modules: Sequence[nn.Module], device: torch.device):
+    """What modules return in forward passes inside this context; None for a module that runs more than once."""
+    outputs: dict[nn.Module, _Ran | None] = {}
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        outputs[module] = None if module in outputs else _Ran.now(output, device)
 
     hooks = [module.register_forward_hook(keep) for module in modules]
     try:
@@ -333,10 +371,11 @@ def _recorded(modules: Sequence[nn.Module]):
 
 
 @contextmanager
-def _replayed(modules: Sequence[nn.Module], outputs: dict[nn.Module, torch.Tensor | None]):
-    """Make modules return recorded outputs instead of computing them inside this context."""
+def _replayed(modules: Sequence[nn.Module], outputs: dict[nn.Module, _Ran | None]):
+    """Make modules return what they did, if nothing changed it since, instead of computing it inside this context."""
     with ExitStack() as stack:
         for module in modules:
-            if outputs.get(module) is not None:
-                stack.enter_context(replaced_forward(module, lambda *args, output=outputs[module], **kwargs: output))
+            ran = outputs.get(module)
+            if ran is not None and ran.unchanged:
+                stack.enter_context(replaced_forward(module, ran.again))
         yield
