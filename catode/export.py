@@ -69,7 +69,7 @@ def write(
         The largest absolute difference of a logit.
 
     Raises:
-        Mismatch: if it is above `TOLERANCE`.
+        Mismatch: if it is above `TOLERANCE`, or PyTorch cannot write a program of the network.
         ValueError: if a package for the format is missing.
     """
     import torch
@@ -82,9 +82,11 @@ def write(
         with torch.no_grad(), _quiet():
             images = torch.zeros(batch or 2, *example.shape[1:])
             shapes = ({0: torch.export.Dim("batch")},) if batch is None else None
-            program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+            with _exporting(format):
+                program = torch.export.export(model, (images,), dynamic_shapes=shapes)
             if format == "onnx":
-                _save_onnx(program, images, part, opset, metadata)
+                with _exporting(format):
+                    _save_onnx(program, images, part, opset, metadata)
                 run = _onnx_runner(part)
             else:
                 with part.open("wb") as file:  # given a path, torch.export hides the OSError
@@ -133,6 +135,23 @@ def _onnx_runner(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+@contextmanager
+def _exporting(format: str):
+    """What PyTorch's exporters raise of a network that they cannot write, as a `Mismatch`."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is ValueError or isinstance(error, OSError) or out_of_memory(error):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(
+            "."
+        )
+        raise Mismatch(
+            f"`format` must be one in which PyTorch can write this network; got {format}: {reason}. Try another --format, or "
+            "a fixed --batch."
+        ) from error
 
 
 @contextmanager

@@ -251,3 +251,24 @@ def test_a_batch_beyond_the_memory_is_one_line(error, tmp_path, monkeypatch, cap
     told = capsys.readouterr().err
     assert told.startswith("error: `batch` must be a size whose images fit into the memory; got batch=999999999999")
     assert told.count("\n") == 1
+
+
+class Listed(nn.Module):
+    """Its forward pass depends on numbers, which no exporter can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        z = self.fc(x.flatten(1))
+        return z if float(z.sum()) > 1e9 else z * sum(v for v in z[0].tolist())
+
+
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_a_network_that_pytorch_cannot_write_is_one_line(format, tmp_path):
+    with pytest.raises(
+        export.Mismatch, match=rf"^`format` must be one in which PyTorch can write this network; got {format}: "
+    ) as told:
+        export.write(Listed(), torch.zeros(1, 1, 4, 4), tmp_path / "a.pt2", format=format)
+    assert "\n" not in str(told.value) and list(tmp_path.iterdir()) == []

@@ -133,6 +133,8 @@ def _one(given: dict[str, float], out: Path) -> str:
     here = inputs["benefit"], min(max(float(found), 0.0), 1.0)
     look = {"color": plotting.PALETTE["purple"], "markersize": 9, "linestyle": "none", "clip_on": False, "zorder": 6}
     axes[0].plot(*here, "v", label="tolerance here", **look)
+    if inputs.get("memory"):
+        axes[0].set_title(f"flow and separatrix without memory;\ntolerance with memory {inputs['memory']:g}")
     axes[0].legend(loc="upper center", bbox_to_anchor=(0.45, -0.12), ncols=3, columnspacing=1.2, frameon=False)
     plotting.tolerance_over_risk(axes[1], inputs)
     plotting.tolerance_over_batch_size(axes[2], inputs)
