@@ -89,7 +89,7 @@ def write(
                     _save_onnx(program, images, part, opset, metadata)
                 run = _onnx_runner(part)
             else:
-                with part.open("wb") as file:  # given a path, torch.export hides the OSError
+                with part.open("wb") as file, _exporting(format):  # given a path, torch.export hides the OSError
                     torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(metadata)})
                 run = torch.export.load(part).module()
             difference, scale = _compare(model, run, images, (batch,) if batch else (1, 2, 7))
@@ -143,7 +143,7 @@ def _exporting(format: str):
     try:
         yield
     except Exception as error:
-        if type(error) is ValueError or isinstance(error, OSError) or out_of_memory(error):
+        if isinstance(error, OSError) or out_of_memory(error) or str(error).startswith("`"):
             raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(
             "."

@@ -28,6 +28,7 @@ from catode.theory.tolerance.measured import LEAST_PRICE
 
 HOPELESS = 100  # times as many steps as a run has, from which no longer run is proposed
 SEEN, LEAST_CROSSINGS = 0.25, 2.0  # share of the deciding phase after which fewer crossings of theta are spoken of
+RISING = 1.2  # times its mean so far, from which a learning rate is taken to rise
 SLOWLY = "thetas move slowly"
 ALOUD = 0.1  # share of the structures decided because time was out from which a warning says so
 ROW_FIELDS = ("step", "time", *PLACE, *QUANTITIES, "risk", "separatrix", "tolerance", "fate")
@@ -224,6 +225,7 @@ class Checking:
         before: NDArray[np.str_],
         removed: int,
         final: bool,
+        step_time: float,
     ) -> Check:
         """Rows and warnings of a check that was carried out.
 
@@ -234,6 +236,7 @@ class Checking:
             before: Fates before it.
             removed: Number of structures removed.
             final: Whether the deciding phase ended.
+            step_time: ODE time of a step.
         """
         noted = (state.fate != before) | verdict.decided | self._due(before == fates.UNDECIDED, state.done, final)
         names, columns = self.inventory.names(), limits.columns()
@@ -244,7 +247,7 @@ class Checking:
             values = {name: float(values[s]) for name, values in columns.items()}
             row = same | names[s] | values | {"fate": str(state.fate[s])}
             rows.append({name: row[name] for name in ROW_FIELDS})
-        warnings = self._out_of_time(state, limits, before) if final else self._slow(state)
+        warnings = self._out_of_time(state, limits, before) if final else self._slow(state, step_time)
         if verdict.outcome.everything:
             name = "nu" if self.target is None else f"target_{self.target.quantity}"
             value, fault, other = (
@@ -256,13 +259,15 @@ class Checking:
             )
         return Check(rows, warnings, removed)
 
-    def _slow(self, state: PrunerState) -> list[str]:
+    def _slow(self, state: PrunerState, step_time: float) -> list[str]:
         """Said once, from a quarter of the deciding phase on: that thetas move too slowly to get anywhere, as text."""
         speed, own = state.speed, self.settings
         told = any(line.startswith(SLOWLY) for line in state.warnings)
         if told or speed.asked is not None or self.schedule.progress(state.done) < SEEN or state.time <= 0:
             return []
         mean = state.time / state.done
+        if step_time > RISING * mean:  # a warm-up, which may still come to what the groups name
+            return []
         crossings = speed.value * mean * (own.steps - own.warmup)
         if crossings >= LEAST_CROSSINGS:
             return []

@@ -131,8 +131,8 @@ class Pruner(Queries):
             own.steps, own.watch_until, own.warmup, own.measure_every, own.check_every, own.read_every
         )
         self._checking = Checking(own, self.schedule, self.complexity, self.target, self.gated)
-        check = partial(selfcheck.check, model, example_input, self.blocks, padded=own.width_multiple > 1)
-        self.self_check = check() if self_check else None
+        padded = own.width_multiple if self.gated[~self.is_layer].any() else 1
+        self.self_check = selfcheck.check(model, example_input, self.blocks, padded=padded) if self_check else None
         self._device = next(model.parameters()).device
         shared = norms_are_shared(model)
         self.gates = Gates(model, inventory, self.group if shared else None)
@@ -227,10 +227,7 @@ class Pruner(Queries):
             )
 
     def state_dict(self) -> dict:
-        """Everything that a pruner on a fresh model needs to resume exactly: tensors, numbers and text.
-
-        The optimizer's state is not in it.
-        """
+        """Everything but the optimizer's state that a pruner on a fresh model needs to resume exactly: tensors, numbers, text."""
         self.read()
         return {
             "model": {name: t.detach().clone() for name, t in self.model.state_dict().items()},
@@ -255,7 +252,9 @@ class Pruner(Queries):
         whole = np.ones_like(own.kept)
         own.present = self._network.cut(own.kept, whole, self.inventory.units, stay=own.present)
         self.model.load_state_dict(state["model"])
-        if own.started and not own.finished:
+        if own.finished:
+            self._clock.close()
+        elif own.started:
             burst = own.products.held()  # attaching starts a new one
             self._install()
             own.products.hold(burst)
@@ -329,9 +328,8 @@ class Pruner(Queries):
 
     def _step(self, batch: Any, grad_scale: float | torch.Tensor, skipped: bool | torch.Tensor | None) -> Check | None:
         own = self.state
-        if own.done < 2:
-            self._network.check_step(self.group)
-            self._measuring.objective.check_given(batch)
+        self._network.check_step(own.done, self.group, self.gated)
+        self._measuring.objective.check_given(batch)
         if self.settings.max_norm is not None:
             project(self.model, self.blocks, own.kept, self.settings.max_norm)
         elapsed, idle = self._clock.take()
@@ -464,9 +462,10 @@ class Pruner(Queries):
             own.finished = True
             self._network.remove_gates()
             self._capture.detach()
+            self._clock.close()
         elif self.target is not None:
             self._checking.update_price(own, limits, ode_time(self.optimizer))
-        check = self._checking.report(own, limits, verdict, before, removed, final)
+        check = self._checking.report(own, limits, verdict, before, removed, final, step_time)
         self._say(*check.warnings)
         return check
 
@@ -489,7 +488,7 @@ class Pruner(Queries):
             own.present = self._network.cut(own.kept, before, own.present, self.settings.width_multiple, fold=fold)
             self._install()
         removed = int((before & ~own.kept).sum())
-        own.cut_at = own.done if (thetas != own.keep_prob).any() else own.cut_at
+        own.cut_at = own.done if removed or (thetas != own.keep_prob).any() else own.cut_at
         return removed
 
     def _unit_norms(self) -> dict[str, NDArray]:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from catode.prune.describe import consistency, dead
-from catode.prune.describe.costs import called, count, describe
-from catode.prune.describe.executed import check_counted
+from catode.prune.describe.costs import called, describe
+from catode.prune.describe.executed import batch_size, check_counted, executed_by
 from catode.prune.describe.protocol import gated_modules
 from catode.prune.describe.trial import (
     BatchNorm,
@@ -83,7 +83,7 @@ class Unchecked(UserWarning):
 
 
 def check(
-    model: nn.Module, example: Any, blocks: Sequence[Block] | None = None, *, padded: bool = False, seed: int = 0
+    model: nn.Module, example: Any, blocks: Sequence[Block] | None = None, *, padded: int = 1, seed: int = 0
 ) -> SelfCheck:
     """Check the description of a network on copies of it; the network and the global random state stay as they are.
 
@@ -94,7 +94,7 @@ def check(
         model: The whole network, without gates.
         example: What it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         blocks: Its description; None: that of its method ``structures()``.
-        padded: Whether dead channels are to round up widths, which then must stay dead.
+        padded: Multiple that dead channels are to round up widths to; above 1 they must stay dead.
         seed: Seed of the random weights and inputs.
 
     Returns:
@@ -120,9 +120,9 @@ def check(
         else:
             trial.check_calls()
             trial.check_effects()
-            if padded:
+            if padded > 1:
                 run = partial(trial._run, trial.whole, trial.modes[-1], differentiated=True)
-                dead.check(trial.whole, trial.inventory, run)
+                dead.check(trial.whole, trial.inventory, run, padded)
                 randomise(trial.whole, seed)
             most = trial.compare_all()
     return SelfCheck(most, time.perf_counter() - begin, size, trial.most_bytes, tuple(trial.notes))
@@ -329,7 +329,7 @@ class _Trial:
     def _executed(self, model: nn.Module) -> int:
         """MACs per example that a copy executes."""
         with torch.random.fork_rng(cuda_devices(model)):
-            return count(model, self._example_for(model)).macs
+            return round(executed_by(model, self._example_for(model)).macs / batch_size(self.example))
 
     def _example_for(self, model: nn.Module) -> Any:
         """The example in the precision of a model, on its device."""

@@ -214,9 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        print(
-            f"error: `image_size` must fit into the memory; got {given.image_size}. Use a smaller one.", file=sys.stderr
-        )
+        print(f"error: `image_size` must fit into the memory; got {size}. Use a smaller one.", file=sys.stderr)
         return 1
     return 0
 

@@ -406,6 +406,12 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused_at_its_first_step(lis
     assert seen == [0] and "\n" not in str(caught.value)
 
 
+def test_with_layers_alone_no_state_is_cut_and_no_channel_dies():
+    pruned(lambda model: Factored(model.parameters(), 0.01), steps=4, alpha=1.0, width_multiple=8)
+    with pytest.raises(ValueError, match="state that can be cut"):
+        pruned(lambda model: Factored(model.parameters(), 0.01), steps=4, alpha=0.5)
+
+
 @pytest.mark.parametrize(
     "make", [optim.SGD, optim.Adam, optim.Adagrad, optim.RMSprop, optim.NAdam, optim.ASGD, optim.Rprop]
 )
@@ -462,13 +468,34 @@ SLOW = "thetas move slowly"
         ),
         (lambda m: optim.SGD(m.parameters(), lr=0.1), lambda o: schedules.LinearLR(o, 0.01, total_iters=50), {}, False),
         (
+            lambda m: optim.AdamW(m.parameters(), lr=0.1),
+            lambda o: schedules.OneCycleLR(o, 0.1, total_steps=200),
+            {},
+            False,
+        ),
+        (
+            lambda m: optim.AdamW(m.parameters(), lr=0.1),
+            lambda o: schedules.OneCycleLR(o, 0.1, total_steps=400),
+            {},
+            False,
+        ),
+        (
             lambda m: optim.SGD([{"params": list(m.parameters()), "initial_lr": 0.1}], lr=0.001),
             lambda o: schedules.ConstantLR(o, factor=0.01, total_iters=1000, last_epoch=5),
             {},
             True,
         ),
     ],
-    ids=["rate as the factor", "speed given", "cosine", "one cycle", "warm-up", "fine-tuned on"],
+    ids=[
+        "rate as the factor",
+        "speed given",
+        "cosine",
+        "one cycle",
+        "warm-up",
+        "half a cycle",
+        "a quarter",
+        "fine-tuned on",
+    ],
 )
 def test_thetas_that_cannot_get_anywhere_are_told_of_in_time(make, schedule, given, told):
     found = []
@@ -502,5 +529,6 @@ def test_a_finished_run_that_goes_on_leaves_no_hooks():
     again.load_state_dict(first.state_dict())
     assert again.finished
     assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
-    assert not optimizer._optimizer_step_pre_hooks and len(optimizer._optimizer_step_post_hooks) <= 1
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert not first.optimizer._optimizer_step_pre_hooks and not first.optimizer._optimizer_step_post_hooks
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -294,3 +294,41 @@ def test_an_older_run_is_counted_alike(tmp_path):
     old = compare.read(tmp_path / "old")
     assert [d.outcome for d in old.decisions] == [d.outcome for d in new.decisions]
     assert compare.rules_table([old]) == compare.rules_table([new])
+
+
+def test_runs_of_other_rules_and_other_images_are_not_counted_together(tmp_path):
+    runs = [write(tmp_path / "a", DECISIONS), write(tmp_path / "b", DECISIONS, place=1, tol=0.9)]
+    names = [
+        "net, digits, 9 epochs, risk 0.05",
+        "net, digits, 9 epochs, tolerance 0.9, which `derived` stands for here",
+    ]
+    assert {name: own for name, own in compare.groups(runs).items()} == dict(
+        zip(names, ([run] for run in runs), strict=True)
+    )
+    told = compare.text(runs)
+    assert "2 shadow runs, stated risk 0.05 and fixed tolerance 0.9" in told
+    assert "In runs with a fixed tolerance `derived` is that rule." in told and all(
+        f"## {name}" in told for name in names
+    )
+    figure = new_figure(14.0, 5.4)
+    compare.draw(figure, runs[1:])
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels[0].startswith("tolerance 0.9 (the run's)") and "derived" not in "".join(labels)
+
+
+def test_folders_are_told_apart_by_their_images(tmp_path):
+    def one(name, place, data_dir, images, seed=0):
+        run = write(tmp_path / name, DECISIONS, place=place, dataset="folder", data_dir=data_dir, seed=seed)
+        if images is None:
+            return run
+        (tmp_path / name / "env.json").write_text(json.dumps({"images": images}))
+        return compare.read(tmp_path / name, place)
+
+    runs = [one("a", 0, "/x", "f1"), one("b", 1, "/y", "f1", seed=1), one("c", 2, "/x", "f2"), one("d", 3, "/x", None)]
+    found = compare.groups(runs)
+    assert [own for own in found.values()] == [runs[:2], [runs[2]], [runs[3]]]
+    assert next(iter(found)).endswith("images f1") and list(found)[2].endswith("images /x")
+    assert compare.read_all([tmp_path / name for name in "abc"])  # the same settings and seed, other images
+    with pytest.raises(ValueError, match="with the same configuration"):
+        one("e", 4, "/z", "f1")
+        compare.read_all([tmp_path / name for name in "ae"])

@@ -497,13 +497,16 @@ def test_initial_weights_of_any_network(file, tmp_path, capsys):
         loop.prepare(parse(["--arch", other, "--init", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "run")]))
 
 
-def test_what_the_self_check_finds_is_one_line(file, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "said", ["`structures()` must be right; got wrong. Leave it out.", "the gate of unit 3 must act; it does not."]
+)
+def test_what_the_self_check_finds_is_one_line(said, file, tmp_path, capsys, monkeypatch):
     def finds(*_, **__):
-        raise ValueError("`structures()` must be right; got wrong. Leave it out.")
+        raise ValueError(said)
 
     monkeypatch.setattr("catode.prune.selfcheck.check", finds)
     assert main(["--arch", f"{file}:make_model", *TINY, "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "error: `structures()` must be right; got wrong. Leave it out."
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {said}"
     assert not (tmp_path / "run").exists()
 
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from catode import export
 from catode.report import describe as describe_command
@@ -17,7 +19,7 @@ from catode.train.loop import checkpoint
 from catode.train.loop.average import Average
 from catode.train.loop.evaluation import evaluated_at_once
 from catode.train.models import build, sources
-from catode.train.models.answer import alike, answer
+from catode.train.models.answer import alike, answer, answer_of_any
 from catode.train.settings.run import WRITTEN
 
 NETS = """from torch import nn
@@ -123,17 +125,70 @@ def test_an_answer_is_that_of_a_network_in_eval_mode_and_changes_nothing():
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     told = answer(model, (1, 8, 8))
     assert len(told) == 20 and told == answer(model, (1, 8, 8)) and model.training
+    other = build("resnet14", in_channels=1, classes=10)
+    assert alike(answer_of_any(model, (1, 8, 8)), answer_of_any(other, (1, 8, 8))), "of one architecture"
+    assert not alike(told, answer(other, (1, 8, 8))) and not alike(told, told[:-1])
+    torch.set_rng_state(before)
+    answer(model, (1, 8, 8)), answer_of_any(model, (1, 8, 8))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert alike(told, answer(model.double(), (1, 8, 8)))
-    other = build("resnet14", in_channels=1, classes=10)
-    assert not alike(told, answer(other, (1, 8, 8))) and not alike(told, told[:-1])
     largest = max(map(abs, told))
     assert alike([told[0] + 0.009 * largest, *told[1:]], told) and not alike(
         [told[0] + 0.011 * largest, *told[1:]], told
     )
-    assert alike([float("nan"), 1.0], [float("nan"), 1.0]) and not alike([float("nan"), 1.0], [1.0, 1.0])
-    assert alike([0.0, 0.0], [0.0, 0.0])
+
+
+class Zero(nn.Module):
+    """A branch that begins at 0."""
+
+    def __init__(self, act=F.relu):
+        super().__init__()
+        self.act, self.fc, self.out = act, nn.Linear(64, 6), nn.Linear(6, 10)
+        self.scale = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        z = self.fc(x.flatten(1))
+        return self.out(z + self.scale * self.act(z))
+
+
+def test_an_answer_with_random_weights_sees_what_begins_at_0():
+    shape = (1, 8, 8)
+    one, other = Zero(), Zero(torch.sigmoid)
+    other.load_state_dict(one.state_dict())
+    assert alike(answer(one, shape), answer(other, shape))
+    assert not alike(answer_of_any(one, shape), answer_of_any(other, shape))
+
+
+class Odd(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.fc, self.change = nn.Linear(64, 10), change
+
+    def forward(self, x):
+        return self.change(self.fc(x.flatten(1)))
+
+
+def fails(z):
+    raise RuntimeError("not here")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Odd(lambda z: F.dropout(z, 0.5)), Odd(lambda z: z / 0), Odd(fails), Odd(nn.Identity()).bfloat16()],
+    ids=["random", "not finite", "fails", "bf16"],
+)
+def test_a_network_of_which_an_answer_tells_nothing_has_none(model):
+    assert answer(model, (1, 8, 8)) == [] and alike([], [1.0]) and alike([1.0], [])
+
+
+def test_a_network_that_is_random_in_eval_mode_is_trained_and_read(tmp_path):
+    path = tmp_path / "nets.py"
+    flags = nets(path, end=" + self.second.bias * torch.rand(1)")
+    path.write_text("import torch\n" + path.read_text())
+    assert main([*flags, *FLAGS, "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "structure.json").read_text())["answer"] == []
+    assert load(tmp_path / "run")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +235,18 @@ def test_a_dry_run_refuses_what_the_run_would(more, tmp_path, capsys):
         ends.append((main([*flags, *dry]), capsys.readouterr().err.splitlines()[-1]))
     assert ends[0] == ends[1] and ends[0][0] == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_writes_is_known(run):
+    assert main(["--resume", str(run)]) == 2  # it is finished
+    names = {path.name for path in run.iterdir()}
+    assert names - {"config.json"} <= {*WRITTEN} and "phase.png" in names
+
+
+def test_a_checkpoint_of_somebody_else_is_none_of_a_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-best.pt").write_text("mine")
+    assert main(["--arch=resnet14", *FLAGS, "--dry-run", "--out", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize("name", [*WRITTEN, "checkpoint-12.pt"])
@@ -232,16 +299,24 @@ def test_memory_that_pytorch_lacks_costs_one_line(error, tmp_path, capsys, monke
     assert capsys.readouterr().err == "error: `image_size` must fit into the memory; got 4096. Use a smaller one.\n"
 
 
-def test_latencies_that_do_not_fit_into_the_memory_cost_no_run(tmp_path, capsys, monkeypatch):
-    def lacks(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+@pytest.mark.parametrize("one", [True, False])
+def test_latencies_that_do_not_fit_into_the_memory_cost_no_run(one, tmp_path, capsys, monkeypatch):
+    def lacks(networks, example, batches=(1, 128)):
+        if 128 in batches or not one:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return [[4.0, 2.0]]
 
     monkeypatch.setattr("catode.train.loop.result.latency_ms", lacks)
     flags = ["--arch=resnet14", "--hidden-scale=0.5", *FLAGS, "--out", str(tmp_path / "run")]
     assert main(flags) == 0
-    assert "latency  not measured at batch 128: not enough memory" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert [f"latency  not measured at batch {size}: not enough memory" in said for size in (1, 128)] == [not one, True]
     found = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert found["latency_ms"] is found["latency_dense_ms_128"] is None and found["test_accuracy"] > 0
+    assert (
+        found["latency_dense_ms_128"] is None
+        and found["latency_ms"] == (2.0 if one else None)
+        and found["test_accuracy"] > 0
+    )
     assert (tmp_path / "run" / "report.md").exists()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from catode.prune.describe.executed import (
     executed_by,
     inference,
     numbers,
+    warn_of_uncounted,
 )
 from catode.prune.describe.protocol import goes_with, slices, tensor_of, within
 from catode.prune.describe.trial import failing_module, first_line
@@ -81,13 +81,10 @@ def count(model: nn.Module, example: Any) -> Counts:
         example: One input batch: a tensor, a tuple of arguments, or a mapping of keyword arguments; only shapes matter.
 
     Warns:
-        UserWarning: if it executes operations whose products are not counted.
+        Uncounted: if it executes operations whose products are not counted.
     """
     found = executed_by(model, example)
-    if found.uncounted:
-        path, name = next(iter(found.uncounted.items()))
-        where = path or type(model).__name__
-        warnings.warn(f"the MACs leave out {name} at `{where}`, an operation that is not counted", stacklevel=2)
+    warn_of_uncounted(model, found)
     return Counts(round(found.macs / batch_size(example)), sum(p.numel() for p in model.parameters()))
 
 

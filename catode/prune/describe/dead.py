@@ -14,13 +14,14 @@ from catode.structures.inventory import Inventory
 from catode.structures.layout import Layout
 
 
-def check(model: nn.Module, inventory: Inventory, outputs: Callable[[], list[torch.Tensor]]) -> None:
+def check(model: nn.Module, inventory: Inventory, outputs: Callable[[], list[torch.Tensor]], multiple: int) -> None:
     """Make sure that no gradient reaches the weights of dead channels, whose weights in and out are all 0.
 
     Args:
         model: A copy of the whole network with random weights; half of every width is dead afterwards.
         inventory: Numbering of its structures.
         outputs: Runs it, for a derivative.
+        multiple: Multiple that dead channels are to round up widths to.
 
     Raises:
         ValueError: if one does, since an activation does not map 0 to 0.
@@ -44,7 +45,7 @@ def check(model: nn.Module, inventory: Inventory, outputs: Callable[[], list[tor
             where = torch.from_numpy(layout.entries(part, dead[site])).to(gradient.device)
             if gradient.index_select(part.dim, where).any():
                 raise ValueError(
-                    f"`width_multiple` must be 1 where an activation does not map 0 to 0, so that dead channels would come back to "
-                    f"life; got one behind site `{site.name}`. Pass width_multiple=1."
+                    f"`width_multiple` must be 1 where an activation does not map 0 to 0, as behind site `{site.name}`, or dead "
+                    f"channels would come back to life; got {multiple}. Pass width_multiple=1."
                 )
     model.zero_grad(set_to_none=True)

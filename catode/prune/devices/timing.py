@@ -70,16 +70,20 @@ def latency_ms(
     """
     training = [network.training for network in networks]
     medians = []
-    for size in batches:
-        inputs = [
-            _like_weights(torch.randn(size, *example.shape[1:], device=example.device), n.eval()) for n in networks
-        ]
-        times, begin = [], time.perf_counter()
-        while len(times) < WARM_UP + LEAST_ROUNDS or time.perf_counter() - begin < seconds:
-            times.append([passing_ms(lambda n=n, x=x: n(x), x.device) for n, x in zip(networks, inputs, strict=True)])
-        medians.append([statistics.median(column) for column in zip(*times[WARM_UP:], strict=True)])
-    for network, flag in zip(networks, training, strict=True):
-        network.train(flag)
+    try:
+        for size in batches:
+            inputs = [
+                _like_weights(torch.randn(size, *example.shape[1:], device=example.device), n.eval()) for n in networks
+            ]
+            times, begin = [], time.perf_counter()
+            while len(times) < WARM_UP + LEAST_ROUNDS or time.perf_counter() - begin < seconds:
+                times.append(
+                    [passing_ms(lambda n=n, x=x: n(x), x.device) for n, x in zip(networks, inputs, strict=True)]
+                )
+            medians.append([statistics.median(column) for column in zip(*times[WARM_UP:], strict=True)])
+    finally:
+        for network, flag in zip(networks, training, strict=True):
+            network.train(flag)
     return medians
 
 

@@ -22,6 +22,9 @@ from catode.structures.description import Block, Site
 from catode.structures.inventory import Inventory
 from catode.structures.layout import Layout, layout_of, units_in
 
+STEPS = (0, 1, 10, 100)
+"""Numbers of steps after which the optimizer's state is looked at: a gradient scaler may skip a few dozen of the first."""
+
 
 @dataclass(frozen=True)
 class SiteCut:
@@ -134,18 +137,25 @@ class Network:
         """Call a function with every `Cut` when it has been made."""
         self._callbacks.append(callback)
 
-    def check_step(self, group: Group) -> None:
+    def check_step(self, done: int, group: Group, gated: NDArray[np.bool_]) -> None:
         """Refuse what can only be seen when the first steps are taken: a wrapper, an optimizer whose state cannot be cut.
 
         Args:
+            done: Steps so far.
             group: Processes that train the model.
+            gated: Which structures have gates, shape (n,).
 
         Raises:
             ValueError: if there is one.
         """
-        refuse_wrapped(self.model, group)
-        parts = {part.tensor for place in self.inventory.places for part in slices(self.model, place.site)}
-        found = [tensor_of(self.model, name) for name in parts]
+        if done == 0:
+            refuse_wrapped(self.model, group)
+        if done not in STEPS:
+            return
+        sites = [place.site for place in self.inventory.places if gated[place.units].any()]
+        found = [
+            tensor_of(self.model, name) for name in {part.tensor for site in sites for part in slices(self.model, site)}
+        ]
         check_state(self.optimizer, [tensor for tensor in found if isinstance(tensor, nn.Parameter)])
 
     def install(self, kept: NDArray[np.bool_], open_: NDArray[np.bool_], present: Sequence[NDArray[np.int64]]) -> None:

@@ -336,7 +336,7 @@ class _Ran:
         """What a module just returned; None for what may hold tensors that cannot be found."""
         try:
             return cls(output, _versions(output), RandomStates.now(device))
-        except TypeError:
+        except (TypeError, RuntimeError):  # RuntimeError: inference tensors count no changes
             return None
 
     @property

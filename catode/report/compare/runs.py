@@ -93,8 +93,7 @@ class Run:
         c = self.config
         tol = c.get("tol")
         rule = f"risk {c['risk']:g}" if tol is None else f"tolerance {tol:g}, which `derived` stands for here"
-        where = f"{c['dataset']} {c.get('data_dir') or ''}".strip() if c["dataset"] == "folder" else c["dataset"]
-        return c["arch"], where, f"{c['epochs']} epochs", rule, self.images
+        return c["arch"], c["dataset"], f"{c['epochs']} epochs", rule, self.images
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -105,7 +104,7 @@ class Run:
             for name, value in self.config.items()
             if name in ("dataset", "arch", "seed") or name not in known or known[name].identity
         }
-        return {**own, "images": self.images}
+        return {**own, "images": self.images} if self.config["dataset"] == "folder" else own
 
 
 def read(folder: Path, place: int = 0) -> Run:
@@ -185,6 +184,6 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
             found.setdefault(run.group, []).append(run)
     names = [", ".join(group[:-1]) for group in found]
     return {
-        name if names.count(name) == 1 else f"{name}, images {group[-1]}": own
+        name if names.count(name) == 1 else f"{name}, images {group[-1] or 'not recorded'}": own
         for name, (group, own) in zip(names, found.items(), strict=True)
     }

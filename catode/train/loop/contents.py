@@ -58,6 +58,7 @@ FIELDS: dict[str, tuple[str, Check]] = {
     "seconds": ("a time", _time),
     "cpu_seconds": ("a time", _time),
     "history": ("shares", lambda v: isinstance(v, list) and all(_time(share) and share <= 1 for share in v)),
+    "over": ("true or false", lambda v: type(v) is bool),
     "executed": ("a count or nothing", lambda v: v is None or _count(v)),
     "config": ("settings by name", lambda v: isinstance(v, dict) and all(isinstance(name, str) for name in v)),
     "processes": ("a positive count", lambda v: _count(v) and v > 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -159,7 +160,7 @@ def refusals(where: str = "") -> Iterator[None]:
     except NotFinite:
         raise
     except (ValueError, RuntimeError) as error:
-        if not str(error).startswith("`"):
+        if isinstance(error, RuntimeError) and not str(error).startswith("`"):
             raise
         raise ConfigError(f"{error}{where}") from error
 
@@ -186,6 +187,10 @@ def _rehearse(setup: Setup) -> None:
         optimizer.step()
         with suppress(NotFinite):
             pruner.step((images, labels))
+    del model, optimizer, pruner
+    gc.collect()  # they hold each other
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def _pruner(setup: Setup, model: nn.Module, optimizer: torch.optim.Optimizer, **changes: Any) -> Pruner:

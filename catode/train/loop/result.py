@@ -68,13 +68,18 @@ def environments(config: Config, processes: int, images: int | str, folder: Path
 
 
 def latencies(networks: Sequence[nn.Module], example: torch.Tensor) -> list[list[float | None]]:
-    """`latency_ms` of networks; None for all where a batch does not fit into the memory, which costs no run."""
+    """`latency_ms` of networks at batches of 1 and 128; None for a batch that does not fit into the memory, which costs no run."""
     try:
         return latency_ms(networks, example)
     except Exception as error:
         if not out_of_memory(error):
             raise
-        return [[None] * len(networks)] * 2
+    try:
+        return [*latency_ms(networks, example, batches=(1,)), [None] * len(networks)]
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    return [[None] * len(networks)] * 2
 
 
 def content(run: Trainer, dense: nn.Module, validation: list[Score] | None, test: list[Score]) -> dict[str, Any]:

@@ -28,13 +28,22 @@ from catode.train.loop.optimization import AMP
 from catode.train.loop.result import environment
 from catode.train.loop.tables import TABLES, checksum
 from catode.train.models import sources, weights
-from catode.train.models.answer import alike, answer
+from catode.train.models.answer import alike, answer_of_any
 from catode.train.settings.config import Config
 from catode.train.settings.pruning import least_units
 from catode.train.settings.run import check_out
 from catode.train.settings.training import AUTO, LAYOUTS, learning_rates, ode_time
 
-PROGRESS = ("epochs_done", "step", "time", "seconds", "cpu_seconds", "history", "executed")  # attributes of `Trainer`
+PROGRESS = (
+    "epochs_done",
+    "step",
+    "time",
+    "seconds",
+    "cpu_seconds",
+    "history",
+    "executed",
+    "over",
+)  # attributes of `Trainer`
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Setup:
         notes: Messages for the user, one line each.
         lock: Lock file of a resumed run's folder, in rank 0.
         step_times: Measured step times, if they are what the prices count.
-        answer: What the newly made network answers, see `catode.train.models.answer`.
+        answer: What the network answers with random weights, see `catode.train.models.answer`.
         group: The processes of the run.
     """
 
@@ -150,7 +159,7 @@ def prepare(config: Config) -> Setup:
     if sources.is_foreign(config.arch):
         sources.check_output(config.arch, model, example, len(images.classes))
     blocks = described(model, example, config.keep or (), least_units(config.least))
-    told = tuple(answer(model, images.train_images.shape[1:]))
+    told = tuple(answer_of_any(model, images.train_images.shape[1:]))
     notes = list(images.notes)
     if config.device == "cpu" and torch.cuda.is_available():
         notes.append("the run uses the CPU, though PyTorch finds a CUDA device. For that, give --device cuda.")
@@ -223,10 +232,10 @@ def _of_environment(config: Config) -> list[str]:
     except (ValueError, OSError):  # damaged; it is written anew
         return []
     now, notes = environment(config), []
-    for name in ("catode", "torch", "device", "processor"):
-        if isinstance(before.get(name), str) and before[name] != now[name]:
+    for name in ("catode", "python", "torch", "numpy", "device", "accelerator", "processor"):
+        if isinstance(before.get(name), str) and before[name] != now.get(name):
             notes.append(
-                f"the run had {name} {before[name]} and goes on with {now[name]}: its results will not be those of an "
+                f"the run had {name} {before[name]} and goes on with {now.get(name)}: its results will not be those of an "
                 "uninterrupted run bit by bit."
             )
     threads = before.get("threads")

@@ -46,6 +46,7 @@ from catode.train.loop.optimization import (
 from catode.train.loop.result import environments, random_state
 from catode.train.loop.setup import PROGRESS, Setup, build_model, prepare
 from catode.train.loop.tables import METRIC_FIELDS, TABLES, VALIDATION_FIELDS, CsvTable, Sums
+from catode.train.models.answer import answer
 from catode.train.settings.config import Config, ConfigError
 from catode.train.settings.run import check_out
 from catode.train.stop import Stop, Stopped, held_back
@@ -495,4 +496,5 @@ class Trainer:
         content = result.content(self, build_model(self.config, self.setup.images), validation, test)
         checkpoint.write_text(self.folder / "result.json", json.dumps(content, indent=2) + "\n")
         checkpoint.seal(self.folder, *TABLES, shadow.FILE, "result.json")
-        checkpoint.note_answer(self.folder)
+        with self.average.applied() if self.average else nullcontext():
+            checkpoint.note_answer(self.folder, answer(self.model, self.setup.images.train_images.shape[1:]))

@@ -13,9 +13,10 @@ number, text, switch = helpers("run")
 
 WRITTEN = (
     "model.pt", "structure.json", "result.json", "metrics.csv", "structures.csv", "shadow.csv", "env.json", "report.md",
-    "latency_table.csv", "checksums.json",
+    "latency_table.csv", "checksums.json", "accuracy.png", "theta.png", "structure.png", "complexity.png", "phase.png",
+    "tensorboard",
 )  # fmt: skip
-"""Files that a run writes, besides config.json and its checkpoints."""
+"""What a run and its report write, besides config.json and checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ def check_out(config: RunSettings) -> None:
             "Choose another --out or delete the folder."
         )
     found = next((name for name in WRITTEN if (folder / name).exists()), None) or next(
-        (path.name for path in sorted(folder.glob("checkpoint-*.pt"))), None
+        (path.name for path in sorted(folder.glob("checkpoint-*.pt")) if path.stem.partition("-")[2].isdecimal()), None
     )
     if found is not None:
         raise ConfigError(
