@@ -328,7 +328,7 @@ class Pruner(Queries):
 
     def _step(self, batch: Any, grad_scale: float | torch.Tensor, skipped: bool | torch.Tensor | None) -> Check | None:
         own = self.state
-        self._network.check_step(own.done, self.group, self.gated)
+        self._network.check_step(own.done, self.group, self.gated, own.kept)
         self._measuring.objective.check_given(batch)
         if self.settings.max_norm is not None:
             project(self.model, self.blocks, own.kept, self.settings.max_norm)

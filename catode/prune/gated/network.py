@@ -137,13 +137,14 @@ class Network:
         """Call a function with every `Cut` when it has been made."""
         self._callbacks.append(callback)
 
-    def check_step(self, done: int, group: Group, gated: NDArray[np.bool_]) -> None:
+    def check_step(self, done: int, group: Group, gated: NDArray[np.bool_], kept: NDArray[np.bool_]) -> None:
         """Refuse what can only be seen when the first steps are taken: a wrapper, an optimizer whose state cannot be cut.
 
         Args:
             done: Steps so far.
             group: Processes that train the model.
             gated: Which structures have gates, shape (n,).
+            kept: Which are in the network, shape (n,).
 
         Raises:
             ValueError: if there is one.
@@ -152,7 +153,7 @@ class Network:
             refuse_wrapped(self.model, group)
         if done not in STEPS:
             return
-        sites = [place.site for place in self.inventory.places if gated[place.units].any()]
+        sites = [place.site for place in self.inventory.standing(kept) if gated[place.units].any()]
         found = [
             tensor_of(self.model, name) for name in {part.tensor for site in sites for part in slices(self.model, site)}
         ]
