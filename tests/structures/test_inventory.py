@@ -240,6 +240,17 @@ def test_law_closing_twice_is_closing_once_and_what_must_stay_stays(data):
     assert (owner.kept(owner.record(closed)) == closed).all()
 
 
+def test_a_record_with_fewer_units_than_the_least_is_refused():
+    owner = Inventory([Block("b", "b.bn", (Site("b.s", 4, (), (), least=2),))])
+    record = {"b": {"kept": True, "sites": {"b.s": [1, 3]}}}
+    assert owner.kept(record).tolist() == [True, False, True, False, True]
+    record["b"]["sites"]["b.s"] = [3]
+    with pytest.raises(ValueError, match=r"^`b\.s` in structure\.json must keep at least 2 units; got 1\. Describe"):
+        owner.kept(record)
+    record["b"] |= {"kept": False}
+    assert not owner.kept(record).any(), "the block may go as a whole"
+
+
 def test_a_record_without_a_block_that_stays_is_refused():
     owner = lasting([2, 3])
     record = owner.record(np.ones(owner.size, dtype=bool))
