@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import inventory, network
 
-from catode.decisions.target import HEADROOM, LAG, RAMP, SLACK, Target
+from catode.decisions.target import HEADROOM, LAG, RAMP, SLACK, Target, missed
 from catode.structures.complexity import Complexity, Term
 
 COST = network((16,), (12, 8), (8,))
@@ -275,3 +275,37 @@ def test_two_targets_are_one_too_many():
         Target.choose(COST, 0.5, 0.5)
     with pytest.raises(ValueError, match="^`quantity` must be one of 'macs', 'params'"):
         Target(COST, "layers", 0.5)
+
+
+def test_a_target_is_missed_by_more_than_a_hundredth():
+    assert (
+        not missed(0.5, 0.3)
+        and not missed(0.5, 0.5)
+        and not missed(0.5, 0.5 + SLACK)
+        and missed(0.5, 0.5 + 1.5 * SLACK)
+    )
+    assert missed(0.0, 0.02) and not missed(0.9, 0.905)
+
+
+def test_what_has_no_gate_counts_as_staying_and_the_hint_says_so():
+    layers = COST.inventory.is_layer
+    first = np.zeros(COST.size, dtype=bool)
+    first[[units[0] for units in COST.inventory.units]] = True
+    of_first_block = COST.inventory.units[0]
+    for gated, stays, hint in (
+        (None, [], "Without any block"),
+        (layers | ~layers, [], "Without any block"),
+        (layers, [], "Without any block"),  # with its block every unit goes
+        (~layers, [], "Without any block"),  # with all its units every block goes
+        (~layers & ~first, np.flatnonzero(layers | first), "Without all that can go"),
+        (~first & (np.arange(COST.size) != 0), [0, of_first_block[0]], "Without all that can go"),
+    ):
+        mask = np.zeros(COST.size)
+        mask[stays] = 1.0
+        least = Target(COST, "macs", 0.9).of(mask)
+        target = Target(COST, "macs", least + 1e-3, gated)
+        assert target == Target(COST, "macs", least + 1e-3, None if gated is None else gated.copy()), (
+            "masks are not compared"
+        )
+        with pytest.raises(ValueError, match=rf"target_macs.*{hint} the network keeps {least:.4f}\."):
+            Target(COST, "macs", least - 1e-3, gated)
