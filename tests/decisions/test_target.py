@@ -8,6 +8,8 @@ from made import inventory, network
 
 from catode.decisions.target import HEADROOM, LAG, RAMP, SLACK, Target, missed
 from catode.structures.complexity import Complexity, Term
+from catode.structures.description import Block, Site
+from catode.structures.inventory import Inventory
 
 COST = network((16,), (12, 8), (8,))
 BLOCKS, close = COST.inventory.layers, COST.inventory.close
@@ -309,3 +311,15 @@ def test_what_has_no_gate_counts_as_staying_and_the_hint_says_so():
         )
         with pytest.raises(ValueError, match=rf"target_macs.*{hint} the network keeps {least:.4f}\."):
             Target(COST, "macs", least - 1e-3, gated)
+
+
+def test_a_block_that_cannot_go_is_none_of_what_stays_without_gates():
+    blocks = [
+        Block("rest", "", (Site("s", 4, ("a",), ("b",), least=1),), removable=False),
+        Block("b", "b.out", (Site("b.s", 4, ("b.a",), ()),)),
+    ]
+    cost = Complexity(
+        [Term("stem", 10, 1), Term("a", 5, 1, 0, None, 0), Term("b.a", 5, 1, 1, None, 1)], Inventory(blocks)
+    )
+    with pytest.raises(ValueError, match="Without any block the network keeps"):
+        Target(cost, "macs", 0.1)
