@@ -59,7 +59,7 @@ class PrunerState:
         turns: Rotation of the paired differences.
         shadow: Record of a shadow run, None for others.
         bounds: Largest norms of the blocks' weights, and violations of the Lipschitz assumption.
-        cut_at: Training steps at the last decision on a structure whose theta was not there yet, such as a removal.
+        cut_at: Training steps at the last removal, or the last decision that moved a theta.
         removed_near_one: Structures that were removed because time was out, with a theta near 1.
         warnings: What was said aloud, one line each.
     """

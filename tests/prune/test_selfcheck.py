@@ -420,6 +420,12 @@ def test_products_with_vectors_are_counted_and_what_multiplies_nothing_is_free(m
         assert count(Mixed(mix), torch.zeros(4, 6)).macs == 36 + macs
 
 
+def test_a_product_with_a_single_learned_vector_is_counted():
+    assert count(Mixed(lambda x, w: x @ w[0], out=1), torch.zeros(4, 6)).macs == 36 + 6
+    assert count(torch.nn.utils.spectral_norm(nn.Linear(6, 5)), torch.zeros(4, 6)).macs == 30
+    assert count(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)), torch.zeros(4, 6)).macs == 30
+
+
 @torch.library.custom_op("catode_tests::product", mutates_args=())
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x @ weight.T

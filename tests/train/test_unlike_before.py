@@ -87,6 +87,28 @@ def test_a_finished_run_is_read_only_with_the_code_that_made_it(run, capsys):
     assert not torch.allclose(load(run)(images), expected)
 
 
+def test_what_has_no_count_is_a_note_of_the_run(tmp_path, capsys, recwarn):
+    path = tmp_path / "nets.py"
+    flags = nets(path, start="x = torch.fft.fft(x.flatten(1)).real")
+    path.write_text("import torch\n" + path.read_text())
+    assert main([*flags, *FLAGS, "--out", str(tmp_path / "run")]) == 0
+    said = (
+        "the MACs leave out what `Net` (Net) executes by aten._fft_r2c.default, which is not counted and has no price."
+    )
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert [line for line in lines if "leave out" in line] == [f"note: {said}"]
+    assert not [warning for warning in recwarn if "leave out" in str(warning.message)]
+
+
+def test_a_fault_inside_a_step_is_no_refusal(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr("catode.prune.pruner.Pruner.step", fail)
+    with pytest.raises(ValueError, match="^operands could not be broadcast together$"):
+        main(["--arch=resnet14", "--hidden-scale=0.5", *FLAGS, "--out", str(tmp_path / "run")])
+
+
 def test_a_run_goes_on_only_with_the_code_that_it_began_with(tmp_path, capsys, monkeypatch):
     path, folder = tmp_path / "nets.py", tmp_path / "run"
     prune = loop.Trainer.prune
@@ -272,7 +294,7 @@ def test_a_wrong_file_of_weights_is_found_before_the_images_are_read(tmp_path, c
 
 
 @pytest.mark.parametrize(("part", "images"), [(2, 8), (8, 32), (64, 256), (128, 256), (256, 256), (512, 512)])
-def test_evaluation_takes_no_more_images_at_once_than_training_made_room_for(part, images):
+def test_evaluation_takes_at_most_four_times_the_images_of_a_part_at_once(part, images):
     assert evaluated_at_once(part) == images
 
 

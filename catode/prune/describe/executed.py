@@ -108,7 +108,7 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         flops = FLOPS.get(getattr(function, "_overloadpacket", None))
-        if flops is _vector_flops and self._weight(args) is not None:
+        if flops is _vector_flops and self._held(args[0]):
             pass  # of weights with each other, as spectral norms take them: once a batch, not for each example
         elif flops is None:
             if self._multiplies(function, args):
@@ -122,6 +122,10 @@ class _Products(TorchDispatchMode):
             else:
                 self.found.products[path, number] = self.found.products.get((path, number), 0) + macs
         return output
+
+    def _held(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer, or a view of one."""
+        return _storage(tensor) in self.parameters or _storage(tensor) in self.buffers
 
     def _multiplies(self, function, args: tuple) -> bool:
         """Whether an operation that is not in `FLOPS` multiplies tensors."""
@@ -260,15 +264,17 @@ class Uncounted(UserWarning):
     """An operation multiplies tensors, and nothing counts its products: it has no MACs and no price."""
 
 
-def warn_of_uncounted(model: nn.Module, found: Executed) -> None:
-    """Warn of the first operation that is not counted."""
+def uncounted(model: nn.Module, found: Executed) -> str:
+    """What the MACs of a network leave out, as text: the first operation that is not counted; empty for none."""
     for path, operation in found.uncounted.items():
-        warnings.warn(
-            f"the MACs leave out what {named(model, path)} executes by {operation}, which is not counted and has no price.",
-            Uncounted,
-            stacklevel=4,
-        )
-        return
+        return f"the MACs leave out what {named(model, path)} executes by {operation}, which is not counted and has no price."
+    return ""
+
+
+def warn_of_uncounted(model: nn.Module, found: Executed) -> None:
+    """Warn of what is not counted, if anything is."""
+    if said := uncounted(model, found):
+        warnings.warn(said, Uncounted, stacklevel=4)
 
 
 @contextmanager

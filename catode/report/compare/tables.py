@@ -32,8 +32,7 @@ def text(runs: Sequence[Run]) -> str:
         "end. Recall: share of all thetas that reached 0 that were decided before. Lead: steps from a confirmed decision to "
         "theta = 0. Rules by size select as many units as `derived` at the same check, whatever their theta; regrets are not "
         "defined for them, and their lead is that of all whose theta reached 0."
-        + " In runs with a fixed tolerance `derived` is that rule."
-        * bool(fixed),
+        f"{' In runs with a fixed tolerance `derived` is that rule.' if fixed else ''}",
         *_by_group(watched, lambda own: f"{rules_table(own)}\n\n{_derived(own)}"),
         "# Predicted and observed escapes",
         "Decisions of all rules that use theta, by the theory's bound on the probability of an escape at the decision. Within a "

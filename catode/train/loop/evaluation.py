@@ -29,8 +29,8 @@ class Score(NamedTuple):
 
 
 def evaluated_at_once(part: int) -> int:
-    """Images of a batch in evaluation: 256 or those of a part of a training batch, but at most four times the latter, which without
-    a backward pass fit into the memory where it did."""
+    """Images of a batch in evaluation: 256 or those of a part of a training batch, but at most four times the latter, since nothing
+    is kept for a backward pass."""
     return min(max(part, 256), 4 * part)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from catode.prune.checking import PruningWarning
+from catode.prune.describe.executed import Uncounted
 from catode.prune.measure.measuring import NotFinite
 from catode.prune.pruner import Pruner
 from catode.train.models.sources import is_foreign
@@ -140,27 +141,34 @@ def make_pruner(setup: Setup, optimizer: torch.optim.Optimizer) -> Pruner | None
     """The pruner of a run; None without gates (nu = 0)."""
     if setup.config.nu == 0:
         return None
+    with said_in_lines(), refusals():  # of the network, such as what the self-check found
+        if is_foreign(setup.config.arch) and setup.state is None:
+            _rehearse(setup)
+        return _pruner(setup, setup.model, optimizer)
+
+
+@contextmanager
+def said_in_lines() -> Iterator[None]:
+    """Leave out the warnings that a run prints as lines of its own."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PruningWarning)  # printed as lines of the run
-        with refusals():  # of the network, such as what the self-check found
-            if is_foreign(setup.config.arch) and setup.state is None:
-                _rehearse(setup)
-            return _pruner(setup, setup.model, optimizer)
+        for kind in (PruningWarning, Uncounted):
+            warnings.simplefilter("ignore", kind)
+        yield
 
 
 @contextmanager
 def refusals(where: str = "") -> Iterator[None]:
-    """What the pruner refuses of a network, raised as a `ConfigError`: one line, which begins with the name of an argument.
+    """What the pruner refuses of a network, raised as a `ConfigError`; not what is a fault, which has no argument's name.
 
     Args:
-        where: What to add to it.
+        where: What to add to it, at a step; empty where a pruner is made, all of whose ValueErrors are refusals.
     """
     try:
         yield
     except NotFinite:
         raise
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("`"):
+        if (where or isinstance(error, RuntimeError)) and not str(error).startswith("`"):
             raise
         raise ConfigError(f"{error}{where}") from error
 

@@ -16,6 +16,7 @@ from catode.decisions.motion import rate_ratios
 from catode.decisions.target import Target
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import describe
+from catode.prune.describe.executed import executed_by, uncounted
 from catode.prune.describe.protect import described
 from catode.prune.describe.trace.description import Description
 from catode.prune.devices import distributed
@@ -161,6 +162,8 @@ def prepare(config: Config) -> Setup:
     blocks = described(model, example, config.keep or (), least_units(config.least))
     told = tuple(answer_of_any(model, images.train_images.shape[1:]))
     notes = list(images.notes)
+    if sources.is_foreign(config.arch) and (left_out := uncounted(model, executed_by(model, example))):
+        notes.append(left_out)
     if config.device == "cpu" and torch.cuda.is_available():
         notes.append("the run uses the CPU, though PyTorch finds a CUDA device. For that, give --device cuda.")
     if config.layout == AUTO:

@@ -10,7 +10,6 @@ import json
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from itertools import islice
@@ -22,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from catode.decisions import shadow
-from catode.prune.checking import ROW_FIELDS, PruningWarning
+from catode.prune.checking import ROW_FIELDS
 from catode.prune.describe import steptime
 from catode.prune.describe.costs import Counts, count
 from catode.prune.devices import transfer
@@ -41,6 +40,7 @@ from catode.train.loop.optimization import (
     make_scaler,
     optimizer_state,
     refusals,
+    said_in_lines,
     take_gradient,
 )
 from catode.train.loop.result import environments, random_state
@@ -84,7 +84,7 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
     folder, group = Path(setup.config.out), setup.group
     if group.leads:
         folder.mkdir(parents=True, exist_ok=True)
-    with lock.released(setup.lock or lock.hold(folder)) if group.leads else nullcontext():
+    with lock.released(setup.lock or lock.hold(folder)) if group.leads else nullcontext(), said_in_lines():
         if group.leads and setup.config.resume is None:
             check_out(setup.config)  # another process may have started and ended a run here meanwhile
         try:
@@ -97,8 +97,7 @@ def train(setup: Setup, *, progress: bool = True, at_end: Callable[[Path], objec
             raise
         try:
             heeded = trainer.stop.heeded() if group.size == 1 else nullcontext()
-            with data.folder.workers_watched(trainer.batches.workers), heeded, warnings.catch_warnings():
-                warnings.simplefilter("ignore", PruningWarning)  # printed as lines of the run
+            with data.folder.workers_watched(trainer.batches.workers), heeded:
                 trainer.train()
         finally:
             trainer.close()
