@@ -314,6 +314,15 @@ def test_runs_of_other_rules_and_other_images_are_not_counted_together(tmp_path)
     compare.draw(figure, runs[1:])
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[0].startswith("tolerance 0.9 (the run's)") and "derived" not in "".join(labels)
+    legends = [
+        text.get_text()
+        for legend in figure.legends + [a.get_legend() for a in figure.axes]
+        if legend
+        for text in legend.get_texts()
+    ]
+    assert "tolerance 0.9: median 12" in legends and not any(
+        text.startswith(("derived", "stated risk")) for text in legends
+    )
 
 
 def test_folders_are_told_apart_by_their_images(tmp_path):

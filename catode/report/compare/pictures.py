@@ -56,7 +56,7 @@ def draw(figure: FigureBase, runs: Sequence[Run]) -> None:
         axes = figure.subplots(1, 3, width_ratios=(1.0, 1.1, 1.1))
         _draw_regrets(axes[0], scores, runs[0].config["risk"], runs[0].config.get("tol"))
         _draw_reliability(axes[1], calibration(runs))
-        _draw_leads(axes[2], scores)
+        _draw_leads(axes[2], scores, runs[0].config.get("tol"))
 
 
 def _draw_regrets(ax: Axes, scores: dict[str, Score], risk: float, tol: float | None) -> None:
@@ -78,8 +78,9 @@ def _draw_regrets(ax: Axes, scores: dict[str, Score], risk: float, tol: float | 
     ax.set_xlim(0.0, 1.02 * max([0.5, *(s.high for s in scores.values())]))
     ax.set_xlabel("regret rate, 95 % interval")
     ax.set_title("Regrets by rule")
-    ax.plot([], [], "|", color=PALETTE["black"], markersize=12, markeredgewidth=1.6, label="stated risk")
-    legend_below(ax)
+    if tol is None or any("@" in rule for rule in scores):
+        ax.plot([], [], "|", color=PALETTE["black"], markersize=12, markeredgewidth=1.6, label="stated risk")
+        legend_below(ax)
 
 
 def _draw_reliability(ax: Axes, bins: Sequence[tuple[float, float, float, int, int, int]]) -> None:
@@ -108,7 +109,7 @@ def _draw_reliability(ax: Axes, bins: Sequence[tuple[float, float, float, int, i
     legend_below(ax)
 
 
-def _draw_leads(ax: Axes, scores: dict[str, Score]) -> None:
+def _draw_leads(ax: Axes, scores: dict[str, Score], tol: float | None) -> None:
     styles = {shadow.DERIVED: (PALETTE["blue"], "-")}
     marks = ((PALETTE["vermillion"], ":"), (PALETTE["orange"], "--"), (PALETTE["purple"], "-."))
     styles |= {f"fixed {t:g}": mark for t, mark in zip(shadow.FIXED, marks, strict=True)}
@@ -116,7 +117,8 @@ def _draw_leads(ax: Axes, scores: dict[str, Score]) -> None:
         leads = np.sort(scores[rule].leads) if rule in scores else []
         if len(leads):
             x, y = np.maximum(leads, 1), np.arange(1, len(leads) + 1) / len(leads)
-            label = f"{rule}: median {np.median(leads):.0f}"
+            name = rule if tol is None or rule != shadow.DERIVED else f"tolerance {tol:g}"
+            label = f"{name}: median {np.median(leads):.0f}"
             ax.step(np.r_[x[0], x], np.r_[0.0, y], color=color, linestyle=line, where="post", label=label)
     ax.set_xscale("log")
     ax.set_ylim(0.0, 1.02)
