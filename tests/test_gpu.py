@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +82,25 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
     records.mend()
     records.add("checks", "b", PASSED)
     assert [one["name"] for one in records.read()] == ["a", "b"]
+
+
+def test_every_module_that_builds_a_network_builds_the_stage_shaped_one(monkeypatch):
+    """A latency was that of the whole network, which the trainer built under its own name for the function."""
+    users = [
+        m for name, m in sys.modules.items() if name.startswith("catode.train.loop.") and hasattr(m, "build_model")
+    ]
+    assert len(users) >= 2
+    for module in users:
+        monkeypatch.setattr(module, "build_model", module.build_model)  # put back in the end
+    training.shape_builds(None, "resnet14")
+    config = SimpleNamespace(device="cpu", channels_last=True)
+    for module in users:
+        model = module.build_model(config, SimpleNamespace(classes=range(10)))
+        share = (
+            count(model, torch.zeros(1, 3, 32, 32)).macs
+            / count(models.build("resnet14", in_channels=3, classes=10), torch.zeros(1, 3, 32, 32)).macs
+        )
+        assert 0.45 < share <= 0.5, module.__name__
 
 
 def failing(place: Place) -> Finding:

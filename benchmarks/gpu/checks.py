@@ -25,6 +25,7 @@ from benchmarks.gpu.units import Finding, Place, unit
 from catode.prune import selfcheck
 from catode.prune.checking import PruningWarning
 from catode.prune.devices.distributed import Group
+from catode.prune.devices.precision import tf32
 from catode.prune.gated.cut import restrict
 from catode.prune.gated.gates import Gates
 from catode.prune.measure.growth import GradientProducts
@@ -40,7 +41,9 @@ SAME = 1e-5  # relative difference of the same kernels in another order, or of d
 SINGLE = 0.02  # of a gradient in fp32 through ReLUs, which flip near 0, against float64; 2e-3 on a CPU
 ADAPTIVE = 0.3  # the same after steps of AdamW, which divides by its square; 5e-2 on a CPU
 HALF = {torch.bfloat16: 0.3, torch.float16: 0.1}  # of a gradient in half precision; 6e-2 in bfloat16 on a CPU
-FEW = 12  # steps after which runs in fp32 are still the same to rounding; after 15 they part
+FEW = (
+    12  # steps after which runs are still the same to rounding in double precision; in fp32 one ReLU that flips decides
+)
 EXACT_ESTIMATORS = dict(estimator="straight-through", layer_estimator="paired")  # these draw no random vectors
 
 
@@ -71,20 +74,6 @@ def to_device(place: Place, model: nn.Module, x: torch.Tensor) -> tuple[nn.Modul
     """Copies on the device, channels-last."""
     own = copy.deepcopy(model).to(place.device, memory_format=torch.channels_last)
     return own, x.to(place.device).contiguous(memory_format=torch.channels_last)
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Let fp32 convolutions and matrix products round to TF32, or not."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        for backend, flag in zip(backends, before, strict=True):
-            backend.allow_tf32 = flag
 
 
 def difference(found: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray) -> float:
@@ -295,6 +284,7 @@ def trained(
     dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     group: Group | None = None,
+    double: bool = False,
     dense: bool = False,
     every: Callable[[int], object] = lambda step: nullcontext(),
     **settings: Any,
@@ -308,6 +298,7 @@ def trained(
         dtype: Type of automatic mixed precision; None for none.
         scaler: Scaler of the loss.
         group: Processes.
+        double: Weights and images in double precision.
         dense: A fully-connected network in place of a convolutional one.
         every: A context for each step.
         **settings: Of the pruner.
@@ -320,8 +311,9 @@ def trained(
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(16, 32, *shape, generator=generator)
     y = (x.mean((2, 3, 4)) * 40).long().clamp(-4, 4) + 4
-    model = model.to(device, memory_format=torch.channels_last).train()
-    x, y = x.to(device), y.to(device)
+    wide = torch.float64 if double else torch.float32
+    model = model.to(device, wide, memory_format=torch.channels_last).train()
+    x, y = x.to(device, wide), y.to(device)
     average = Average(model, 0.9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     given = dict(nu=12.0, steps=10**4, memory=10, check_every=10, read_every=5, rate_ratio=0.2, initial_keep_prob=0.9)
@@ -335,7 +327,7 @@ def trained(
         with every(step):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(kind, dtype) if dtype else nullcontext():
-                loss = F.cross_entropy(called(x[step % 16]).float(), y[step % 16])
+                loss = F.cross_entropy(called(x[step % 16]).to(wide), y[step % 16])
             scale, before = 1.0, 1.0
             if scaler is None:
                 loss.backward()
@@ -353,6 +345,11 @@ def trained(
                 pruner.step(grad_scale=scale)
             thetas.append(pruner.keep_prob.copy())
     return Run(model, pruner, np.array(thetas), skipped, average, optimizer)
+
+
+def apart(one: Run, other: Run) -> float:
+    """Largest difference of two runs' thetas in their first `FEW` steps."""
+    return float(np.abs(one.thetas[:FEW] - other.thetas[:FEW]).max())
 
 
 def sound(run: Run) -> dict[str, float]:
@@ -373,14 +370,14 @@ def sound(run: Run) -> dict[str, float]:
 
 @unit("checks", "pruning", 60)
 def pruning(place: Place) -> Finding:
-    """A run until structures are removed, with deferred reads; its first thetas against those of the CPU."""
+    """A run until structures are removed, with deferred reads; first thetas against those of the CPU, in double precision."""
     steps = 60 if place.smoke else 150
     with tf32(False):
         run = trained(place.device, steps, **EXACT_ESTIMATORS)
-        few = trained("cpu", FEW, **EXACT_ESTIMATORS)
+        few, expected = (trained(where, FEW, double=True, **EXACT_ESTIMATORS) for where in (place.device, "cpu"))
     other = trained(place.device, steps)
-    numbers = {"thetas": float(np.abs(run.thetas[:FEW] - few.thetas).max()), "moved": float((few.thetas < 0.9).any())}
-    numbers |= {"removed": run.removed, "removed with curvature": other.removed}
+    numbers = {"thetas": apart(few, expected), "moved": float((expected.thetas < 0.9).any())}
+    numbers |= {"thetas, fp32": apart(run, expected), "removed": run.removed, "removed with curvature": other.removed}
     for one in (run, other):
         one.pruner.finish()
     whole = {
@@ -426,13 +423,13 @@ def fp16(place: Place) -> Finding:
 def stream(place: Place) -> Finding:
     """Thetas of a run on a stream that is not the default one."""
     with tf32(False):
-        expected = trained(place.device, FEW, **EXACT_ESTIMATORS)
+        expected = trained(place.device, FEW, double=True, **EXACT_ESTIMATORS)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            run = trained(place.device, FEW, **EXACT_ESTIMATORS)
+            run = trained(place.device, FEW, double=True, **EXACT_ESTIMATORS)
         side.synchronize()
-    numbers = {"thetas": float(np.abs(run.thetas - expected.thetas).max())}
+    numbers = {"thetas": apart(run, expected)}
     return passed(numbers, thetas=1e-3)
 
 
@@ -494,18 +491,18 @@ def process_group(place: Place) -> Finding:
     if not dist.is_available():
         raise RuntimeError("PyTorch was built without torch.distributed")
     with tf32(False):
-        expected = trained(place.device, FEW, **EXACT_ESTIMATORS)
+        expected = trained(place.device, FEW, double=True, **EXACT_ESTIMATORS)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine without network may not know its own name
         backend = "cpu:gloo,cuda:nccl" if place.cuda else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
             alone = Group(0, _Never(1), 0)
-            run = trained(place.device, FEW, group=alone, **EXACT_ESTIMATORS)
+            run = trained(place.device, FEW, group=alone, double=True, **EXACT_ESTIMATORS)
             alone.settle(run.model)
             sums = alone.sum(torch.arange(5.0, device=place.device)).tolist()
             things = alone.gather({"a": 1})
         finally:
             dist.destroy_process_group()
-    numbers = {"thetas": float(np.abs(run.thetas - expected.thetas).max()), "backend": backend}
+    numbers = {"thetas": apart(run, expected), "backend": backend}
     found = passed(numbers, thetas=1e-3)
     return Finding(found.passed and sums == [0, 1, 2, 3, 4] and things == [{"a": 1}], found.numbers)

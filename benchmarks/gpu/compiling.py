@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -96,7 +95,7 @@ def _compiled(place: Place, mode: str | None) -> Finding:
             mark()
             compact = checks.difference(calls["it"](x).clone(), model(x))
     numbers = {
-        "thetas": float(np.abs(run.thetas - eager.thetas).max()),
+        "thetas": checks.apart(run, eager),
         "compact network": compact,
         **checks.sound(run),
     }

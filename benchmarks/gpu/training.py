@@ -118,7 +118,7 @@ def narrowing(build, share: float, steps: int = 12) -> float:
 
 def shape_builds(shape: Path | None, arch: str) -> str:
     """Let the trainer build the stage-shaped network in place of the whole one, in this process; returns what it is."""
-    from catode.train.loop import result, setup
+    from catode.train.loop import setup, trainer
     from catode.train.loop.layout import memory_format
     from catode.train.models import resnets
 
@@ -138,7 +138,7 @@ def shape_builds(shape: Path | None, arch: str) -> str:
         def build(config, images):
             return shaped(plain(config, images), means)
 
-    setup.build_model = result.build_model = build
+    setup.build_model = trainer.build_model = build
     return what
 
 
@@ -197,7 +197,7 @@ def pack(folder: Path, archive: Path) -> bool:
     """
     checkpoint, content = newest(folder), io.BytesIO()
     try:
-        with tarfile.open(fileobj=content, mode="w") as tar:
+        with tarfile.open(fileobj=content, mode="w:gz", compresslevel=1) as tar:
             for path in (*([checkpoint] if checkpoint else []), *(folder / name for name in PACKED)):
                 if path.exists():
                     data = path.read_bytes()

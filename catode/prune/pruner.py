@@ -40,6 +40,7 @@ from catode.prune.describe.protocol import branch, unwrapped
 from catode.prune.describe.steptime import MeasuredComplexity, Table
 from catode.prune.describe.trace.describing import blocks_of
 from catode.prune.devices.distributed import Group, current, norms_are_shared
+from catode.prune.devices.precision import own_precision
 from catode.prune.devices.transfer import DeferredReads, upload
 from catode.prune.gated import cut
 from catode.prune.gated.draws import GateDraws
@@ -288,8 +289,8 @@ class Pruner(Queries):
         """
         if self.state.finished:
             return None
-        precision, eager = torch.autocast(self._device.type, enabled=False), torch.compiler.set_stance("force_eager")
-        with torch.enable_grad(), precision, eager:  # whatever the loop has around it, and was compiled
+        eager = torch.compiler.set_stance("force_eager")  # whatever was compiled
+        with torch.enable_grad(), own_precision(self._device), eager:  # and whatever the loop has around it
             try:
                 return self._step(batch, grad_scale, skipped)
             except Exception:

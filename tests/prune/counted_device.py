@@ -21,6 +21,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from catode.prune.devices import transfer
 from catode.prune.pruner import Pruner
 from catode.train import loop
 from catode.train.models import DenseResNet
@@ -163,6 +164,14 @@ def epoch(setup, device, folder):
     return trainer.pruner.keep_prob.tolist(), [loss], counts
 
 
+def mixed():
+    """Numbers of which every third is on the device, and what the host waited for to have them."""
+    numbers = [torch.tensor(k / 8).to("counted:0") if k % 3 == 0 else k / 8 for k in range(9)]
+    numbers[1] = torch.tensor(0.125)
+    waits.clear()
+    return transfer.floats(numbers), list(waits)
+
+
 def main():
     torch.Generator = Generator
     backend_registration._setup_privateuseone_for_python_backend("counted", Backend())
@@ -178,6 +187,8 @@ def main():
             with nullcontext() if device == "cpu" else Everywhere():
                 found[device] = {name: steps(device, READ_EVERY, 9, **own) for name, own in changes.items()}
                 found[device]["trainer"] = epoch(setup, device, f"{folder}/{device}")
+        with Everywhere():
+            found["mixed"] = mixed()
     json.dump(found, sys.stdout)
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from catode.prune.pruner import Pruner
 from catode.train import data
-from catode.train.models import DenseResNet
+from catode.train.models import DenseResNet, build
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 BLOCKS, HIDDEN, STEPS, BATCH = 3, 16, 300, 64
@@ -493,6 +493,53 @@ def test_probes_have_the_precision_of_the_step_wherever_autocast_is():
         np.testing.assert_allclose(np.asarray(got), np.asarray(right), rtol=0.02, atol=0.02 * np.abs(right).max())
 
 
+def low_bits(where, cached):
+    """A network, or a loss, that enters autocast by itself, which may keep its copies of weights."""
+    own = functools.partial(torch.autocast, "cpu", torch.bfloat16, **({} if cached else {"cache_enabled": False}))
+    model, loss = network(), ce
+    plain = model.forward
+    if where == "decorator":  # made before the pruner's step, and keeps its own setting
+        model.forward = own()(plain)
+    elif where == "forward":
+
+        def forward(image):
+            with own():
+                return plain(image)
+
+        model.forward = forward
+    else:
+
+        def loss(model, batch):
+            with own():
+                return ce(model, batch)
+
+    return model, loss
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("where", ["forward", "decorator", "loss"])
+def test_no_copy_of_a_weight_in_fewer_bits_outlives_the_weight(where, around):
+    """Growth is measured at moved weights, and the first step compares gradients at those of before."""
+    found = []
+    for cached in (True, False):
+        model, loss = low_bits(where, cached)
+        optimizer, pruner = make(
+            model, loss, warmup=0, initial_keep_prob=0.9, nu=0.05, rate_ratio=0.05, measure_every=1
+        )
+        for x, y in batches(12):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=around, cache_enabled=cached):
+                loss(model, (x, y)).backward()
+                torch.clear_autocast_cache() if around else None  # or the loop itself would go on with old weights
+                optimizer.step()
+                pruner.step((x, y))
+        limits = pruner.limits()
+        found.append((pruner.keep_prob, limits.gain, limits.drift))
+    assert np.abs(found[0][1]).max() > 0
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     "dtype, kept",
     [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (None, torch.float32)],
@@ -606,3 +653,21 @@ def test_a_compiled_model_decides_alike():
         way(compiled, optimizer, pruner, x, y)
     fates, kept, difference = alike((thetas, pruner.fate, pruner), reference(False))
     assert fates >= 0.95 and kept >= 0.97 and difference <= 0.02
+
+
+@pytest.mark.slow
+def test_a_compiled_model_in_few_bits_is_not_taken_for_one_of_another_loss():
+    """Compiled code keeps in 32 bits what eager code rounds to 16 between two operations."""
+    torch.manual_seed(0)
+    model = build("resnet14", in_channels=1, classes=10, hidden_scale=0.5).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    pruner = Pruner(model, EXAMPLE, optimizer=optimizer, loss=ce, nu=1.0, steps=STEPS, epoch_steps=100)
+    compiled = torch.compile(model)
+    for x, y in batches(3, size=32):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = ce(compiled, (x, y))
+        loss.backward()
+        optimizer.step()
+        pruner.step((x, y))
+    assert pruner.state.done == 3 and pruner.gates.traced

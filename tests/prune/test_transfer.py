@@ -54,6 +54,11 @@ def test_a_device_measures_what_the_cpu_does(counted, name):
     np.testing.assert_allclose(others, expected_others, rtol=1e-5)
 
 
+def test_numbers_on_a_device_are_read_at_once(counted):
+    assert counted["mixed"] == [[k / 8 for k in range(9)], ["_to_copy"]]
+    assert transfer.floats([]) == []
+
+
 def test_later_reads_all_in_order():
     later, taken = transfer.DeferredReads(), []
     later.put(lambda a: taken.append(a.tolist()), torch.arange(3))

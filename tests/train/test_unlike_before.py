@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from catode import export
+from catode.prune.devices.precision import tf32
 from catode.report import describe as describe_command
 from catode.train import load, loop
 from catode.train.__main__ import main
@@ -159,6 +161,20 @@ def test_an_answer_is_that_of_a_network_in_eval_mode_and_changes_nothing():
     assert alike([told[0] + 0.009 * largest, *told[1:]], told) and not alike(
         [told[0] + 0.011 * largest, *told[1:]], told
     )
+
+
+def test_an_answer_of_a_cuda_device_is_not_rounded_to_tf32(monkeypatch):
+    """Others compare it, such as `catode.load` on a CPU; without a device, at what the context does."""
+    backends, seen = (torch.backends.cudnn, torch.backends.cuda.matmul), []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    model.register_forward_hook(lambda *_: seen.append([own.allow_tf32 for own in backends]))
+    with tf32(True):
+        told = answer(model, (1, 8, 8))
+        assert seen == [[True, True]] * 2, "a CPU has none"
+        monkeypatch.setattr("catode.train.models.answer.cuda_devices", lambda model: ["cuda:0"])
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+        assert answer(model, (1, 8, 8)) == told and seen[2:] == [[False, False]] * 2
+        assert [own.allow_tf32 for own in backends] == [True, True]
 
 
 class Zero(nn.Module):

@@ -39,6 +39,12 @@ def read(tensors: Sequence[torch.Tensor]) -> list[NDArray]:
     return [part.reshape(tensor.shape).numpy() for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def floats(numbers: Sequence[float | torch.Tensor]) -> list[float]:
+    """Numbers of which some are tensors of shape (), perhaps on a device; the host waits once for those."""
+    there = iter(read([n for n in numbers if isinstance(n, torch.Tensor) and n.device.type != "cpu"]))
+    return [float(next(there)) if isinstance(n, torch.Tensor) and n.device.type != "cpu" else float(n) for n in numbers]
+
+
 def exact(device: torch.device) -> torch.dtype:
     """The widest floating-point type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64

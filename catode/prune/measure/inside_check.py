@@ -22,7 +22,7 @@ from catode.prune.gated.gates import NO_GRADIENTS
 from catode.prune.measure.capture import Call, Capture, Moment, differentiable
 from catode.prune.measure.curvature import last
 from catode.prune.measure.losses import Sample
-from catode.prune.measure.probes import outputs_of
+from catode.prune.measure.probes import exchanged, outputs_of
 
 SAME, HALF = 0.01, 0.05  # relative deviation up to which gradients are the same, in 32 bits and more, and in fewer
 
@@ -89,8 +89,9 @@ def by_other_ways(capture: Capture, calls: Sequence[Call]) -> bool:
     """Whether gradients came to the gates of a step by other ways than the model's outputs; no, where it cannot be told.
 
     The model is run again as it was in the step: with the same weights, inputs, gates and random numbers. It cannot be told
-    of a model that returns something else each time even so, runs gated modules without gradients, or has parameters of a type
-    of their own, such as those that are spread over processes.
+    of a model that returns something else each time even so, runs gated modules without gradients, has parameters of a type of
+    their own, such as those that are spread over processes, or was compiled and has few bits, to which compiled code rounds at
+    other places.
 
     Args:
         capture: The step's calls, with everything kept.
@@ -103,6 +104,8 @@ def by_other_ways(capture: Capture, calls: Sequence[Call]) -> bool:
     by_example = calls[0].rows is not None
     came = torch.cat([call.rows.grad for call in calls]) if by_example else capture.total
     close = closeness(calls)
+    if capture.gates.traced and close == HALF:
+        return False
     # shut as in a checkpoint with use_reentrant=True, through which no gradient can be followed
     with _shut(capture) as shut:
         pulled = _pulled(capture, calls)
@@ -150,15 +153,9 @@ def _pulled(capture: Capture, calls: Sequence[Call]) -> torch.Tensor:
 def _as_at(model: nn.Module, moment: Moment) -> Iterator[None]:
     """The model with the weights, buffers and random numbers of another moment."""
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    pairs = [(now[name], then) for name, then in moment.tensors.items()]
-    for here, then in pairs:
-        here.data, then.data = then.data, here.data
-    moment.random.set()
-    try:
+    with exchanged([(now[name], then) for name, then in moment.tensors.items()]):
+        moment.random.set()
         yield
-    finally:
-        for here, then in pairs:
-            here.data, then.data = then.data, here.data
 
 
 def by_probe(capture: Capture, sample: Sample) -> tuple[bool, NDArray[np.bool_]]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from catode.prune.devices.transfer import floats
 from catode.prune.measure.owned import Owned
 from catode.prune.optimizers import Update
 
@@ -39,8 +40,8 @@ class Metric:
             second: Copies of the means of past squared gradients, as the step weighs them.
         """
         none = Update(0.0)
-        rows = [[float(u.rate), float(u.own), u.eps] for u in (updates.get(p, none) for p in owned.parameters)]
-        parts = [torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)]
+        numbers = [n for p in owned.parameters for u in (updates.get(p, none),) for n in (u.rate, u.own, u.eps)]
+        parts = [torch.tensor(floats(numbers), dtype=torch.float64).reshape(-1, 3)]
         if second:
             nan = {p: torch.full_like(p.detach(), torch.nan) for p in owned.parameters if p not in second}
             parts.append(owned.flat(second | nan))

@@ -18,7 +18,7 @@ paired         exact for any loss, on the probe's examples    one or few  layers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,16 +225,24 @@ class Probe:
 
 
 @contextmanager
-def placed(weights: Mapping[nn.Parameter, torch.Tensor]) -> Iterator[None]:
-    """Parameters with other values inside this context, and their own behind it; autograd's versions of them stay."""
-    before = {parameter: parameter.data for parameter in weights}
+def exchanged(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Exchange the data of tensors inside this context; autograd's versions of them stay."""
+
+    def exchange() -> None:
+        for one, other in pairs:
+            one.data, other.data = other.data, one.data
+        torch.clear_autocast_cache()  # a decorator `torch.autocast` has its own setting of the cache
+
+    exchange()
     try:
-        for parameter, data in weights.items():
-            parameter.data = data
         yield
     finally:
-        for parameter, data in before.items():
-            parameter.data = data
+        exchange()
+
+
+def placed(weights: Mapping[nn.Parameter, torch.Tensor]) -> AbstractContextManager[None]:
+    """Parameters with other values inside this context, and their own behind it; autograd's versions of them stay."""
+    return exchanged([(parameter, data.detach()) for parameter, data in weights.items()])
 
 
 @contextmanager

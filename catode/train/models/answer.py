@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from catode.prune.describe.executed import inference
 from catode.prune.describe.trial import cuda_devices, randomise
+from catode.prune.devices.precision import tf32
 
 NUMBERS = 32
 """Most numbers of an answer."""
@@ -31,9 +33,9 @@ def answer(model: nn.Module, shape: Sequence[int]) -> list[float]:
     if like.dtype not in (torch.float32, torch.float64):
         return []
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-    told = []
-    for seed in range(2):
-        with inference(model), torch.random.fork_rng(cuda_devices(model)):
+    devices, told = cuda_devices(model), []
+    with inference(model), tf32(False) if devices else nullcontext(), torch.random.fork_rng(devices):
+        for seed in range(2):
             torch.manual_seed(seed)
             try:
                 told.append(model(images).float().flatten()[:NUMBERS].tolist())
