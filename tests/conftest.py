@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # before torch is imported, here and in processes that tests start: what waits leaves its core to the others
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -18,6 +19,7 @@ from catode.structures.description import Block, Site
 settings.register_profile("catode", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("catode")
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 
 
 class Bottleneck(nn.Module):
