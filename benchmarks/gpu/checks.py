@@ -41,9 +41,7 @@ SAME = 1e-5  # relative difference of the same kernels in another order, or of d
 SINGLE = 0.02  # of a gradient in fp32 through ReLUs, which flip near 0, against float64; 2e-3 on a CPU
 ADAPTIVE = 0.3  # the same after steps of AdamW, which divides by its square; 5e-2 on a CPU
 HALF = {torch.bfloat16: 0.3, torch.float16: 0.1}  # of a gradient in half precision; 6e-2 in bfloat16 on a CPU
-FEW = (
-    12  # steps after which runs are still the same to rounding in double precision; in fp32 one ReLU that flips decides
-)
+FEW = 12  # steps after which runs in double precision are still the same to rounding; in fp32 a ReLU that flips decides
 EXACT_ESTIMATORS = dict(estimator="straight-through", layer_estimator="paired")  # these draw no random vectors
 
 

@@ -150,10 +150,8 @@ class Group:
         slots[self.rank] = checksum & 0xFFFFFF
         parts = [loss.reshape(1), *(g.reshape(-1) for g in gradients)]
         flat = self.sum(torch.cat([slots, *parts]))
-        with _communication():  # a device tells here what went wrong there
-            checksums = flat[: self.size].tolist()
-        values = flat[self.size :] / self.size
-        self._compare(checksums, "thetas, masks and gate draws", f"before step {step}")
+        slots, values = flat[: self.size], flat[self.size :] / self.size
+        self._compare(slots.tolist(), "thetas, masks and gate draws", f"before step {step}")
         for gradient, part in zip(gradients, values[1:].split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view(gradient.shape))
         return values[0].clone()  # a view would keep all gradients of the step alive as long as its loss
@@ -190,9 +188,7 @@ class Group:
                 buffer.copy_(self.mean(buffer))
         checksum = 0
         for tensor in model.state_dict().values():
-            with _communication():  # a device tells here what went wrong there
-                here = tensor.detach().cpu()
-            checksum = zlib.crc32(here.contiguous().view(-1).view(torch.uint8).numpy(), checksum)
+            checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), checksum)
         self._compare(self.gather(checksum), "weights", f"after step {step}")
 
     def _compare(self, checksums: list, what: str, when: str) -> None:
